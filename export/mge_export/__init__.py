@@ -1,0 +1,1 @@
+"""Export a trained mixture of granularity-specific experts to one bundle."""

@@ -1,0 +1,1 @@
+"""Run a trained mixture of granularity-specific experts without PyTorch."""

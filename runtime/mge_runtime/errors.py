@@ -1,0 +1,57 @@
+"""Every error that mge raises on purpose.
+
+MGEError
+├── InputError        an image, a folder or an array that cannot be answered
+├── CheckpointError   a checkpoint that is missing, damaged, foreign or at odds with its labels
+├── BundleError       a bundle that is missing, damaged, foreign or newer than this runtime
+├── BackendError      no backend can run this, or one failed while it ran
+├── ExportError       a model that cannot be exported, or whose export is out of tolerance
+├── TrainingError     a training that cannot start or go on
+└── OutputError       a place that cannot be written
+
+A message is one line: what, found, expected, what to do. The commands catch `MGEError` alone, print that line and exit
+with 1; any other exception is a defect and shows its traceback.
+"""
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "ExportError",
+    "InputError",
+    "MGEError",
+    "OutputError",
+    "TrainingError",
+]
+
+
+class MGEError(Exception):
+    """Base of all errors that name something the user can act on."""
+
+
+class InputError(MGEError):
+    """An image, a folder or an array that cannot be answered."""
+
+
+class CheckpointError(MGEError):
+    """A checkpoint that is missing, damaged, foreign or at odds with its labels."""
+
+
+class BundleError(MGEError):
+    """A bundle that is missing, damaged, foreign or newer than this runtime."""
+
+
+class BackendError(MGEError):
+    """No backend can run this bundle here, or one failed while it ran."""
+
+
+class ExportError(MGEError):
+    """A model that cannot be exported, or whose export is out of tolerance."""
+
+
+class TrainingError(MGEError):
+    """A training that cannot start or go on."""
+
+
+class OutputError(MGEError):
+    """A place that cannot be written."""
