@@ -1,0 +1,188 @@
+"""The mixture of granularity-specific experts: K experts chained by attention crops, mixed by a gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mge.attention import attention_box, class_gradient, crop_resize, grad_cam
+from mge.config import MGEConfig
+from mge_runtime.errors import CheckpointError
+
+__all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "create_trunk"]
+
+NORM_SCALE = 10.0  # length of each normalised half of the concatenated features (authors' code)
+
+
+@dataclass(frozen=True)
+class ExpertOutput:
+    """What one expert saw and said."""
+
+    image: Tensor  # [B, 3, S, S], its input
+    global_logits: Tensor  # [B, C], large part
+    part_logits: Tensor  # [B, C], small parts; for training only
+    logits: Tensor  # [B, C], from both parts: the expert's answer
+    heatmap: Tensor  # [B, h, w], its attention (Grad-CAM), of any sign and scale
+    box: Tensor | None  # [B, 4] in pixels of `image`, what the next expert sees; None for the last
+
+
+@dataclass(frozen=True)
+class MGEOutput:
+    """Answers of the whole chain."""
+
+    experts: tuple[ExpertOutput, ...]  # K of them
+    gate: Tensor  # [B, K], rows sum to 1
+    logits: Tensor  # [B, C], sum over experts of gate_k * logits_k
+
+    @property
+    def average(self) -> Tensor:
+        """[B, C], the plain mean of the experts' answers."""
+        return torch.stack([expert.logits for expert in self.experts]).mean(0)
+
+
+def create_trunk(arch: str) -> nn.Module:
+    """A timm trunk that returns its last two feature levels, randomly initialised.
+
+    Raises:
+        CheckpointError: timm has no such model, or it offers no features at stride 16 and 32.
+    """
+    try:
+        trunk = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(-2, -1))
+        strides = trunk.feature_info.reduction()
+    except (RuntimeError, AttributeError, NotImplementedError, ValueError, AssertionError, IndexError) as error:
+        raise CheckpointError(
+            f"arch is {arch!r}; expected a timm CNN that offers features_only (see timm.list_models()): {error}"
+        ) from error
+    if strides != [16, 32]:
+        raise CheckpointError(f"arch {arch!r} ends at strides {strides}; expected a trunk with features at 16 and 32")
+    return trunk
+
+
+class GlobalHead(nn.Module):
+    """Class scores from the average of the features; what Grad-CAM differentiates."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, c5: Tensor) -> Tensor:
+        """Features [B, D, h, w] to scores [B, C]."""
+        return self.fc(c5.mean((2, 3)))
+
+
+class Expert(nn.Module):
+    """One trunk with its three heads."""
+
+    def __init__(self, config: MGEConfig) -> None:
+        super().__init__()
+        self.trunk = create_trunk(config.arch)
+        channels4, channels5 = self.trunk.feature_info.channels()
+        self.norm4, self.norm5 = _feature_norms(config, channels4, channels5)
+        parts = config.parts_per_class * config.num_classes
+        self.global_head = GlobalHead(channels5, config.num_classes)
+        self.part_conv = nn.Conv2d(channels4, parts, 1)
+        self.part_head = nn.Linear(parts, config.num_classes)
+        self.concat_head = nn.Linear(channels5 + parts, config.num_classes)
+
+    def features(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image [B, 3, S, S] to c4 [B, D4, S/16, S/16] and c5 [B, D5, S/32, S/32], both as the heads read them.
+
+        The part head must not train the trunk, so c4 is cut from the graph here.
+        """
+        c4, c5 = self.trunk(image)
+        return self.norm4(c4.detach()), self.norm5(c5)
+
+    def part_features(self, c4: Tensor) -> Tensor:
+        """GMP(ReLU(Conv1x1(c4))) with the authors' padding of 1: [B, D4, h, w] -> [B, P].
+
+        The border of the padded map holds ReLU(bias), and ReLU and the maximum commute, so this equals
+        max(max_hw(W c4) + b, b, 0) without the padding.
+        """
+        response = F.conv2d(c4, self.part_conv.weight).amax((2, 3))
+        return (response.relu() + _bias(self.part_conv)).relu()
+
+    def answer(self, c5: Tensor, parts: Tensor) -> Tensor:
+        """The concatenated head: both halves normalised to length 10, neither trained through: -> [B, C]."""
+        pooled = F.normalize(c5.detach().mean((2, 3)))
+        halves = (NORM_SCALE * pooled, NORM_SCALE * F.normalize(parts.detach()))
+        return self.concat_head(torch.cat(halves, 1))
+
+
+class Gate(nn.Module):
+    """How far each expert is trusted, from the whole image."""
+
+    def __init__(self, config: MGEConfig) -> None:
+        super().__init__()
+        self.trunk = create_trunk(config.arch)
+        channels4, channels5 = self.trunk.feature_info.channels()
+        _, self.norm5 = _feature_norms(config, channels4, channels5)
+        self.hidden = nn.Linear(channels5, config.gate_width)
+        self.output = nn.Linear(config.gate_width, config.experts)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image [B, 3, S, S] to weights [B, K], rows sum to 1. There is no ReLU between the layers (the authors')."""
+        pooled = self.norm5(self.trunk(image)[-1]).mean((2, 3))
+        return self.output(self.hidden(pooled)).softmax(1)
+
+
+class MGENet(nn.Module):
+    """K experts and a gate, randomly initialised; see `mge.pretrained` and `mge.checkpoint` for weights."""
+
+    def __init__(self, config: MGEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.experts))
+        self.gate = Gate(config)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> MGEOutput:
+        """Answer a batch of normalised images.
+
+        Args:
+            images: [B, 3, S, S], normalised with the config's mean and std.
+            labels: [B] int64: attention looks for these classes (training); None: for each expert's own first guess.
+        """
+        outputs: list[ExpertOutput] = []
+        image = images
+        for k, expert in enumerate(self.experts):
+            assert isinstance(expert, Expert)  # noqa: S101 - tells the type checker what the ModuleList holds
+            c4, c5 = expert.features(image)
+            parts = expert.part_features(c4)
+            with torch.no_grad():
+                _, gradient = class_gradient(expert.global_head, c5.detach(), labels)
+                heatmap = grad_cam(c5.detach(), gradient)
+                box = None
+                if k < self.config.experts - 1:
+                    box = attention_box(heatmap, self.config.image_size, self.config.box_thresholds[k])
+            outputs.append(
+                ExpertOutput(
+                    image=image,
+                    global_logits=expert.global_head(c5),
+                    part_logits=expert.part_head(parts),
+                    logits=expert.answer(c5, parts),
+                    heatmap=heatmap,
+                    box=box,
+                )
+            )
+            if box is not None:
+                with torch.no_grad():
+                    image = crop_resize(image, box, self.config.image_size)
+        gate = self.gate(images)
+        answers = torch.stack([output.logits.detach() for output in outputs], 1)
+        return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * answers).sum(1))
+
+
+def _feature_norms(config: MGEConfig, channels4: int, channels5: int) -> tuple[nn.Module, nn.Module]:
+    """Normalisation before the heads: identity unless the trunk's features are linear."""
+    if not config.normalize_features:
+        return nn.Identity(), nn.Identity()
+    return nn.BatchNorm2d(channels4), nn.Sequential(nn.BatchNorm2d(channels5), nn.ReLU())
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    if layer.bias is None:
+        raise CheckpointError("the part convolution has no bias; expected one")
+    return layer.bias
