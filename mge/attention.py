@@ -1,8 +1,8 @@
 """Attention, written once: training, evaluation and export call these functions.
 
 All shapes are static and the batch is an ordinary axis (no `nonzero`, no loop over images), so that the same code
-trains and traces. Source: Zhang et al., "Learning a Mixture of Granularity-Specific Experts for Fine-Grained Categorization",
-ICCV 2019, and its published code.
+trains and traces. Source: Zhang et al., "Learning a Mixture of Granularity-Specific Experts for Fine-Grained
+Categorization", ICCV 2019, and its published code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def class_gradient(
     Returns:
         Scores [B, C] and d score_t / d features [B, D, h, w].
     """
-    scores, pullback = torch.func.vjp(head, features)
+    scores, pullback, *_ = torch.func.vjp(head, features)
     index = scores.argmax(1) if class_index is None else class_index
     # A one-hot product picks the class: the backward of a gather would be a ScatterElements, which TensorRT refuses.
     one_hot = (torch.arange(scores.shape[1], device=scores.device) == index[:, None]).to(scores.dtype)

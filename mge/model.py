@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -44,14 +45,17 @@ class MGEOutput:
         return torch.stack([expert.logits for expert in self.experts]).mean(0)
 
 
-def create_trunk(arch: str) -> nn.Module:
+def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
     """A timm trunk that returns its last two feature levels, randomly initialised.
+
+    Returns:
+        The trunk and the channels of its features at stride 16 and at stride 32.
 
     Raises:
         CheckpointError: timm has no such model, or it offers no features at stride 16 and 32.
     """
     try:
-        trunk = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(-2, -1))
+        trunk: Any = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(-2, -1))
         strides = trunk.feature_info.reduction()
     except (RuntimeError, AttributeError, NotImplementedError, ValueError, AssertionError, IndexError) as error:
         raise CheckpointError(
@@ -59,7 +63,8 @@ def create_trunk(arch: str) -> nn.Module:
         ) from error
     if strides != [16, 32]:
         raise CheckpointError(f"arch {arch!r} ends at strides {strides}; expected a trunk with features at 16 and 32")
-    return trunk
+    channels4, channels5 = trunk.feature_info.channels()
+    return trunk, channels4, channels5
 
 
 class GlobalHead(nn.Module):
@@ -79,8 +84,7 @@ class Expert(nn.Module):
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
-        self.trunk = create_trunk(config.arch)
-        channels4, channels5 = self.trunk.feature_info.channels()
+        self.trunk, channels4, channels5 = create_trunk(config.arch)
         self.norm4, self.norm5 = _feature_norms(config, channels4, channels5)
         parts = config.parts_per_class * config.num_classes
         self.global_head = GlobalHead(channels5, config.num_classes)
@@ -117,8 +121,7 @@ class Gate(nn.Module):
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
-        self.trunk = create_trunk(config.arch)
-        channels4, channels5 = self.trunk.feature_info.channels()
+        self.trunk, channels4, channels5 = create_trunk(config.arch)
         _, self.norm5 = _feature_norms(config, channels4, channels5)
         self.hidden = nn.Linear(channels5, config.gate_width)
         self.output = nn.Linear(config.gate_width, config.experts)
@@ -130,13 +133,16 @@ class Gate(nn.Module):
 
 
 class MGENet(nn.Module):
-    """K experts and a gate, randomly initialised; see `mge.pretrained` and `mge.checkpoint` for weights."""
+    """K experts and a gate, randomly initialised; see `mge.pretrained` and `mge.checkpoint` for weights.
+
+    A single expert needs no gate: it answers for itself (`gate` is None and the gate's weights are ones).
+    """
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
         self.config = config
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.experts))
-        self.gate = Gate(config)
+        self.gate = Gate(config) if config.experts > 1 else None
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> MGEOutput:
         """Answer a batch of normalised images.
@@ -170,7 +176,7 @@ class MGENet(nn.Module):
             if box is not None:
                 with torch.no_grad():
                     image = crop_resize(image, box, self.config.image_size)
-        gate = self.gate(images)
+        gate = self.gate(images) if self.gate is not None else images.new_ones(images.shape[0], 1)
         answers = torch.stack([output.logits.detach() for output in outputs], 1)
         return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * answers).sum(1))
 
