@@ -1,0 +1,195 @@
+import csv
+import itertools
+import json
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from mge.data.field_guide import SPLITS, FieldGuide, draw_image, draw_plate, draw_sheet, list_species, write_field_guide
+from mge.data.field_guide.backdrop import draw_foliage
+from mge.data.field_guide.canvas import Canvas
+from mge.parts import read_parts
+from mge_runtime.errors import InputError, OutputError
+
+SMALL = FieldGuide(seed=5, species=4, size=48, train=9, val=5, test=6)
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_species_are_distinct_sorted_and_differ_in_marks():
+    for count in (2, 12, 24, 36):
+        species = list_species(count)
+        names = [one.name for one in species]
+        assert names == sorted(set(names))
+        assert len({(one.cap, one.ring, one.beak) for one in species}) == count
+    with pytest.raises(ValueError, match="expected 2 to 36"):
+        list_species(37)
+
+
+def test_picture_depends_neither_on_the_number_of_pictures_nor_on_their_order():
+    short, long = FieldGuide(train=3, val=1, test=1, size=64), FieldGuide(train=5000, val=9, test=9, size=64)
+    backwards = [draw_image(long, "train", index).image for index in (2, 1, 0)]
+    forwards = [draw_image(short, "train", index).image for index in (0, 1, 2)]
+    assert all(np.array_equal(a, b) for a, b in zip(forwards, reversed(backwards), strict=True))
+
+
+def test_seed_split_and_index_each_change_the_scene():
+    guide, other = FieldGuide(size=64), FieldGuide(size=64, seed=1)
+    plates = [draw_image(guide, "train", 0), draw_image(other, "train", 0), draw_image(guide, "val", 0)]
+    plates.append(draw_image(guide, "train", 12))  # the same species again
+    for a, b in itertools.combinations(plates, 2):
+        assert (a.image != b.image).mean() > 0.5
+
+
+def test_one_scene_drawn_with_every_species_differs_in_the_part_alone():
+    species = list_species(36)
+    for scene in range(4):
+        plates = [draw_plate(np.random.default_rng([9, scene]), one, 128) for one in species]
+        x0, y0, x1, y1 = plates[0].part
+        outside = np.ones((128, 128), bool)
+        outside[y0:y1, x0:x1] = False
+        for plate in plates:
+            assert plate.part == plates[0].part
+            assert np.array_equal(plate.image[outside], plates[0].image[outside])
+        for a, b in itertools.combinations(plates, 2):
+            changed = np.abs(a.image.astype(int) - b.image)[y0:y1, x0:x1].max(axis=2) > 20
+            assert changed.sum() >= 5  # pixels: small, but there
+
+
+def test_part_is_a_small_box_inside_the_centre_crop():
+    guide = FieldGuide()
+    boxes = np.array([draw_image(guide, "test", index).part for index in range(60)], float)
+    assert boxes[:, :2].min() >= 128 / 16
+    assert boxes[:, 2:].max() <= 128 * 15 / 16
+    sides = np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) / 128
+    assert sides.min() > 0.08
+    assert sides.max() < 0.2
+    # Both flanks of the picture hold heads: the place varies.
+    assert (np.ptp(boxes[:, :2], axis=0) > 64).all()
+
+
+def test_foliage_never_covers_what_must_stay_clear():
+    blank = Image.new("RGB", (64, 64), (128, 128, 128))
+    canvas = Canvas(blank, 64)
+    draw_foliage(canvas, np.random.default_rng(0), 64, 400, (20.0, 20.0, 40.0, 44.0))
+    picture = np.asarray(canvas.finish())
+    assert (picture[20:44, 20:40] == 128).all()
+    assert (picture != 128).any(axis=2).mean() > 0.3
+
+
+def ridge_accuracy(
+    train: NDArray[np.floating],
+    train_labels: NDArray[np.integer],
+    test: NDArray[np.floating],
+    labels: NDArray[np.integer],
+) -> float:
+    """Accuracy of least squares with a penalty on one-hot classes, features centred and scaled."""
+    mean, std = train.mean(0), train.std(0) + 1e-6
+    x, z = (train - mean) / std, (test - mean) / std
+    targets = np.eye(labels.max() + 1)[train_labels] - 1 / (labels.max() + 1)
+    weights = np.linalg.solve(x.T @ x + 100.0 * np.eye(x.shape[1]), x.T @ targets)
+    return float(((z @ weights).argmax(1) == labels).mean())
+
+
+@pytest.fixture(scope="module")
+def probes():
+    """Pixels around the part and of the part, for 900 pictures to learn from and 360 to answer."""
+    guide = FieldGuide(size=96)
+    around, part = [], []
+    indices = range(1260)
+    for index in indices:
+        plate = draw_image(guide, "train", index)
+        x0, y0, x1, y1 = plate.part
+        masked = plate.image.copy()
+        masked[y0:y1, x0:x1] = 128
+        around.append(np.asarray(Image.fromarray(masked).resize((8, 8), Image.Resampling.BOX), float).ravel())
+        part.append(np.asarray(Image.fromarray(plate.image[y0:y1, x0:x1]).resize((10, 10)), float).ravel())
+    labels = np.array([index % 12 for index in indices])
+    return np.array(around), np.array(part), labels
+
+
+def test_nothing_but_the_part_tells_the_species(probes):
+    around, _, labels = probes
+    accuracy = ridge_accuracy(around[:900], labels[:900], around[900:], labels[900:])
+    assert accuracy < 1 / 12 + 3 * np.sqrt(1 / 12 * 11 / 12 / 360)  # three standard errors of guessing
+
+
+def test_part_tells_the_species_even_to_a_linear_probe(probes):
+    _, part, labels = probes
+    accuracy = ridge_accuracy(part[:900], labels[:900], part[900:], labels[900:])
+    assert accuracy > 0.5
+
+
+def test_folder_holds_pictures_boxes_and_how_it_was_made(tmp_path):
+    seen = []
+    assert write_field_guide(tmp_path / "guide", SMALL, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (20, 20)
+    told = json.loads((tmp_path / "guide" / "field_guide.json").read_text())
+    assert (told["seed"], told["size"], told["version"]) == (5, 48, 1)
+    for split in SPLITS:
+        folder = tmp_path / "guide" / split
+        assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == told["classes"]
+        parts = read_parts(folder)
+        assert parts is not None
+        assert set(parts) == {p.relative_to(folder).as_posix() for p in folder.rglob("*.png")}
+        assert len(parts) == SMALL.count(split)
+        for index in range(SMALL.count(split)):
+            plate = draw_image(SMALL, split, index)
+            assert np.array_equal(np.asarray(Image.open(folder / SMALL.path(index))), plate.image)
+            assert parts[SMALL.path(index)] == plate.part
+    with (tmp_path / "guide" / "test" / "parts.csv").open() as lines:
+        assert next(csv.reader(lines)) == ["path", "x0", "y0", "x1", "y1"]
+
+
+def test_workers_write_the_same_bytes_as_one_process(tmp_path):
+    write_field_guide(tmp_path / "one", SMALL)
+    write_field_guide(tmp_path / "two", SMALL, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_same_guide_is_left_alone_and_anything_else_is_an_error(tmp_path):
+    target = tmp_path / "guide"
+    assert write_field_guide(target, SMALL)
+    before = contents(target)
+    assert not write_field_guide(target, SMALL)
+    with pytest.raises(OutputError, match="other settings"):
+        write_field_guide(target, FieldGuide(seed=6, species=4, size=48, train=9, val=5, test=6))
+    assert contents(target) == before
+    (target / "test" / SMALL.path(5)).unlink()
+    with pytest.raises(OutputError, match="lacks pictures of test"):
+        write_field_guide(target, SMALL)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("precious")
+    with pytest.raises(OutputError, match="no field guide"):
+        write_field_guide(tmp_path / "other", SMALL)
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_interrupted_drawing_leaves_nothing(tmp_path, workers):
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_field_guide(tmp_path / "guide", SMALL, workers=workers, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_place_and_impossible_guides_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        write_field_guide(tmp_path / "file" / "guide", SMALL)
+    for wrong in ({"species": 37}, {"size": 16}, {"train": 0}, {"seed": -1}):
+        with pytest.raises(InputError, match="expected"):
+            FieldGuide(**wrong)
+
+
+def test_sheet_shows_the_pictures_in_order():
+    sheet = draw_sheet(FieldGuide(size=64), columns=3, rows=2, side=64)
+    assert sheet.size == (3 * 70 + 6, 2 * 84 + 6)
+    first = np.asarray(sheet)[6:70, 6:70]
+    assert np.array_equal(first, draw_image(FieldGuide(size=64), "train", 0).image)
