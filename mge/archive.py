@@ -1,0 +1,128 @@
+"""Read a file of `torch.save` without ever running code that it carries, and say clearly what else it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mge_runtime.errors import CheckpointError
+
+__all__ = ["read_archive"]
+
+# Harmless types that optimizer and scheduler states of other training loops hold and that PyTorch does not allow by
+# itself: NumPy scalars (a learning rate, a best score), under NumPy's old and new names.
+_SCALAR = np.float64(0).__reduce__()[0]
+_INERT: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
+]
+_EXPECTED = "expected a checkpoint that mge-train or the authors' code wrote"
+
+
+def read_archive(path: str | os.PathLike[str]) -> Any:
+    """Read plain values and tensors (on the CPU) from a file of `torch.save`, in the format of today or of before 1.6.
+
+    Only `torch.load(weights_only=True)` touches the pickle inside; a file that names any other object is refused.
+    Tensors of today's format are mapped from the file, privately: writing to one does not change it.
+
+    Raises:
+        CheckpointError: the file is missing, empty, damaged, of another kind, or asks for objects to be built.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a directory; expected a file, such as {path / 'best.pt'}")
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; {_EXPECTED}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {_EXPECTED}") from error
+    zipped = head.startswith(b"PK\x03\x04")
+    if zipped:
+        _check_zip(path)
+    elif (kind := _foreign_kind(head, path.stat().st_size)) is not None:
+        raise CheckpointError(f"{path} is {kind}; {_EXPECTED}")
+    try:
+        with torch.serialization.safe_globals(_INERT), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are then refused
+            return _torch_load(path, mmap=zipped)
+    except Exception as error:  # a damaged pickle can fail in any way while it is read
+        raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
+
+
+def _torch_load(path: Path, *, mmap: bool) -> Any:
+    if mmap:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Through a file object: by name, torch.load would hand anything called .safetensors to another reader.
+    with path.open("rb") as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse a ZIP that is cut short, damaged or not of `torch.save`; PyTorch's reader skips the checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            leaves = {name.partition("/")[2] for name in names}
+            if "manifest.json" in names:
+                raise CheckpointError(f"{path} is an exported bundle, not a checkpoint; run it with mge-run --engine")
+            if "constants.pkl" in leaves:
+                raise CheckpointError(f"{path} is a TorchScript archive, which holds code; {_EXPECTED}")
+            if "data.pkl" not in leaves:
+                raise CheckpointError(f"{path} is a ZIP of {len(names)} other files; {_EXPECTED}")
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is cut short or damaged ({error}); copy it again from its source") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: entry {damaged} fails its checksum; copy it again from its source")
+
+
+def _foreign_kind(head: bytes, size: int) -> str | None:
+    """Name the kind of a file that is no pickle; None: it may be one."""
+    if not head:
+        return "empty"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself (git lfs pull fetches it)"
+    header = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header <= size - 8:
+        return f"a safetensors file{_first_tensor(head[8 : 8 + header])}; mge-train --init takes bare trunks"
+    if head.startswith(b"\x80"):  # PROTO, which begins every pickle of protocol 2 and later
+        return None
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    if all(character.isprintable() or character in "\t\r\n" for character in text):
+        return f"a text file that begins with {text[:24]!r}"
+    return "not a file of torch.save"
+
+
+def _first_tensor(header: bytes) -> str:
+    """` with tensors such as ...`, from as much of a safetensors header as is here."""
+    names = re.findall(rb'"([^"]+)":\{"(?:dtype|shape)"', header)
+    return f" with tensors such as {json.dumps(names[0].decode('utf-8', 'replace'))}" if names else ""
+
+
+def _why_unreadable(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if match := re.search(r"GLOBAL (\S+) (?:was not|whose)", text):
+        return (
+            f"asks for the Python object {match[1]}, which could run code, so it was not opened; "
+            "expected tensors and plain values alone (save model.state_dict(), not the model)"
+        )
+    if "Unsupported operand" in text or "Invalid magic number" in text:
+        return f"is a Python pickle that torch.save did not write, so it was not opened; {_EXPECTED}"
+    # PyTorch wraps the reason in advice to load the file unsafely, which is not ours.
+    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0][:120]
+    return f"is cut short, damaged or not a file of torch.save ({type(error).__name__}: {reason}); {_EXPECTED}"

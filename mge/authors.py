@@ -1,0 +1,127 @@
+"""Checkpoints of the authors' published code (`lbzhang/MGE-CNN`), read into our names.
+
+Their file is a dict with the weights under `state_dict` (beside `epoch`, `optimizer` and `scheduler`); it holds neither
+class names, nor the box threshold, nor the preprocessing. Here the weights are renamed and everything that shapes tell
+is told: trunk, classes, parts, experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mge_runtime.errors import CheckpointError
+
+__all__ = ["AuthorsModel", "is_authors_state", "read_authors_state"]
+
+# What is appended to the authors' names for expert 1, 2, 3: (trunk and global head; part and concatenated heads).
+_EXPERT_SUFFIXES = (("", ""), ("_box", "_1"), ("_box_2", "_2"))
+# `conv4*` is a Sequential of the children of a torchvision ResNet; 2 and 3 (ReLU, max pooling) have no weights.
+_CONV4_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"}
+_UNUSED = "cls_cat_a."  # a head over all experts that their forward never calls
+_TRACKED = ".num_batches_tracked"  # a counter of BatchNorm that torch before 0.4.1 did not keep
+_BLOCKS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks in layer1..4
+
+
+def _trunk_names(theirs: str, ours: str) -> dict[str, str]:
+    names = {f"conv4{theirs}.{child}.": f"{ours}.trunk.{name}." for child, name in _CONV4_CHILDREN.items()}
+    return names | {f"conv5{theirs}.": f"{ours}.trunk.layer4."}
+
+
+def _all_names() -> dict[str, str]:
+    names: dict[str, str] = {}
+    for k, (trunk, part) in enumerate(_EXPERT_SUFFIXES):
+        ours = f"experts.{k}"
+        names |= _trunk_names(trunk, ours)
+        names |= {
+            f"classifier{trunk}.fc.": f"{ours}.global_head.fc.",
+            f"conv6{part}.": f"{ours}.part_conv.",
+            f"cls_part{part}.fc.": f"{ours}.part_head.",
+            f"cls_cat{part}.fc.": f"{ours}.concat_head.",
+        }
+    names |= _trunk_names("_gate", "gate")
+    return names | {"cls_gate.0.fc.": "gate.hidden.", "cls_gate.1.fc.": "gate.output."}
+
+
+_PREFIXES = _all_names()  # their prefix -> ours; no prefix is the beginning of another
+
+
+@dataclass(frozen=True)
+class AuthorsModel:
+    """What one of the authors' state dicts holds."""
+
+    arch: str  # "resnet50" or "resnet101"
+    num_classes: int  # C
+    parts_per_class: int  # channels of the part convolution for each class, 10 in the paper
+    gate_width: int  # hidden units of the gate, 512 in the paper
+    state: dict[str, Tensor]  # weights by the names of `mge.model.MGENet`, all of the model's but BatchNorm's counters
+
+
+def is_authors_state(state: Mapping[str, object]) -> bool:
+    """Whether a state dict has the authors' names (with or without DataParallel's `module.`)."""
+    names = {name.removeprefix("module.") for name in state}
+    return {"classifier.fc.weight", "cls_cat.fc.weight"} <= names
+
+
+def read_authors_state(state: Mapping[str, Tensor], source: str) -> AuthorsModel:
+    """Rename the authors' weights and read the architecture from their shapes.
+
+    Args:
+        state: their state dict, with or without `module.` before each name.
+        source: what to call the file in errors.
+
+    Raises:
+        CheckpointError: a name is unknown or missing, or shapes are of no ResNet-50 or -101 with their heads.
+    """
+    theirs = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    ours = {_our_name(name, source): tensor for name, tensor in theirs.items() if not name.startswith(_UNUSED)}
+    classes, _ = _shape(theirs, "classifier.fc.weight", 2, source)
+    parts, *_ = _shape(theirs, "conv6.weight", 4, source)
+    gate_width, _ = _shape(theirs, "cls_gate.0.fc.weight", 2, source)
+    if classes == 0 or parts == 0 or parts % classes:
+        raise CheckpointError(
+            f"{source}: conv6 has {parts} channels for {classes} classes; expected a multiple (10 a class in the paper)"
+        )
+    return AuthorsModel(_arch(ours, source), classes, parts // classes, gate_width, ours)
+
+
+def is_counter(name: str) -> bool:
+    """Whether a name is BatchNorm's count of batches, which changes no answer and which old files lack."""
+    return name.endswith(_TRACKED)
+
+
+def _our_name(name: str, source: str) -> str:
+    for theirs, ours in _PREFIXES.items():
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    raise CheckpointError(
+        f"{source}: {name!r} is no name of the authors' LocalCamNet; expected their state_dict unchanged"
+    )
+
+
+def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, source: str) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(
+            f"{source}: {name!r} is missing; expected the whole state_dict of the authors' LocalCamNet"
+        )
+    shape = tuple(state[name].shape)
+    if len(shape) != dimensions:
+        raise CheckpointError(f"{source}: {name!r} is {list(shape)}; expected {dimensions} dimensions")
+    return shape
+
+
+def _arch(ours: Mapping[str, Tensor], source: str) -> str:
+    blocks = [0, 0, 0, 0]
+    for name in ours:
+        if match := re.match(r"experts\.0\.trunk\.layer([1-4])\.(\d+)\.", name):
+            layer = int(match[1]) - 1
+            blocks[layer] = max(blocks[layer], int(match[2]) + 1)
+    if tuple(blocks) not in _BLOCKS:
+        raise CheckpointError(
+            f"{source}: the trunk has {'-'.join(map(str, blocks))} blocks; "
+            "expected 3-4-6-3 (ResNet-50) or 3-4-23-3 (ResNet-101)"
+        )
+    return _BLOCKS[tuple(blocks)]
