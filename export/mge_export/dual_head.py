@@ -1,0 +1,90 @@
+"""A classification head as one forward graph that also yields its own gradient.
+
+Grad-CAM asks for `d score_t / d features` at test time, but neither ONNX nor TensorRT differentiates. `DualHead` traces a
+head's scores *and* its vector-Jacobian product once into plain ATen operators; what comes out exports like any other module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import cast
+
+import torch
+from mge_runtime.errors import ExportError
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mge.attention import class_gradient
+
+__all__ = ["DualHead"]
+
+
+class DualHead(nn.Module):
+    """Scores and `d score_t / d features` of any differentiable head, `t` the class of the highest score, in one forward pass.
+
+    The class is picked by a one-hot product, not by an index: the backward of an index is a ScatterElements with addition,
+    which TensorRT refuses. The gradient follows whatever the head computes (normalisation, hidden layers, ReLU), so no
+    closed form has to be kept in step with the model.
+
+    Args:
+        head: maps features [B, C, h, w] to class scores [B, N]; taken in evaluation mode, in the precision of its weights.
+        features: an example [*, C, h, w]; only its shape without the batch, its type and its device count.
+
+    Raises:
+        ExportError: the head does not answer [B, N] or its operators have no derivative.
+    """
+
+    def __init__(self, head: nn.Module, features: Tensor) -> None:
+        super().__init__()
+        self.head = head.eval()
+        self._names = tuple(name for name, _ in _state(head))
+        self.graph = _trace(head, self._names, features)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores [B, N] and their gradient [B, C, h, w] for the class of the highest score."""
+        scores, gradient = self.graph(*(tensor for _, tensor in _state(self.head)), features)
+        return scores, gradient
+
+
+def _state(head: nn.Module) -> list[tuple[str, Tensor]]:
+    """List parameters and buffers in a fixed order; the buffers because BatchNorm's statistics belong to the head."""
+    return [*head.named_parameters(), *head.named_buffers()]
+
+
+def _trace(head: nn.Module, names: tuple[str, ...], features: Tensor) -> fx.GraphModule:
+    tensors = [tensor.detach() for _, tensor in _state(head)]
+    example = features.new_zeros(_free_batch(tensors, features), *features.shape[1:])
+
+    def scores_and_gradient(*arguments: Tensor) -> tuple[Tensor, Tensor]:
+        state = dict(zip(names, arguments[:-1], strict=True))
+
+        def scores_of(value: Tensor) -> Tensor:
+            return cast(Tensor, functional_call(head, state, (value,)))
+
+        return class_gradient(scores_of, arguments[-1])
+
+    try:
+        traced = cast(Callable[..., fx.GraphModule], make_fx(scores_and_gradient, tracing_mode="symbolic"))(
+            *tensors, example
+        )
+    except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(
+            f"cannot trace the gradient of {type(head).__name__}: {first}; "
+            "expected a differentiable head from features [B, C, h, w] to scores [B, N]"
+        ) from error
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def _free_batch(tensors: list[Tensor], features: Tensor) -> int:
+    """Pick a batch size that no other axis has.
+
+    Symbolic tracing gives axes of equal length the same symbol, so a batch as long as, say, the number of classes would
+    tie the two together for good; and lengths 0 and 1 are taken for constants.
+    """
+    taken = {size for tensor in [*tensors, features[:0]] for size in tensor.shape}
+    return next(size for size in count(2) if size not in taken)

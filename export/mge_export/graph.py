@@ -1,0 +1,136 @@
+"""A stage's module as an ONNX graph: a small model and one raw block of weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+import torch
+from mge_runtime.errors import ExportError
+from mge_runtime.spec import BATCH, StageSpec, TensorSpec
+from onnx.external_data_helper import set_external_data
+from torch import Tensor
+
+from mge_export.stages import Stage
+
+__all__ = ["OPSET", "StageGraph", "export_graph", "weights_name"]
+
+# 18 is the newest that both the TensorRT 10.3 parser of JetPack 6 (up to 20) and every ONNX Runtime since 1.14 take, and
+# the first whose reductions take their axes as an input, which PyTorch's exporter writes.
+OPSET = 18
+ALIGNMENT = 64  # bytes, of each tensor inside the weights: a cache line and the widest vector load
+INLINE_LIMIT = 1024  # bytes; smaller tensors (shapes, axes, scalars) stay in the graph, where type inference reads them
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """One written stage."""
+
+    spec: StageSpec
+    model: onnx.ModelProto  # its large initializers point into `weights`, ONNX's external-data layout
+    weights: bytes  # little-endian, each tensor at a multiple of ALIGNMENT
+
+
+def weights_name(stage: str) -> str:
+    """Name of a stage's weights file, beside its graph."""
+    return f"{stage}.weights"
+
+
+def export_graph(stage: Stage) -> StageGraph:
+    """Trace a stage with a dynamic batch and write it as ONNX.
+
+    Raises:
+        ExportError: the trace fails, or the graph's border is not what the stage's specification says.
+    """
+    spec = stage.spec
+    # Any batch above 1 will do: 0 and 1 are taken for constants.
+    inputs = tuple(_example(tensor, batch=2) for tensor in spec.inputs)
+    batch = torch.export.Dim(BATCH)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        program = torch.onnx.export(
+            stage.module,
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_shapes=_dynamic_shapes(stage, batch),
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError(f"{spec.name}: the exporter returned no graph; this is a defect of the exporter")
+    model = program.model_proto
+    _strip(model)
+    _check_border(spec, model)
+    weights = _externalize(model, weights_name(spec.name))
+    return StageGraph(spec, model, weights)
+
+
+def _example(tensor: TensorSpec, batch: int) -> Tensor:
+    shape = [batch if size == BATCH else int(size) for size in tensor.shape]
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+
+def _dynamic_shapes(stage: Stage, batch: object) -> tuple[object, ...]:
+    axes: list[object] = [{0: batch} for _ in stage.spec.inputs]
+    return _variadic(stage, axes)
+
+
+def _variadic(stage: Stage, axes: Sequence[object]) -> tuple[object, ...]:
+    """Shape the axes like the module's arguments: a `*rest` parameter takes its tensors as one tuple."""
+    code = type(stage.module).forward.__code__
+    positional = code.co_argcount - 1
+    has_rest = bool(code.co_flags & 0x04)
+    return (*axes[:positional], tuple(axes[positional:])) if has_rest else tuple(axes)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove the exporter's notes: they hold stack traces with paths of this machine, and outweigh the graph."""
+    model.ClearField("metadata_props")
+    model.doc_string = ""
+    graph = model.graph
+    graph.ClearField("metadata_props")
+    graph.doc_string = ""
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.doc_string = ""
+    graph.ClearField("value_info")
+
+
+def _check_border(spec: StageSpec, model: onnx.ModelProto) -> None:
+    for role, tensors, protos in (
+        ("inputs", spec.inputs, model.graph.input),
+        ("outputs", spec.outputs, model.graph.output),
+    ):
+        found = tuple(_tensor_spec(proto) for proto in protos)
+        if found != tensors:
+            raise ExportError(f"{spec.name}: the graph's {role} are {found}; expected {tensors}")
+
+
+def _tensor_spec(proto: onnx.ValueInfoProto) -> TensorSpec:
+    kind = proto.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    shape = tuple(axis.dim_param or axis.dim_value for axis in kind.shape.dim)
+    return TensorSpec(proto.name, dtype, shape)
+
+
+def _externalize(model: onnx.ModelProto, location: str) -> bytes:
+    """Move large initializers into one block and leave their place, offset and length in the graph."""
+    block = bytearray()
+    for tensor in model.graph.initializer:
+        data = onnx.numpy_helper.to_array(tensor).tobytes()
+        if len(data) < INLINE_LIMIT:
+            continue
+        block.extend(bytes(-len(block) % ALIGNMENT))
+        tensor.ClearField("raw_data")
+        for name in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"):
+            tensor.ClearField(name)
+        # set_external_data asks for raw data to be present, as a mark of what it moves.
+        tensor.raw_data = b""
+        set_external_data(tensor, location, offset=len(block), length=len(data))
+        tensor.ClearField("raw_data")
+        block.extend(data)
+    return bytes(block)
