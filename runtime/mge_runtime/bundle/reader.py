@@ -1,0 +1,339 @@
+"""Open a bundle: directory and manifest at once, everything else when it is asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from mge_runtime.bundle.archive import ArchiveEntry, ArchiveError, read_directory
+from mge_runtime.bundle.attachments import Calibration, EngineDescription
+from mge_runtime.bundle.diagnose import not_a_bundle
+from mge_runtime.bundle.layout import (
+    CALIBRATION,
+    MANIFEST,
+    engine_description,
+    engine_plan,
+    stage_graph,
+    stage_weights,
+    target_of,
+)
+from mge_runtime.cpus import cpu_count
+from mge_runtime.errors import BundleError
+from mge_runtime.files import atomic_path
+from mge_runtime.manifest import Entry, Manifest
+
+__all__ = ["Bundle", "Region"]
+
+_CHUNK = 1 << 22  # bytes; hashing reads through a buffer, so that it does not fill memory with mapped pages
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where an entry's data lies on disk."""
+
+    path: Path  # absolute, no symbolic links
+    offset: int  # bytes, a multiple of 4096
+    size: int  # bytes
+
+
+class Bundle:
+    """A bundle open for reading; use it as a context manager or call `close`.
+
+    Opening checks the directory (every header), the manifest and that each model entry it names is there in its size.
+    Model entries and engines are hashed when they are read. Reading is safe from several threads.
+    """
+
+    def __init__(self, path: Path, descriptor: int, mapped: mmap.mmap) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._mapped = mapped
+        self._view = memoryview(mapped)
+        try:
+            entries = read_directory(self._view)
+        except ArchiveError as error:
+            raise not_a_bundle(str(path), bytes(self._view[:256]), len(self._view), str(error)) from error
+        self._entries = {entry.name: entry for entry in entries}
+        if MANIFEST not in self._entries:
+            raise BundleError(f"cannot open {path}: it holds no {MANIFEST}; expected a bundle that mge-export wrote")
+        data = self._read_by_crc(MANIFEST)
+        self.manifest_sha256 = hashlib.sha256(data).hexdigest()
+        self.manifest = Manifest.from_json(data)
+        self._check_entries()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Open a bundle for reading.
+
+        Raises:
+            BundleError: the file is missing, no bundle, damaged, cut short or of a newer schema.
+        """
+        try:
+            resolved = Path(path).resolve(strict=True)
+            descriptor = os.open(resolved, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except FileNotFoundError as error:
+            raise BundleError(f"no bundle at {path}: the file does not exist; check the name") from error
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+            reason = getattr(error, "strerror", None) or error
+            raise BundleError(f"cannot open {path}: {reason}; expected a readable mge.plan file") from error
+        try:
+            if resolved.is_dir():
+                raise BundleError(f"cannot open {path}: it is a folder; expected an mge.plan file, name one inside it")
+            if not resolved.is_file():
+                raise BundleError(f"cannot open {path}: it is no regular file; expected an mge.plan file")
+            if os.fstat(descriptor).st_size == 0:
+                raise not_a_bundle(str(path), b"", 0, "")
+            return cls(resolved, descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; what `view` lent stays valid until it is dropped."""
+        if self._descriptor < 0:
+            return
+        os.close(self._descriptor)
+        self._descriptor = -1
+        self._view.release()
+        with suppress(BufferError):  # a lent view keeps the mapping alive
+            self._mapped.close()
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Size in bytes of every entry, in the order of the file."""
+        return {entry.name: entry.size for entry in self._entries.values()}
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets that the bundle holds engines for, sorted."""
+        return tuple(sorted({target for name in self._entries if (target := target_of(name)) is not None}))
+
+    def region(self, name: str) -> Region:
+        """Where an entry lies on disk, for whoever maps it; its hash is not checked here.
+
+        Raises:
+            BundleError: there is no such entry.
+        """
+        entry = self._entry(name)
+        return Region(self.path, entry.offset, entry.size)
+
+    def view(self, name: str) -> memoryview:
+        """An entry's bytes, mapped and read-only; its hash is not checked here.
+
+        Raises:
+            BundleError: there is no such entry.
+        """
+        entry = self._entry(name)
+        return memoryview(self._mapped)[entry.offset : entry.offset + entry.size]
+
+    def read(self, name: str) -> bytes:
+        """An entry's bytes, checked against the hash that the manifest or its engine's description gives.
+
+        Raises:
+            BundleError: there is no such entry, or its bytes were damaged.
+        """
+        data = bytes(self.view(name))
+        self._compare(name, hashlib.sha256(data).hexdigest(), zlib.crc32(data))
+        return data
+
+    def verify(self, names: Iterable[str] | None = None) -> None:
+        """Check entries (all of them by default) against their hashes, in parallel.
+
+        Raises:
+            BundleError: there is no such entry, or its bytes were damaged.
+        """
+        with self.verifying(self._entries if names is None else names, threads=cpu_count()):
+            pass
+
+    @contextmanager
+    def verifying(self, names: Iterable[str], *, threads: int | None = None) -> Generator[None]:
+        """Check entries in other threads while the block runs; what the block made counts only once it has ended.
+
+        Args:
+            names: the entries.
+            threads: how many to use; default: one processor is left to the block.
+
+        Raises:
+            BundleError: an entry's bytes were damaged; where the block failed too, this is the likely reason for it.
+        """
+        entries = sorted((self._entry(name) for name in names), key=lambda entry: -entry.size)
+        workers = threads or max(1, min(cpu_count() - 1, 4))
+        with ThreadPoolExecutor(workers, thread_name_prefix="mge-hash") as pool:
+            checks = [pool.submit(self._verify, entry) for entry in entries]
+            try:
+                yield
+            finally:
+                try:
+                    for check in checks:
+                        check.result()
+                finally:
+                    pool.shutdown(cancel_futures=True)
+
+    def in_place(self, descriptor: int | None = None) -> bool:
+        """Whether `path` still names the file that is open here (and as `descriptor`, if one is given).
+
+        Asked by whoever opens `region().path` by itself: another process may replace the file at any time.
+        """
+        try:
+            opened = [os.fstat(d) for d in (self._descriptor, descriptor) if d is not None]
+            return all(os.path.samestat(self.path.stat(), status) for status in opened)
+        except OSError:
+            return False
+
+    def stage_entries(self, stage: str) -> tuple[str, ...]:
+        """Entries that hold a stage: its graph, then its weights if it has any."""
+        names = (stage_graph(stage), stage_weights(stage))
+        return names if names[1] in self._entries else names[:1]
+
+    def calibration(self) -> Calibration | None:
+        """The calibration, if one was added.
+
+        Raises:
+            BundleError: it is damaged or belongs to another manifest.
+        """
+        if CALIBRATION not in self._entries:
+            return None
+        return Calibration.from_json(self._read_by_crc(CALIBRATION), manifest_sha256=self.manifest_sha256)
+
+    def engine(self, target: str) -> EngineDescription:
+        """What the bundle says of the engines of one target; their plans are entries `engines/<target>/<stage>.plan`.
+
+        Raises:
+            BundleError: there is none, it is damaged, or it was built from another manifest.
+        """
+        name = engine_description(target)
+        if name not in self._entries:
+            raise BundleError(f"{self.path} holds no engine for {target}; it has {', '.join(self.targets) or 'none'}")
+        data = self._read_by_crc(name)
+        description = EngineDescription.from_json(data, target=target, manifest_sha256=self.manifest_sha256)
+        for stage, plan in description.plans.items():
+            self._check_size(engine_plan(target, stage), plan, name)
+        return description
+
+    def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write every entry to a folder, as any unzip would, checked against its hash.
+
+        `onnx/<stage>.onnx` with `<stage>.weights` beside it is then an ordinary ONNX model with external data. Files of
+        the same names are replaced, each whole or not at all.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            BundleError: an entry was damaged.
+            OutputError: the folder cannot be written.
+        """
+        written: list[Path] = []
+        for entry in self._entries.values():
+            target = Path(folder) / entry.name  # names were checked: none leads out of the folder
+            with suppress(OSError):  # atomic_path says what is wrong with the folder
+                target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target) as temporary, temporary.open("wb") as out:
+                self._verify(entry, out.write)
+            written.append(target)
+        return written
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """An entry's bytes in pieces, checked against its CRC-32 at the end.
+
+        Raises:
+            BundleError: there is no such entry, or its bytes were damaged.
+        """
+        entry = self._entry(name)
+        crc = 0
+        for chunk in self._chunks(entry):
+            crc = zlib.crc32(chunk, crc)
+            yield bytes(chunk)
+        if crc != entry.crc:
+            raise self._damaged(name)
+
+    def _verify(self, entry: ArchiveEntry, write: Callable[[memoryview], object] | None = None) -> None:
+        digest, crc = hashlib.sha256(), 0
+        for chunk in self._chunks(entry):
+            digest.update(chunk)
+            crc = zlib.crc32(chunk, crc)
+            if write is not None:
+                write(chunk)
+        self._compare(entry.name, digest.hexdigest(), crc)
+
+    def _chunks(self, entry: ArchiveEntry) -> Iterator[memoryview]:
+        if self._descriptor < 0:
+            raise BundleError(f"{self.path} is closed; open it again")
+        buffer = memoryview(bytearray(min(_CHUNK, max(entry.size, 1))))
+        position, end = entry.offset, entry.offset + entry.size
+        while position < end:
+            count = os.preadv(self._descriptor, [buffer[: end - position]], position)
+            if count == 0:
+                raise self._damaged(entry.name)
+            yield buffer[:count]
+            position += count
+
+    def _compare(self, name: str, sha256: str, crc: int) -> None:
+        expected = self._expected(name)
+        if crc != self._entries[name].crc or (expected is not None and sha256 != expected.sha256):
+            raise self._damaged(name)
+
+    def _expected(self, name: str) -> Entry | None:
+        """What the manifest or an engine's description says of an entry; None for those held by CRC-32 alone."""
+        if name in self.manifest.entries:
+            return self.manifest.entries[name]
+        target = target_of(name)
+        if target is None or name == engine_description(target):
+            return None
+        plans = self.engine(target).plans
+        return next((plan for stage, plan in plans.items() if engine_plan(target, stage) == name), None)
+
+    def _read_by_crc(self, name: str) -> bytes:
+        return b"".join(self.chunks(name))
+
+    def _check_entries(self) -> None:
+        """Hold the manifest's entries to the directory and to the stages."""
+        graphs = {stage_graph(stage.name) for stage in self.manifest.stages}
+        allowed = graphs | {stage_weights(stage.name) for stage in self.manifest.stages}
+        listed = set(self.manifest.entries)
+        present = {name for name in self._entries if name.startswith("onnx/")}
+        wrong = sorted((graphs - listed) | (listed - allowed) | (present ^ listed))
+        if wrong:
+            raise BundleError(
+                f"cannot open {self.path}: its manifest and its entries differ at {wrong[0]}; "
+                "it was changed after it was written: export it again"
+            )
+        for name, entry in self.manifest.entries.items():
+            self._check_size(name, entry, MANIFEST)
+
+    def _check_size(self, name: str, expected: Entry, document: str) -> None:
+        found = self._entry(name).size
+        if found != expected.size:
+            raise BundleError(
+                f"{self.path}: entry {name} has {found} bytes, {document} says {expected.size}; "
+                "it was changed after it was written: export it again"
+            )
+
+    def _entry(self, name: str) -> ArchiveEntry:
+        if self._descriptor < 0:
+            raise BundleError(f"{self.path} is closed; open it again")
+        entry = self._entries.get(name)
+        if entry is None:
+            raise BundleError(f"{self.path} holds no entry {name}; it was damaged: copy or export it again")
+        return entry
+
+    def _damaged(self, name: str) -> BundleError:
+        return BundleError(
+            f"{self.path}: the bytes of entry {name} do not match their hash; "
+            "the file was damaged after it was written: copy or export it again"
+        )

@@ -1,0 +1,188 @@
+"""Write a bundle, or add to one: streaming, and whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mge_runtime.bundle.archive import ArchiveWriter
+from mge_runtime.bundle.attachments import Calibration, EngineDescription
+from mge_runtime.bundle.layout import (
+    CALIBRATION,
+    MANIFEST,
+    engine_description,
+    engine_plan,
+    is_target,
+    stage_graph,
+    stage_weights,
+    target_of,
+)
+from mge_runtime.bundle.onnx_graph import relocate
+from mge_runtime.bundle.reader import Bundle
+from mge_runtime.errors import BundleError, OutputError
+from mge_runtime.fields import JsonValue
+from mge_runtime.files import atomic_path
+from mge_runtime.manifest import Entry, Manifest
+
+__all__ = ["StageModel", "add_calibration", "add_engine", "write_bundle"]
+
+_CHUNK = 1 << 22  # bytes read at once
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """A stage's ONNX model, as bytes or as files."""
+
+    graph: bytes | Path  # serialised ModelProto; its external data, if any, lies in the file "<stage>.weights"
+    weights: bytes | Path | None = None  # that file; None: the graph has no external data
+
+
+def write_bundle(path: str | os.PathLike[str], manifest: Manifest, stage_models: Mapping[str, StageModel]) -> Manifest:
+    """Write a bundle. Weights are streamed; on any error nothing is left behind and an old file stays as it was.
+
+    Args:
+        path: where to write, usually `mge.plan`.
+        manifest: everything but `entries`, which are filled in here.
+        stage_models: the model of every stage, by stage name.
+
+    Returns:
+        The manifest as it was written.
+
+    Raises:
+        BundleError: the stages do not fit each other, a stage's model is missing, or a graph refers to other files.
+        OutputError: `path` cannot be written, or the bundle would exceed 4 GiB.
+    """
+    manifest.check()
+    names = {stage.name for stage in manifest.stages}
+    if set(stage_models) != names:
+        raise BundleError(f"models of the stages {sorted(stage_models)} were given; expected {sorted(names)}")
+    for stage in manifest.stages:
+        _check_model(stage.name, stage_models[stage.name])
+    with atomic_path(path) as temporary, temporary.open("w+b") as stream:
+        archive = ArchiveWriter(stream)
+        entries: dict[str, Entry] = {}
+        for stage in manifest.stages:
+            model = stage_models[stage.name]
+            parts = {stage_graph(stage.name): model.graph, stage_weights(stage.name): model.weights}
+            for name, data in parts.items():
+                if data is not None:
+                    entries[name] = _add_hashed(archive, name, data)
+        manifest = manifest.with_entries(entries)
+        archive.add(MANIFEST, [manifest.to_json()])
+        archive.finish()
+    return manifest
+
+
+def add_calibration(path: str | os.PathLike[str], values: Mapping[str, JsonValue]) -> None:
+    """Add a calibration to a bundle, or replace the one it has; everything else stays byte for byte.
+
+    Raises:
+        BundleError: the bundle cannot be read.
+        OutputError: it cannot be written.
+    """
+    with _updating(path) as (bundle, archive):
+        _copy(bundle, archive, [name for name in bundle.sizes if name != CALIBRATION])
+        archive.add(CALIBRATION, [Calibration(bundle.manifest_sha256, values).to_json()])
+
+
+def add_engine(
+    path: str | os.PathLike[str],
+    target: str,
+    plans: Mapping[str, bytes | Path],
+    details: Mapping[str, JsonValue],
+    *,
+    manifest_sha256: str,
+) -> None:
+    """Add the engines of one target to a bundle, or replace those it has; everything else stays byte for byte.
+
+    Args:
+        path: the bundle.
+        target: what the engines are for, such as "tensorrt-10.3-sm87-linux-aarch64".
+        plans: each stage's engine, by stage name.
+        details: free: builder, options, attestation.
+        manifest_sha256: hash of the manifest whose ONNX they were built from.
+
+    Raises:
+        BundleError: the bundle cannot be read, has another manifest by now, or has no such stage.
+        OutputError: it cannot be written.
+    """
+    if not is_target(target):
+        raise BundleError(f"an engine's target is called {target!r}; expected letters, digits, '.', '_' and '-'")
+    with _updating(path) as (bundle, archive):
+        if bundle.manifest_sha256 != manifest_sha256:
+            raise BundleError(
+                f"the engines were built from the manifest {manifest_sha256[:12]}; {bundle.path} has "
+                f"{bundle.manifest_sha256[:12]} by now: build them again"
+            )
+        if unknown := sorted(set(plans) - {stage.name for stage in bundle.manifest.stages}):
+            raise BundleError(f"an engine for the stage {unknown[0]!r} was given; the bundle has no such stage")
+        _copy(bundle, archive, [name for name in bundle.sizes if target_of(name) != target])
+        entries = {stage: _add_hashed(archive, engine_plan(target, stage), plan) for stage, plan in plans.items()}
+        description = EngineDescription(manifest_sha256, target, entries, details)
+        archive.add(engine_description(target), [description.to_json()])
+
+
+@contextmanager
+def _updating(path: str | os.PathLike[str]) -> Generator[tuple[Bundle, ArchiveWriter]]:
+    """Rewrite a bundle beside itself; of two that do so at once the second waits for the first."""
+    with _locked(path) as bundle, atomic_path(bundle.path) as temporary, temporary.open("w+b") as stream:
+        archive = ArchiveWriter(stream)
+        yield bundle, archive
+        archive.finish()
+
+
+@contextmanager
+def _locked(path: str | os.PathLike[str]) -> Generator[Bundle]:
+    """Open a bundle that nobody else is rewriting."""
+    while True:
+        with Bundle.open(path) as bundle, bundle.path.open("rb") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                reason = error.strerror or error
+                raise OutputError(f"cannot lock {bundle.path}: {reason}; expected a file on a local disk") from error
+            # Whoever held the lock before us has put a new file in this one's place.
+            if not bundle.in_place(handle.fileno()):
+                continue
+            yield bundle
+            return
+
+
+def _copy(bundle: Bundle, archive: ArchiveWriter, names: Iterable[str]) -> None:
+    for name in names:
+        archive.add(name, bundle.chunks(name))
+
+
+def _add_hashed(archive: ArchiveWriter, name: str, data: bytes | Path) -> Entry:
+    digest = hashlib.sha256()
+
+    def chunks() -> Iterator[bytes]:
+        for chunk in _chunks(data):
+            digest.update(chunk)
+            yield chunk
+
+    size = archive.add(name, chunks()).size
+    return Entry(digest.hexdigest(), size)
+
+
+def _chunks(data: bytes | Path) -> Iterator[bytes]:
+    if isinstance(data, bytes):
+        yield data
+        return
+    with data.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
+
+
+def _check_model(stage: str, model: StageModel) -> None:
+    """A graph that opens only beside some other file must not reach a bundle."""
+    graph = model.graph if isinstance(model.graph, bytes) else model.graph.read_bytes()
+    weights = model.weights
+    size = 0 if weights is None else len(weights) if isinstance(weights, bytes) else weights.stat().st_size
+    expected = Path(stage_weights(stage)).name
+    relocate(graph, expected=expected, size=size, location=expected, start=0)

@@ -1,0 +1,195 @@
+"""The manifest: what a bundle holds, how its stages are wired, and the hash of every model entry.
+
+It is written once, at export, and never changes afterwards: calibrations and engines added later name its hash.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+from mge_runtime.errors import BundleError
+from mge_runtime.fields import Field, JsonValue, parse_json
+from mge_runtime.spec import BATCH, Preprocess, SegmentSpec, StageSpec, TensorSpec, ViewSpec
+from mge_runtime.wiring import check_wiring
+
+__all__ = ["FRAME", "SCHEMA_VERSION", "Entry", "Manifest"]
+
+SCHEMA_VERSION = 1
+FRAME = "frame"  # the chain's one input: uint8 RGB [B, S, S, 3]
+
+_DOCUMENT = "manifest.json"
+_FIELDS = (
+    "schema_version",
+    "model",
+    "class_names",
+    "preprocess",
+    "stages",
+    "segments",
+    "views",
+    "gate",
+    "precision",
+    "parity",
+    "tools",
+    "checkpoint_sha256",
+    "entries",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model file inside the bundle."""
+
+    sha256: str  # 64 hexadecimal digits
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about the model that does not depend on a device."""
+
+    model: Mapping[str, JsonValue]  # free: arch, experts, thresholds, ... for people and for mge-eval
+    class_names: tuple[str, ...]  # by class index
+    preprocess: Preprocess
+    stages: tuple[StageSpec, ...]
+    segments: tuple[SegmentSpec, ...]  # every stage once, in the order they run; the last one's answer is the chain's
+    views: tuple[ViewSpec, ...]  # one for each expert
+    gate: str | None = None  # the tensor [B, K] of the experts' shares, if the chain has a gate
+    # By stage: "type" ("fp32", "fp16", ...) and "attested" (by what check), more if the export likes.
+    precision: Mapping[str, Mapping[str, JsonValue]] = field(default_factory=dict[str, "Mapping[str, JsonValue]"])
+    parity: Mapping[str, JsonValue] | None = None  # the export's report; None: not measured
+    tools: Mapping[str, str] = field(default_factory=dict[str, str])  # name: version, of what made the bundle
+    checkpoint_sha256: str | None = None  # of the file the model came from
+    entries: Mapping[str, Entry] = field(default_factory=dict[str, Entry])  # by name in the bundle; the writer fills it
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def answer(self) -> str:
+        """The tensor [B, C] that answers after the whole chain."""
+        return self.segments[-1].answer
+
+    def stage(self, name: str) -> StageSpec:
+        """The stage of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def with_entries(self, entries: Mapping[str, Entry]) -> Manifest:
+        """The same manifest over these files."""
+        return replace(self, entries=dict(entries))
+
+    def check(self) -> None:
+        """Check that the parts fit each other.
+
+        Raises:
+            BundleError: stages that are not wired, a view or an answer that no stage puts out, shapes that differ.
+        """
+        size, classes = self.preprocess.size, len(self.class_names)
+        check_wiring(self.stages, self.segments, self.views, self.gate, size=size, classes=classes, frame=FRAME)
+
+    def to_json(self) -> bytes:
+        """The bytes of `manifest.json`: UTF-8, the same for equal manifests."""
+        values = asdict(self)
+        ordered = {name: values[name] for name in _FIELDS}
+        return (json.dumps(ordered, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Read and check what `to_json` wrote.
+
+        Raises:
+            BundleError: no JSON, a newer schema, a field that is missing, unknown or of the wrong type (named by its
+                path), or parts that do not fit each other.
+        """
+        root = parse_json(data, _DOCUMENT)
+        version = root.table().get("schema_version")
+        if version is None:
+            raise BundleError(f"{_DOCUMENT}: schema_version is missing; expected a bundle that mge-export wrote")
+        if version.integer(1) > SCHEMA_VERSION:
+            raise BundleError(
+                f"the bundle has schema version {version.integer(1)}; this runtime reads version {SCHEMA_VERSION}: "
+                "upgrade it with `pip install --upgrade mge`, or export again with this version"
+            )
+        fields = root.members(_FIELDS)
+        manifest = cls(
+            schema_version=version.integer(1),
+            model={key: value.value for key, value in fields["model"].table().items()},
+            class_names=_class_names(fields["class_names"]),
+            preprocess=_preprocess(fields["preprocess"]),
+            stages=tuple(_stage(f) for f in fields["stages"].items()),
+            segments=tuple(_segment(f) for f in fields["segments"].items()),
+            views=tuple(_view(f) for f in fields["views"].items()),
+            gate=fields["gate"].optional(Field.text),
+            precision={
+                stage: {key: value.value for key, value in plan.table().items()}
+                for stage, plan in fields["precision"].table().items()
+            },
+            parity=fields["parity"].optional(lambda f: {key: value.value for key, value in f.table().items()}),
+            tools={name: value.text() for name, value in fields["tools"].table().items()},
+            checkpoint_sha256=fields["checkpoint_sha256"].optional(Field.sha256),
+            entries={name: _entry(f) for name, f in fields["entries"].table().items()},
+        )
+        manifest.check()
+        return manifest
+
+
+def _class_names(f: Field) -> tuple[str, ...]:
+    names = tuple(name.text() for name in f.items())
+    if not names:
+        f.fail("at least one class name")
+    return names
+
+
+def _preprocess(f: Field) -> Preprocess:
+    fields = f.members(("resize", "size", "mean", "std"))
+    size = fields["size"].integer(2, 2**14)
+    resize = fields["resize"].integer(size, 2**15)
+    return Preprocess(resize=resize, size=size, mean=_triple(fields["mean"]), std=_triple(fields["std"]))
+
+
+def _triple(f: Field) -> tuple[float, float, float]:
+    values = [item.number() for item in f.items()]
+    if len(values) != 3:
+        f.fail("three numbers, one for each of red, green and blue")
+    return values[0], values[1], values[2]
+
+
+def _stage(f: Field) -> StageSpec:
+    fields = f.members(("name", "inputs", "outputs"))
+    return StageSpec(
+        name=fields["name"].text(),
+        inputs=tuple(_tensor(t) for t in fields["inputs"].items()),
+        outputs=tuple(_tensor(t) for t in fields["outputs"].items()),
+    )
+
+
+def _tensor(f: Field) -> TensorSpec:
+    fields = f.members(("name", "dtype", "shape"))
+    axes = fields["shape"].items()
+    if not axes or axes[0].value != BATCH:
+        fields["shape"].fail(f'a shape whose first axis is "{BATCH}"')
+    shape = (BATCH, *(axis.integer(1, 2**31) for axis in axes[1:]))
+    return TensorSpec(name=fields["name"].text(), dtype=fields["dtype"].text(), shape=shape)
+
+
+def _segment(f: Field) -> SegmentSpec:
+    fields = f.members(("stages", "answer"))
+    return SegmentSpec(stages=tuple(s.text() for s in fields["stages"].items()), answer=fields["answer"].text())
+
+
+def _view(f: Field) -> ViewSpec:
+    fields = f.members(("logits", "heatmap", "box"))
+    return ViewSpec(
+        logits=fields["logits"].text(), heatmap=fields["heatmap"].text(), box=fields["box"].optional(Field.text)
+    )
+
+
+def _entry(f: Field) -> Entry:
+    fields = f.members(("sha256", "size"))
+    return Entry(sha256=fields["sha256"].sha256(), size=fields["size"].integer(0))
