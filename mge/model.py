@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -19,9 +18,8 @@ __all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput"
 NORM_SCALE = 10.0  # length of each normalised half of the concatenated features (authors' code)
 
 
-@dataclass(frozen=True)
-class ExpertOutput:
-    """What one expert saw and said."""
+class ExpertOutput(NamedTuple):
+    """What one expert saw and said (a named tuple, which distribution wrappers can walk; frozen dataclasses not)."""
 
     image: Tensor  # [B, 3, S, S], its input
     global_logits: Tensor  # [B, C], large part
@@ -31,8 +29,7 @@ class ExpertOutput:
     box: Tensor | None  # [B, 4] in pixels of `image`, what the next expert sees; None for the last
 
 
-@dataclass(frozen=True)
-class MGEOutput:
+class MGEOutput(NamedTuple):
     """Answers of the whole chain."""
 
     experts: tuple[ExpertOutput, ...]  # K of them

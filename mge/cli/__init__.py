@@ -1,0 +1,1 @@
+"""The commands that need torch: mge-train and mge-eval."""

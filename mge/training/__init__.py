@@ -1,0 +1,1 @@
+"""Train an `MGENet`: losses, schedules, thresholds, the loop and what it writes."""

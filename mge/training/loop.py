@@ -1,0 +1,192 @@
+"""The training loop: explicit, on Lightning Fabric for device, precision and distribution."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mge.checkpoint import save_checkpoint
+from mge.data.folder import FolderDataset, TrainingDataset
+from mge.data.sampling import EpochSampler
+from mge.evaluation import Answers, collect, summarize, view_areas
+from mge.model import MGENet
+from mge.training.interrupt import Interrupt, ignore_in_worker
+from mge.training.losses import loss_terms
+from mge.training.optim import make_optimizer, make_schedule
+from mge.training.options import TrainOptions
+from mge.training.record import write_csv, write_curves, write_tensorboard
+from mge.training.state import Progress, load_progress, save_progress
+from mge.training.thresholds import propose_threshold
+from mge_runtime.errors import TrainingError
+
+__all__ = ["Trainer"]
+
+EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
+
+
+@dataclass
+class Trainer:
+    """Trains a model; writes `best.pt`, `last.pt`, `metrics.csv`, `curves.png` and TensorBoard events to a folder."""
+
+    model: MGENet
+    train: TrainingDataset
+    val: FolderDataset
+    options: TrainOptions
+    folder: Path  # exists
+    fabric: Fabric
+
+    def fit(self, resume: Path | None = None) -> Progress:
+        """Train to the last epoch, or to a Ctrl-C; returns where it stopped.
+
+        Args:
+            resume: a `last.pt` whose weights `model` already has; the run goes on exactly where it stood.
+
+        Raises:
+            TrainingError: a loss became infinite or NaN (`last.pt` keeps the state before the epoch), or `resume` does
+                not fit.
+        """
+        model = self.model.to(memory_format=torch.channels_last)  # 1.5 times faster on CPUs, and what GPUs like
+        optimizer = make_optimizer(model, self.options)
+        schedule = make_schedule(optimizer, self.options, self.steps_per_epoch)
+        progress = load_progress(resume, self.options, optimizer, schedule) if resume else Progress()
+        wrapped, optimizer = self.fabric.setup(model, optimizer)
+        if resume is None and self.options.crop_area is not None:
+            self._follow_area(collect(model, self._val_batches()))
+        with Interrupt() as interrupt:
+            while progress.epoch < self.options.epochs and not interrupt.requested:
+                started = time.perf_counter()
+                self._epoch(wrapped, optimizer, schedule, progress, interrupt)
+                if not interrupt.requested:
+                    self._finish_epoch(progress, time.perf_counter() - started, optimizer)
+                self._save(progress, optimizer, schedule)
+        if self.fabric.is_global_zero and progress.history:
+            write_curves(self.folder / "curves.png", progress.history)
+        return progress
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch; the images of an incomplete last batch are left out (another set each epoch)."""
+        return max(len(self.train) // self.fabric.world_size // self.options.batch_size, 1)
+
+    def _epoch(self, wrapped: Any, optimizer: Any, schedule: Any, progress: Progress, interrupt: Interrupt) -> None:
+        batch = self.options.batch_size
+        sampler = EpochSampler(
+            len(self.train),
+            seed=self.options.seed,
+            epoch=progress.epoch,
+            skip=progress.step * batch,
+            rank=self.fabric.global_rank,
+            world=self.fabric.world_size,
+        )
+        loader = DataLoader(
+            self.train,
+            batch,
+            sampler=sampler,
+            num_workers=self.options.workers,
+            drop_last=len(self.train) // self.fabric.world_size >= batch,
+            worker_init_fn=ignore_in_worker,
+        )
+        bar = tqdm(
+            total=self.steps_per_epoch,
+            initial=progress.step,
+            desc=f"epoch {progress.epoch + 1}/{self.options.epochs}",
+            unit="batch",
+            leave=False,
+            disable=None if self.fabric.is_global_zero else True,
+        )
+        wrapped.train()
+        with bar:
+            for images, labels in self.fabric.setup_dataloaders(loader, use_distributed_sampler=False):
+                total = self._step(wrapped, optimizer, images, labels, progress)
+                schedule.step()
+                progress.step += 1
+                bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+                bar.update()
+                if interrupt.requested:
+                    break
+
+    def _step(self, wrapped: Any, optimizer: Any, images: Tensor, labels: Tensor, progress: Progress) -> float:
+        images = images.to(memory_format=torch.channels_last)
+        terms = loss_terms(
+            wrapped(images, labels),
+            labels,
+            label_smoothing=self.options.label_smoothing,
+            diversity_form=self.options.diversity,
+        )
+        loss = torch.stack(list(terms.values())).sum()
+        values = {name: float(term.detach()) for name, term in terms.items()}
+        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+            raise TrainingError(
+                f"loss {bad[0]} became {values[bad[0]]} in epoch {progress.epoch + 1}, step {progress.step + 1}; "
+                "expected a finite number: lower --head-lr or --trunk-lr, set --clip-norm 5 or --normalize-features"
+            )
+        optimizer.zero_grad()
+        self.fabric.backward(loss)
+        if self.options.clip_norm is not None:
+            self.fabric.clip_gradients(wrapped, optimizer, max_norm=self.options.clip_norm, error_if_nonfinite=False)
+        optimizer.step()
+        for name, value in values.items():
+            progress.sums[name] = progress.sums.get(name, 0.0) + value
+        return float(loss.detach())
+
+    def _finish_epoch(self, progress: Progress, seconds: float, optimizer: Any) -> None:
+        answers = collect(self.model, self._val_batches())
+        rows = summarize(answers)
+        areas = view_areas(answers)
+        row: dict[str, float] = {"epoch": progress.epoch + 1}
+        row["loss/total"] = sum(progress.sums.values()) / progress.step
+        row |= {f"loss/{name}": value / progress.step for name, value in progress.sums.items()}
+        row |= {f"top1/{line.name}": line.top1 for line in rows}
+        row |= {f"area/expert {k}": area for k, area in enumerate(areas, 1)}
+        row |= {f"threshold/{k}": value for k, value in enumerate(self.model.config.box_thresholds, 1)}
+        row["lr/trunk"], row["lr/heads"] = (group["lr"] for group in optimizer.param_groups)
+        row["seconds"] = round(seconds, 2)
+        progress.history.append(row)
+        accuracy = rows[-1].top1
+        # On a tie the later epoch wins: the few validation images of small sets tie often, and training moved on.
+        is_best = accuracy >= progress.best
+        if self.fabric.is_global_zero:
+            if is_best:
+                save_checkpoint(self.folder / "best.pt", self.model)
+            write_csv(self.folder / "metrics.csv", progress.history)
+            write_tensorboard(self.folder / "tensorboard", row)
+            singles = [line.top1 for line in rows if line.name.startswith("expert") and line.name.count(" ") == 1]
+            click.echo(
+                f"epoch {progress.epoch + 1:3d}  loss {row['loss/total']:7.3f}  "
+                f"val: experts {' '.join(f'{100 * value:5.1f}' for value in singles)}  "
+                f"{rows[-1].name} {100 * accuracy:5.1f} %  areas {' '.join(f'{100 * area:.0f}' for area in areas)} %  "
+                f"thresholds {' '.join(f'{value:.2f}' for value in self.model.config.box_thresholds) or '-'}  "
+                f"{seconds:.0f} s{'  best' if is_best else ''}"
+            )
+        progress.best = max(progress.best, accuracy)
+        progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
+        if self.options.crop_area is not None:
+            self._follow_area(answers)
+
+    def _follow_area(self, answers: Answers) -> None:
+        """Move each threshold to where the median crop keeps `crop_area` of its image."""
+        target, size = self.options.crop_area or 1.0, self.model.config.image_size
+        thresholds = tuple(
+            propose_threshold(maps, size, target)[0] for maps in answers.heatmaps[: self.model.config.experts - 1]
+        )
+        self.model.config = self.model.config.with_thresholds(thresholds)
+
+    def _val_batches(self) -> Any:
+        loader = DataLoader(
+            self.val, EVALUATION_BATCH, num_workers=self.options.workers, worker_init_fn=ignore_in_worker
+        )
+        return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+
+    def _save(self, progress: Progress, optimizer: Any, schedule: Any) -> None:
+        if self.fabric.is_global_zero:
+            save_progress(self.folder / "last.pt", self.model, progress, self.options, optimizer, schedule)

@@ -1,0 +1,46 @@
+"""Choose box thresholds by how much of the image the crops keep on validation images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mge.attention import mask_box, normalized_map
+
+__all__ = ["CANDIDATES", "median_area", "propose_threshold"]
+
+CANDIDATES = tuple(round(0.05 * step, 2) for step in range(1, 20))  # 0.05 .. 0.95
+_CHUNK = 64  # maps upsampled at once, to bound memory
+
+
+def median_area(heatmaps: Tensor, size: int, threshold: float) -> float:
+    """Median share of the image, in (0, 1], that the boxes of these maps [N, h, w] keep at a threshold."""
+    return float(_areas(heatmaps, size, (threshold,)).median(1).values[0])
+
+
+def propose_threshold(heatmaps: Tensor, size: int, target: float) -> tuple[float, float]:
+    """The lowest candidate whose median crop keeps at most `target` of the image, or the highest candidate.
+
+    Args:
+        heatmaps: [N, h, w], attention on validation images.
+        size: pixels, the side of the images.
+        target: share of the image in (0, 1].
+
+    Returns:
+        The threshold and the median share that it keeps.
+    """
+    medians = _areas(heatmaps, size, CANDIDATES).median(1).values.tolist()
+    for threshold, area in zip(CANDIDATES, medians, strict=True):
+        if area <= target:
+            return threshold, area
+    return CANDIDATES[-1], medians[-1]
+
+
+def _areas(heatmaps: Tensor, size: int, thresholds: tuple[float, ...]) -> Tensor:
+    """Area of every map's box at every threshold: [T, N], shares of the image."""
+    columns = []
+    for chunk in heatmaps.split(_CHUNK):
+        scaled = normalized_map(chunk, size)
+        boxes = torch.stack([mask_box((scaled >= threshold).float()) for threshold in thresholds])
+        columns.append((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]) / size**2)
+    return torch.cat(columns, 1)
