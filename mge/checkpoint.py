@@ -170,6 +170,7 @@ def _authors(content: dict[str, Any], source: str) -> tuple[MGEConfig, dict[str,
         parts_per_class=found.parts_per_class,
         gate_width=found.gate_width,
         normalize_features=False,
+        attention_head="first",  # their Grad-CAM is handed each expert's classifier but calls `model.classifier`
     )
     return config, found.state
 

@@ -34,6 +34,7 @@ class MGEConfig:
     parts_per_class: int = 10  # channels of the part convolution for each class
     gate_width: int = 512  # hidden units of the gate
     normalize_features: bool = False  # BatchNorm before the heads, for trunks whose last features are linear
+    attention_head: str = "own"  # whose global head Grad-CAM reads: "own", each expert's; "first", always expert 1's
 
     def __post_init__(self) -> None:
         checks = [
@@ -49,6 +50,7 @@ class MGEConfig:
             (all(0 <= t < 1 for t in self.box_thresholds), "box_thresholds", "numbers in [0, 1)"),
             (self.parts_per_class >= 1, "parts_per_class", "at least 1"),
             (self.gate_width >= 1, "gate_width", "at least 1"),
+            (self.attention_head in ("own", "first"), "attention_head", "'own' or 'first'"),
         ]
         for good, name, expected in checks:
             if not good:

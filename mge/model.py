@@ -141,12 +141,21 @@ class MGENet(nn.Module):
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.experts))
         self.gate = Gate(config) if config.experts > 1 else None
 
+    def attention_head(self, k: int) -> GlobalHead:
+        """The global head whose class scores and gradient make the attention of expert k (from 0).
+
+        The paper's method is each expert's own; the authors' code calls expert 1's head on every expert's features.
+        """
+        expert = self.experts[k if self.config.attention_head == "own" else 0]
+        assert isinstance(expert, Expert)  # noqa: S101 - tells the type checker what the ModuleList holds
+        return expert.global_head
+
     def forward(self, images: Tensor, labels: Tensor | None = None) -> MGEOutput:
         """Answer a batch of normalised images.
 
         Args:
             images: [B, 3, S, S], normalised with the config's mean and std.
-            labels: [B] int64: attention looks for these classes (training); None: for each expert's own first guess.
+            labels: [B] int64: attention looks for these classes (training); None: for its head's own first guess.
         """
         outputs: list[ExpertOutput] = []
         image = images
@@ -155,7 +164,7 @@ class MGENet(nn.Module):
             c4, c5 = expert.features(image)
             parts = expert.part_features(c4)
             with torch.no_grad():
-                _, gradient = class_gradient(expert.global_head, c5.detach(), labels)
+                _, gradient = class_gradient(self.attention_head(k), c5.detach(), labels)
                 heatmap = grad_cam(c5.detach(), gradient)
                 box = None
                 if k < self.config.experts - 1:
