@@ -70,7 +70,7 @@ def write_bundle(path: str | os.PathLike[str], manifest: Manifest, stage_models:
             model = stage_models[stage.name]
             parts = {stage_graph(stage.name): model.graph, stage_weights(stage.name): model.weights}
             for name, data in parts.items():
-                if data is not None:
+                if data:  # a graph without external data has no weights entry
                     entries[name] = _add_hashed(archive, name, data)
         manifest = manifest.with_entries(entries)
         archive.add(MANIFEST, [manifest.to_json()])

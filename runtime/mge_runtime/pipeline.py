@@ -1,0 +1,276 @@
+"""From pictures to predictions, for one bundle."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+
+from mge_runtime.backends import Choice, choose, open_backend
+from mge_runtime.bundle import Bundle
+from mge_runtime.chain import Chain, ChainResult
+from mge_runtime.decode import ImageSource, decode_image
+from mge_runtime.errors import BackendError, InputError
+from mge_runtime.geometry import Viewport, compose_boxes
+from mge_runtime.manifest import Manifest
+from mge_runtime.prediction import Prediction
+from mge_runtime.preprocess import to_frame
+
+if TYPE_CHECKING:
+    from mge_runtime.backends.base import Array
+
+__all__ = ["Exit", "Pipeline"]
+
+Exit: TypeAlias = "Literal['never'] | int"  # "never": the whole chain; N: stop after segment N, from 1
+
+_Source = TypeVar("_Source", bound=ImageSource)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """One image on its way into a batch."""
+
+    frame: Array  # uint8 [S, S, 3]
+    viewport: Viewport
+    timings_ms: dict[str, float]
+
+
+class Pipeline:
+    """Answers pictures with the chain of one bundle; made by `Pipeline.open`, a context manager.
+
+    A pipeline computes in the thread that calls it and is used from one thread at a time (a call from a second one is
+    refused); for several threads open one pipeline in each. Only decoding uses threads of its own, in `predict_iter`.
+    """
+
+    def __init__(self, bundle: Bundle, choice: Choice, *, threads: int | None = None) -> None:
+        self.manifest: Manifest = bundle.manifest
+        self.choice: Choice = choice  # the backend and device that run, and why not others
+        self._chain: Chain | None = Chain(bundle, open_backend(choice, threads=threads))
+        self._busy = threading.Lock()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        device: str = "auto",
+        backend: str = "auto",
+        threads: int | None = None,
+    ) -> Pipeline:
+        """Open a bundle and make its chain ready to run.
+
+        Args:
+            path: the `mge.plan` file.
+            device: "auto", "cpu" or "cuda:0".
+            backend: "auto", "onnxruntime", "tensorrt" or "tensorrt-rtx".
+            threads: processors to compute with; None: all that this process may use.
+
+        Raises:
+            BundleError: the file is missing, no bundle, damaged or of a newer schema.
+            BackendError: the device or the backend is unknown or cannot run here.
+        """
+        if threads is not None and threads < 1:
+            raise BackendError(f"asked to compute with {threads} threads; expected at least 1, or None for all")
+        with Bundle.open(path) as bundle:
+            return cls(bundle, choose(device, backend), threads=threads)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the model; closing twice does nothing.
+
+        Raises:
+            BackendError: another thread is using the pipeline.
+        """
+        if self._chain is not None:
+            with self._opened() as chain:
+                chain.close()
+                self._chain = None
+
+    def predict(self, source: ImageSource, *, exit: Exit = "never") -> Prediction:
+        """Answer one picture.
+
+        Args:
+            source: a path, the bytes of a picture file, a binary file object, a Pillow image, or a uint8 RGB array
+                [H, W, 3].
+            exit: "never" for the whole chain, or the number of the segment to stop after.
+
+        Raises:
+            InputError: the picture cannot be read.
+            BackendError: the pipeline is closed or in use, `exit` is out of range, or a stage failed.
+        """
+        return self.predict_batch([source], exit=exit)[0]
+
+    def predict_batch(self, sources: Sequence[ImageSource], *, exit: Exit = "never") -> list[Prediction]:
+        """Answer several pictures in one run of the chain, in their order.
+
+        Raises:
+            InputError: one of the pictures cannot be read; none is answered then.
+            BackendError: as for `predict`.
+        """
+        self._require_open()
+        return self._answer([self._prepare(source) for source in sources], exit) if sources else []
+
+    def predict_iter(
+        self, sources: Iterable[_Source], *, batch: int = 1, workers: int = 2, exit: Exit = "never"
+    ) -> Iterator[tuple[_Source, Prediction | InputError]]:
+        """Answer many pictures, decoding the next ones while the chain computes.
+
+        Memory stays flat: at most 2 * `workers` + `batch` frames are decoded ahead. Sources are taken one by one as
+        they are needed; where the iterator is closed early, no thread is left behind.
+
+        Args:
+            sources: any number of what `predict` takes.
+            batch: pictures in one run of the chain; the last run may hold fewer.
+            workers: threads that decode.
+            exit: as for `predict`.
+
+        Yields:
+            Each source with its prediction or, for a picture that cannot be read, the error, in the order of `sources`.
+
+        Raises:
+            BackendError: as for `predict`, or `batch` or `workers` is below 1.
+        """
+        if batch < 1 or workers < 1:
+            raise BackendError(f"asked for batches of {batch} and {workers} workers; expected at least 1 of each")
+        self._require_open()
+        return self._iterate(sources, batch, workers, exit)
+
+    def run(
+        self, frames: Array, *, exit: Exit = "never", outputs: Collection[str] | None = None
+    ) -> Mapping[str, Array]:
+        """Run the chain on frames that are ready, without any report: for parity checks and benchmarks.
+
+        Args:
+            frames: uint8 RGB [B, S, S, 3], C-contiguous.
+            exit: as for `predict`.
+            outputs: tensors to return beside the answer; default: those that a prediction reports.
+
+        Returns:
+            Tensors by name, float32, the first axis is the batch; those of stages that did not run are left out.
+
+        Raises:
+            InputError: `frames` has another type or shape.
+            BackendError: as for `predict`, or there is no such output.
+        """
+        size = self.manifest.preprocess.size
+        if frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3) or not len(frames):
+            raise InputError(
+                f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
+                f"expected uint8 [B, {size}, {size}, 3]"
+            )
+        return self._run(frames, exit, outputs).tensors
+
+    def _run(self, frames: Array, exit: Exit, outputs: Collection[str] | None = None) -> ChainResult:
+        with self._opened() as chain:
+            return chain.run(frames, segments=None if exit == "never" else exit, outputs=outputs)
+
+    def _prepare(self, source: ImageSource) -> _Prepared:
+        start = time.perf_counter()
+        image = decode_image(source)
+        decoded = time.perf_counter()
+        frame, viewport = to_frame(image, self.manifest.preprocess)
+        done = time.perf_counter()
+        timings = {"decode": (decoded - start) * 1e3, "preprocess": (done - decoded) * 1e3}
+        return _Prepared(frame, viewport, timings)
+
+    def _answer(self, prepared: Sequence[_Prepared], exit: Exit) -> list[Prediction]:
+        result = self._run(np.stack([item.frame for item in prepared]), exit)
+        share = {name: ms / len(prepared) for name, ms in result.stage_ms.items()}
+        return [self._prediction(result, row, item, share) for row, item in enumerate(prepared)]
+
+    def _prediction(self, result: ChainResult, row: int, item: _Prepared, share: Mapping[str, float]) -> Prediction:
+        manifest, tensors = self.manifest, result.tensors
+        views = [view for view in manifest.views if view.logits in tensors]
+        cuts: list[Array] = [tensors[view.box][row] for view in views if view.box is not None]
+        boxes = np.array(cuts, np.float32).reshape(-1, 4)
+        timings = {**item.timings_ms, **share}
+        gate: Any = tensors.get(manifest.gate) if manifest.gate is not None else None
+        return Prediction.from_logits(
+            tensors[result.answer][row],
+            class_names=manifest.class_names,
+            expert_logits=np.stack([tensors[view.logits][row] for view in views]),
+            gate=None if gate is None else gate[row],
+            boxes=compose_boxes(boxes, item.viewport, manifest.preprocess.size),
+            heatmaps=tuple(tensors[view.heatmap][row] for view in views),
+            size=(item.viewport.width, item.viewport.height),
+            timings_ms={**timings, "total": sum(timings.values())},
+        )
+
+    def _iterate(
+        self, sources: Iterable[_Source], batch: int, workers: int, exit: Exit
+    ) -> Generator[tuple[_Source, Prediction | InputError]]:
+        group: list[tuple[_Source, _Prepared | InputError]] = []
+        ready = self._decoded(sources, workers, ahead=2 * workers + batch)
+        try:
+            for source, item in ready:
+                group.append((source, item))
+                if sum(isinstance(item, _Prepared) for _, item in group) == batch:
+                    yield from self._answer_group(group, exit)
+                    group = []
+            yield from self._answer_group(group, exit)
+        finally:
+            ready.close()
+
+    def _answer_group(
+        self, group: list[tuple[_Source, _Prepared | InputError]], exit: Exit
+    ) -> list[tuple[_Source, Prediction | InputError]]:
+        good = [item for _, item in group if isinstance(item, _Prepared)]
+        answers = iter(self._answer(good, exit) if good else [])
+        return [(source, item if isinstance(item, InputError) else next(answers)) for source, item in group]
+
+    def _decoded(
+        self, sources: Iterable[_Source], workers: int, ahead: int
+    ) -> Generator[tuple[_Source, _Prepared | InputError]]:
+        """Decode in threads, at most `ahead` images before the one that is asked for; the order is kept."""
+        pending: deque[tuple[_Source, Future[_Prepared]]] = deque()
+        remaining = iter(sources)
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="mge-decode")
+        try:
+            while True:
+                while len(pending) < ahead:
+                    try:
+                        source = next(remaining)
+                    except StopIteration:
+                        break
+                    pending.append((source, pool.submit(self._prepare, source)))
+                if not pending:
+                    return
+                source, future = pending.popleft()
+                try:
+                    item = future.result()
+                except InputError as error:
+                    # The traceback would keep the decoder's buffers alive for as long as the caller keeps the error.
+                    item = error.with_traceback(None)
+                yield source, item
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def _opened(self) -> Generator[Chain]:
+        """Lend the chain to one thread."""
+        if not self._busy.acquire(blocking=False):
+            raise BackendError("the pipeline is in use by another thread; open one pipeline for each thread")
+        try:
+            yield self._require_open()
+        finally:
+            self._busy.release()
+
+    def _require_open(self) -> Chain:
+        if self._chain is None:
+            raise BackendError("the pipeline is closed; open the bundle again with Pipeline.open")
+        return self._chain

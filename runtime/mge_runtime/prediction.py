@@ -1,0 +1,135 @@
+"""The answer for one image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mge_runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Prediction", "TopClass", "softmax"]
+
+TOP = 5  # classes in `Prediction.top`
+
+
+class TopClass(NamedTuple):
+    """One of the likeliest classes."""
+
+    name: str
+    probability: float  # in [0, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The answer for one image and how it came about. K counts the experts that ran, C the classes."""
+
+    class_index: int  # of the likeliest class
+    class_name: str
+    probability: float  # of that class, softmax of `logits`
+    top: tuple[TopClass, ...]  # the five likeliest classes (all, where there are fewer), likeliest first
+    logits: NDArray[np.float32] = field(repr=False)  # [C], the answer
+    expert_logits: NDArray[np.float32] = field(repr=False)  # [K, C], each expert alone
+    gate: NDArray[np.float32] | None  # [K], share of each expert, sums to 1; None where the gate did not run
+    boxes: NDArray[np.float32]  # [K, 4] (x0, y0, x1, y1), what each expert saw, in pixels of the source image
+    heatmaps: tuple[NDArray[np.float32], ...] = field(repr=False)  # K of [h, w], each expert's attention over what it saw; any scale
+    experts_used: int  # K
+    width: int  # pixels of the source image, upright
+    height: int  # pixels of the source image
+    # Milliseconds for this image: "decode", "preprocess", each stage (a batch's time divided by its size), and "total",
+    # their sum; where decoding overlaps computing the wall time is less.
+    timings_ms: Mapping[str, float]
+    class_names: tuple[str, ...] = field(repr=False)  # of the model, by class index
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: NDArray[Any],
+        *,
+        class_names: tuple[str, ...],
+        expert_logits: NDArray[Any],
+        gate: NDArray[Any] | None,
+        boxes: NDArray[Any],
+        heatmaps: tuple[NDArray[Any], ...],
+        size: tuple[int, int],
+        timings_ms: Mapping[str, float],
+    ) -> Prediction:
+        """Derive class, probability and the likeliest classes.
+
+        Args:
+            logits: float32 [C], the answer.
+            class_names: C names.
+            expert_logits: float32 [K, C].
+            gate: float32 [K] or None.
+            boxes: float32 [K, 4] in pixels of the source image.
+            heatmaps: K arrays [h, w].
+            size: width and height of the source image in pixels.
+            timings_ms: milliseconds by step.
+
+        Raises:
+            BackendError: a logit is not a finite number.
+        """
+        if not np.isfinite(logits).all():
+            raise BackendError(
+                "the model's answer holds numbers that are not finite; expected finite logits: "
+                "its activations overflow here, export it again in FP32"
+            )
+        index = int(logits.argmax())
+        top = _likeliest(logits, class_names, TOP)
+        return cls(
+            class_index=index,
+            class_name=class_names[index],
+            probability=top[0].probability,
+            top=top,
+            logits=logits,
+            expert_logits=expert_logits,
+            gate=gate,
+            boxes=boxes,
+            heatmaps=heatmaps,
+            experts_used=len(expert_logits),
+            width=size[0],
+            height=size[1],
+            timings_ms=timings_ms,
+            class_names=class_names,
+        )
+
+    def top_k(self, k: int) -> tuple[TopClass, ...]:
+        """The `k` likeliest classes (all, where there are fewer), likeliest first; ties by class index."""
+        return _likeliest(self.logits, self.class_names, k)
+
+    def to_dict(self, *, top_k: int = TOP) -> dict[str, Any]:
+        """Plain values for JSON: everything but logits and heat maps, numbers rounded for reading."""
+        return {
+            "class_index": self.class_index,
+            "class_name": self.class_name,
+            "probability": round(self.probability, 6),
+            "top": [{"class_name": t.name, "probability": round(t.probability, 6)} for t in self.top_k(top_k)],
+            "experts_used": self.experts_used,
+            "experts": [self._expert(k) for k in range(self.experts_used)],
+            "gate": None if self.gate is None else [round(float(share), 6) for share in self.gate],
+            "boxes": [[round(float(edge), 2) for edge in box] for box in self.boxes],
+            "width": self.width,
+            "height": self.height,
+            "timings_ms": {name: round(value, 3) for name, value in self.timings_ms.items()},
+        }
+
+    def _expert(self, k: int) -> dict[str, Any]:
+        best = _likeliest(self.expert_logits[k], self.class_names, 1)[0]
+        return {"class_name": best.name, "probability": round(best.probability, 6)}
+
+
+def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Probabilities of logits along the last axis, in double precision."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def _likeliest(logits: NDArray[Any], class_names: tuple[str, ...], k: int) -> tuple[TopClass, ...]:
+    probabilities = softmax(logits)
+    order = np.argsort(-probabilities, kind="stable")[:k]
+    return tuple(TopClass(class_names[i], float(probabilities[i])) for i in order.tolist())
