@@ -37,7 +37,9 @@ class Prediction:
     expert_logits: NDArray[np.float32] = field(repr=False)  # [K, C], each expert alone
     gate: NDArray[np.float32] | None  # [K], share of each expert, sums to 1; None where the gate did not run
     boxes: NDArray[np.float32]  # [K, 4] (x0, y0, x1, y1), what each expert saw, in pixels of the source image
-    heatmaps: tuple[NDArray[np.float32], ...] = field(repr=False)  # K of [h, w], each expert's attention over what it saw; any scale
+    heatmaps: tuple[NDArray[np.float32], ...] = field(
+        repr=False
+    )  # K of [h, w], each expert's attention over what it saw
     experts_used: int  # K
     width: int  # pixels of the source image, upright
     height: int  # pixels of the source image

@@ -1,0 +1,48 @@
+"""What all commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import click
+
+from mge_runtime.errors import MGEError
+
+__all__ = ["format_bytes", "reports_errors"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Print an `MGEError` as one line on standard error and exit with 1; every other exception passes.
+
+    Goes between click's decorators and the function:
+
+        @click.command()
+        @reports_errors
+        def main() -> None: ...
+    """
+
+    @functools.wraps(command)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except MGEError as error:
+            click.echo("error: " + " ".join(str(error).split()), err=True)
+            raise SystemExit(1) from error
+
+    return wrapped
+
+
+def format_bytes(count: int) -> str:
+    """For example "98.0 MB" (1 MB = 1,000,000 bytes)."""
+    if count < 1000:
+        return f"{count} B"
+    for unit in ("kB", "MB"):
+        count_in_unit = count / (1e3 if unit == "kB" else 1e6)
+        if count_in_unit < 999.95:
+            return f"{count_in_unit:.1f} {unit}"
+    return f"{count / 1e9:.2f} GB"

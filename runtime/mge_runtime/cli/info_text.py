@@ -1,0 +1,132 @@
+"""The text of `mge-info`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any, cast
+
+from mge_runtime.bundle.layout import stage_graph, stage_weights
+from mge_runtime.cli.common import format_bytes
+
+__all__ = ["info_lines"]
+
+_WIDTH = 110  # characters
+_INDENT = 11
+
+
+def info_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """Lines for people, from what `describe` returned."""
+    manifest = facts["manifest"]
+    yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])}")
+    checked = ", every entry matches its hash" if facts.get("verified") else ""
+    yield from _row("", f"schema {manifest['schema_version']}, manifest {facts['manifest_sha256'][:16]}{checked}")
+    if manifest["model"]:
+        yield from _row("model", _pairs(manifest["model"]))
+    yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=3)
+    yield from _row("input", _preprocess(manifest["preprocess"]))
+    made = [f"{name} {version}" for name, version in manifest["tools"].items()]
+    checkpoint = manifest["checkpoint_sha256"]
+    yield from _row("made by", ", ".join(made) or "unknown tools")
+    yield from _row("", f"from the checkpoint {checkpoint[:16]}" if checkpoint else "from an unknown checkpoint")
+    yield from _stages(manifest, facts["entries"])
+    for number, segment in enumerate(manifest["segments"], 1):
+        label = "segments" if number == 1 else ""
+        yield from _row(label, f"{number}: {', '.join(segment['stages'])} -> {segment['answer']}")
+    yield from _parity(manifest["parity"])
+    yield from _engines(facts["engines"])
+    calibration = facts["calibration"]
+    yield from _row("calibrated", "no" if calibration is None else _pairs(calibration))
+    yield from _here(facts["here"])
+
+
+def _stages(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
+    for stage in manifest["stages"]:
+        name = stage["name"]
+        size = sum(sizes.get(entry, 0) for entry in (stage_graph(name), stage_weights(name)))
+        plan = dict(manifest["precision"].get(name, {}))
+        precision = plan.pop("type", "of unknown precision")
+        attested = plan.pop("attested", None)
+        yield from _row("stage", f"{name}: {precision}, {format_bytes(size)}")
+        yield from _row("", f"  precision {f'attested: {attested}' if attested else 'not attested'}")
+        if plan:
+            yield from _row("", f"  {_pairs(plan)}")
+        for label, tensors in (("in", stage["inputs"]), ("out", stage["outputs"])):
+            texts = [f"{t['name']} {t['dtype']} [{', '.join(map(str, t['shape']))}]" for t in tensors]
+            yield from _row("", f"  {label:<4}{'; '.join(texts)}")
+
+
+def _parity(parity: dict[str, Any] | None) -> Iterator[str]:
+    if parity is None:
+        yield from _row("parity", "not measured")
+        return
+    label = "parity"
+    for name, value in parity.items():
+        for line in _nested(name, value):
+            yield from _row(label, line)
+            label = ""
+
+
+def _nested(name: str, value: Any, depth: int = 0) -> Iterator[str]:
+    """One line for each scalar or flat object, deeper ones indented."""
+    space = "  " * depth
+    inner = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+    if any(isinstance(v, (dict, list)) for v in inner.values()):
+        yield f"{space}{name}"
+        for key, deeper in inner.items():
+            yield from _nested(key, deeper, depth + 1)
+    else:
+        yield f"{space}{name}: {_plain(value)}"
+
+
+def _engines(engines: dict[str, Any]) -> Iterator[str]:
+    if not engines:
+        yield from _row("engines", "none; ONNX alone")
+    for number, (target, engine) in enumerate(engines.items()):
+        size = format_bytes(sum(engine["plans"].values()))
+        yield from _row(
+            "" if number else "engines", f"{target}: {len(engine['plans'])} stages, {size}, {engine['status']}"
+        )
+
+
+def _here(here: dict[str, Any]) -> Iterator[str]:
+    if here["backend"] is None:
+        yield from _row("runs here", f"no: {here['error']}")
+        return
+    yield from _row("runs here", f"{here['backend']} on {here['device']}: {here['reason']}")
+    for other in here["passed_over"]:
+        yield from _row("", f"not {other['backend']} on {other['device']}: {other['reason']}")
+
+
+def _preprocess(values: dict[str, Any]) -> str:
+    return (
+        f"RGB, shorter side to {values['resize']}, centre crop {values['size']} x {values['size']}, "
+        f"mean {_plain(values['mean'])}, std {_plain(values['std'])}"
+    )
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "(" + _pairs(cast("dict[str, Any]", value)) + ")"
+    if isinstance(value, list):
+        return "[" + ", ".join(_plain(v) for v in cast("list[Any]", value)) + "]"
+    return "none" if value is None else str(value)
+
+
+def _row(label: str, text: str, *, lines: int | None = None) -> Iterator[str]:
+    """Wrap a text beside its label; at most `lines` lines of it."""
+    # Texts come from the file: what is no printable character must not reach the terminal.
+    body = "".join(c if c.isprintable() else "?" for c in text.lstrip())
+    indent = _INDENT + len(text) - len(body)
+    wrapped = textwrap.wrap(
+        body, _WIDTH - indent, subsequent_indent="", max_lines=lines, placeholder=" ...", break_long_words=False
+    ) or [""]
+    for number, line in enumerate(wrapped):
+        prefix = f"{label:<{_INDENT}}" if number == 0 else ""
+        yield (prefix + " " * (indent - len(prefix)) + line).rstrip()
