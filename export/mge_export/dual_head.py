@@ -1,7 +1,8 @@
 """A classification head as one forward graph that also yields its own gradient.
 
-Grad-CAM asks for `d score_t / d features` at test time, but neither ONNX nor TensorRT differentiates. `DualHead` traces a
-head's scores *and* its vector-Jacobian product once into plain ATen operators; what comes out exports like any other module.
+Grad-CAM asks for `d score_t / d features` at test time, but neither ONNX nor TensorRT differentiates. `DualHead` traces
+a head's scores *and* its vector-Jacobian product once into plain ATen operators; what comes out exports like any other
+module.
 """
 
 from __future__ import annotations
@@ -10,30 +11,28 @@ from collections.abc import Callable
 from itertools import count
 from typing import cast
 
-import torch
-from mge_runtime.errors import ExportError
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mge.attention import class_gradient
+from mge_runtime.errors import ExportError
 
 __all__ = ["DualHead"]
 
 
 class DualHead(nn.Module):
-    """Scores and `d score_t / d features` of any differentiable head, `t` the class of the highest score, in one forward pass.
+    """Scores and `d score_t / d features` of any differentiable head in one forward pass; t has the highest score.
 
-    The class is picked by a one-hot product, not by an index: the backward of an index is a ScatterElements with addition,
-    which TensorRT refuses. The gradient follows whatever the head computes (normalisation, hidden layers, ReLU), so no
-    closed form has to be kept in step with the model.
+    The gradient follows whatever the head computes (normalisation, hidden layers, ReLU), so no closed form has to be
+    kept in step with the model.
 
     Args:
-        head: maps features [B, C, h, w] to class scores [B, N]; taken in evaluation mode, in the precision of its weights.
-        features: an example [*, C, h, w]; only its shape without the batch, its type and its device count.
+        head: maps features [B, D, h, w] to class scores [B, C]; put into evaluation mode.
+        features: an example [*, D, h, w]; only its shape without the batch, its type and its device count.
 
     Raises:
-        ExportError: the head does not answer [B, N] or its operators have no derivative.
+        ExportError: the head does not answer [B, C], or its operators have no derivative.
     """
 
     def __init__(self, head: nn.Module, features: Tensor) -> None:
@@ -43,7 +42,7 @@ class DualHead(nn.Module):
         self.graph = _trace(head, self._names, features)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores [B, N] and their gradient [B, C, h, w] for the class of the highest score."""
+        """Return scores [B, C] and their gradient [B, D, h, w] for the class of the highest score."""
         scores, gradient = self.graph(*(tensor for _, tensor in _state(self.head)), features)
         return scores, gradient
 
@@ -73,7 +72,7 @@ def _trace(head: nn.Module, names: tuple[str, ...], features: Tensor) -> fx.Grap
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
             f"cannot trace the gradient of {type(head).__name__}: {first}; "
-            "expected a differentiable head from features [B, C, h, w] to scores [B, N]"
+            "expected a differentiable head from features [B, D, h, w] to scores [B, C]"
         ) from error
     traced.graph.eliminate_dead_code()
     traced.recompile()

@@ -29,8 +29,9 @@ class _Call:
 def fold_batch_norms(trunk: nn.Module, example: Tensor) -> int:
     """Fold every BatchNorm2d that directly follows a convolution, in place.
 
-    Pairs are found by running the trunk: the BatchNorm's input is the very tensor that a convolution put out. The folded
-    trunk must answer the example as before, else (a convolution that feeds something else too) nothing is folded.
+    Pairs are found by running the trunk: the BatchNorm's input is the very tensor that a convolution put out. The
+    folded trunk must answer the example as before, else (a convolution that feeds something else too) nothing is
+    folded.
 
     Args:
         trunk: in evaluation mode, FP32, returns a list of tensors.
@@ -82,7 +83,9 @@ def _find_pairs(trunk: nn.Module, example: Tensor) -> tuple[list[tuple[str, str]
 
 def _rest(norm: nn.BatchNorm2d) -> nn.Module:
     """What is left of a BatchNorm once its affine map is folded: timm's variant carries an activation."""
-    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    if not isinstance(norm, BatchNormAct2d):
+        return nn.Identity()
+    return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
 
 
 def _close(after: Tensor, before: Tensor) -> bool:

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 import onnx
 import torch
-from mge_runtime.errors import ExportError
-from mge_runtime.spec import BATCH, StageSpec, TensorSpec
 from onnx.external_data_helper import set_external_data
 from torch import Tensor
 
 from mge_export.stages import Stage
+from mge_runtime.errors import ExportError
+from mge_runtime.spec import BATCH, StageSpec, TensorSpec
 
 __all__ = ["OPSET", "StageGraph", "export_graph", "weights_name"]
 
-# 18 is the newest that both the TensorRT 10.3 parser of JetPack 6 (up to 20) and every ONNX Runtime since 1.14 take, and
-# the first whose reductions take their axes as an input, which PyTorch's exporter writes.
+# What PyTorch's exporter writes without converting, and old enough for every parser in use: TensorRT 10.3 of JetPack 6
+# knows 9 to 20, ONNX Runtime knows 18 since 1.14.
 OPSET = 18
 ALIGNMENT = 64  # bytes, of each tensor inside the weights: a cache line and the widest vector load
 INLINE_LIMIT = 1024  # bytes; smaller tensors (shapes, axes, scalars) stay in the graph, where type inference reads them

@@ -7,12 +7,13 @@ from enum import Enum
 
 import onnx
 import torch
+
 from mge_runtime.errors import ExportError
 
 __all__ = ["Precision", "check_precision", "read_precision"]
 
 # Types of numbers whose precision matters; integers, booleans and shapes are exact.
-_FLOATS = {
+_FLOATS: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
@@ -43,7 +44,8 @@ class Precision(Enum):
 def read_precision(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
     """Count the nodes of each operator by the floating types of their tensors.
 
-    Types are inferred from the graph itself (`onnx.shape_inference`), so the plan tells what was written, not what was meant.
+    Types are inferred from the graph itself (`onnx.shape_inference`): the plan tells what was written, not what was
+    meant.
 
     Returns:
         operator -> "float16", "float32", or "float16/float32" where a node has tensors of both (casts) -> nodes;

@@ -1,17 +1,17 @@
 """The chain as separate modules: what each stage takes in, computes and puts out.
 
-`ingest` -> `expert_1` .. `expert_K` -> `gate` -> `mixture`. Each becomes one small graph with a dynamic batch; tensor names
-wire them, so that whatever runs the chain needs no knowledge of experts. The arithmetic of attention, heads and mixture is
-the model's own code.
+`ingest` -> `expert_1` .. `expert_K` -> `gate` -> `mixture`. Each becomes one small graph with a dynamic batch; tensor
+names wire them, so that whatever runs the chain needs no knowledge of experts. The arithmetic of attention, heads and
+mixture is the model's own code.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from mge_runtime.spec import BATCH, Preprocess, SegmentSpec, StageSpec, TensorSpec, ViewSpec
 from torch import Tensor, nn
 
 from mge.attention import attention_box, crop_resize, grad_cam
@@ -20,6 +20,7 @@ from mge.model import Expert, Gate, MGENet
 from mge_export.dual_head import DualHead
 from mge_export.precision import Precision
 from mge_export.typed import typed_expert, typed_gate
+from mge_runtime.spec import BATCH, Preprocess, SegmentSpec, StageSpec, TensorSpec, ViewSpec
 
 __all__ = ["ExpertStage", "GateStage", "IngestStage", "MixtureStage", "Stage", "build_stages", "segments", "views"]
 
@@ -38,6 +39,8 @@ class IngestStage(nn.Module):
 
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1))
 
@@ -51,7 +54,9 @@ class IngestStage(nn.Module):
 class ExpertStage(nn.Module):
     """Expert k: its answer, the chain's answer so far, its attention and (k < K) the crop for the next one."""
 
-    def __init__(self, expert: Expert, config: MGEConfig, k: int, precision: Precision) -> None:
+    def __init__(
+        self, expert: Expert, attention_head: nn.Module, config: MGEConfig, k: int, precision: Precision
+    ) -> None:
         super().__init__()
         self.k = k
         self.size = config.image_size
@@ -59,7 +64,7 @@ class ExpertStage(nn.Module):
         self.expert = typed_expert(expert, precision, self.size)
         _, c5 = self.expert.features(torch.zeros(1, 3, self.size, self.size))
         self.map_shape = tuple(c5.shape[2:])  # h, w of the heat map
-        self.dual_head = DualHead(self.expert.global_head, c5)
+        self.dual_head = DualHead(attention_head, c5)
 
     def forward(self, image: Tensor, answer: Tensor | None = None) -> tuple[Tensor, ...]:
         """Image [B, 3, S, S] and the answer so far [B, C] to the outputs that the stage's specification names."""
@@ -110,7 +115,9 @@ def build_stages(model: MGENet, precision: Precision) -> tuple[Stage, ...]:
     frame = TensorSpec("frame", "uint8", (BATCH, config.image_size, config.image_size, 3))
     stages = [_stage("ingest", (frame,), (_image(config, 1),), IngestStage(config.preprocess), Precision.FP32)]
     for k, expert in enumerate(model.experts, 1):
-        module = ExpertStage(cast(Expert, expert), config, k, precision)
+        # Not always the expert's own: see MGEConfig.attention_head.
+        head = copy.deepcopy(model.attention_head(k - 1))
+        module = ExpertStage(cast(Expert, expert), head, config, k, precision)
         previous = (_vector(f"answer_{k - 1}", config.num_classes),) if k > 1 else ()
         outputs = [
             _vector(f"logits_{k}", config.num_classes),

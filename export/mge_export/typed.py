@@ -10,12 +10,12 @@ import copy
 from typing import TypeVar
 
 import torch
-from mge_runtime.errors import ExportError
 from torch import Tensor, nn
 
 from mge.model import Expert, Gate
 from mge_export.fold import fold_batch_norms
 from mge_export.precision import Precision
+from mge_runtime.errors import ExportError
 
 __all__ = ["typed_expert", "typed_gate"]
 
@@ -94,6 +94,7 @@ def _check_finite(module: nn.Module, precision: Precision) -> None:
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if not torch.isfinite(tensor).all():
             raise ExportError(
-                f"weight {name} is not finite in {precision.value}; expected numbers within {torch.finfo(tensor.dtype).max:g}: "
+                f"weight {name} is not finite in {precision.value}; "
+                f"expected numbers within {torch.finfo(tensor.dtype).max:g}: "
                 + ("export without --fp16" if precision is Precision.FP16 else "train again from a finite checkpoint")
             )

@@ -1,0 +1,94 @@
+"""`mge-export`: from a checkpoint to one file that runs without PyTorch."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import click
+
+from mge_runtime.cli.common import reports_errors
+
+__all__ = ["main"]
+
+DEFAULT_NAME = "mge.plan"
+PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
+@click.option("--fp16", is_flag=True, help="Trunks and part convolutions in half precision, the rest in FP32.")
+@click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
+@click.option(
+    "--verify-data", type=PATH, default=None, help="Folder of photographs to verify on.  [default: generated]"
+)
+@click.option("--verify-images", type=click.IntRange(0), default=16, help="How many of them; 0: all.")
+@click.option(
+    "--labels", type=PATH, default=None, help="Text file, one class name a line.  [default: the checkpoint's]"
+)
+@click.option(
+    "--box-threshold", type=click.FloatRange(0, 1, max_open=True), default=None,
+    help="Of every crop.  [default: the checkpoint's; 0.2 for the authors']",
+)  # fmt: skip
+@click.option("--resize", type=click.IntRange(1), default=None, help="Pixels, the shorter side before the centre crop.")
+@click.option("--image-size", type=click.IntRange(1), default=None, help="Pixels, the side of every expert's input.")
+@click.option(
+    "--allow-mismatch", is_flag=True, help="Write the bundle even if it is out of tolerance, and record that."
+)
+@reports_errors
+def main(
+    ckpt: Path,
+    fp16: bool,
+    output: Path | None,
+    verify_data: Path | None,
+    verify_images: int,
+    labels: Path | None,
+    box_threshold: float | None,
+    resize: int | None,
+    image_size: int | None,
+    allow_mismatch: bool,
+) -> None:
+    """Export a checkpoint to one bundle, with a parity report; out of tolerance, nothing is written."""
+    from mge.checkpoint import load_checkpoint
+    from mge_export.export import check_output, export_bundle, file_sha256
+    from mge_export.images import find_verify_images, generated_images
+    from mge_export.precision import Precision
+
+    _stop_cleanly()
+    path = ckpt.parent / DEFAULT_NAME if output is None else output
+    check_output(path)
+    model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
+    preprocess = model.config.preprocess
+    if verify_data is None:
+        images = generated_images(preprocess, verify_images or 16)
+    else:
+        images = find_verify_images(verify_data, preprocess, verify_images)
+    result = export_bundle(
+        model,
+        path,
+        Precision.FP16 if fp16 else Precision.FP32,
+        images,
+        checkpoint_sha256=file_sha256(ckpt),
+        allow_mismatch=allow_mismatch,
+        say=lambda line: click.echo(line, err=True),
+    )
+    if result.report.failures:
+        click.echo(f"warning: {len(result.report.failures)} values are out of tolerance; the bundle says so", err=True)
+    weights = sum(entry.size for name, entry in result.manifest.entries.items() if name.endswith(".weights"))
+    click.echo(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.stages)} stages, "
+        f"weights {weights / 1e6:.1f} MB"
+    )
+    click.echo(f"run it: mge-run --engine {path} IMAGES...")
+
+
+def _stop_cleanly() -> None:
+    """Let SIGTERM unwind like Ctrl-C, so that temporary files go."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+if __name__ == "__main__":
+    main()

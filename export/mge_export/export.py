@@ -1,0 +1,159 @@
+"""From a model to one published bundle: split, write, check, verify, publish."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+
+from mge.model import MGENet
+from mge_export.graph import export_graph, weights_name
+from mge_export.images import VerifyImages
+from mge_export.parity import ParityReport, measure_parity
+from mge_export.precision import Precision, check_precision
+from mge_export.report import format_report
+from mge_export.stages import Stage, build_stages, segments, views
+from mge_runtime.bundle import StageModel, write_bundle
+from mge_runtime.errors import ExportError, OutputError
+from mge_runtime.manifest import Manifest
+
+__all__ = ["ExportResult", "check_output", "export_bundle", "file_sha256"]
+
+TOOLS = ("mge", "torch", "timm", "onnx", "onnxscript", "onnxruntime")  # distributions that shape the graphs
+ATTESTED = "onnx: types inferred from the written graph"
+
+Say = Callable[[str], None]  # shows one line of progress
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was published."""
+
+    path: Path
+    manifest: Manifest
+    report: ParityReport
+
+
+def export_bundle(
+    model: MGENet,
+    path: Path,
+    precision: Precision,
+    images: VerifyImages,
+    *,
+    checkpoint_sha256: str | None = None,
+    allow_mismatch: bool = False,
+    say: Say = lambda _: None,
+) -> ExportResult:
+    """Export a model to one file.
+
+    Nothing is published unless every graph passes `onnx.checker`, has the precision asked for and runs, and the parity
+    report is within its tolerances. On any error, an interrupt included, an earlier bundle at `path` stays as it was.
+
+    Args:
+        model: FP32, on the CPU, in evaluation mode; left as it is.
+        path: where to write, usually `mge.plan`.
+        precision: of trunks and part convolutions.
+        images: to verify on, at least one.
+        checkpoint_sha256: of the file that the model came from.
+        allow_mismatch: publish even if the report is out of tolerance; the bundle's report then says so.
+        say: shows progress.
+
+    Raises:
+        ExportError: a stage cannot be written, is not of the precision asked for, or is out of tolerance.
+        OutputError: `path` cannot be written.
+        InputError: an image to verify on cannot be decoded.
+    """
+    check_output(path)
+    config = model.config
+    with tempfile.TemporaryDirectory(prefix="mge-export-") as name:
+        folder = Path(name)
+        say(f"splitting {config.experts} x {config.arch} into stages, {precision.value}")
+        stages = build_stages(model, precision)
+        plans = {stage.spec.name: _write_stage(stage, folder, say) for stage in stages}
+        step = max(images.count // 10, 1)
+
+        def progress(done: int) -> None:
+            if done == images.count or done // step != (done - 1) // step:
+                say(f"verified {done} of {images.count} images")
+
+        report = measure_parity(model, stages, folder, precision, images, progress)
+        say(format_report(report))
+        if report.failures and not allow_mismatch:
+            raise ExportError(
+                f"the export is out of tolerance: {report.failures[0]}"
+                + (f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else "")
+                + "; no bundle was written (--allow-mismatch writes it all the same)"
+            )
+        manifest = Manifest(
+            model={key: value for key, value in config.to_dict().items() if key != "classes"},
+            class_names=config.classes,
+            preprocess=config.preprocess,
+            stages=tuple(stage.spec for stage in stages),
+            segments=segments(config),
+            views=views(config),
+            gate="gate" if config.experts > 1 else None,
+            precision={
+                stage.spec.name: {
+                    "type": stage.precision.value,
+                    "attested": ATTESTED,
+                    "operators": plans[stage.spec.name],
+                }
+                for stage in stages
+            },
+            parity=report.to_dict() | {"allowed_mismatch": bool(report.failures)},
+            tools={"python": platform.python_version()} | {name: version(name) for name in TOOLS},
+            checkpoint_sha256=checkpoint_sha256,
+        )
+        written = write_bundle(path, manifest, {stage.spec.name: _stage_model(stage, folder) for stage in stages})
+    return ExportResult(path, written, report)
+
+
+def check_output(path: Path) -> None:
+    """Find out before the work, not after it, that a place cannot be written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: no folder {path.parent}; make it or name another place with -o")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write {path}: the folder {path.parent} is read-only; name another place with -o")
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's bytes, 64 hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_stage(stage: Stage, folder: Path, say: Say) -> dict[str, dict[str, int]]:
+    """Write `<stage>.onnx` and its weights, check both; return the precision plan that was read back."""
+    name = stage.spec.name
+    graph = export_graph(stage)
+    plan = check_precision(name, graph.model, stage.precision, has_trunk=stage.has_trunk)
+    path = folder / f"{name}.onnx"
+    if graph.weights:
+        (folder / weights_name(name)).write_bytes(graph.weights)
+    path.write_bytes(graph.model.SerializeToString(deterministic=True))
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{name}: onnx.checker refuses the graph: {error}") from error
+    convolutions = sum(plan.get("Conv", {}).values())
+    trunk = f", {convolutions} convolutions in {stage.precision.onnx_name}" if convolutions else ""
+    say(f"{name}: {len(graph.model.graph.node)} nodes{trunk}, weights {len(graph.weights) / 1e6:.1f} MB")
+    return plan
+
+
+def _stage_model(stage: Stage, folder: Path) -> StageModel:
+    weights = folder / weights_name(stage.spec.name)
+    return StageModel(folder / f"{stage.spec.name}.onnx", weights if weights.exists() else None)

@@ -1,0 +1,77 @@
+"""The frames that an export is verified on: photographs if there are any, else generated pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from mge_runtime.decode import decode_image
+from mge_runtime.errors import InputError
+from mge_runtime.preprocess import to_frame
+from mge_runtime.sources import find_images
+from mge_runtime.spec import Preprocess
+
+__all__ = ["VerifyImages", "find_verify_images", "generated_images"]
+
+
+@dataclass(frozen=True)
+class VerifyImages:
+    """Frames, made one at a time when they are needed: hundreds at 448 pixels would fill the memory."""
+
+    count: int
+    photographs: bool  # False: generated pictures
+    source: str  # for the report; no path of this machine
+    load: Callable[[int], np.ndarray]  # index -> frame, uint8 [S, S, 3]
+
+
+def find_verify_images(folder: Path, preprocess: Preprocess, limit: int) -> VerifyImages:
+    """Take images from a folder, evenly spaced through its sorted list so that all of its classes have a part.
+
+    Args:
+        folder: searched with its subfolders.
+        preprocess: what the runtime will do to them.
+        limit: the most to take; 0: all.
+
+    Raises:
+        InputError: there is no such folder, or no image in it. (A damaged image raises when it is loaded.)
+    """
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder} to verify on; expected images such as .jpg, or leave out --verify-data")
+    found, problems = find_images([str(folder)])
+    if problems:
+        raise problems[0]
+    count = min(limit, len(found)) if limit else len(found)
+    chosen = [found[index * len(found) // count] for index in range(count)]
+
+    def load(index: int) -> np.ndarray:
+        return to_frame(decode_image(chosen[index].source()), preprocess)[0]
+
+    return VerifyImages(count, True, f"{count} of {len(found)} photographs in {folder.resolve().name}", load)
+
+
+def generated_images(preprocess: Preprocess, count: int) -> VerifyImages:
+    """Make pictures with soft backgrounds, shapes and grain, the same ones each time."""
+
+    def load(index: int) -> np.ndarray:
+        return _generate(index, preprocess.size)
+
+    return VerifyImages(count, False, f"{count} generated pictures, no photographs", load)
+
+
+def _generate(seed: int, size: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    for _ in range(6):
+        x, y = random.uniform(0, size, 2)
+        width, height = random.uniform(size / 20, size / 3, 2)
+        shape = draw.ellipse if random.random() < 0.5 else draw.rectangle
+        red, green, blue = (int(value) for value in random.integers(0, 256, 3))
+        shape((x - width, y - height, x + width, y + height), fill=(red, green, blue))
+    grain = random.normal(0, 8, (size, size, 3))
+    return np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)

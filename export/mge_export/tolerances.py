@@ -1,0 +1,52 @@
+"""How far an export may be from its checkpoint, and why."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mge_export.precision import Precision
+
+__all__ = ["TOLERANCES", "Tolerances"]
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Limits of one parity check. Relative differences are of the largest magnitude in an image's tensor."""
+
+    relative: float  # of any tensor of a stage that was fed the reference's inputs
+    classes: float  # share of images that may change their class, rounded up to whole images
+    box_iou_median: float
+    box_iou_p1: float  # that all but the `outliers` reach
+    outliers: float  # share of images whose attention may lie beyond these limits, rounded up to whole images
+    reason: str
+
+    def allowed_changes(self, images: int) -> int:
+        """How many of so many images may change their class."""
+        return math.ceil(images * self.classes)
+
+    def outliers_of(self, images: int) -> int:
+        """How many of so many images may have another map, or a box below `box_iou_p1`."""
+        return math.ceil(images * self.outliers)
+
+
+TOLERANCES = {
+    Precision.FP32: Tolerances(
+        relative=1e-3,
+        classes=1 / 538,
+        box_iou_median=1.0,
+        box_iou_p1=0.95,
+        outliers=0.01,
+        reason="the same FP32 sums in another order: differences of 1e-6 to 1e-5 are usual, a box may flip by a pixel "
+        "where a value lies on the threshold",
+    ),
+    Precision.FP16: Tolerances(
+        relative=5e-2,
+        classes=0.01,
+        box_iou_median=0.97,
+        box_iou_p1=0.80,
+        outliers=0.01,
+        reason="each FP16 activation is rounded by up to 2**-11 = 5e-4; through some fifty layers that adds up to about "
+        "1e-2, and an edge of a box moves where the map is nearly level",
+    ),
+}
