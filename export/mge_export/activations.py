@@ -24,10 +24,10 @@ class Peak:
 
 
 class ActivationWatch(TorchDispatchMode):
-    """Record the largest absolute value that any operator puts out in one type, functional calls included.
+    """Record the largest absolute value of the maps [B, C, h, w] that operators put out, functional calls included.
 
     Args:
-        dtype: tensors of this type alone are watched; those of an FP32 island cannot overflow FP16.
+        dtype: maps of this type alone are watched; those of an FP32 island cannot overflow FP16.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -46,7 +46,7 @@ class ActivationWatch(TorchDispatchMode):
         del types
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor) and value.dtype is self.dtype and value.numel():
+            if isinstance(value, Tensor) and value.dtype is self.dtype and value.ndim == 4 and value.numel():
                 low, high = torch.aminmax(value)
                 largest = max(abs(float(low)), abs(float(high)))
                 # Not `>`: a NaN must be kept, and stays.

@@ -21,22 +21,16 @@ PATH = click.Path(path_type=Path)
 @click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
 @click.option("--fp16", is_flag=True, help="Trunks and part convolutions in half precision, the rest in FP32.")
 @click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
-@click.option(
-    "--verify-data", type=PATH, default=None, help="Folder of photographs to verify on.  [default: generated]"
-)
+@click.option("--verify-data", type=PATH, default=None, help="Folder of photographs to verify on.  [default: drawn]")
 @click.option("--verify-images", type=click.IntRange(0), default=16, help="How many of them; 0: all.")
-@click.option(
-    "--labels", type=PATH, default=None, help="Text file, one class name a line.  [default: the checkpoint's]"
-)
+@click.option("--labels", type=PATH, default=None, help="Text file, a class name a line.  [default: the checkpoint's]")
 @click.option(
     "--box-threshold", type=click.FloatRange(0, 1, max_open=True), default=None,
     help="Of every crop.  [default: the checkpoint's; 0.2 for the authors']",
 )  # fmt: skip
 @click.option("--resize", type=click.IntRange(1), default=None, help="Pixels, the shorter side before the centre crop.")
 @click.option("--image-size", type=click.IntRange(1), default=None, help="Pixels, the side of every expert's input.")
-@click.option(
-    "--allow-mismatch", is_flag=True, help="Write the bundle even if it is out of tolerance, and record that."
-)
+@click.option("--allow-mismatch", is_flag=True, help="Write even what is out of tolerance, and record that.")
 @reports_errors
 def main(
     ckpt: Path,

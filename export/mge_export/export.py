@@ -99,7 +99,7 @@ def export_bundle(
             segments=segments(config),
             views=views(config),
             gate="gate" if config.experts > 1 else None,
-            precision={
+            precision={  # pyright: ignore[reportArgumentType] - JSON values, nested
                 stage.spec.name: {
                     "type": stage.precision.value,
                     "attested": ATTESTED,

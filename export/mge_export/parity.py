@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,12 @@ class ParityReport:
             "source": self.images.source,
             "photographs": self.images.photographs,
             "reference": "the checkpoint's own model in PyTorch, FP32",
-            "tolerances": {name: value for name, value in vars(self.tolerances).items()},
+            "tolerances": asdict(self.tolerances),
             "checks": {check.name: _check_dict(check) for check in self.checks},
             "largest_activation": {
                 stage: {
                     "value": _finite(peak.value),
                     "operator": peak.operator,
-                    "share_of_fp16": _finite(peak.value / FP16_MAX),
                 }
                 for stage, peak in self.peaks.items()
             },
@@ -117,7 +116,7 @@ def measure_parity(
         InputError: an image cannot be decoded.
     """
     specs = [stage.spec for stage in stages]
-    watches = {stage.spec.name: ActivationWatch(stage.precision.dtype) for stage in stages}
+    watches = {stage.spec.name: ActivationWatch(stage.precision.dtype) for stage in stages if stage.has_trunk}
     half = precision is Precision.FP16
     checks = [
         _check(model, stages, "torch", "typed stages in PyTorch" + (", activations rounded to FP16" if half else "")),
@@ -133,7 +132,7 @@ def measure_parity(
         for name, shares in area.items():
             shares += (box_area(reference[name]) / model.config.image_size**2).tolist()
         progress(start + len(frames))
-    peaks = {stage.spec.name: watches[stage.spec.name].peak for stage in stages}
+    peaks = {name: watch.peak for name, watch in watches.items()}
     return ParityReport(precision, TOLERANCES[precision], images, checks, peaks, area)
 
 

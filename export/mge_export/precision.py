@@ -69,11 +69,19 @@ def read_precision(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
     return plan
 
 
-def check_precision(stage: str, model: onnx.ModelProto, precision: Precision) -> dict[str, dict[str, int]]:
+def check_precision(
+    stage: str, model: onnx.ModelProto, precision: Precision, *, has_trunk: bool
+) -> dict[str, dict[str, int]]:
     """Hold a written graph to the precision that was asked for.
 
     Every convolution must have all its tensors in that precision, the attention's and the heads' own operators and the
     stage's border must be FP32.
+
+    Args:
+        stage: its name, for errors.
+        model: the graph as written.
+        precision: what was asked for.
+        has_trunk: whether convolutions are expected; a trunk without any would prove nothing.
 
     Returns:
         The plan that was read back, see `read_precision`.
@@ -83,6 +91,8 @@ def check_precision(stage: str, model: onnx.ModelProto, precision: Precision) ->
     """
     plan = read_precision(model)
     wanted = precision.onnx_name
+    if has_trunk and "Conv" not in plan:
+        raise ExportError(f"{stage}: the graph has no convolution; expected a trunk in {wanted}")
     for kind, number in plan.get("Conv", {}).items():
         if kind != wanted:
             raise ExportError(f"{stage}: {number} convolutions are {kind}; expected {wanted} as asked for")

@@ -44,11 +44,12 @@ def _rows(check: Check, report: ParityReport) -> Iterable[Sequence[str]]:
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:
     cells = [list(row) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return [
-        "  "
-        + "  ".join([row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)])
-        for row in cells
+    columns = zip(*cells, strict=True)
+    aligned = [
+        [cell.rjust(width) if number else cell.ljust(width) for cell in column]
+        for number, (column, width) in enumerate(zip(columns, widths, strict=True))
     ]
+    return ["  " + "  ".join(row).rstrip() for row in zip(*aligned, strict=True)]
 
 
 def _crop_lines(report: ParityReport) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -47,14 +48,14 @@ def torch_runner(stages: Sequence[Stage], watches: Mapping[str, ActivationWatch]
 
     Args:
         stages: the chain.
-        watches: by stage; each sees what its stage computes.
+        watches: by stage, of those that are watched; each sees what its stage computes.
     """
     modules = {stage.spec.name: stage.module for stage in stages}
 
     @torch.no_grad()
     def run(spec: StageSpec, tensors: Mapping[str, np.ndarray]) -> Tensors:
         inputs = [torch.from_numpy(tensors[tensor.name]) for tensor in spec.inputs]
-        with watches[spec.name]:
+        with watches.get(spec.name, nullcontext()):
             outputs = modules[spec.name](*inputs)
         return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
 

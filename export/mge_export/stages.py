@@ -32,6 +32,7 @@ class Stage:
     spec: StageSpec
     module: nn.Module  # takes the spec's inputs in order, returns a tuple of its outputs in order
     precision: Precision  # of the trunk and the part convolution; FP32 for stages that have neither
+    has_trunk: bool  # False: no convolution is expected in its graph
 
 
 class IngestStage(nn.Module):
@@ -157,7 +158,8 @@ def views(config: MGEConfig) -> tuple[ViewSpec, ...]:
 def _stage(
     name: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], module: nn.Module, precision: Precision
 ) -> Stage:
-    return Stage(StageSpec(name, inputs, outputs), module.eval().requires_grad_(False), precision)
+    has_trunk = isinstance(module, (ExpertStage, GateStage))
+    return Stage(StageSpec(name, inputs, outputs), module.eval().requires_grad_(False), precision, has_trunk)
 
 
 def _image(config: MGEConfig, k: int) -> TensorSpec:

@@ -46,7 +46,7 @@ TOLERANCES = {
         box_iou_median=0.97,
         box_iou_p1=0.80,
         outliers=0.01,
-        reason="each FP16 activation is rounded by up to 2**-11 = 5e-4; through some fifty layers that adds up to about "
-        "1e-2, and an edge of a box moves where the map is nearly level",
+        reason="each FP16 activation is rounded by up to 2**-11 = 5e-4; through some fifty layers that adds up to "
+        "about 1e-2, and an edge of a box moves where the map is nearly level",
     ),
 }
