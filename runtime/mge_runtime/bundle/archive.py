@@ -154,9 +154,11 @@ def _check_positions(entries: Sequence[ArchiveEntry], data: memoryview, end: int
     position = 0
     for entry in entries:
         name = entry.name.encode()
-        header = _local_header(entry) + name + _padding(position + _LOCAL.size + len(name))
-        found = bytes(data[position : entry.offset])
-        if entry.header != position or found != header:
+        padding = _padding(position + _LOCAL.size + len(name))
+        offset = position + _LOCAL.size + len(name) + len(padding)
+        if (entry.header, entry.offset) != (position, offset) or bytes(data[position:offset]) != _local_header(
+            entry
+        ) + name + padding:
             raise ArchiveError(f"the header of its entry {entry.name} was changed or damaged after it was written")
         position = entry.offset + entry.size
     if position != end:

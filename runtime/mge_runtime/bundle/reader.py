@@ -32,7 +32,7 @@ from mge_runtime.manifest import Entry, Manifest
 
 __all__ = ["Bundle", "Region"]
 
-_CHUNK = 1 << 22  # bytes; hashing reads through a buffer, so that it does not fill memory with mapped pages
+_CHUNK = 1 << 20  # bytes; hashing reads through a buffer, so that it does not fill memory with mapped pages
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,14 @@ class Bundle:
         return memoryview(self._mapped)[entry.offset : entry.offset + entry.size]
 
     def read(self, name: str) -> bytes:
-        """An entry's bytes, checked against the hash that the manifest or its engine's description gives.
+        """An entry's bytes, checked against its hash (manifest, calibration and descriptions: against the CRC-32).
 
         Raises:
             BundleError: there is no such entry, or its bytes were damaged.
         """
-        data = bytes(self.view(name))
-        self._compare(name, hashlib.sha256(data).hexdigest(), zlib.crc32(data))
-        return data
+        parts: list[bytes] = []
+        self._verify(self._entry(name), lambda chunk: parts.append(bytes(chunk)))
+        return b"".join(parts)
 
     def verify(self, names: Iterable[str] | None = None) -> None:
         """Check entries (all of them by default) against their hashes, in parallel.
@@ -263,13 +263,17 @@ class Bundle:
             raise self._damaged(name)
 
     def _verify(self, entry: ArchiveEntry, write: Callable[[memoryview], object] | None = None) -> None:
+        expected = self._expected(entry.name)
         digest, crc = hashlib.sha256(), 0
         for chunk in self._chunks(entry):
-            digest.update(chunk)
-            crc = zlib.crc32(chunk, crc)
+            if expected is not None:
+                digest.update(chunk)
+            else:
+                crc = zlib.crc32(chunk, crc)
             if write is not None:
                 write(chunk)
-        self._compare(entry.name, digest.hexdigest(), crc)
+        if crc != entry.crc if expected is None else digest.hexdigest() != expected.sha256:
+            raise self._damaged(entry.name)
 
     def _chunks(self, entry: ArchiveEntry) -> Iterator[memoryview]:
         if self._descriptor < 0:
@@ -282,11 +286,6 @@ class Bundle:
                 raise self._damaged(entry.name)
             yield buffer[:count]
             position += count
-
-    def _compare(self, name: str, sha256: str, crc: int) -> None:
-        expected = self._expected(name)
-        if crc != self._entries[name].crc or (expected is not None and sha256 != expected.sha256):
-            raise self._damaged(name)
 
     def _expected(self, name: str) -> Entry | None:
         """What the manifest or an engine's description says of an entry; None for those held by CRC-32 alone."""

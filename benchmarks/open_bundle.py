@@ -1,0 +1,98 @@
+"""How long a bundle takes to open and how much memory at most, against ONNX Runtime opening the same stages from files.
+
+    python benchmarks/open_bundle.py mge.plan [--repeats 5] [--threads 1] [--json]
+
+Every opening is a fresh process, the two ways in turn; the file cache is warm for both, as the stages are extracted
+first. Reported are the medians, and the limits of issue 2: time at most 1.5 x ONNX Runtime's, peak memory at most
+2 x the weights + 300 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+from mge_runtime.bundle import Bundle
+from mge_runtime.cli.common import reports_errors
+
+TIME_LIMIT = 1.5  # times ONNX Runtime's own
+MEMORY_FACTOR, MEMORY_EXTRA = 2, 300  # times the weights, plus MB
+
+# Both children import everything first, then measure the opening alone. Peak memory is that of the whole process.
+_REPORT = """
+import json, time
+status = open("/proc/self/status").read()
+peak = int(status.split("VmHWM:")[1].split()[0]) / 1000
+print(json.dumps({"seconds": seconds, "peak_mb": peak}))
+"""
+_BUNDLE = """
+import sys, time
+import onnxruntime
+from mge_runtime.pipeline import Pipeline
+threads = int(sys.argv[2])
+start = time.perf_counter()
+pipeline = Pipeline.open(sys.argv[1], device="cpu", threads=threads)
+seconds = time.perf_counter() - start
+"""
+_FILES = """
+import sys, time
+import onnxruntime
+import mge_runtime.pipeline
+threads = int(sys.argv[2])
+start = time.perf_counter()
+sessions = []
+for path in sys.argv[3:]:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
+seconds = time.perf_counter() - start
+"""
+
+
+def measure(program: str, *arguments: str) -> dict[str, float]:
+    """Run one child and read its report."""
+    command = [sys.executable, "-c", program + _REPORT, *arguments]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--repeats", default=5, show_default=True, help="Openings of each kind.")
+@click.option("--threads", default=2, show_default=True, help="Threads of each session.")
+@click.option("--json", "as_json", is_flag=True)
+@reports_errors
+def main(bundle: str, repeats: int, threads: int, as_json: bool) -> None:
+    """Measure the opening of BUNDLE."""
+    with tempfile.TemporaryDirectory() as folder:
+        with Bundle.open(bundle) as opened:
+            opened.extract(folder)
+            stages = [str(Path(folder, "onnx", f"{stage.name}.onnx")) for stage in opened.manifest.stages]
+            weights = sum(size for name, size in opened.sizes.items() if name.endswith(".weights")) / 1e6
+        rows: dict[str, list[dict[str, float]]] = {"bundle": [], "files": []}
+        for _ in range(repeats):
+            rows["bundle"].append(measure(_BUNDLE, bundle, str(threads)))
+            rows["files"].append(measure(_FILES, bundle, str(threads), *stages))
+    medians = {
+        way: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "peak_mb")}
+        for way, runs in rows.items()
+    }
+    ratio = medians["bundle"]["seconds"] / medians["files"]["seconds"]
+    limit = MEMORY_FACTOR * weights + MEMORY_EXTRA
+    if as_json:
+        click.echo(json.dumps({"weights_mb": weights, **medians, "time_ratio": ratio, "memory_limit_mb": limit}))
+        return
+    click.echo(f"weights {weights:.0f} MB, {threads} threads, medians of {repeats} openings, interleaved")
+    for way, values in medians.items():
+        click.echo(f"{way:<7} {values['seconds']:.3f} s   peak {values['peak_mb']:.0f} MB")
+    click.echo(f"time    {ratio:.2f} x ONNX Runtime's own (limit {TIME_LIMIT})")
+    click.echo(f"memory  {medians['bundle']['peak_mb']:.0f} MB (limit for FP32 weights {limit:.0f} MB)")
+
+
+if __name__ == "__main__":
+    main()

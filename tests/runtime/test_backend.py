@@ -1,0 +1,215 @@
+import importlib.util
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mge_runtime.backends import BACKENDS, Choice, choose, open_backend
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.bundle import Bundle, write_bundle
+from mge_runtime.chain import Chain
+from mge_runtime.errors import BackendError, BundleError
+
+
+@pytest.fixture(scope="module")
+def chain(bundle_path):
+    with Bundle.open(bundle_path) as bundle:
+        return Chain(bundle, OnnxRuntimeBackend(threads=1))
+
+
+def frames(count, seed=0):
+    """Seeded noise, each picture brighter than the one before."""
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3))
+    return (noise * np.linspace(0.1, 1, count).reshape(-1, 1, 1, 1)).astype(np.uint8)
+
+
+def by_hand(bundle, folder, batch):
+    """The chain as anyone would run the extracted files: every stage once its inputs are there."""
+    import onnxruntime
+
+    bundle.extract(folder)
+    tensors, todo = {"frame": batch}, list(bundle.manifest.stages)
+    while todo:
+        stage = next(s for s in todo if all(t.name in tensors for t in s.inputs))
+        session = onnxruntime.InferenceSession(
+            folder / "onnx" / f"{stage.name}.onnx", providers=["CPUExecutionProvider"]
+        )
+        names = [node.name for node in session.get_outputs()]
+        values = session.run(names, {t.name: tensors[t.name] for t in stage.inputs})
+        tensors.update(zip(names, values, strict=True))
+        todo.remove(stage)
+    return tensors
+
+
+# --- choice -------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_cpu_and_says_why_not_the_others():
+    choice = choose()
+    assert (choice.backend, choice.device) == ("onnxruntime", "cpu")
+    assert [(c.backend, c.device) for c in choice.passed_over] == [(name, "cuda:0") for name in BACKENDS]
+    assert all("not built yet" in c.reason and not c.available for c in choice.passed_over)
+    assert str(choice) == "onnxruntime on cpu"
+    assert choose("cpu", "onnxruntime").passed_over == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "named"),
+    [
+        ("cuda:0", "auto", r"tensorrt on cuda:0: not built yet.*tensorrt-rtx on cuda:0.*onnxruntime on cuda:0"),
+        ("cuda:3", "onnxruntime", r"onnxruntime on cuda:3: not built yet"),
+        ("auto", "tensorrt", r"tensorrt on cuda:0: not built yet"),
+        ("cpu", "tensorrt-rtx", r"runs on NVIDIA GPUs alone"),
+        ("gpu", "auto", r"the device is 'gpu'; expected"),
+        ("cuda", "auto", r"the device is 'cuda'; expected"),
+        ("auto", "openvino", r"the backend is 'openvino'; expected"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason(device, backend, named):
+    with pytest.raises(BackendError, match=named):
+        choose(device, backend)
+
+
+def test_an_unbuilt_choice_cannot_be_opened():
+    with pytest.raises(BackendError, match="tensorrt on cuda:0 is not built yet"):
+        open_backend(Choice("tensorrt", "cuda:0", "", ()))
+
+
+def test_a_missing_onnxruntime_is_said_with_its_command(monkeypatch, bundle_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else find(name, *a))
+    with pytest.raises(BackendError, match=r'onnxruntime is not installed: pip install "mge\[cpu\]"'):
+        choose()
+    code = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, *a):\n"
+        "        if name == 'onnxruntime': raise ModuleNotFoundError('no', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend\n"
+        "from mge_runtime import BackendError\n"
+        "try: OnnxRuntimeBackend()\n"
+        "except BackendError as error: print(error)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code, bundle_path], check=True, capture_output=True, text=True)
+    assert 'pip install "mge[cpu]"' in found.stdout
+
+
+def test_an_old_or_broken_onnxruntime_is_refused(monkeypatch):
+    import types
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(__version__="1.9.2"))
+    with pytest.raises(BackendError, match=r"1\.9\.2 is too old; expected 1\.22"):
+        OnnxRuntimeBackend()
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def test_every_tensor_equals_the_extracted_files(chain, bundle_path, tmp_path):
+    batch = frames(3)
+    with Bundle.open(bundle_path) as bundle:
+        expected = by_hand(bundle, tmp_path, batch)
+        names = [t.name for stage in bundle.manifest.stages for t in stage.outputs]
+    found = chain.run(batch, outputs=names)
+    assert found.answer == "logits"
+    assert set(found.tensors) == set(names)
+    for name in names:
+        # One thread against several: sums may be taken in another order.
+        np.testing.assert_allclose(found.tensors[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert np.ptp(found.tensors["box_1"], axis=0).max() > 0, "boxes must depend on the picture"
+
+
+def test_only_what_is_asked_for_is_kept(chain):
+    assert set(chain.run(frames(1)).tensors) == {
+        *(f"logits_{k}" for k in (1, 2, 3)), *(f"heatmap_{k}" for k in (1, 2, 3)), "box_1", "box_2", "gate", "logits"
+    }  # fmt: skip
+    assert set(chain.run(frames(1), outputs=["image_2"]).tensors) == {"image_2", "logits"}
+    with pytest.raises(BackendError, match="no stage puts out a tensor 'nothing'"):
+        chain.run(frames(1), outputs=["nothing"])
+
+
+def test_segments_stop_where_they_are_told(chain):
+    whole = chain.run(frames(2), outputs=["answer_1", "answer_2", "logits_1"]).tensors
+    first = chain.run(frames(2), segments=1)
+    assert list(first.stage_ms) == ["ingest", "expert_1"]
+    assert first.answer == "answer_1"
+    assert set(first.tensors) == {"answer_1", "logits_1", "heatmap_1", "box_1"}
+    np.testing.assert_array_equal(first.tensors["answer_1"], whole["logits_1"])
+    second = chain.run(frames(2), segments=2)
+    np.testing.assert_array_equal(second.tensors["answer_2"], whole["answer_2"])
+    assert list(chain.run(frames(2), segments=3).stage_ms)[-2:] == ["gate", "mixture"]
+    for wrong in (0, 4, -1):
+        with pytest.raises(BackendError, match="from 1 to 3"):
+            chain.run(frames(1), segments=wrong)
+
+
+def test_a_batch_answers_as_its_images_do(chain):
+    batch = frames(4)
+    together = chain.run(batch).tensors["logits"]
+    alone = np.concatenate([chain.run(batch[i : i + 1]).tensors["logits"] for i in range(4)])
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_stage_that_fails_is_named(chain):
+    with pytest.raises(BackendError, match="failed in stage ingest"):
+        chain.run(frames(1).astype(np.float32))
+
+
+def test_a_stage_that_cannot_be_opened_is_named(tiny, tmp_path):
+    graphs = tiny.make_stages()
+    models = {g.spec.name: g.model() for g in graphs}
+    models["gate"] = replace(models["gate"], graph=models["gate"].graph.replace(b"Softmax", b"Softmix"))
+    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
+    with (
+        Bundle.open(tmp_path / "mge.plan") as bundle,
+        pytest.raises(BackendError, match=r"cannot open stage gate: .*Soft"),
+    ):
+        Chain(bundle, OnnxRuntimeBackend(threads=1))
+
+
+def test_a_graph_with_another_border_is_refused(tiny, tmp_path):
+    graphs = tiny.make_stages()
+    models = {g.spec.name: g.model() for g in graphs}
+    models["expert_3"] = replace(models["expert_3"], graph=models["expert_3"].graph.replace(b"answer_3", b"answer_9"))
+    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
+    with Bundle.open(tmp_path / "mge.plan") as bundle, pytest.raises(BundleError, match="the manifest says"):
+        Chain(bundle, OnnxRuntimeBackend(threads=1))
+
+
+def test_damaged_weights_never_answer(bundle_path, tmp_path):
+    path = tmp_path / "mge.plan"
+    path.write_bytes(bundle_path.read_bytes())
+    with Bundle.open(path) as bundle:
+        offset = bundle.region("onnx/expert_2.weights").offset
+    with path.open("r+b") as stream:
+        stream.seek(offset + 100)
+        stream.write(b"\x55")
+    with Bundle.open(path) as bundle, pytest.raises(BundleError, match=r"onnx/expert_2\.weights do not match"):
+        Chain(bundle, OnnxRuntimeBackend(threads=1))
+
+
+def test_a_bundle_replaced_while_it_opens_is_refused(bundle_path, tmp_path, monkeypatch):
+    path = tmp_path / "mge.plan"
+    path.write_bytes(bundle_path.read_bytes())
+    other = tmp_path / "other.plan"
+    other.write_bytes(bundle_path.read_bytes())
+    with Bundle.open(path) as bundle:
+        read = bundle.read
+        monkeypatch.setattr(
+            bundle, "read", lambda name: (other.replace(path) if other.exists() else None, read(name))[1]
+        )
+        with pytest.raises(BundleError, match="replaced while it was being opened"):
+            Chain(bundle, OnnxRuntimeBackend(threads=1))
+
+
+def test_the_runtime_computes_after_the_file_is_gone(bundle_path, tmp_path):
+    path = tmp_path / "mge.plan"
+    path.write_bytes(bundle_path.read_bytes())
+    with Bundle.open(path) as bundle:
+        chain = Chain(bundle, OnnxRuntimeBackend(threads=1))
+    before = chain.run(frames(2)).tensors["logits"]
+    path.unlink()
+    np.testing.assert_array_equal(chain.run(frames(2)).tensors["logits"], before)

@@ -1,0 +1,132 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from mge_runtime.errors import BundleError
+from mge_runtime.manifest import SCHEMA_VERSION, Entry, Manifest
+from mge_runtime.spec import SegmentSpec, TensorSpec, ViewSpec
+
+
+@pytest.fixture
+def manifest(tiny):
+    return tiny.make_manifest(tiny.make_stages()).with_entries({"onnx/gate.onnx": Entry("0" * 64, 7)})
+
+
+def edited(manifest, path, value):
+    """The manifest's JSON with one field replaced (or removed, where the value is `KeyError`)."""
+    root = json.loads(manifest.to_json())
+    node = root
+    for key in path[:-1]:
+        node = node[key]
+    if value is KeyError:
+        del node[path[-1]]
+    else:
+        node[path[-1]] = value
+    return json.dumps(root).encode()
+
+
+def test_comes_back_equal(manifest):
+    full = replace(
+        manifest, checkpoint_sha256="ab" * 32, parity={"stages": {"gate": {"abs": 1e-6}}}, class_names=tuple("äöü日x")
+    )
+    assert Manifest.from_json(full.to_json()) == full
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_equal_manifests_have_equal_bytes(manifest, tiny):
+    again = tiny.make_manifest(tiny.make_stages()).with_entries(manifest.entries)
+    assert again.to_json() == manifest.to_json()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "named"),
+    [
+        (("class_names", 2), 7, r"class_names\[2\] is 7; expected a text"),
+        (("class_names",), [], "class_names"),
+        (("stages", 1, "outputs", 0, "shape", 1), "many", r"stages\[1\]\.outputs\[0\]\.shape\[1\]"),
+        (("stages", 1, "outputs", 0, "shape"), [1, 5], r"stages\[1\]\.outputs\[0\]\.shape"),
+        (("stages", 1, "outputs", 0, "shape", 1), True, r"shape\[1\] is true"),
+        (("preprocess", "size"), 0, r"preprocess\.size"),
+        (("preprocess", "resize"), 8, r"preprocess\.resize is 8; expected a whole number from 32"),
+        (("preprocess", "mean"), [0.5, 0.5], r"preprocess\.mean"),
+        (("preprocess", "mean", 0), "0.5", r"preprocess\.mean\[0\]"),
+        (("views", 0, "box"), 3, r"views\[0\]\.box"),
+        (("entries", "onnx/gate.onnx", "sha256"), "xyz", r"sha256"),
+        (("entries", "onnx/gate.onnx", "size"), -1, r"entries\.onnx/gate\.onnx\.size"),
+        (("tools",), [], "tools is "),
+        (("gate",), KeyError, "gate"),
+        (("extra",), 1, "extra is 1; expected no field of this name"),
+        (("schema_version",), KeyError, "schema_version"),
+        (("schema_version",), "1", "schema_version"),
+    ],
+)
+def test_a_wrong_field_is_named_by_its_path(manifest, path, value, named):
+    with pytest.raises(BundleError, match=named):
+        Manifest.from_json(edited(manifest, path, value))
+
+
+def test_a_newer_schema_is_named_even_if_all_else_changed():
+    data = json.dumps({"schema_version": SCHEMA_VERSION + 1, "anything": {}}).encode()
+    with pytest.raises(BundleError, match=rf"schema version {SCHEMA_VERSION + 1}.*pip install --upgrade mge"):
+        Manifest.from_json(data)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"schema_version": NaN}', b"[" * 100_000, b"[1]"])
+def test_what_is_no_json_object_is_refused(data):
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Manifest.from_json(data)
+
+
+def _changed(manifest, stage, role, tensor, **changes):
+    tensors = getattr(stage, role)
+    tensors = tuple(replace(t, **changes) if t.name == tensor else t for t in tensors)
+    stages = tuple(replace(s, **{role: tensors}) if s is stage else s for s in manifest.stages)
+    return replace(manifest, stages=stages)
+
+
+def test_chains_that_do_not_fit_are_refused(manifest):
+    first, *rest = manifest.segments
+    expert_2 = manifest.stage("expert_2")
+    wrong = {
+        "which nothing before it puts out": replace(manifest, segments=(*rest, first)),
+        "every stage once": replace(manifest, segments=(first,)),
+        "a second time": _changed(manifest, expert_2, "outputs", "heatmap_2", name="heatmap_1"),
+        "an answer is tensor 'gate'": replace(
+            manifest, segments=(*manifest.segments[:-1], replace(rest[-1], answer="gate"))
+        ),
+        "answer is tensor 'logits'": replace(manifest, segments=(SegmentSpec(first.stages, "logits"), *rest)),
+        "takes in 'image_2' as float16": _changed(manifest, expert_2, "inputs", "image_2", dtype="float16"),
+        "of type 'float64'": _changed(manifest, expert_2, "outputs", "box_2", dtype="float64"),
+        "the gate is tensor": replace(manifest, gate="logits_1"),
+        "the box of view 2": replace(
+            manifest, views=(manifest.views[0], replace(manifest.views[1], box="gate"), manifest.views[2])
+        ),
+        "null for the first view alone": replace(
+            manifest, views=(*manifest.views[:2], ViewSpec("logits_3", "heatmap_3", None))
+        ),
+        "there is no view": replace(manifest, views=(), gate=None),
+        "called '../evil'": replace(
+            manifest, stages=(replace(manifest.stages[0], name="../evil"), *manifest.stages[1:])
+        ),
+        "the same name": replace(manifest, stages=(*manifest.stages, manifest.stages[0])),
+    }
+    for message, broken in wrong.items():
+        with pytest.raises(BundleError, match=message):
+            broken.check()
+        with pytest.raises(BundleError, match=message):
+            Manifest.from_json(broken.to_json())
+
+
+def test_the_frame_must_have_the_size_of_the_preprocessing(manifest):
+    stages = list(manifest.stages)
+    stages[0] = replace(stages[0], inputs=(TensorSpec("frame", "uint8", ("batch", 16, 16, 3)),))
+    with pytest.raises(BundleError, match="ingest takes in 'frame'"):
+        replace(manifest, stages=tuple(stages)).check()
+
+
+def test_a_stage_is_found_by_name(manifest):
+    assert manifest.stage("gate").name == "gate"
+    with pytest.raises(KeyError):
+        manifest.stage("nothing")
+    assert manifest.answer == "logits"
