@@ -15,6 +15,11 @@ from torch import Tensor
 
 __all__ = ["attention_box", "class_gradient", "crop_resize", "grad_cam", "mask_box", "normalized_map"]
 
+# Of a map's largest value: a smaller range is what rounding leaves of a flat map when it is upsampled (some 1e-7).
+FLAT = 1e-6
+
+FLATNESS = 1e-6  # relative range below which a map is flat: a few float32 roundings
+
 
 def class_gradient(
     head: Callable[[Tensor], Tensor], features: Tensor, class_index: Tensor | None = None
@@ -64,9 +69,10 @@ def normalized_map(cam: Tensor, size: int) -> Tensor:
         [B, size, size]; all 0 where the map is flat.
     """
     upsampled = F.interpolate(cam[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
-    low = upsampled.amin((1, 2), keepdim=True)
-    span = upsampled.amax((1, 2), keepdim=True) - low
-    return (upsampled - low) / torch.where(span > 0, span, 1)
+    low, high = upsampled.amin((1, 2), keepdim=True), upsampled.amax((1, 2), keepdim=True)
+    span = high - low
+    flat = span <= FLAT * torch.maximum(low.abs(), high.abs())
+    return torch.where(flat, 0, upsampled - low) / torch.where(flat, 1, span)
 
 
 def mask_box(mask: Tensor) -> Tensor:

@@ -1,35 +1,35 @@
-"""Answers of a model on labelled images, and the table that sums them up."""
+"""Answers on labelled images, of a model or a bundle, and the figures that sum them up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mge.metrics import box_areas, expected_calibration_error, log_softmax, top_k_correct
+from mge.metrics import expected_calibration_error, log_softmax, top_k_correct, view_areas
 from mge.model import MGENet
+from mge_runtime.geometry import Viewport, compose_boxes
 
-__all__ = ["Answers", "Row", "collect", "summarize", "view_areas"]
+if TYPE_CHECKING:
+    from mge_runtime.pipeline import Pipeline
+
+__all__ = ["Answers", "Row", "collect", "collect_bundle", "median_areas", "summarize"]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model said about N images."""
+    """What was said about N images."""
 
     labels: np.ndarray  # [N] int64
-    heads: dict[str, np.ndarray]  # name -> logits [N, C], in the order of the table
-    gate: np.ndarray  # [N, K]
-    boxes: np.ndarray  # [N, K - 1, 4], crop k in pixels of the image that expert k sees
-    heatmaps: tuple[Tensor, ...]  # K of [N, h, w]
-    image_size: int  # pixels, the side of every expert's image
-
-    @property
-    def final(self) -> np.ndarray:
-        """[N, C], the answer of the whole: the mixture, or the single expert's."""
-        return list(self.heads.values())[-1]
+    heads: dict[str, np.ndarray]  # name -> logits [N, C], in the order of the table; the last is the whole's answer
+    gate: np.ndarray  # [N, K], rows sum to 1
+    views: np.ndarray  # [N, K, 4], what each expert saw, in pixels of the source image
+    heatmaps: tuple[Tensor, ...] = ()  # K of [N, h, w]; empty for a bundle
 
 
 @dataclass(frozen=True)
@@ -43,43 +43,69 @@ class Row:
     ece: float  # in [0, 1]
 
 
-def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor]]) -> Answers:
-    """Run a model over (images, labels) batches, in evaluation mode, without labels' help; the mode is restored."""
+def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Answers:
+    """Run a model over the batches of a `FolderDataset`, in evaluation mode; its mode is restored afterwards.
+
+    The labels are only recorded: attention looks for each expert's own first guess, as on a device.
+    """
     device = next(model.parameters()).device
+    size = model.config.image_size
     was_training = model.training
     model.eval()
-    labels, gates, boxes = [], [], []
+    labels: list[Tensor] = []
+    gates: list[Tensor] = []
+    views: list[np.ndarray] = []
     heads: dict[str, list[Tensor]] = {}
     heatmaps: list[list[Tensor]] = [[] for _ in model.experts]
     with torch.inference_mode():
-        for images, targets in batches:
+        for images, targets, viewports in batches:
             output = model(images.to(device))
-            labels.append(targets)
+            labels.append(targets.cpu())
             gates.append(output.gate.float().cpu())
+            crops = [expert.box.cpu() for expert in output.experts if expert.box is not None]
+            boxes = torch.stack(crops, 1).numpy() if crops else np.zeros((len(images), 0, 4))
+            for row, viewport in zip(boxes, viewports.cpu().tolist(), strict=True):
+                views.append(compose_boxes(row, Viewport(*viewport[:4], *map(int, viewport[4:])), size))
             for k, expert in enumerate(output.experts):
-                for name, logits in (
-                    (f"expert {k + 1} global", expert.global_logits),
-                    (f"expert {k + 1} parts", expert.part_logits),
-                    (f"expert {k + 1}", expert.logits),
-                ):
-                    heads.setdefault(name, []).append(logits.float().cpu())
+                heads.setdefault(f"expert {k + 1} global", []).append(expert.global_logits.float().cpu())
+                heads.setdefault(f"expert {k + 1} parts", []).append(expert.part_logits.float().cpu())
+                heads.setdefault(f"expert {k + 1}", []).append(expert.logits.float().cpu())
                 heatmaps[k].append(expert.heatmap.float().cpu())
-            if len(output.experts) > 1:
+            if crops:
                 heads.setdefault("average", []).append(output.average.float().cpu())
                 heads.setdefault("mixture", []).append(output.logits.float().cpu())
-                crops = [expert.box for expert in output.experts if expert.box is not None]
-                boxes.append(torch.stack(crops, 1).float().cpu())
     model.train(was_training)
-    number = sum(len(part) for part in labels)
-    last = ("average", "mixture")
-    names = [name for name in heads if name not in last] + [name for name in last if name in heads]
     return Answers(
         labels=torch.cat(labels).numpy(),
-        heads={name: torch.cat(heads[name]).numpy() for name in names},
+        heads={name: torch.cat(parts).numpy() for name, parts in heads.items()},
         gate=torch.cat(gates).numpy(),
-        boxes=torch.cat(boxes).numpy() if boxes else np.zeros((number, 0, 4), np.float32),
+        views=np.stack(views),
         heatmaps=tuple(torch.cat(maps) for maps in heatmaps),
-        image_size=model.config.image_size,
+    )
+
+
+def collect_bundle(pipeline: Pipeline, samples: Sequence[tuple[Path, int]], batch: int = 1) -> Answers:
+    """Run a bundle over labelled images; it answers with the experts, their average and the mixture only.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    predictions = []
+    for _, prediction in pipeline.predict_iter([path for path, _ in samples], batch=batch):
+        if isinstance(prediction, Exception):
+            raise prediction
+        predictions.append(prediction)
+    experts = np.stack([prediction.expert_logits for prediction in predictions], 1)
+    heads = {f"expert {k}": logits for k, logits in enumerate(experts, 1)}
+    if len(experts) > 1:
+        heads["average"] = experts.mean(0)
+        heads["mixture"] = np.stack([prediction.logits for prediction in predictions])
+    ones = np.ones(len(experts))
+    return Answers(
+        labels=np.array([label for _, label in samples]),
+        heads=heads,
+        gate=np.stack([ones if prediction.gate is None else prediction.gate for prediction in predictions]),
+        views=np.stack([prediction.boxes for prediction in predictions]),
     )
 
 
@@ -100,7 +126,6 @@ def summarize(answers: Answers) -> list[Row]:
     return rows
 
 
-def view_areas(answers: Answers) -> list[float]:
+def median_areas(answers: Answers) -> list[float]:
     """Median share of the first view that each of the K views shows, in (0, 1]; 1 for the first."""
-    shares = np.cumprod(box_areas(answers.boxes, answers.image_size), axis=1)
-    return [1.0, *(float(np.median(shares[:, k])) for k in range(shares.shape[1]))]
+    return [float(area) for area in np.median(view_areas(answers.views), axis=0)]

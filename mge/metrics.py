@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["box_areas", "expected_calibration_error", "log_softmax", "paired_bootstrap", "top_k_correct"]
+__all__ = ["expected_calibration_error", "log_softmax", "paired_bootstrap", "top_k_correct", "view_areas"]
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -34,9 +34,10 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def box_areas(boxes: np.ndarray, size: int) -> np.ndarray:
-    """Share of its image that each box keeps: [..., 4] in pixels of a size x size image -> [...] in (0, 1]."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]) / size**2
+def view_areas(views: np.ndarray) -> np.ndarray:
+    """Share of the first view that each view shows: boxes [N, K, 4] in source pixels -> [N, K] in (0, 1]."""
+    areas = (views[..., 2] - views[..., 0]) * (views[..., 3] - views[..., 1])
+    return areas / areas[:, :1]
 
 
 def paired_bootstrap(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,11 @@ def normalize(frame: np.ndarray, config: MGEConfig) -> Tensor:
     return (torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float() / 255 - mean) / std
 
 
-class FolderDataset(Dataset[tuple[Tensor, int]]):
-    """Images for evaluation: what the runtime would see, and the class index."""
+class FolderDataset(Dataset[tuple[Tensor, int, Tensor]]):
+    """Images for evaluation: what the runtime would see, the class index, and where the frame lies in the source.
+
+    The last is a float64 tensor of a `Viewport`'s fields in their order, since a loader's batches are tensors.
+    """
 
     def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig) -> None:
         self.samples = list(samples)
@@ -79,10 +83,10 @@ class FolderDataset(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
         path, label = self.samples[index]
-        frame, _ = to_frame(decode_image(path), self.config.preprocess)
-        return normalize(frame, self.config), label
+        frame, viewport = to_frame(decode_image(path), self.config.preprocess)
+        return normalize(frame, self.config), label, torch.tensor(astuple(viewport), dtype=torch.float64)
 
 
 class TrainingDataset(Dataset[tuple[Tensor, int]]):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mge.checkpoint import save_checkpoint
 from mge.data.folder import FolderDataset, TrainingDataset
 from mge.data.sampling import EpochSampler
-from mge.evaluation import Answers, collect, summarize, view_areas
+from mge.evaluation import Answers, collect, median_areas, summarize
 from mge.model import MGENet
 from mge.training.interrupt import Interrupt, ignore_in_worker
 from mge.training.losses import loss_terms
@@ -142,7 +142,7 @@ class Trainer:
     def _finish_epoch(self, progress: Progress, seconds: float, optimizer: Any) -> None:
         answers = collect(self.model, self._val_batches())
         rows = summarize(answers)
-        areas = view_areas(answers)
+        areas = median_areas(answers)
         row: dict[str, float] = {"epoch": progress.epoch + 1}
         row["loss/total"] = sum(progress.sums.values()) / progress.step
         row |= {f"loss/{name}": value / progress.step for name, value in progress.sums.items()}

@@ -1,0 +1,63 @@
+# Everything a developer types. `make` alone lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := demo
+READY := .venv/.ready
+
+.PHONY: help setup demo test lint types unit format wheel check-bare check-jetson clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+setup: $(READY) ## make .venv with everything for development
+
+# The stamp is newer than pyproject.toml: a changed dependency installs anew, nothing else does.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) --version); training and export need Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "error: Python's venv module is missing; install it: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY) ## draw a field guide, train, export, run; a few minutes on two cores
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DEMO=$(DEMO) benchmarks/demo.sh
+
+test: lint types unit ## everything that CI holds: lint, types, tests
+
+lint: $(READY) ## style, imports that point the wrong way
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## pyright, strict on the runtime
+	$(BIN)/pyright
+
+unit: $(READY) ## the tests
+	$(BIN)/python -m pytest -q
+
+format: $(READY) ## put the sources into shape
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+wheel: $(READY) ## build the wheel into dist/
+	$(BIN)/python -m hatchling build -t wheel
+
+check-bare: wheel ## install the wheel alone, run without torch
+	benchmarks/check_bare.sh $(PYTHON)
+
+check-jetson: wheel ## would pip find everything the runtime needs on JetPack 6 (Python 3.10, aarch64)? nothing is installed
+	$(BIN)/pip install --quiet --dry-run --report - --target .venv/unused --only-binary=:all: --implementation cp \
+	  --python-version 3.10 --abi cp310 --abi abi3 --abi none \
+	  --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
+	  --platform manylinux2014_aarch64 "mge[cpu] @ file://$$(ls -t $(CURDIR)/dist/*.whl | head -n 1)" \
+	  | $(BIN)/python -c 'import json, sys; print("\n".join(sorted(f"{p['"'metadata'"']['"'name'"']} {p['"'metadata'"']['"'version'"']}" for p in json.load(sys.stdin)["install"])))'
+
+clean: ## remove what the other targets made, the environment too
+	rm -rf .venv dist build $(DEMO) runs .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,80 @@
+"""`mge-eval`: the paper's table, for a checkpoint or a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mge_runtime.cli.common import reports_errors
+
+if TYPE_CHECKING:
+    from mge.evaluation import Answers
+
+__all__ = ["main"]
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.option("--ckpt", type=PATH, help="A checkpoint: every head of every expert.")
+@click.option("--engine", type=PATH, help="A bundle: every expert, as it runs on a device.")
+@click.option("--data", type=PATH, required=True, help="Folder with test/<class>/*.jpg, or with the class folders.")
+@click.option("--split", default="test", help="Folder below --data, where there is one.")
+@click.option("--batch-size", type=click.IntRange(1), default=32)
+@click.option("--workers", type=click.IntRange(0), default=2, help="Processes (threads for a bundle) that decode.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--predictions", type=PATH, help="Also write labels, logits, gate and boxes to this .npz file.")
+@reports_errors
+def main(
+    ckpt: Path | None,
+    engine: Path | None,
+    data: Path,
+    split: str,
+    batch_size: int,
+    workers: int,
+    as_json: bool,
+    predictions: Path | None,
+) -> None:
+    """Print the paper's table: top-1, top-5, likelihood and calibration of every head, the gate, the crops' areas."""
+    from mge.report import figures, print_table, write_predictions
+
+    if (ckpt is None) == (engine is None):
+        raise click.UsageError("name either --ckpt or --engine")
+    folder = data / split if (data / split).is_dir() else data
+    if ckpt is not None:
+        answers, samples = _checkpoint_answers(ckpt, folder, batch_size, workers)
+    else:
+        assert engine is not None  # noqa: S101 - the usage check above; for the type checker
+        answers, samples = _bundle_answers(engine, folder, batch_size)
+    result = figures(answers, folder, [path for path, _ in samples])
+    if predictions is not None:
+        write_predictions(predictions, answers, [path.relative_to(folder).as_posix() for path, _ in samples])
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_table(result)
+
+
+def _checkpoint_answers(ckpt: Path, folder: Path, batch_size: int, workers: int) -> tuple[Answers, Any]:
+    from torch.utils.data import DataLoader
+
+    from mge.checkpoint import load_checkpoint
+    from mge.data.folder import FolderDataset, list_images
+    from mge.evaluation import collect
+
+    model = load_checkpoint(ckpt)
+    samples = list_images(folder, model.config.classes)
+    return collect(model, DataLoader(FolderDataset(samples, model.config), batch_size, num_workers=workers)), samples
+
+
+def _bundle_answers(engine: Path, folder: Path, batch_size: int) -> tuple[Answers, Any]:
+    from mge.data.folder import list_images
+    from mge.evaluation import collect_bundle
+    from mge_runtime.pipeline import Pipeline
+
+    with Pipeline.open(engine) as pipeline:
+        samples = list_images(folder, pipeline.manifest.class_names)
+        return collect_bundle(pipeline, samples, batch_size), samples

@@ -1,0 +1,106 @@
+"""Attention against the same arithmetic written out by hand."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mge.attention import attention_box, class_gradient, crop_resize, grad_cam, mask_box, normalized_map
+from mge.model import GlobalHead
+
+
+def boxes_of(mask):
+    return mask_box(torch.as_tensor(mask, dtype=torch.float32)).tolist()
+
+
+def test_mask_box_ends_before_the_last_kept_pixel():
+    mask = np.zeros((1, 10, 10))
+    mask[0, 2:7, 3:9] = 1  # last kept row 6, last kept column 8
+    assert boxes_of(mask) == [[3, 2, 8, 6]]
+
+
+def test_mask_box_spans_components_that_do_not_touch():
+    mask = np.zeros((1, 10, 10))
+    mask[0, 1, 8] = mask[0, 9, 0] = 1
+    assert boxes_of(mask) == [[0, 1, 8, 9]]
+
+
+@pytest.mark.parametrize("kept", [(), ((4, 4),), ((4, 1), (4, 8)), ((1, 4), (8, 4))])
+def test_a_box_without_area_becomes_the_whole_image(kept):
+    mask = np.zeros((1, 10, 10))
+    for row, column in kept:
+        mask[0, row, column] = 1
+    assert boxes_of(mask) == [[0, 0, 10, 10]]
+
+
+def test_each_image_of_a_batch_has_its_own_box():
+    mask = np.zeros((2, 6, 6))
+    mask[0, 0:3, 0:3] = mask[1, 2:6, 3:6] = 1
+    assert boxes_of(mask) == [[0, 0, 2, 2], [3, 2, 5, 5]]
+
+
+def test_a_flat_map_keeps_the_whole_image():
+    assert attention_box(torch.full((1, 4, 4), 3.0), 32, 0.2).tolist() == [[0, 0, 32, 32]]
+
+
+def test_normalized_map_fills_zero_to_one_and_is_zero_where_flat():
+    maps = torch.stack([torch.arange(9.0).view(3, 3) - 4, torch.full((3, 3), 7.0)])
+    scaled = normalized_map(maps, 9)
+    assert scaled[0].min() == 0
+    assert scaled[0].max() == 1
+    assert torch.equal(scaled[1], torch.zeros(9, 9))
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_attention_box_equals_search_over_pixels(threshold):
+    cam = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0))
+    for one, box in zip(cam, attention_box(cam, 40, threshold).tolist(), strict=True):
+        scaled = normalized_map(one[None], 40)[0].numpy()
+        rows, columns = np.nonzero(scaled >= np.float32(threshold))
+        assert box == [columns.min(), rows.min(), columns.max(), rows.max()]
+
+
+def test_crop_resize_equals_slicing_and_interpolating():
+    random = np.random.default_rng(0)
+    images = torch.randn(20, 3, 33, 33, generator=torch.Generator().manual_seed(0))
+    corners = [sorted(random.choice(34, 2, replace=False)) + sorted(random.choice(34, 2, replace=False)) for _ in images]
+    boxes = torch.tensor([[x0, y0, x1, y1] for x0, x1, y0, y1 in corners], dtype=torch.float32)
+    boxes[0] = torch.tensor([5, 7, 6, 8])  # a single pixel
+    boxes[1] = torch.tensor([0, 0, 33, 33])
+    crops = crop_resize(images, boxes, 33)
+    for image, box, crop in zip(images, boxes.int().tolist(), crops, strict=True):
+        x0, y0, x1, y1 = box
+        expected = F.interpolate(image[None, :, y0:y1, x0:x1], (33, 33), mode="bilinear", align_corners=True)[0]
+        torch.testing.assert_close(crop, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(crops[1], images[1], atol=1e-5, rtol=0)
+
+
+def test_class_gradient_is_autograd_of_the_chosen_score():
+    torch.manual_seed(0)
+    head = torch.nn.Sequential(GlobalHead(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 5))
+    features = torch.randn(4, 8, 3, 3, requires_grad=True)
+    labels = torch.tensor([4, 0, 2, 2])
+    scores, gradient = class_gradient(head, features.detach(), labels)
+    picked = head(features).gather(1, labels[:, None]).sum()
+    (expected,) = torch.autograd.grad(picked, features)
+    torch.testing.assert_close(scores, head(features))
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_class_gradient_without_labels_takes_the_first_guess():
+    torch.manual_seed(0)
+    head = GlobalHead(8, 5)
+    features = torch.randn(3, 8, 4, 4)
+    scores, gradient = class_gradient(head, features)
+    expected = head.fc.weight[scores.argmax(1)][:, :, None, None].expand_as(features) / 16
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
+
+
+def test_grad_cam_takes_the_relu_of_the_gradient_before_the_mean():
+    features = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    expected = np.zeros((2, 4, 4))
+    for b in range(2):
+        for k in range(3):
+            expected[b] += np.maximum(gradient[b, k].numpy(), 0).mean() * features[b, k].numpy()
+    np.testing.assert_allclose(grad_cam(features, gradient).numpy(), expected, rtol=1e-5, atol=1e-6)
