@@ -21,9 +21,7 @@ from mge_export.tolerances import TOLERANCES, Tolerances
 __all__ = ["Check", "ParityReport", "measure_parity"]
 
 BATCH_IMAGES = 4  # frames computed at once; bounds memory
-HEADROOM = (
-    10  # an activation above 65504 / HEADROOM is called out: another photograph may be ten times as bright a case
-)
+HEADROOM = 10  # an activation above 65504 / HEADROOM is called out: other photographs may drive it further
 
 
 @dataclass
