@@ -12,9 +12,10 @@ from pathlib import Path
 
 from mge_runtime.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "STDIN", "NamedImage", "find_images"]
+__all__ = ["IMAGE_SUFFIXES", "SAVED_SUFFIX", "STDIN", "NamedImage", "find_images"]
 
 STDIN = "-"
+SAVED_SUFFIX = ".mge.png"  # of the pictures that `mge-run --save` draws; in a folder these are no images to answer
 
 # What counts as an image inside a folder. HEIC is not decoded, but said to be so rather than passed over.
 IMAGE_SUFFIXES = frozenset(
@@ -39,9 +40,9 @@ def find_images(names: Iterable[str]) -> tuple[list[NamedImage], list[InputError
     """List the images behind files, folders, glob patterns and `-`.
 
     A file is taken whatever its suffix, and even if it is missing (decoding then says so). A folder is searched with
-    its subfolders, links followed, for `IMAGE_SUFFIXES`; what begins with "." is passed over. A pattern that the shell
-    left alone (`*`, `?`, `[`, `**`) is expanded here. `-` is one picture's bytes on standard input. Folders and
-    patterns are sorted as people count (2 before 10); an image named twice is taken once.
+    its subfolders, links followed, for `IMAGE_SUFFIXES`; what begins with "." or ends with `SAVED_SUFFIX` is passed
+    over. A pattern that the shell left alone (`*`, `?`, `[`, `**`) is expanded here. `-` is one picture's bytes on
+    standard input. Folders and patterns are sorted as people count (2 before 10); an image named twice is taken once.
 
     Returns:
         The images in the order named, and one error for each name behind which there is nothing.
@@ -105,7 +106,7 @@ def _search(folder: Path) -> tuple[list[NamedImage], int]:
             continue
         entered.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = [name for name in names if not name.startswith(".")]
+        visible = [name for name in names if not name.startswith(".") and not name.endswith(SAVED_SUFFIX)]
         images = [Path(parent, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
         others += len(visible) - len(images)
         files += images

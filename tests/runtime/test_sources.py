@@ -18,6 +18,7 @@ def photos(tmp_path, monkeypatch):
         "photos/img2.JPG",
         "photos/IMG1.png",
         "photos/notes.txt",
+        "photos/answered.mge.png",
         "photos/.hidden.jpg",
         "photos/sub 2/b.webp",
         "photos/sub 10/a.tiff",

@@ -1,0 +1,159 @@
+"""`mge-run`: answer images with a bundle."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from mge_runtime.cli.common import reports_errors
+from mge_runtime.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mge_runtime.sources import NamedImage
+
+_TOP = 5
+_MANY = 8  # images; from here on a terminal gets a progress bar
+
+
+def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Literal["never"] | int:
+    """Read the word "never" or the number of a segment."""
+    if value == "never":
+        return "never"
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f'{value!r} is neither "never" nor a number from 1 on', context, parameter)
+    return int(value)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("images", nargs=-1, required=True)
+@click.option("--engine", default="mge.plan", show_default=True, help="The bundle to answer with.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
+@click.option("--csv", "csv_path", metavar="FILE", type=click.Path(path_type=Path), help="Also write a CSV table.")
+@click.option(
+    "--save",
+    "save_to",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Also draw each answer: boxes and heat maps on the picture, classes, gate.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    help=f"Likeliest classes to report.  [default: {_TOP}; as text for several images: 1]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images computed at once.")
+@click.option("--threads", type=click.IntRange(min=1), help="Processors to compute with.  [default: all]")
+@click.option("--exit", "exit_at", callback=_exit, default="never", metavar="N", help="Stop early, after segment N.")
+@click.version_option(package_name="mge")
+@reports_errors
+def main(
+    images: tuple[str, ...],
+    engine: str,
+    as_json: bool,
+    csv_path: Path | None,
+    save_to: Path | None,
+    top_k: int | None,
+    device: str,
+    backend: str,
+    batch: int,
+    threads: int | None,
+    exit_at: Literal["never"] | int,
+) -> None:
+    """Answer IMAGES: files, folders (with their subfolders), quoted patterns, or - for one image on standard input.
+
+    An image that cannot be read is reported and passed over; the exit code is 1 then.
+    """
+    from mge_runtime.pipeline import Pipeline
+    from mge_runtime.report import csv_table, json_line, picture_folder, text_block, text_line
+    from mge_runtime.sources import find_images
+
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="replace")  # a class name that the terminal's encoding lacks is no reason to stop
+    found, problems = find_images(images)
+    for problem in problems:
+        _report(problem)
+    if not found:
+        raise SystemExit(1)
+    failed = len(problems)
+    in_lines = len(found) > 1 and top_k is None
+    with ExitStack() as stack:
+        pictures = stack.enter_context(picture_folder(save_to, found))
+        pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads))
+        manifest = pipeline.manifest
+        top_k = min(top_k or _TOP, len(manifest.class_names))
+        table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
+        step = stack.enter_context(_progress(found))
+        answers = pipeline.predict_iter((image.source() for image in found), batch=batch, exit=exit_at)
+        for image, (source, answer) in zip(found, answers, strict=True):
+            try:
+                if isinstance(answer, InputError):
+                    raise answer
+                saved = pictures.save(image, source, answer) if pictures else None
+            except InputError as error:
+                failed += 1
+                step(image, None)
+                _report(error)
+                continue
+            if as_json:
+                step(image, json_line(image.name, answer, top_k, saved))
+            elif in_lines:
+                step(image, text_line(image.name, answer))
+            else:
+                step(image, text_block(image.name, answer, top_k, saved))
+            if table:
+                table.add(image.name, answer)
+    if failed:
+        if len(found) > 1:
+            click.echo(f"{failed} of {len(found) + len(problems)} could not be answered", err=True)
+        raise SystemExit(1)
+
+
+def _report(error: InputError) -> None:
+    from mge_runtime.report import printable
+
+    click.echo("error: " + printable(" ".join(str(error).split())), err=True)
+
+
+def _print(text: str) -> None:
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise  # the reader has enough (`| head`); click ends quietly
+    except OSError as error:
+        # Python would try again at its end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"cannot print the answers: {error.strerror}; name another place for the output") from error
+
+
+@contextmanager
+def _progress(images: list[NamedImage]) -> Generator[Callable[[NamedImage, str | None], None], None, None]:
+    """Yield what prints an answer; many images get a bar on standard error where that is a terminal."""
+    if len(images) < _MANY or not sys.stderr.isatty():
+        yield lambda _, text: None if text is None else _print(text)
+        return
+    with click.progressbar(length=len(images), file=sys.stderr, show_pos=True, item_show_func=_shown) as bar:
+
+        def step(image: NamedImage, text: str | None) -> None:
+            click.echo("\r\x1b[K", nl=False, err=True)  # the bar makes way for the line and comes back below it
+            if text is not None:
+                _print(text)
+            bar.update(1, image)
+
+        yield step
+
+
+def _shown(image: NamedImage | None) -> str | None:
+    """The name beside the bar: the end of it, which differs from image to image."""
+    from mge_runtime.report import printable
+
+    return None if image is None else printable(image.name[-40:])

@@ -1,0 +1,179 @@
+"""What `mge-run` prints and writes: text for people, JSON lines, CSV, pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mge_runtime.errors import OutputError
+from mge_runtime.files import atomic_path
+from mge_runtime.sources import SAVED_SUFFIX, NamedImage
+
+if TYPE_CHECKING:
+    from mge_runtime.decode import ImageSource
+    from mge_runtime.prediction import Prediction
+
+__all__ = [
+    "CsvTable",
+    "PictureFolder",
+    "csv_table",
+    "json_line",
+    "picture_folder",
+    "printable",
+    "text_block",
+    "text_line",
+]
+
+_LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
+
+
+def printable(text: str) -> str:
+    """Replace what must not reach a terminal (control characters, undecodable bytes) by "?"."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def text_line(image: str, prediction: Prediction) -> str:
+    """One image in one line: probability, class, name; the columns line up from line to line."""
+    widest = min(max(map(len, prediction.class_names)), 40)
+    return printable(f"{prediction.probability:6.1%}  {prediction.class_name:<{widest}}  {image}")
+
+
+def text_block(image: str, prediction: Prediction, top_k: int, saved: Path | None = None) -> str:
+    """One image in a few lines: the likeliest classes, the gate, what each expert saw, the time."""
+    lines = [image]
+    lines += [f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(top_k)]
+    for k, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
+        share = "" if prediction.gate is None else f"counts {float(prediction.gate[k]):4.0%}, "
+        lines.append(f"  expert {k + 1}  {share}saw x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}")
+    lines[-1] += f" of {prediction.width} x {prediction.height} pixels"
+    lines.append(f"  {prediction.timings_ms['total']:.0f} ms")
+    if saved is not None:
+        lines.append(f"  picture: {saved}")
+    return "\n".join(printable(line) for line in lines)
+
+
+def json_line(image: str, prediction: Prediction, top_k: int, saved: Path | None = None) -> str:
+    """One image as one line of JSON, in ASCII so that every locale can print it."""
+    record = {"image": image, **prediction.to_dict(top_k=top_k)}
+    return json.dumps(record if saved is None else {**record, "saved": str(saved)})
+
+
+class CsvTable:
+    """Rows of a CSV file, one for each answered image; made by `csv_table`."""
+
+    def __init__(self, path: Path, experts: int, top_k: int) -> None:
+        self._stream = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+        self._writer = csv.writer(self._stream, lineterminator="\n")
+        self._experts, self._top_k = experts, top_k
+        numbers = range(1, experts + 1)
+        header = ["image", "class_index", "class_name", "probability"]
+        header += [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("class_name", "probability")]
+        header += ["experts_used", *(f"gate_{k}" for k in numbers)]
+        header += [f"box_{k}_{edge}" for k in numbers for edge in ("x0", "y0", "x1", "y1")]
+        self._writer.writerow([*header, "width", "height", "total_ms"])
+
+    def add(self, image: str, prediction: Prediction) -> None:
+        """Write one row; what did not run (gate, later experts) stays empty."""
+        values = prediction.to_dict(top_k=self._top_k)
+        best = values["top"]
+        row = [image, values["class_index"], values["class_name"], values["probability"]]
+        row += [best[rank][field] for rank in range(1, self._top_k) for field in ("class_name", "probability")]
+        missing = self._experts - prediction.experts_used
+        row += [prediction.experts_used, *(values["gate"] or [""] * self._experts)]
+        row += [edge for box in values["boxes"] for edge in box] + [""] * (4 * missing)
+        self._writer.writerow([*row, prediction.width, prediction.height, values["timings_ms"]["total"]])
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._stream.close()
+
+
+@contextmanager
+def csv_table(path: Path | None, experts: int, top_k: int) -> Generator[CsvTable | None, None, None]:
+    """Open a CSV file that appears whole at the end of the block, or not at all.
+
+    Raises:
+        OutputError: the place cannot be written; said before anything is computed.
+    """
+    if path is None:
+        yield None
+        return
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; expected the name of a CSV file")
+    with atomic_path(path) as temporary:
+        table = CsvTable(temporary, experts, top_k)
+        try:
+            yield table
+        finally:
+            table.close()
+
+
+class PictureFolder:
+    """Gives every image its own picture file `<name>.mge.png` in one folder; made by `picture_folder`."""
+
+    def __init__(self, folder: Path, images: Iterable[NamedImage]) -> None:
+        self._folder = folder
+        self._paths: dict[NamedImage, Path] = {}
+        images = list(images)
+        taken = {os.path.normcase(image.path.resolve()) for image in images if image.path is not None}
+        names: set[str] = set()
+        root = folder.resolve()
+        for image in images:
+            stem = "stdin" if image.path is None else image.path.stem
+            stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
+            name, number = stem, 1
+            # Two folders may each hold an a.jpg, "A" and "a" may be one file here, and no image may be written over.
+            while name.casefold() in names or os.path.normcase(root / (name + SAVED_SUFFIX)) in taken:
+                number += 1
+                name = f"{stem}-{number}"
+            names.add(name.casefold())
+            self._paths[image] = folder / (name + SAVED_SUFFIX)
+
+    def save(self, image: NamedImage, source: ImageSource, prediction: Prediction) -> Path:
+        """Draw an answer and write the picture whole.
+
+        Raises:
+            InputError: the image has become unreadable since it was answered.
+            OutputError: the picture cannot be written.
+        """
+        from mge_runtime.decode import decode_image
+        from mge_runtime.draw import draw_prediction
+
+        picture = draw_prediction(decode_image(source), prediction)
+        path = self._paths[image]
+        with atomic_path(path) as temporary:
+            picture.save(temporary, "PNG", compress_level=3)
+        return path
+
+
+@contextmanager
+def picture_folder(folder: Path | None, images: Sequence[NamedImage]) -> Generator[PictureFolder | None, None, None]:
+    """Make the folder for pictures; a new one that stays empty is removed again.
+
+    Raises:
+        OutputError: it cannot be made or written; said before anything is computed.
+    """
+    if folder is None:
+        yield None
+        return
+    existed = folder.is_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write pictures to {folder}: {error.strerror}; expected a writable folder, name another place"
+        ) from error
+    try:
+        yield PictureFolder(folder, images)
+    finally:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()

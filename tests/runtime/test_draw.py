@@ -1,0 +1,184 @@
+"""The picture of an answer shows what the prediction says, whatever the photograph's shape."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mge_runtime.decode import decode_image
+from mge_runtime.draw import draw_prediction
+from mge_runtime.plot import Canvas, blend_heatmap, expert_colour, fitted, shortened
+from mge_runtime.prediction import Prediction
+
+SHARED = Path(__file__).parents[3] / "shared"
+NAMES = tuple(f"Extraordinarily-Long-Name-Of-A-Class-{index:03}" for index in range(7))
+
+
+def answer(image, experts=3, gate=True, boxes=None, names=NAMES):
+    """Make a prediction with nested boxes and a heat map with one peak."""
+    rng = np.random.default_rng(experts)
+    height, width = image.shape[:2]
+    side = 0.8 * min(height, width)
+    first = np.array([(width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2])
+    shrink = 0.12 * side * np.array([1, 1, -1, -1])
+    boxes = np.stack([first + k * shrink for k in range(experts)]) if boxes is None else np.asarray(boxes)
+    return Prediction.from_logits(
+        rng.normal(size=len(names)).astype(np.float32),
+        class_names=names,
+        expert_logits=rng.normal(size=(experts, len(names))).astype(np.float32),
+        gate=rng.dirichlet(np.ones(experts)).astype(np.float32) if gate else None,
+        boxes=boxes.astype(np.float32),
+        heatmaps=tuple(rng.random((7, 7), np.float32) for _ in range(experts)),
+        size=(width, height),
+        timings_ms={"total": 1.0},
+    )
+
+
+def grey(height, width):
+    return np.full((height, width, 3), 128, np.uint8)
+
+
+def count(picture, colour):
+    return int((np.asarray(picture) == colour).all(-1).sum())
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((400, 600), (1272, 849)),  # landscape: thumbnails below
+        ((600, 400), (1005, 848)),  # portrait: everything beside
+        ((500, 500), (1272, 848)),
+        ((40, 600), (872, None)),  # a strip: everything below
+        ((600, 20), (499, 848)),
+        ((1, 1), (1272, 848)),
+        ((1, 900), (872, None)),
+        ((900, 1), (473, 848)),
+    ],
+)
+def test_every_shape_gives_a_slide(shape, size):
+    image = grey(*shape)
+    before = image.copy()
+    picture = draw_prediction(image, answer(image))
+    np.testing.assert_array_equal(image, before)
+    assert picture.mode == "RGB"
+    assert picture.width == size[0]
+    assert size[1] is None or abs(picture.height - size[1]) <= 20
+    for k in range(3):  # the gate's bar and two frames of each expert, at least
+        assert count(picture, expert_colour(k)) > 1000
+
+
+@pytest.mark.parametrize("experts", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("shape", [(400, 600), (600, 600), (50, 600)])
+def test_any_number_of_experts(experts, shape):
+    image = grey(*shape)
+    picture = draw_prediction(image, answer(image, experts, gate=experts > 1))
+    for k in range(experts):
+        assert count(picture, expert_colour(k)) > 500
+    for k in range(experts, 6):
+        assert count(picture, expert_colour(k)) == 0
+
+
+def test_boxes_lie_where_the_prediction_says():
+    image = grey(400, 400)  # drawn twice as large, at (24, 24)
+    picture = np.asarray(
+        draw_prediction(image, answer(image, boxes=[[0, 0, 400, 400], [100, 50, 300, 200], [150] * 4]))
+    )
+    photo = picture[24:824, 24:824]
+    orange = (photo == expert_colour(1)).all(-1)
+    orange[:100] = False  # the label, above the box
+    columns, rows = np.flatnonzero(orange.any(0)), np.flatnonzero(orange.sum(1) > 200)
+    assert abs(columns[0] - 200) <= 1
+    assert abs(columns[-1] - 599) <= 1
+    assert abs(rows[0] - 100) <= 1
+    assert abs(rows[-1] - 399) <= 1
+    assert not orange[120:380, 220:580].any()
+
+
+def test_equal_boxes_all_show():
+    image = grey(400, 400)
+    boxes = [[0, 0, 400, 400], [100, 100, 300, 300], [100, 100, 300, 300]]
+    photo = np.asarray(draw_prediction(image, answer(image, boxes=boxes)))[24:824, 24:824]
+    line = photo[400, 190:230]  # across the left edge
+    for k in (1, 2):
+        assert (line == expert_colour(k)).all(-1).sum() >= 2
+
+
+def test_bars_are_as_long_as_their_shares():
+    image = grey(600, 300)
+    prediction = answer(image)
+    picture = np.asarray(draw_prediction(image, prediction))
+    column = picture[:, 24 + 400 + 24 :]
+    for k, share in enumerate(prediction.gate):
+        longest = (column[: column.shape[0] // 2] == expert_colour(k)).all(-1).sum(1).max()
+        assert longest == pytest.approx((400 - 84 - 64) * share, abs=1)
+
+
+def test_the_heat_map_peaks_where_the_attention_does():
+    heatmap = np.zeros((7, 7), np.float32)
+    heatmap[1, 5] = 3
+    blended = np.asarray(blend_heatmap(Image.new("RGB", (61, 61), (128, 128, 128)), heatmap)).astype(int)
+    y, x = np.unravel_index(blended.sum(-1).argmax(), (61, 61))
+    assert (y, x) == (10, 50)  # corners on corners: cell c of 7 lies at c * 60 / 6
+    assert blended[40, 20].sum() < blended[10, 50].sum() / 2
+
+
+@pytest.mark.parametrize("heatmap", [np.zeros((7, 7)), np.full((4, 4), np.nan), np.ones((1, 1)), -np.eye(3)])
+def test_flat_and_odd_heat_maps(heatmap):
+    picture = blend_heatmap(Image.new("RGB", (20, 30), (128, 128, 128)), heatmap)
+    assert picture.size == (20, 30)
+
+
+def test_text_is_shortened_in_the_middle():
+    assert shortened("short", 15, 500) == "short"
+    short = shortened(NAMES[3], 15, 150)
+    assert short.startswith("Extra")
+    assert short.endswith("003")
+    assert "…" in short
+    assert shortened(NAMES[3], 15, 1) == "…"
+
+
+def test_no_text_runs_out_of_its_column():
+    image = grey(600, 300)
+    names = tuple(f"{'W' * 60} {index}" for index in range(5))
+    picture = np.asarray(draw_prediction(image, answer(image, names=names)))
+    assert (picture[:, -24:] == 255).all()
+    assert (picture[:, 424:448] == 255).all()  # between photograph and column
+
+
+def test_fitted_keeps_the_longer_side():
+    assert fitted(grey(10, 1000), 800).size == (800, 8)
+    assert fitted(grey(1, 5000), 800).size == (800, 1)
+    assert fitted(grey(3, 2), 800).size == (533, 800)
+
+
+def test_a_tag_stays_inside_the_picture():
+    canvas = Canvas.blank(30, 12)  # smaller than the tag
+    canvas.tag(np.array([0, 0, 30, 12]), "expert 2", (230, 159, 0), corner=1)
+    assert canvas.image.size == (30, 12)
+
+
+def photographs():
+    found = importlib.util.find_spec("skimage")
+    assert found is not None
+    assert found.origin is not None
+    shipped = Path(found.origin).parent / "data"
+    paths = [shipped / name for name in ("coffee.png", "astronaut.png", "rocket.jpg")]
+    if SHARED.is_dir():
+        groceries = sorted((SHARED / "data" / "groceries" / "test").rglob("*.jpg"))[::180]
+        assert groceries, "../shared is there without data/groceries/test"
+        paths += groceries
+    return paths
+
+
+def test_real_photographs_stay_recognisable():
+    for path in photographs():
+        image = decode_image(path)
+        prediction = answer(image)
+        picture = np.asarray(draw_prediction(image, prediction))
+        scaled = np.asarray(fitted(image, 800)).astype(int)
+        photo = picture[24 : 24 + scaled.shape[0], 24 : 24 + scaled.shape[1]].astype(int)
+        untouched = (np.abs(photo - scaled).max(-1) == 0).mean()
+        assert untouched > 0.9, path
+        assert untouched < 1, path
