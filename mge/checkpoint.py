@@ -127,7 +127,10 @@ def read_checkpoint(
     else:
         config, state = _authors(content, source)
     config = _with_options(config, source, labels, box_threshold, resize, image_size)
-    model = MGENet(config)
+    try:
+        model = MGENet(config)
+    except CheckpointError as error:  # a trunk that this timm does not have
+        raise CheckpointError(f"{source}: {error}") from error
     _fill(model, state, source)
     return Checkpoint(model.eval(), training)
 

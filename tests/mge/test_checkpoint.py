@@ -1,0 +1,370 @@
+"""`best.pt` and everything that is not one."""
+
+import builtins
+import io
+import os
+import pickle
+import random
+import warnings
+import zipfile
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from mge.archive import read_archive
+from mge.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+from mge.config import MGEConfig
+from mge.labels import read_labels
+from mge.model import MGENet
+from mge_runtime.errors import CheckpointError, OutputError
+
+CONFIG = MGEConfig(
+    "test_resnet",
+    ("ä bird", "b", "c"),
+    image_size=64,
+    resize=72,
+    mean=(0.4, 0.5, 0.6),
+    std=(0.2, 0.3, 0.4),
+    box_thresholds=(0.3, 0.45),
+    gate_width=8,
+    normalize_features=True,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(1)
+    return MGENet(CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """The bytes of a good checkpoint."""
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    save_checkpoint(path, model)
+    return path.read_bytes()
+
+
+def content_of(saved):
+    return torch.load(io.BytesIO(saved), weights_only=True)
+
+
+def names_in(folder):
+    return [path.name for path in folder.iterdir()]
+
+
+def refused(path, message, **options):
+    """Hold that a file is refused by one line that names it."""
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(path, **options)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_saved_is_loaded(tmp_path, model):
+    path = tmp_path / "best.pt"
+    training = {
+        "epoch": 3,
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "random": (3, (1, 2, 3), None),
+        "best": float("-inf"),
+    }
+    save_checkpoint(path, model, training=training)
+    loaded = read_checkpoint(path)
+    assert loaded.model.config == CONFIG
+    assert not loaded.model.training
+    assert loaded.training is not None
+    buffer = loaded.training["optimizer"]["state"][0].pop("momentum_buffer")
+    assert torch.equal(buffer, torch.ones(2))
+    training["optimizer"]["state"][0].pop("momentum_buffer")
+    assert loaded.training == training
+    for (name, before), after in zip(model.state_dict().items(), loaded.model.state_dict().values(), strict=True):
+        assert torch.equal(before, after), name
+    image = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(image).logits, loaded.model(image).logits)
+
+
+def test_one_model_one_file(tmp_path, model, saved):
+    save_checkpoint(tmp_path / "other-name.pt", model)
+    assert (tmp_path / "other-name.pt").read_bytes() == saved
+    assert names_in(tmp_path) == ["other-name.pt"]
+
+
+def test_views_are_saved_without_what_they_look_at(tmp_path, model):
+    whole = torch.zeros(1000, 8)
+    moved = MGENet(CONFIG)
+    moved.load_state_dict(model.state_dict())
+    bias = moved.gate.hidden.bias
+    bias.data = whole[500].copy_(bias.data)
+    save_checkpoint(tmp_path / "a.pt", moved)
+    save_checkpoint(tmp_path / "b.pt", model)
+    assert (tmp_path / "a.pt").stat().st_size == (tmp_path / "b.pt").stat().st_size
+
+
+def test_state_that_could_not_be_read_back_is_refused_before_it_is_written(tmp_path, model):
+    path = tmp_path / "last.pt"
+    with pytest.raises(TypeError, match=r"training\['loader'\]\[1\] is a Random"):
+        save_checkpoint(path, model, training={"loader": [0, random.Random(0)]})
+    assert names_in(tmp_path) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, model, monkeypatch):
+    path = tmp_path / "best.pt"
+    path.write_bytes(b"old")
+
+    def full(_content, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match=r"cannot write .*best\.pt"):
+        save_checkpoint(path, model)
+    assert path.read_bytes() == b"old"
+    assert names_in(tmp_path) == ["best.pt"]
+    with pytest.raises(OutputError, match="no-such-folder"):
+        save_checkpoint(tmp_path / "no-such-folder" / "best.pt", model)
+
+
+def test_options_replace_what_our_file_holds(tmp_path, saved):
+    path, labels = tmp_path / "best.pt", tmp_path / "names.txt"
+    path.write_bytes(saved)
+    assert load_checkpoint(path, box_threshold=0.7).config.box_thresholds == (0.7, 0.7)
+    assert load_checkpoint(path, resize=80).config.resize == 80
+    assert load_checkpoint(path).config.box_thresholds == (0.3, 0.45)
+    larger = load_checkpoint(path, image_size=128).config
+    assert (larger.image_size, larger.resize) == (128, 144)  # the margin around the crop stays in proportion
+    with pytest.raises(CheckpointError, match=r"image size 100 .* multiple of 32"):
+        load_checkpoint(path, image_size=100)
+    with pytest.raises(CheckpointError, match=r"box_thresholds is \(1\.5, 1\.5\)"):
+        load_checkpoint(path, box_threshold=1.5)
+    with pytest.raises(CheckpointError, match=r"resize is 40; expected at least image_size \(64\)"):
+        load_checkpoint(path, resize=40)
+    labels.write_text("x\ny\nz\n")
+    assert load_checkpoint(path, labels=labels).config.classes == ("x", "y", "z")
+    labels.write_text("x\ny\n")
+    refused(path, r"has 3 classes, .*names\.txt names 2", labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (b"crow\n  jay \r\nred kite\n\n\n", ("crow", "jay", "red kite")),
+        ("\ufeffamsel\nzaunkönig".encode(), ("amsel", "zaunkönig")),
+        (b"1 001.Crow\n2 002.Jay\n", ("001.Crow", "002.Jay")),
+        (b"0 crow\n1 jay\n", ("crow", "jay")),
+        (b"2 crow\n1 jay\n", ("2 crow", "1 jay")),
+        (b"1 crow\njay\n", ("1 crow", "jay")),
+    ],
+)
+def test_labels_are_read(tmp_path, content, names):
+    path = tmp_path / "labels.txt"
+    path.write_bytes(content)
+    assert read_labels(path) == names
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the labels"),
+        (b"", "hold no names"),
+        (b"\n\n", "hold no names"),
+        (b"a\n\nb\n", "no name on line 2"),
+        (b"a\nb\na\n", "name 'a' on lines 1 and 3"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+    ],
+)
+def test_labels_that_are_none(tmp_path, saved, content, message):
+    path, labels = tmp_path / "best.pt", tmp_path / "labels.txt"
+    path.write_bytes(saved)
+    if content is not None:
+        labels.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path, labels=labels)
+
+
+# Files that are no checkpoint, or not a good one.
+
+
+def test_files_that_are_not_there(tmp_path):
+    refused(tmp_path / "best.pt", "does not exist")
+    refused(tmp_path, "is a directory")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"hello, world\n" * 20, "a text file that begins with 'hello, world"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "not a file of torch.save"),
+        (b"\x80", "cut short, damaged or not a file of torch.save"),
+        (pickle.dumps({"a": 1}), "Python pickle that torch.save did not write"),
+        (pickle.dumps({"a": 1}, protocol=2), "Python pickle that torch.save did not write"),
+    ],
+)
+def test_other_files(tmp_path, content, message):
+    path = tmp_path / "best.pt"
+    path.write_bytes(content)
+    refused(path, message)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_anywhere(tmp_path, zipped, saved):
+    path = tmp_path / "best.pt"
+    if not zipped:
+        torch.save(content_of(saved), path, _use_new_zipfile_serialization=False)
+        saved = path.read_bytes()
+        load_checkpoint(path)
+    for length in [3, 9, 64, 500, 5000, len(saved) // 2, len(saved) - 22, len(saved) - 1]:
+        path.write_bytes(saved[:length])
+        refused(path, "cut short|not a file of torch.save")
+
+
+def test_a_flipped_byte_in_a_weight(tmp_path, saved):
+    with zipfile.ZipFile(io.BytesIO(saved)) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+        assert largest.filename.startswith("archive/data/")
+    damaged = bytearray(saved)
+    damaged[largest.header_offset + largest.file_size // 2] ^= 0x10
+    path = tmp_path / "best.pt"
+    path.write_bytes(damaged)
+    refused(path, f"damaged: entry {largest.filename} fails its checksum")
+
+
+class Call:
+    """Pickles as a call, which an ordinary reader makes."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "pickle 2"])
+@pytest.mark.parametrize("how", ["eval", "open", "system"])
+def test_code_in_a_file_does_not_run(tmp_path, how, form):
+    witness, path = tmp_path / "witness", tmp_path / "best.pt"
+    call = {
+        "eval": Call(builtins.eval, f"open({str(witness)!r}, 'w').close()"),
+        "open": Call(builtins.open, str(witness), "w"),
+        "system": Call(os.system, f"touch '{witness}'"),
+    }[how]
+    content = {"format": "mge", "version": 1, "config": CONFIG.to_dict(), "model": {}, "training": call}
+    if form.startswith("pickle"):
+        path.write_bytes(pickle.dumps(content, protocol=2 if form == "pickle 2" else 4))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    refused(path, r"did not write, so it was not opened|Python object [\w.]+, which could run code")
+    assert not witness.exists()
+    # The file is one that runs: otherwise nothing would be held above.
+    if form.startswith("pickle"):
+        result = pickle.loads(path.read_bytes())["training"]
+    else:
+        result = torch.load(path, weights_only=False)["training"]
+    if how == "open":
+        result.close()
+    assert witness.exists()
+
+
+def test_archives_of_others(tmp_path):
+    path = tmp_path / "best.pt"
+    torch.save(torch.nn.Linear(2, 2), path)
+    refused(path, "Python object torch.nn.modules.linear.Linear")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", b"")
+        archive.writestr("model/constants.pkl", b"")
+    refused(path, "TorchScript archive")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("manifest.json", "{}")
+    refused(path, "exported bundle, not a checkpoint; run it with mge-run")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    refused(path, "a ZIP of 1 other files")
+    for name in ("trunk.safetensors", "trunk.pt"):
+        save_file({"conv1.weight": torch.zeros(2, 2)}, tmp_path / name)
+        refused(tmp_path / name, 'safetensors file with tensors such as "conv1.weight"; mge-train --init')
+
+
+def test_a_real_torchscript_archive(tmp_path):
+    path = tmp_path / "best.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is on its way out, its files are not
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), str(path))
+    refused(path, "TorchScript archive")
+
+
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [("resnet50", "ResNet-50 with 1000 classes"), ("resnet34", "ResNet-34"), ("resnet18", "ResNet-18")],
+)
+@pytest.mark.parametrize("nest", [None, "state_dict", "model"])
+def test_state_dicts_of_others(tmp_path, arch, message, nest):
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in getattr(torchvision.models, arch)().state_dict().items()}
+    state = {f"module.{name}": torch.zeros((1,) * len(shape)).expand(shape) for name, shape in shapes.items()}
+    path = tmp_path / "resnet.pth"
+    torch.save(state if nest is None else {nest: state, "epoch": 3}, path)
+    refused(path, f"looks like a bare {message}.*mge-train --init")
+
+
+def test_contents_of_others(tmp_path):
+    path = tmp_path / "other.pt"
+    for content, message in [
+        ([1, 2], "holds a list"),
+        (torch.zeros(3), "holds a Tensor"),
+        ({"epoch": 3, "note": "x"}, "is a dict of 'epoch', 'note' without weights"),
+        ({}, "is a dict of nothing"),
+        ({"blocks.0.weight": torch.zeros(3)}, "holds 1 weights of another model, such as 'blocks.0.weight'"),
+        ({1: torch.zeros(3)}, "holds 1 weights of another model, such as '1'"),
+        ({"conv5.0.weight": torch.ones(1), "classifier.weight": torch.ones(1)}, "authors' baseline"),
+    ]:
+        torch.save(content, path)
+        refused(path, message)
+
+
+def set_weight(name, value):
+    return lambda content: content["model"].update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "format version 2; this mge reads up to version 1, upgrade"),
+        (lambda c: c.update(version="1"), "format version '1'"),
+        (lambda c: c.update(version=True), "format version True"),
+        (lambda c: c.pop("config"), "no 'config'"),
+        (lambda c: c.pop("model"), "no 'model'"),
+        (lambda c: c.update(training=[1]), "'training' is a list"),
+        (lambda c: c["config"].pop("classes"), "'classes' is missing"),
+        (lambda c: c["config"].update(colour="red"), "unknown field 'colour'"),
+        (lambda c: c["config"].update(arch="resnet9000"), "arch is 'resnet9000'"),
+        (lambda c: c["config"].update(classes=["a", "b"]), r"'experts.0.global_head.fc.weight' is float32 \[3, 96\]"),
+        (lambda c: c["config"].update(experts=2, box_thresholds=[0.2]), "'experts.2.* has no place"),
+        (lambda c: c["model"].pop("gate.output.bias"), "'gate.output.bias' is missing"),
+        (set_weight("gate.extra", torch.zeros(1)), "'gate.extra' has no place"),
+        (set_weight("gate.output.bias", torch.zeros(3, dtype=torch.int64)), r"is int64 \[3\]; .* float32 \[3\]"),
+        (set_weight("gate.output.bias", [0.0]), "'gate.output.bias' is a list"),
+        (set_weight("gate.output.bias", torch.tensor([0, torch.nan, 0])), "1 of 3 values NaN or infinite"),
+        (set_weight("gate.output.bias", torch.full((3,), -torch.inf)), "3 of 3 values NaN or infinite"),
+    ],
+)
+def test_a_checkpoint_at_odds_with_itself(tmp_path, saved, change, message):
+    content = content_of(saved)
+    change(content)
+    path = tmp_path / "best.pt"
+    torch.save(content, path)
+    refused(path, message)
+
+
+def test_mapped_tensors_do_not_write_to_the_file(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.zeros(4)}, path)
+    before = path.read_bytes()
+    read_archive(path)["a"].fill_(7)
+    assert path.read_bytes() == before
