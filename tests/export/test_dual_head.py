@@ -1,0 +1,103 @@
+import collections
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from mge.model import GlobalHead
+from mge_export.dual_head import DualHead
+from mge_runtime.errors import ExportError
+
+CHANNELS, CLASSES, SIDE = 24, 5, 3
+
+
+class DeepHead(nn.Module):
+    """Normalised features, a hidden layer, two non-linearities: no closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(CHANNELS)
+        self.hidden = nn.Linear(CHANNELS, 16)
+        self.output = nn.Linear(16, CLASSES)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, features):
+        pooled = nn.functional.normalize(self.norm(features).relu().mean((2, 3)))
+        return self.output(self.hidden(pooled).relu())
+
+
+class IndexHead(nn.Module):
+    def forward(self, features):
+        return features.mean((2, 3)).argsort(1)
+
+
+def make_head(kind):
+    torch.manual_seed(1)
+    return (GlobalHead(CHANNELS, CLASSES) if kind == "linear" else DeepHead()).eval()
+
+
+def by_autograd(head, features):
+    features = features.clone().requires_grad_()
+    scores = head(features)
+    best = scores.max(1).values.sum()
+    return scores.detach(), torch.autograd.grad(best, features)[0]
+
+
+@pytest.mark.parametrize("kind", ["linear", "deep"])
+@pytest.mark.parametrize("batch", [1, 2, CLASSES, 7])
+def test_scores_and_gradient_are_those_of_autograd(kind, batch):
+    head = make_head(kind)
+    dual = DualHead(head, torch.zeros(1, CHANNELS, SIDE, SIDE))
+    features = torch.randn(batch, CHANNELS, SIDE, SIDE)
+    scores, gradient = by_autograd(head, features)
+    with torch.no_grad():
+        found_scores, found_gradient = dual(features)
+    assert gradient.abs().max() > 1e-3
+    torch.testing.assert_close(found_scores, scores, rtol=1e-6, atol=1e-6 * scores.abs().max().item())
+    torch.testing.assert_close(found_gradient, gradient, rtol=1e-6, atol=1e-6 * gradient.abs().max().item())
+
+
+def test_behind_average_pooling_and_a_linear_layer_the_gradient_is_the_class_row():
+    head = make_head("linear")
+    features = torch.randn(6, CHANNELS, SIDE, SIDE) * 5
+    with torch.no_grad():
+        scores, gradient = DualHead(head, features)(features)
+    classes = scores.argmax(1)
+    assert len(set(classes.tolist())) > 1
+    expected = (head.fc.weight[classes] / SIDE**2)[:, :, None, None].expand_as(gradient)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
+
+
+def test_a_head_in_training_mode_is_taken_in_evaluation_mode():
+    head = make_head("deep")
+    features = torch.randn(4, CHANNELS, SIDE, SIDE)
+    expected = by_autograd(head, features)[1]
+    with torch.no_grad():
+        torch.testing.assert_close(DualHead(head.train(), features)(features)[1], expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "deep"])
+def test_the_onnx_graph_is_plain_and_its_batch_dynamic(kind):
+    head = make_head(kind)
+    features = torch.randn(2, CHANNELS, SIDE, SIDE)
+    dual = DualHead(head, features).eval().requires_grad_(False)
+    program = torch.onnx.export(
+        dual, (features,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
+    )
+    operators = collections.Counter(node.op_type for node in program.model_proto.graph.node)
+    assert not {name for name in operators if name.startswith(("Scatter", "NonZero", "Loop", "If", "OneHot"))}
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for batch in (1, CLASSES):
+        features = torch.randn(batch, CHANNELS, SIDE, SIDE)
+        scores, gradient = by_autograd(head, features)
+        found = session.run(None, {session.get_inputs()[0].name: features.numpy()})
+        np.testing.assert_allclose(found[0], scores.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found[1], gradient.numpy(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_head_without_a_derivative_is_refused():
+    with pytest.raises(ExportError, match="IndexHead.*expected a differentiable head"):
+        DualHead(IndexHead(), torch.zeros(1, CHANNELS, SIDE, SIDE))
