@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mge_runtime.backends import BACKENDS, Choice, choose, open_backend
+from mge_runtime.backends import BACKENDS, Choice, StageRunner, choose, open_backend
 from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.chain import Chain
@@ -144,6 +144,63 @@ def test_segments_stop_where_they_are_told(chain):
     for wrong in (0, 4, -1):
         with pytest.raises(BackendError, match="from 1 to 3"):
             chain.run(frames(1), segments=wrong)
+
+
+class _Boxed:
+    """A buffer that only its backend can read."""
+
+    def __init__(self, array):
+        self.array = array
+
+
+class _DeviceBackend(OnnxRuntimeBackend):
+    """Keeps tensors in buffers of its own, as a GPU does; records what moves and what is alive."""
+
+    def __init__(self):
+        super().__init__(threads=1)
+        self.uploads, self.downloads, self.alive, self.waits = [], [], {}, 0
+
+    def open_stages(self, bundle):
+        backend = self
+
+        class Runner(StageRunner):
+            def __init__(self, name, inner):
+                self.name, self.inner = name, inner
+
+            def run(self, inputs):
+                backend.alive[self.name] = set(inputs)
+                outputs = self.inner.run({name: buffer.array for name, buffer in inputs.items()})
+                return {name: _Boxed(array) for name, array in outputs.items()}
+
+            def close(self):
+                self.inner.close()
+
+        return {name: Runner(name, inner) for name, inner in super().open_stages(bundle).items()}
+
+    def upload(self, array):
+        self.uploads.append(array.shape)
+        return _Boxed(array)
+
+    def download(self, buffer):
+        self.downloads.append(buffer.array.shape)
+        return buffer.array
+
+    def synchronize(self):
+        self.waits += 1
+
+
+def test_tensors_stay_in_the_backends_buffers_and_go_when_they_are_done(chain, bundle_path):
+    backend = _DeviceBackend()
+    with Bundle.open(bundle_path) as bundle:
+        device_chain = Chain(bundle, backend)
+    found = device_chain.run(frames(2))
+    np.testing.assert_array_equal(found.tensors["logits"], chain.run(frames(2)).tensors["logits"])
+    assert backend.uploads == [(2, 32, 32, 3)]
+    assert len(backend.downloads) == len(found.tensors)
+    assert "frame" not in backend.alive["expert_1"]
+    assert "image_2" in backend.alive["expert_2"]
+    assert not backend.alive["expert_3"] & {"image_2", "answer_1"}
+    assert not backend.alive["mixture"] & {"image_1", "image_3", "answer_2"}
 
 
 def test_a_batch_answers_as_its_images_do(chain):

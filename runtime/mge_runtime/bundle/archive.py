@@ -140,8 +140,6 @@ def _parse_directory(directory: memoryview, data: memoryview) -> list[ArchiveEnt
             raise ArchiveError(f"its entry {name} lies beyond the end of the file")
         lengths = _LOCAL.unpack(data[header : header + _LOCAL.size])[9:11]
         offset = header + _LOCAL.size + sum(lengths)
-        if offset + size > len(data):
-            raise ArchiveError(f"its entry {name} ends beyond the end of the file")
         entries.append(ArchiveEntry(name, header, offset, size, crc))
         position += _CENTRAL.size + name_length
     if len({entry.name for entry in entries}) != len(entries):
