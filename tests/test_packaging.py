@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+HOMES = {"mge": ".", "mge_export": "export", "mge_calibration": "calibration", "mge_runtime": "runtime"}
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +24,16 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_four_packages_and_nothing_generic(wheel):
     names = {name.partition("/")[0] for name in wheel.namelist()}
     packages = {name for name in names if not name.endswith(".dist-info")}
-    assert packages == {"mge", "mge_export", "mge_calibration", "mge_runtime"}
+    assert packages == set(HOMES)
     assert {f"{package}/py.typed" for package in packages} <= set(wheel.namelist())
 
 
 def test_every_source_file_is_in_the_wheel_and_no_test(wheel):
     sources = {
-        path.relative_to(ROOT / parent).as_posix()
-        for parent, package in ((".", "mge"), ("export", "mge_export"), ("calibration", "mge_calibration"), ("runtime", "mge_runtime"))
-        for path in (ROOT / parent / package).rglob("*.py")
-    }  # fmt: skip
+        path.relative_to(ROOT / home).as_posix()
+        for package, home in HOMES.items()
+        for path in (ROOT / home / package).rglob("*.py")
+    }
     packed = {name for name in wheel.namelist() if name.endswith(".py")}
     assert packed == sources
 

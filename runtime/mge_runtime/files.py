@@ -17,8 +17,8 @@ __all__ = ["atomic_path"]
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces it when the block ends without an error.
 
-    The temporary file lies in the same folder, so the last step is one rename: readers see the old file or the whole new
-    one. On any error, `KeyboardInterrupt` included, the temporary file is removed and `path` stays as it was.
+    The temporary file lies in the same folder, so the last step is one rename: readers see the old file or the whole
+    new one. On any error, `KeyboardInterrupt` included, the temporary file is removed and `path` stays as it was.
 
     Raises:
         OutputError: the folder is missing or cannot be written.
@@ -41,7 +41,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(temporary)
         temporary.replace(target)
     except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}; the old file, if any, is unchanged") from error
+        reason = error.strerror or error
+        raise OutputError(f"cannot write {target}: {reason}; the old file, if any, is unchanged") from error
     finally:
         with suppress(OSError):
             temporary.unlink()

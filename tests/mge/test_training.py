@@ -1,0 +1,177 @@
+"""The loop on a tiny network and drawn squares: resuming, interrupting, stopping at nonsense."""
+
+import csv
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+
+from mge.checkpoint import load_checkpoint
+from mge.config import MGEConfig
+from mge.data.folder import FolderDataset, TrainingDataset
+from mge.data.sampling import EpochSampler
+from mge.model import MGENet
+from mge.training.loop import Trainer
+from mge.training.options import TrainOptions
+from mge.training.splits import training_splits
+from mge_runtime.errors import InputError, TrainingError
+
+COLOURS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("squares")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 9), ("val", 3)):
+        for name, colour in COLOURS.items():
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 255, (72, 80, 3), dtype=np.uint8)
+                top, left = random.integers(0, 40, 2)
+                pixels[top : top + 32, left : left + 32] = colour
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def make(data, tmp_path):
+    classes, train, val = training_splits(data, 0)
+
+    def make(name="run", *, dataset=TrainingDataset, model=None, **changes):
+        options = TrainOptions(**{"epochs": 3, "batch_size": 4, "workers": 0, "crop_area": 0.5} | changes)
+        config = MGEConfig("test_resnet", classes, image_size=64, resize=72)
+        torch.manual_seed(options.seed)
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return Trainer(
+            model or MGENet(config),
+            dataset(train, config, seed=options.seed),
+            FolderDataset(val, config),
+            options,
+            folder,
+            Fabric(accelerator="cpu", devices=1),
+        )
+
+    return make
+
+
+class PressesCtrlC(TrainingDataset):
+    """Sends Ctrl-C to this process while an image is being read."""
+
+    presses_left = 1
+
+    def __getitem__(self, key):
+        if key[0] == 1 and self.presses_left and np.random.default_rng(key).random() < 0.5:
+            PressesCtrlC.presses_left -= 1
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(key)
+
+
+def losses(progress):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in progress.history]
+
+
+def test_a_run_stopped_by_ctrl_c_goes_on_exactly(make):
+    whole = make("whole").fit()
+    assert whole.epoch == 3
+    PressesCtrlC.presses_left = 1
+    stopped = make("stopped", dataset=PressesCtrlC)
+    half = stopped.fit()
+    assert PressesCtrlC.presses_left == 0
+    assert (half.epoch, len(half.history)) == (1, 1)
+    assert 0 < half.step < stopped.steps_per_epoch  # within the second epoch
+    last = stopped.folder / "last.pt"
+    resumed = make("stopped", model=load_checkpoint(last))
+    assert losses(resumed.fit(last)) == losses(whole)
+    mine, theirs = (load_checkpoint(last.parents[1] / name / "last.pt").state_dict() for name in ("stopped", "whole"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_ctrl_c_is_as_before_after_training(make):
+    before = signal.getsignal(signal.SIGINT)
+    make(epochs=1).fit()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_what_a_run_leaves(make):
+    trainer = make()
+    progress = trainer.fit()
+    names = {path.name for path in trainer.folder.iterdir()}
+    assert names == {"best.pt", "last.pt", "metrics.csv", "curves.png", "tensorboard"}
+    with (trainer.folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(float(row["epoch"])) for row in rows] == [1, 2, 3]
+    assert float(rows[2]["loss/total"]) == pytest.approx(progress.history[2]["loss/total"])
+    assert float(rows[0]["loss/total"]) == pytest.approx(
+        sum(float(value) for key, value in rows[0].items() if key.startswith("loss/") and key != "loss/total")
+    )
+    with Image.open(trainer.folder / "curves.png") as picture:
+        assert picture.size[0] > 600
+    best = max(range(3), key=lambda i: (float(rows[i]["top1/mixture"]), i))
+    stored = load_checkpoint(trainer.folder / "best.pt").config.box_thresholds
+    assert stored == tuple(float(rows[best][f"threshold/{k}"]) for k in (1, 2))
+
+
+def test_thresholds_stay_without_a_target_area(make):
+    trainer = make(crop_area=None, epochs=1)
+    trainer.fit()
+    assert trainer.model.config.box_thresholds == (0.2, 0.2)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make):
+    trainer = make()
+    with torch.no_grad():
+        trainer.model.experts[1].global_head.fc.bias[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"global_2 became nan in epoch 1, step 1.*--clip-norm"):
+        trainer.fit()
+    assert not (trainer.folder / "best.pt").exists()
+
+
+def test_other_options_do_not_resume(make):
+    make("run", epochs=1).fit()
+    trainer = make("run", head_lr=0.5)
+    with pytest.raises(TrainingError, match=r"epochs = 1, this run has 3|head_lr = 0.01, this run has 0.5"):
+        trainer.fit(trainer.folder / "last.pt")
+    with pytest.raises(TrainingError, match="holds a model but no training state"):
+        trainer.fit(trainer.folder / "best.pt")
+
+
+def test_one_seed_gives_one_run_and_another_seed_another(make):
+    first, again, other = (make(name, epochs=1, seed=seed).fit() for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(other)
+
+
+def test_epochs_shuffle_and_ranks_share():
+    first, second = (list(EpochSampler(10, seed=3, epoch=epoch)) for epoch in (0, 1))
+    assert sorted(first) == [(0, i) for i in range(10)]
+    assert [i for _, i in first] != [i for _, i in second]
+    assert list(EpochSampler(10, seed=3, epoch=0, skip=4)) == first[4:]
+    shares = [list(EpochSampler(10, seed=3, epoch=0, rank=rank, world=3)) for rank in range(3)]
+    assert [len(share) for share in shares] == [3, 3, 3]
+    assert len({pair for share in shares for pair in share}) == 9
+
+
+def test_without_val_a_tenth_is_held_out(data, tmp_path):
+    (tmp_path / "train").symlink_to(data / "train")
+    classes, train, val = training_splits(tmp_path, seed=0)
+    assert classes == ("blue", "red")
+    assert (len(train), len(val)) == (16, 2)
+    assert not {path for path, _ in train} & {path for path, _ in val}
+    assert training_splits(tmp_path, seed=0)[2] == val
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no folder .*train"):
+        training_splits(tmp_path, 0)
+    (tmp_path / "train/a").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds 1 class folders"):
+        training_splits(tmp_path, 0)
+    (tmp_path / "train/b").mkdir()
+    with pytest.raises(InputError, match="no images in"):
+        training_splits(tmp_path, 0)
