@@ -78,8 +78,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def write_predictions(path: Path, answers: Answers, names: Sequence[str]) -> None:
     """Write every answer to a .npz file: `names`, `labels`, `gate`, `views` and `logits/<head>` for every head."""
-    arrays = {f"logits/{name}": logits for name, logits in answers.heads.items()}
+    arrays: dict[str, Any] = {f"logits/{name}": logits for name, logits in answers.heads.items()}
+    arrays |= {"names": np.array(names), "labels": answers.labels, "gate": answers.gate, "views": answers.views}
     with atomic_path(path) as part, part.open("wb") as file:
-        np.savez_compressed(
-            file, names=np.array(names), labels=answers.labels, gate=answers.gate, views=answers.views, **arrays
-        )
+        np.savez_compressed(file, **arrays)
