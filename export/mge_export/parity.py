@@ -117,7 +117,9 @@ def measure_parity(
     watches = {stage.spec.name: ActivationWatch(stage.precision.dtype) for stage in stages if stage.has_trunk}
     half = precision is Precision.FP16
     checks = [
-        _check(model, stages, "torch", "typed stages in PyTorch" + (", activations rounded to FP16" if half else "")),
+        _check(
+            model, stages, "torch", "typed stages in PyTorch" + (", every activation rounded to FP16" if half else "")
+        ),
         _check(model, stages, "onnx", "ONNX Runtime, CPU" + (", weights rounded only" if half else "")),
     ]
     runners = [torch_runner(stages, watches), onnx_runner(folder, specs)]

@@ -13,6 +13,7 @@ import torch
 from mge.data.folder import normalize
 from mge.model import MGENet
 from mge_export.activations import ActivationWatch
+from mge_export.half_kernels import HalfKernels
 from mge_export.stages import Stage
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import StageSpec
@@ -43,19 +44,20 @@ def reference_tensors(model: MGENet, frames: np.ndarray) -> Tensors:
     return {"frame": frames} | {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def torch_runner(stages: Sequence[Stage], watches: Mapping[str, ActivationWatch]) -> Runner:
-    """Run the typed modules in PyTorch, which rounds half-precision activations as a GPU does.
+def torch_runner(stages: Sequence[Stage], watches: Mapping[str, ActivationWatch], *, fast_half: bool = True) -> Runner:
+    """Run the typed modules in PyTorch, which rounds every half-precision activation as a GPU does.
 
     Args:
         stages: the chain.
         watches: by stage, of those that are watched; each sees what its stage computes.
+        fast_half: FP16 sums by `HalfKernels`; False: by PyTorch's own kernels, slow on most CPUs.
     """
     modules = {stage.spec.name: stage.module for stage in stages}
 
     @torch.no_grad()
     def run(spec: StageSpec, tensors: Mapping[str, np.ndarray]) -> Tensors:
         inputs = [torch.from_numpy(tensors[tensor.name]) for tensor in spec.inputs]
-        with watches.get(spec.name, nullcontext()):
+        with HalfKernels() if fast_half else nullcontext(), watches.get(spec.name, nullcontext()):
             outputs = modules[spec.name](*inputs)
         return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
 
