@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 from PIL import Image
 
+from mge.cli.field_guide import main
 from mge.data.field_guide import SPLITS, FieldGuide, draw_image, draw_plate, draw_sheet, list_species, write_field_guide
 from mge.data.field_guide.backdrop import draw_foliage
 from mge.data.field_guide.canvas import Canvas
@@ -25,7 +27,7 @@ def test_species_are_distinct_sorted_and_differ_in_marks():
         species = list_species(count)
         names = [one.name for one in species]
         assert names == sorted(set(names))
-        assert len({(one.cap, one.ring, one.beak) for one in species}) == count
+        assert len({(one.hood, one.ring, one.beak) for one in species}) == count
     with pytest.raises(ValueError, match="expected 2 to 36"):
         list_species(37)
 
@@ -97,10 +99,10 @@ def ridge_accuracy(
 
 @pytest.fixture(scope="module")
 def probes():
-    """Pixels around the part and of the part, for 900 pictures to learn from and 360 to answer."""
+    """Pixels around the part and of the part, for 720 pictures to learn from and 360 to answer."""
     guide = FieldGuide(size=96)
     around, part = [], []
-    indices = range(1260)
+    indices = range(1080)
     for index in indices:
         plate = draw_image(guide, "train", index)
         x0, y0, x1, y1 = plate.part
@@ -114,13 +116,13 @@ def probes():
 
 def test_nothing_but_the_part_tells_the_species(probes):
     around, _, labels = probes
-    accuracy = ridge_accuracy(around[:900], labels[:900], around[900:], labels[900:])
+    accuracy = ridge_accuracy(around[:720], labels[:720], around[720:], labels[720:])
     assert accuracy < 1 / 12 + 3 * np.sqrt(1 / 12 * 11 / 12 / 360)  # three standard errors of guessing
 
 
 def test_part_tells_the_species_even_to_a_linear_probe(probes):
     _, part, labels = probes
-    accuracy = ridge_accuracy(part[:900], labels[:900], part[900:], labels[900:])
+    accuracy = ridge_accuracy(part[:720], labels[:720], part[720:], labels[720:])
     assert accuracy > 0.5
 
 
@@ -193,3 +195,27 @@ def test_sheet_shows_the_pictures_in_order():
     assert sheet.size == (3 * 70 + 6, 2 * 84 + 6)
     first = np.asarray(sheet)[6:70, 6:70]
     assert np.array_equal(first, draw_image(FieldGuide(size=64), "train", 0).image)
+
+
+def test_command_draws_a_guide_and_a_sheet(tmp_path):
+    counts = ["--train", "9", "--val", "5", "--test", "6"]
+    options = ["--seed", "5", "--species", "4", "--size", "48", "--workers", "1", *counts]
+    target, sheet = tmp_path / "guide", tmp_path / "sheet.png"
+    result = CliRunner().invoke(main, [str(target), *options, "--sheet", str(sheet)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "20 pictures of 4 species" in result.output
+    write_field_guide(tmp_path / "same", SMALL)
+    assert contents(target) == contents(tmp_path / "same")
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+    again = CliRunner().invoke(main, [str(target), *options], catch_exceptions=False)
+    assert again.exit_code == 0
+    assert "already there" in again.output
+
+
+def test_command_prints_one_line_on_an_error(tmp_path):
+    result = CliRunner().invoke(main, [str(tmp_path / "guide"), "--species", "99"])
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: found 99 species, expected 2 to 36")
+    assert not list(tmp_path.iterdir())

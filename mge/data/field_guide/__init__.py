@@ -1,7 +1,7 @@
 """A field guide of drawn birds: a fine-grained data set that needs no download and knows its deciding parts.
 
-The species differ in the head alone: the colour of the cap, the ring around the eye, the shape of the beak. Pose, size,
-place, plumage, wing bars, perch, background, light and noise vary alike for all of them.
+The species differ in the head alone: the colour of the hood, the ring around the eye, the shape of the beak. Pose,
+size, place, plumage, wing bars, perch, background, light and noise vary alike for all of them.
 """
 
 from mge.data.field_guide.dataset import SPLITS, VERSION, FieldGuide, draw_image, write_field_guide

@@ -15,11 +15,11 @@ _BLUR_SIDE = 40  # pixels: what is out of focus needs no more
 
 # Top and bottom of the far background, then what floats in it.
 _MOODS: tuple[tuple[Colour, Colour, tuple[Colour, ...]], ...] = (
-    ((168, 200, 222), (124, 158, 108), ((92, 132, 74), (140, 172, 96), (206, 220, 190))),
-    ((112, 148, 96), (62, 92, 58), ((82, 122, 66), (148, 176, 98), (44, 70, 46))),
-    ((222, 206, 176), (178, 140, 92), ((198, 150, 78), (224, 184, 116), (150, 112, 76))),
-    ((206, 214, 220), (158, 166, 170), ((178, 186, 190), (132, 142, 144), (226, 230, 230))),
-    ((232, 202, 190), (150, 134, 152), ((196, 166, 172), (236, 214, 188), (120, 112, 136))),
+    ((181, 199, 211), (127, 145, 118), ((95, 117, 85), (138, 156, 114), (206, 213, 197))),
+    ((115, 135, 106), (66, 82, 64), ((86, 108, 77), (145, 160, 117), (48, 63, 49))),
+    ((213, 204, 187), (159, 139, 112), ((173, 146, 107), (202, 180, 142), (133, 112, 93))),
+    ((209, 214, 217), (161, 165, 168), ((181, 185, 188), (135, 141, 142), (227, 229, 229))),
+    ((221, 205, 198), (148, 139, 149), ((188, 171, 175), (226, 213, 199), (121, 117, 130))),
 )
 _LEAVES: tuple[Colour, ...] = (
     (70, 112, 52),
@@ -29,7 +29,7 @@ _LEAVES: tuple[Colour, ...] = (
     (172, 120, 56),
     (126, 84, 48),
 )
-# Berries and blossoms wear the colours of caps and eye rings: a colour somewhere in the picture decides nothing.
+# Berries wear the colours of hoods and eye rings, so that a colour somewhere in the picture decides nothing.
 _BERRIES: tuple[Colour, ...] = (
     (26, 24, 28),
     (186, 68, 28),
@@ -65,10 +65,6 @@ def draw_backdrop(rng: np.random.Generator) -> Image.Image:
         x, y = rng.uniform(-2, _BLUR_SIDE + 2, 2)
         radius = rng.uniform(1.0, 6.0)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_vary(rng, _pick(rng, floating)))
-    for _ in range(int(rng.integers(0, 5))):
-        x, y = rng.uniform(0, _BLUR_SIDE, 2)
-        radius = rng.uniform(0.5, 1.3)
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_pick(rng, _BERRIES))
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.6, 1.8)))
 
 
@@ -119,7 +115,7 @@ def draw_foliage(
         # Whatever is drawn here stays within `reach` of its root.
         clear = at[0] + reach < left or at[0] - reach > right or at[1] + reach < top or at[1] - reach > bottom
         target = canvas if clear else None
-        if kind < 0.6:
+        if kind < 0.85:
             _draw_leaf(target, rng, at, reach)
         else:
             radius = reach * rng.uniform(0.1, 0.2)

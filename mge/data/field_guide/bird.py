@@ -22,11 +22,11 @@ _PLUMAGE: tuple[Colour, ...] = (
     (104, 98, 94),
     (142, 144, 124),
 )
-_PATCHES: tuple[Colour, ...] = ((26, 24, 28), (186, 68, 28), (240, 196, 40), (44, 112, 206), (250, 250, 244))
+_PATCHES: tuple[Colour, ...] = ((34, 30, 32), (244, 238, 222), (176, 150, 120), (120, 128, 140))
 _DARK: Colour = (34, 30, 32)
 _PALE: Colour = (240, 234, 218)
 
-_LENGTHS = (0.43, 0.65)  # of the picture's side
+_LENGTHS = (0.45, 0.67)  # of the picture's side
 _TILT = np.radians(16)
 _HEAD_TURN = np.radians(12)
 # A picture may be cut to its central 7/8 on its way to the network (448 of 512): the deciding part stays inside.
@@ -56,10 +56,8 @@ def sample_pose(rng: np.random.Generator, size: int) -> BirdPose:
         body = Pose.place(offset, length, tilt, mirrored)
         return body, body.joint(shapes.HEAD, turn)
 
-    left, top, right, bottom = shapes.PART
-    corners = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
     body, head = at(np.zeros(2))
-    part = head.apply(corners)
+    part = head.apply(shapes.PART)
     feet = body.apply(_plump(shapes.FEET[:, 1], plump))
     outline = np.concatenate([body.apply(_plump(shapes.BODY, plump)), body.apply(shapes.TAIL), feet, part])
     # The tail may leave the picture by a little.
@@ -67,14 +65,14 @@ def sample_pose(rng: np.random.Generator, size: int) -> BirdPose:
     high = np.minimum(size * np.array((1.03, 0.98)) - outline.max(0), (1 - _MARGIN) * size - part.max(0))
     offset = low + (high - low) * where
     body, head = at(offset)
-    part = head.apply(corners)
+    part = head.apply(shapes.PART)
     foot = body.apply(_plump(shapes.FEET[:, 1], plump)).mean(0)
     (x0, y0), (x1, y1) = part.min(0), part.max(0)
     return BirdPose(body, head, (float(x0), float(y0), float(x1), float(y1)), foot, plump)
 
 
-def draw_body(canvas: Canvas, rng: np.random.Generator, pose: BirdPose) -> Colour:
-    """Draw all but the head, in colours that say nothing about the species; return the plumage's colour."""
+def draw_body(canvas: Canvas, rng: np.random.Generator, pose: BirdPose) -> None:
+    """Draw all but the head, in colours that say nothing about the species."""
     plumage = mix(_choose(rng, _PLUMAGE), _choose(rng, _PLUMAGE), rng.uniform(0, 1))
     belly = mix(mix(plumage, _PALE, rng.uniform(0.35, 0.85)), _choose(rng, _PATCHES), rng.uniform(0, 0.25))
     wing = mix(plumage, _DARK, rng.uniform(0.12, 0.5))
@@ -105,22 +103,20 @@ def draw_body(canvas: Canvas, rng: np.random.Generator, pose: BirdPose) -> Colou
     dark = mix(wing, _DARK, 0.5)
     for y in (0.025, 0.055, 0.082):
         stroke(np.array([(-0.02 - y, y), (-0.33, 0.088)]), dark, 0.007)
-    return plumage
 
 
-def draw_head(canvas: Canvas, pose: BirdPose, plumage: Colour, species: Species) -> None:
+def draw_head(canvas: Canvas, pose: BirdPose, species: Species) -> None:
     """Draw the head. It uses no random number: with one generator, birds of two species differ in the part alone."""
 
     def fill(points: Points, colour: Colour) -> None:
         canvas.polygon(pose.head.apply(points), colour)
 
     fill(shapes.BEAKS[species.beak], _DARK)
-    fill(shapes.DISC * shapes.HEAD_RADIUS, plumage)
-    fill(shapes.CAP, species.cap)
+    fill(shapes.DISC * shapes.HEAD_RADIUS, species.hood)
     if species.ring is not None:
         fill(shapes.EYE + shapes.DISC * shapes.RING_RADIUS, species.ring)
     fill(shapes.EYE + shapes.DISC * shapes.EYE_RADIUS, (18, 14, 16))
-    fill(shapes.EYE + (0.006, -0.007) + shapes.DISC * 0.006, (250, 250, 250))
+    fill(shapes.EYE + (0.008, -0.009) + shapes.DISC * 0.007, (250, 250, 250))
 
 
 def _plump(points: Points, factor: float) -> Points:

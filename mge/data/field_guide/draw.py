@@ -35,8 +35,8 @@ def draw_plate(rng: np.random.Generator, species: Species, size: int) -> Plate:
     perch = draw_branch if rng.uniform() < 0.7 else draw_ground
     draw_foliage(canvas, rng, size, int(rng.integers(0, 8)), (-1.0, -1.0, -1.0, -1.0))
     perch(canvas, rng, pose.foot, size)
-    plumage = draw_body(canvas, rng, pose)
-    draw_head(canvas, pose, plumage, species)
+    draw_body(canvas, rng, pose)
+    draw_head(canvas, pose, species)
     draw_foliage(canvas, rng, size, int(rng.integers(0, 7)), (left - 1, top - 1, right + 1, bottom + 1))
     image = _develop(np.asarray(canvas.finish()), rng)
     x0, y0 = max(0, int(np.floor(left))), max(0, int(np.floor(top)))

@@ -15,7 +15,6 @@ __all__ = [
     "BEAKS",
     "BELLY",
     "BODY",
-    "CAP",
     "DISC",
     "EYE",
     "EYE_RADIUS",
@@ -33,14 +32,10 @@ __all__ = [
 Points = NDArray[np.floating[Any]]  # [n, 2], x and y
 
 HEAD = np.array([0.31, -0.165])  # the head's centre; the head turns around it
-HEAD_RADIUS = 0.1
-EYE = np.array([0.037, -0.004])  # from the head's centre
-EYE_RADIUS = 0.019
-RING_RADIUS = 0.037
-
-# What decides, as left, top, right, bottom from the head's centre: the head and the longest beak. The same for every
-# species, so that the box itself says nothing about the class.
-PART = (-0.103, -0.103, 0.155, 0.101)
+HEAD_RADIUS = 0.115
+EYE = np.array([0.038, -0.016])  # from the head's centre
+EYE_RADIUS = 0.024
+RING_RADIUS = 0.048
 
 
 def _smooth(points: list[tuple[float, float]], steps: int = 6) -> Points:
@@ -106,12 +101,15 @@ TAIL = np.array([(-0.2, -0.02), (-0.49, 0.075), (-0.478, 0.11), (-0.5, 0.14), (-
 FEET = np.array([[(0.0, 0.15), (0.02, 0.24)], [(0.06, 0.16), (0.085, 0.24)]])  # two legs, each from the hip to the toe
 LEAF = _smooth([(0.0, 0.0), (0.35, -0.17), (0.75, -0.12), (1.0, 0.0), (0.75, 0.12), (0.35, 0.17)], steps=3)
 
-# From the head's centre. The cap ends in a gently bowed line above the eye.
-CAP = np.concatenate([_arc(HEAD_RADIUS + 0.002, 195, 344, 18), [(0.05, -0.047), (0.0, -0.045), (-0.06, -0.02)]])
+# From the head's centre.
 BEAKS: dict[str, Points] = {
-    "warbler": np.array([(0.088, -0.026), (0.12, -0.01), (0.152, 0.008), (0.12, 0.015), (0.088, 0.017)]),
-    "finch": np.array([(0.076, -0.054), (0.11, -0.035), (0.138, 0.008), (0.105, 0.034), (0.076, 0.046)]),
+    "warbler": np.array([(0.102, -0.024), (0.135, -0.008), (0.168, 0.01), (0.135, 0.018), (0.102, 0.022)]),
+    "finch": np.array([(0.088, -0.058), (0.125, -0.038), (0.156, 0.012), (0.122, 0.042), (0.088, 0.056)]),
     "creeper": np.array(
-        [(0.088, -0.03), (0.125, -0.022), (0.15, 0.015), (0.152, 0.062), (0.132, 0.03), (0.112, 0.012), (0.088, 0.012)]
+        [(0.1, -0.03), (0.138, -0.022), (0.165, 0.018), (0.167, 0.07), (0.146, 0.034), (0.125, 0.014), (0.1, 0.014)]
     ),
 }
+
+# What decides, from the head's centre: the head and room for any beak. The same for every species, so that its box says
+# nothing about the class.
+PART = np.concatenate([HEAD_RADIUS * DISC, [(0.088, -0.058), (0.168, 0.008), (0.167, 0.07)]])

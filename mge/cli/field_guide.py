@@ -1,0 +1,57 @@
+"""`mge-field-guide`: draw the field guide, a fine-grained data set that needs no download."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from mge_runtime.cli.common import reports_errors
+
+__all__ = ["main"]
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--seed", default=0, show_default=True, help="Another seed gives other pictures of the same species.")
+@click.option("--species", default=12, show_default=True, help="Number of classes, 2 to 36.")
+@click.option("--size", default=128, show_default=True, help="Side of a picture in pixels.")
+@click.option("--train", default=1800, show_default=True, help="Pictures to train on.")
+@click.option("--val", default=300, show_default=True, help="Pictures to choose settings on.")
+@click.option("--test", default=600, show_default=True, help="Pictures to report on.")
+@click.option("--workers", default=0, help="Processes that draw; 0: one for each core.", show_default=True)
+@click.option(
+    "--sheet", type=click.Path(path_type=Path, dir_okay=False), help="Also save a contact sheet to this file."
+)
+@reports_errors
+def main(
+    folder: Path, seed: int, species: int, size: int, train: int, val: int, test: int, workers: int, sheet: Path | None
+) -> None:
+    """Draw birds whose species differ in small parts of the head into FOLDER.
+
+    FOLDER gets train, val and test with a folder per species, and in each a parts.csv with the box of the part that
+    decides. The same options always draw the same pictures. FOLDER appears when everything is drawn; a folder that
+    already holds this very guide is left alone.
+    """
+    from mge.data.field_guide import FieldGuide, draw_sheet, write_field_guide
+    from mge_runtime.files import atomic_path
+
+    guide = FieldGuide(seed=seed, species=species, size=size, train=train, val=val, test=test)
+    total = train + val + test
+    with click.progressbar(length=total, label="drawing birds") as bar:
+        drawn = write_field_guide(
+            folder,
+            guide,
+            workers=workers if workers > 0 else os.cpu_count() or 1,
+            progress=lambda done, _: bar.update(done - bar.pos),
+        )
+    click.echo(f"{folder}: {total} pictures of {species} species" + ("" if drawn else ", already there"))
+    if sheet is not None:
+        with atomic_path(sheet) as draft:
+            draw_sheet(guide).save(draft, format="PNG")
+        click.echo(f"{sheet}: contact sheet")
+
+
+if __name__ == "__main__":
+    main()
