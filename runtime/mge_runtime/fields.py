@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn, TypeAlias, TypeVar
 
 from mge_runtime.errors import BundleError
 
 __all__ = ["Field", "JsonValue", "parse_json"]
 
-JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
+# Read-only types, so that a dict of dicts or of lists of numbers is one of them to a type checker.
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 
 _T = TypeVar("_T")
 _SHOWN = 60  # characters of a wrong value that a message shows

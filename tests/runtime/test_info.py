@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from mge_runtime.bundle import Bundle, add_calibration, add_engine
 from mge_runtime.cli.common import format_bytes, reports_errors
 from mge_runtime.cli.info import main
+from mge_runtime.cli.info_parity import parity_lines
 
 
 def run(*arguments):
@@ -61,6 +62,53 @@ def test_extract_and_verify(bundle_path, tmp_path):
     assert (tmp_path / "out" / "onnx" / "expert_1.weights").is_file()
     values = json.loads(run(bundle_path, "--json", "--extract", tmp_path / "more").output)
     assert len(values["extracted"]) == 11
+
+
+PARITY = {
+    "source": "12 photographs",
+    "reference": "the checkpoint",
+    "checks": {
+        "onnx": {
+            "label": "ONNX Runtime",
+            "stages": {
+                "expert_1": {
+                    "absolute": {"logits_1": 0.25, "box_1": 0.5},
+                    "relative": {"logits_1": 0.001},
+                    "class_changes": 2,
+                    "box_iou": {"median": 1.0, "p1": 0.9512},
+                },
+                "gate": {"absolute": {"gate": None}, "relative": {"gate": 1e-6}},
+            },
+            "chain": {"class_changes": 1, "answer_relative": 0.002, "box_iou": {"box_1": {"median": 0.99, "p1": 0.75}}},
+        }
+    },
+    "largest_activation": {"expert_1": {"value": 12.5}},
+    "crop_area_median": {"box_1": 0.42},
+    "failures": ["box_1: too small"],
+    "warnings": [],
+}
+
+
+def test_the_parity_report_is_a_table():
+    lines = list(parity_lines(PARITY))
+    assert lines[0] == "on 12 photographs; reference: the checkpoint"
+    assert [line.split() for line in lines[3:6]] == [
+        ["expert_1", "5.0e-01", "1.0e-03", "2", "1.0000", "0.9512"],
+        ["gate", "1.0e-06"],
+        ["whole", "chain", "2.0e-03", "1", "0.9900", "0.7500"],
+    ]
+    assert lines[6:] == [
+        "largest activations: expert_1 12.5",
+        "crops keep a median of: box_1 42%",
+        "out of tolerance: box_1: too small",
+    ]
+
+
+@pytest.mark.parametrize(
+    "parity", [{}, {"checks": 3}, {"checks": {"a": []}}, {"checks": {"a": {"stages": {"b": None}}}, "warnings": "x"}]
+)
+def test_a_report_of_another_shape_does_no_harm(parity):
+    assert all(isinstance(line, str) for line in parity_lines(parity))
 
 
 def test_errors_are_one_line_and_exit_1(bundle_path, tmp_path):

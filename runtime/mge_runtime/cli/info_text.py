@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from mge_runtime.bundle.layout import stage_graph, stage_weights
 from mge_runtime.cli.common import format_bytes
+from mge_runtime.cli.info_parity import parity_lines
 
 __all__ = ["info_lines"]
 
@@ -33,11 +34,13 @@ def info_lines(facts: dict[str, Any]) -> Iterator[str]:
     for number, segment in enumerate(manifest["segments"], 1):
         label = "segments" if number == 1 else ""
         yield from _row(label, f"{number}: {', '.join(segment['stages'])} -> {segment['answer']}")
-    yield from _parity(manifest["parity"])
+    for number, line in enumerate(parity_lines(manifest["parity"])):
+        yield from _row("" if number else "parity", line)
     yield from _engines(facts["engines"])
     calibration = facts["calibration"]
     yield from _row("calibrated", "no" if calibration is None else _pairs(calibration))
     yield from _here(facts["here"])
+    yield from _row("", "everything, operators and the whole parity report included: --json")
 
 
 def _stages(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
@@ -49,34 +52,12 @@ def _stages(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
         attested = plan.pop("attested", None)
         yield from _row("stage", f"{name}: {precision}, {format_bytes(size)}")
         yield from _row("", f"  precision {f'attested: {attested}' if attested else 'not attested'}")
-        if plan:
-            yield from _row("", f"  {_pairs(plan)}")
+        # Tables, such as counts of operators, are for --json.
+        if scalars := {key: value for key, value in plan.items() if not isinstance(value, (dict, list))}:
+            yield from _row("", f"  {_pairs(scalars)}")
         for label, tensors in (("in", stage["inputs"]), ("out", stage["outputs"])):
             texts = [f"{t['name']} {t['dtype']} [{', '.join(map(str, t['shape']))}]" for t in tensors]
             yield from _row("", f"  {label:<4}{'; '.join(texts)}")
-
-
-def _parity(parity: dict[str, Any] | None) -> Iterator[str]:
-    if parity is None:
-        yield from _row("parity", "not measured")
-        return
-    label = "parity"
-    for name, value in parity.items():
-        for line in _nested(name, value):
-            yield from _row(label, line)
-            label = ""
-
-
-def _nested(name: str, value: Any, depth: int = 0) -> Iterator[str]:
-    """One line for each scalar or flat object, deeper ones indented."""
-    space = "  " * depth
-    inner = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-    if any(isinstance(v, (dict, list)) for v in inner.values()):
-        yield f"{space}{name}"
-        for key, deeper in inner.items():
-            yield from _nested(key, deeper, depth + 1)
-    else:
-        yield f"{space}{name}: {_plain(value)}"
 
 
 def _engines(engines: dict[str, Any]) -> Iterator[str]:
@@ -124,9 +105,11 @@ def _row(label: str, text: str, *, lines: int | None = None) -> Iterator[str]:
     # Texts come from the file: what is no printable character must not reach the terminal.
     body = "".join(c if c.isprintable() else "?" for c in text.lstrip())
     indent = _INDENT + len(text) - len(body)
-    wrapped = textwrap.wrap(
-        body, _WIDTH - indent, subsequent_indent="", max_lines=lines, placeholder=" ...", break_long_words=False
-    ) or [""]
+    wrapped = [body]
+    if len(body) > _WIDTH - indent:
+        wrapped = textwrap.wrap(
+            body, _WIDTH - indent, max_lines=lines, placeholder=" ...", break_long_words=False, break_on_hyphens=False
+        )
     for number, line in enumerate(wrapped):
         prefix = f"{label:<{_INDENT}}" if number == 0 else ""
         yield (prefix + " " * (indent - len(prefix)) + line).rstrip()
