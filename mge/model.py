@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import mge.trunks  # noqa: F401 - adds the small trunks to timm's registry
 from mge.attention import attention_box, class_gradient, crop_resize, grad_cam
 from mge.config import MGEConfig
 from mge_runtime.errors import CheckpointError
