@@ -118,6 +118,7 @@ def random_crop(image: np.ndarray, config: MGEConfig, random: np.random.Generato
     """Resize the shorter side as the runtime does, then cut a random square: uint8 [H, W, 3] to [S, S, 3]."""
     height, width = image.shape[:2]
     scaled = tuple(int(config.resize * side / min(height, width)) for side in (width, height))
-    resized = np.asarray(Image.fromarray(image).resize((scaled[0], scaled[1]), Image.Resampling.BILINEAR))
+    # A copy, since Pillow's own memory is read-only and PyTorch wants to be able to write.
+    resized = np.array(Image.fromarray(image).resize((scaled[0], scaled[1]), Image.Resampling.BILINEAR))
     top, left = (int(random.integers(side - config.image_size + 1)) for side in resized.shape[:2])
     return resized[top : top + config.image_size, left : left + config.image_size]
