@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The table of groceries in docs/results.md: the chain, one network trained alike, one network at equal GMACs.
+# usage: benchmarks/groceries.sh DATA WEIGHTS OUT [SEED...]
+#   DATA     a folder with train/, val/ and test/ in ImageFolder layout
+#   WEIGHTS  tf_efficientnet_lite0 as .safetensors, or "timm" to download them
+#   OUT      for checkpoints, logs and answers; a run that is already finished there is not trained again
+# About 45, 12 and 45 minutes a seed on two cores. Nothing is chosen on test: thresholds follow the crop area on val.
+set -euo pipefail
+data=$1 weights=$2 out=$3
+shift 3
+seeds=("${@:-0}")
+
+train() { # name seed options...
+  local folder=$out/$1-s$2 seed=$2
+  shift 2
+  [ -e "$folder/test.npz" ] && return
+  local resume=()
+  [ -e "$folder/last.pt" ] && resume=(--resume "$folder/last.pt")
+  mge-train --data "$data" --out "$folder" --arch tf_efficientnet_lite0 --init "$weights" --seed "$seed" \
+    --epochs 8 --batch-size 24 --schedule onecycle --trunk-lr 0.02 --head-lr 0.1 --label-smoothing 0.1 --clip-norm 5 \
+    --accelerator cpu --workers 1 "$@" "${resume[@]}"
+  mge-eval --ckpt "$folder/best.pt" --data "$data" --predictions "$folder/test.npz" | tee "$folder/table.txt"
+}
+
+for seed in "${seeds[@]}"; do
+  train chain "$seed" --image-size 160 --resize 184 --crop-area 0.55
+  train single "$seed" --image-size 160 --resize 184 --experts 1
+  train large "$seed" --image-size 320 --resize 368 --experts 1 # four times the pixels: the GMACs of four trunks
+done
+
+runs() { for seed in "${seeds[@]}"; do echo "$out/$1-s$seed/test.npz"; done; }
+for other in single large; do
+  # shellcheck disable=SC2046 # the names are ours and hold no spaces
+  python benchmarks/compare_answers.py --ours $(runs chain) --head mixture --theirs $(runs $other) --other "expert 1 global"
+done
