@@ -58,7 +58,7 @@ def main(
     if verify_data is None:
         images = generated_images(preprocess, verify_images or 16)
     else:
-        images = find_verify_images(verify_data, preprocess, verify_images)
+        images = find_verify_images(verify_data, preprocess, verify_images, _say)
     result = export_bundle(
         model,
         path,
@@ -66,7 +66,7 @@ def main(
         images,
         checkpoint_sha256=file_sha256(ckpt),
         allow_mismatch=allow_mismatch,
-        say=lambda line: click.echo(line, err=True),
+        say=_say,
     )
     if result.report.failures:
         click.echo(f"warning: {len(result.report.failures)} values are out of tolerance; the bundle says so", err=True)
@@ -76,6 +76,10 @@ def main(
         f"weights {weights / 1e6:.1f} MB"
     )
     click.echo(f"run it: mge-run --engine {path} IMAGES...")
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _stop_cleanly() -> None:

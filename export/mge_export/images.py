@@ -28,16 +28,19 @@ class VerifyImages:
     load: Callable[[int], np.ndarray]  # index -> frame, uint8 [S, S, 3]
 
 
-def find_verify_images(folder: Path, preprocess: Preprocess, limit: int) -> VerifyImages:
+def find_verify_images(
+    folder: Path, preprocess: Preprocess, limit: int, say: Callable[[str], None] = lambda _: None
+) -> VerifyImages:
     """Take images from a folder, evenly spaced through its sorted list so that all of its classes have a part.
 
     Args:
         folder: searched with its subfolders.
         preprocess: what the runtime will do to them.
         limit: the most to take; 0: all.
+        say: is told of each image that cannot be decoded; it is left out.
 
     Raises:
-        InputError: there is no such folder, or no image in it. (A damaged image raises when it is loaded.)
+        InputError: there is no such folder, or no image in it that can be decoded.
     """
     if not folder.is_dir():
         raise InputError(f"no folder {folder} to verify on; expected images such as .jpg, or leave out --verify-data")
@@ -45,12 +48,25 @@ def find_verify_images(folder: Path, preprocess: Preprocess, limit: int) -> Veri
     if problems:
         raise problems[0]
     count = min(limit, len(found)) if limit else len(found)
-    chosen = [found[index * len(found) // count] for index in range(count)]
+    chosen = [found[index * len(found) // count].source() for index in range(count)]
+    # Decoded once now, so that a damaged one is known before the export and not after it.
+    good = [source for source in chosen if _decodes(source, say)]
+    if not good:
+        raise InputError(f"none of the {count} images taken from {folder} could be decoded; expected photographs")
 
     def load(index: int) -> np.ndarray:
-        return to_frame(decode_image(chosen[index].source()), preprocess)[0]
+        return to_frame(decode_image(good[index]), preprocess)[0]
 
-    return VerifyImages(count, True, f"{count} of {len(found)} photographs in {folder.resolve().name}", load)
+    return VerifyImages(len(good), True, f"{len(good)} of {len(found)} photographs in {folder.resolve().name}", load)
+
+
+def _decodes(source: Path | bytes, say: Callable[[str], None]) -> bool:
+    try:
+        decode_image(source)
+    except InputError as problem:
+        say(f"left out of the verification: {problem}")
+        return False
+    return True
 
 
 def generated_images(preprocess: Preprocess, count: int) -> VerifyImages:

@@ -32,7 +32,7 @@ class Tolerances:
 
 TOLERANCES = {
     Precision.FP32: Tolerances(
-        relative=1e-3,
+        relative=1e-4,
         classes=1 / 538,
         box_iou_median=1.0,
         box_iou_p1=0.95,

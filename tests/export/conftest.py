@@ -34,6 +34,8 @@ def exported(request, tiny, photographs, tmp_path_factory):
     """A model of two experts, exported: model, stages, bundle and the ONNX files that came out of it."""
     folder = tmp_path_factory.mktemp("exported")
     model = tiny.make_model()
+    frames = tiny.load_frames(photographs, model.config.preprocess)
+    tiny.center_heads(model, frames)
     images = find_verify_images(photographs, model.config.preprocess, 0)
     lines = []
     result = export_bundle(model, folder / "mge.plan", request.param, images, say=lines.append)
@@ -49,6 +51,8 @@ def exported(request, tiny, photographs, tmp_path_factory):
         folder=folder / "onnx",
         lines=lines,
         images=images,
-        graphs={s.spec.name: onnx.load(folder / "onnx" / f"{s.spec.name}.onnx", load_external_data=False) for s in stages},
-        frames=tiny.load_frames(photographs, model.config.preprocess),
+        graphs={
+            s.spec.name: onnx.load(folder / "onnx" / f"{s.spec.name}.onnx", load_external_data=False) for s in stages
+        },
+        frames=frames,
     )

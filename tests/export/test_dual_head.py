@@ -99,5 +99,5 @@ def test_the_onnx_graph_is_plain_and_its_batch_dynamic(kind):
 
 
 def test_a_head_without_a_derivative_is_refused():
-    with pytest.raises(ExportError, match="IndexHead.*expected a differentiable head"):
+    with pytest.raises(ExportError, match=r"IndexHead.*expected a differentiable head"):
         DualHead(IndexHead(), torch.zeros(1, CHANNELS, SIDE, SIDE))

@@ -37,7 +37,9 @@ def test_exporting_leaves_the_model_as_it_was(tiny):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     build_stages(model, Precision.FP16)
     after = model.state_dict()
-    assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())
+    assert all(
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+    )
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])

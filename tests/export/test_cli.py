@@ -1,0 +1,144 @@
+import hashlib
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mge.checkpoint import save_checkpoint
+from mge_export import export, parity
+from mge_export.cli import main
+from mge_runtime.bundle import Bundle, writer
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    """A single expert: the smallest chain there is."""
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, tiny.make_model(1, size=32))
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(result, *words):
+    """One line, exit 1, with these words."""
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    return True
+
+
+def leftovers(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
+    labels = checkpoint.parent / "classes.txt"
+    labels.write_text("wren\nrobin\ntit\nfinch\ndove\n")
+    result = invoke("--ckpt", checkpoint, "--fp16", "--labels", labels, "--image-size", 64, "--verify-images", 2)
+    assert result.exit_code == 0, result.stderr
+    bundle = checkpoint.parent / "mge.plan"
+    assert leftovers(checkpoint.parent) == {"best.pt", "classes.txt", "mge.plan"}
+    assert f"mge-run --engine {bundle}" in result.stdout
+    assert "MB" in result.stdout
+    assert "warning: verified on generated pictures only" in result.stderr
+    assert "weights rounded only" in result.stderr
+    with Bundle.open(bundle) as opened:
+        manifest = opened.manifest
+    assert manifest.class_names == ("wren", "robin", "tit", "finch", "dove")
+    assert manifest.preprocess.size == 64
+    assert manifest.answer == "answer_1"
+    assert manifest.gate is None
+    assert manifest.precision["expert_1"]["type"] == "fp16"
+    assert manifest.checkpoint_sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypatch):
+    original = parity.onnx_runner
+
+    def wrong_runner(folder, specs):
+        run = original(folder, specs)
+        return lambda spec, tensors: {name: value * 1.5 for name, value in run(spec, tensors).items()}
+
+    monkeypatch.setattr(parity, "onnx_runner", wrong_runner)
+    arguments = ["--ckpt", checkpoint, "--verify-images", 2]
+    result = invoke(*arguments)
+    assert refused(result, "out of tolerance", "onnx ingest: image_1", "--allow-mismatch")
+    assert leftovers(checkpoint.parent) == {"best.pt"}
+    result = invoke(*arguments, "--allow-mismatch")
+    assert result.exit_code == 0
+    assert "out of tolerance; the bundle says so" in result.stderr
+    with Bundle.open(checkpoint.parent / "mge.plan") as bundle:
+        assert bundle.manifest.parity["allowed_mismatch"] is True
+        assert bundle.manifest.parity["failures"]
+
+
+def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(checkpoint, monkeypatch, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    bundle, work = checkpoint.parent / "mge.plan", tmp_path / "work"
+    bundle.write_bytes(b"the old one")
+    work.mkdir()
+    monkeypatch.setattr(export.tempfile, "tempdir", str(work))
+    monkeypatch.setattr(writer.ArchiveWriter, "finish", interrupt)
+    result = invoke("--ckpt", checkpoint, "--verify-images", 1)
+    assert result.exit_code == 1
+    assert "Aborted" in result.stderr
+    assert bundle.read_bytes() == b"the old one"
+    assert leftovers(checkpoint.parent) == {"best.pt", "mge.plan", "work"}
+    assert leftovers(work) == set()
+
+
+def test_a_missing_checkpoint(tmp_path):
+    assert refused(invoke("--ckpt", tmp_path / "best.pt"), "best.pt", "does not exist", "mge-train")
+
+
+def test_a_truncated_checkpoint(checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    assert refused(invoke("--ckpt", checkpoint), "cut short or damaged")
+
+
+def test_a_foreign_checkpoint(tmp_path):
+    torch.save({"state_dict": {"layer.weight": torch.zeros(2)}}, tmp_path / "other.pt")
+    assert refused(invoke("--ckpt", tmp_path / "other.pt"), "other.pt", "expected")
+    assert leftovers(tmp_path) == {"other.pt"}
+
+
+def test_classes_and_labels_that_disagree(checkpoint, tmp_path):
+    labels = tmp_path / "classes.txt"
+    labels.write_text("one\ntwo\n")
+    assert refused(invoke("--ckpt", checkpoint, "--labels", labels), "5 classes", "names 2")
+
+
+def test_a_place_that_cannot_be_written(checkpoint, tmp_path):
+    assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path), "is a folder", str(tmp_path / "mge.plan"))
+    assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path / "none" / "mge.plan"), "no folder", "-o")
+
+
+def test_photographs_that_are_not_there(checkpoint, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert refused(invoke("--ckpt", checkpoint, "--verify-data", empty), "no image in the folder")
+    assert refused(invoke("--ckpt", checkpoint, "--verify-data", tmp_path / "no"), "no folder", "--verify-data")
+
+
+def test_a_folder_of_text_files_named_jpg(checkpoint, tmp_path):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    (folder / "a.jpg").write_text("no picture")
+    result = invoke("--ckpt", checkpoint, "--verify-data", folder)
+    assert refused(result, "none of the 1 images", "could be decoded")
+    assert "a.jpg" in result.stderr
+    assert "mge.plan" not in leftovers(tmp_path)
+
+
+def test_usage_errors_exit_with_2(checkpoint):
+    assert invoke().exit_code == 2
+    assert invoke("--ckpt", checkpoint, "--box-threshold", "1.5").exit_code == 2
+    assert invoke("--ckpt", checkpoint, "--int8").exit_code == 2

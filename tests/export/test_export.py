@@ -1,0 +1,201 @@
+import itertools
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from mge_export.graph import ALIGNMENT
+from mge_export.images import find_verify_images, generated_images
+from mge_export.precision import Precision, check_precision
+from mge_export.runners import onnx_runner, reference_tensors, run_chain
+from mge_runtime import Pipeline
+from mge_runtime.bundle import Bundle
+from mge_runtime.errors import ExportError, InputError
+
+
+@pytest.fixture(scope="session")
+def expected(exported):
+    return reference_tensors(exported.model, exported.frames)
+
+
+@pytest.fixture(scope="session")
+def found(exported):
+    specs = [stage.spec for stage in exported.stages]
+    return run_chain(specs, onnx_runner(exported.folder, specs), exported.frames)
+
+
+def test_the_written_chain_answers_as_the_model(exported, expected, found):
+    half = exported.precision is Precision.FP16
+    assert set(found) == set(expected)
+    assert len(set(expected["logits"].argmax(1))) > 1, "the photographs must not all be of one class"
+    second, best = np.sort(expected["logits"], 1)[:, -2:].T
+    clear = best - second > (0.05 if half else 1e-4) * np.abs(expected["logits"]).max()
+    # Another box is another image for the next expert; how far boxes may move is held below.
+    clear &= (found["box_1"] == expected["box_1"]).all(1)
+    assert clear.sum() >= 5, "an image between two classes proves nothing, but most must not be"
+    np.testing.assert_array_equal(found["logits"].argmax(1)[clear], expected["logits"].argmax(1)[clear])
+    np.testing.assert_allclose(found["box_1"], expected["box_1"], atol=2 if half else 0)
+    np.testing.assert_allclose(found["gate"], expected["gate"], atol=5e-3 if half else 1e-5)
+    for name in ("logits_1", "answer_1", "heatmap_1"):
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=(2e-2 if half else 1e-5) * scale)
+
+
+def test_boxes_move_with_the_input(exported, found):
+    """A class activation map that the trace froze to the example would put out one box, or the wrong ones."""
+    assert len({tuple(box) for box in found["box_1"]}) > 3
+    areas = (found["box_1"][:, 2] - found["box_1"][:, 0]) * (found["box_1"][:, 3] - found["box_1"][:, 1])
+    assert np.median(areas) < 0.9 * exported.model.config.image_size**2
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_any_batch_answers_as_one_by_one(exported, found, batch):
+    specs = [stage.spec for stage in exported.stages]
+    part = run_chain(specs, onnx_runner(exported.folder, specs), exported.frames[:batch])
+    np.testing.assert_allclose(part["logits"], found["logits"][:batch], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(part["box_1"], found["box_1"][:batch])
+
+
+def test_the_bundle_answers_photographs_through_the_runtime(exported, photographs, found):
+    paths = sorted(photographs.iterdir())
+    with Pipeline.open(exported.path, device="cpu", threads=1) as pipeline:
+        predictions = pipeline.predict_batch(paths)
+    names = exported.model.config.classes
+    assert [p.class_name for p in predictions] == [names[index] for index in found["logits"].argmax(1)]
+    np.testing.assert_allclose([p.gate for p in predictions], found["gate"], atol=1e-5)
+
+
+def test_graphs_have_dynamic_batches_exact_names_and_no_operator_that_tensorrt_refuses(exported):
+    refused = {"NonZero", "ScatterElements", "ScatterND", "RoiAlign", "AffineGrid", "Loop", "If", "OneHot"}
+    for stage in exported.stages:
+        graph = exported.graphs[stage.spec.name].graph
+        assert [tensor.name for tensor in graph.input] == [tensor.name for tensor in stage.spec.inputs]
+        assert [tensor.name for tensor in graph.output] == [tensor.name for tensor in stage.spec.outputs]
+        for tensor in (*graph.input, *graph.output):
+            first, *others = tensor.type.tensor_type.shape.dim
+            assert first.dim_param == "batch"
+            assert all(axis.dim_value > 0 for axis in others)
+        assert not refused & {node.op_type for node in graph.node}
+    frame = exported.graphs["ingest"].graph
+    readers = [node.op_type for node in frame.node if "frame" in node.input]
+    assert readers == ["Cast"], "uint8 must be cast before anything else"
+
+
+def test_weights_lie_aligned_outside_the_graph_and_no_path_of_this_machine_inside(exported):
+    for name, model in exported.graphs.items():
+        data = model.SerializeToString()
+        assert len(data) < 60_000
+        assert b"site-packages" not in data
+        assert b".py" not in data
+        places = [
+            {entry.key: entry.value for entry in tensor.external_data}
+            for tensor in model.graph.initializer
+            if tensor.data_location == onnx.TensorProto.EXTERNAL
+        ]
+        assert all(place["location"] == f"{name}.weights" for place in places)
+        assert all(int(place["offset"]) % ALIGNMENT == 0 for place in places)
+        spans = sorted((int(place["offset"]), int(place["offset"]) + int(place["length"])) for place in places)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+def test_the_precision_plan_is_read_from_the_graphs(exported):
+    wanted = exported.precision.onnx_name
+    with Bundle.open(exported.path) as bundle:
+        plans = bundle.manifest.precision
+    for name in ("expert_1", "expert_2", "gate"):
+        plan = plans[name]["operators"]
+        convolutions = sum(node.op_type == "Conv" for node in exported.graphs[name].graph.node)
+        assert plan["Conv"] == {wanted: convolutions}
+        assert plan["Gemm"] == {"float32": 2}
+    assert plans["expert_1"]["operators"]["GatherElements"] == {"float32": 4}
+    assert plans["gate"]["operators"]["Softmax"] == {"float32": 1}
+    assert plans["expert_1"]["type"] == exported.precision.value
+    assert "float16" not in str(plans["mixture"])
+
+
+def test_a_graph_of_another_precision_than_asked_for_is_refused(exported):
+    other = Precision.FP16 if exported.precision is Precision.FP32 else Precision.FP32
+    for name in ("expert_1", "gate"):
+        with pytest.raises(ExportError, match=f"{name}: .* convolutions are {exported.precision.onnx_name}; expected"):
+            check_precision(name, exported.graphs[name], other, has_trunk=True)
+
+
+def test_one_convolution_of_another_precision_is_enough(exported):
+    model = onnx.ModelProto.FromString(exported.graphs["gate"].SerializeToString())
+    kind = onnx.TensorProto.FLOAT
+    border = onnx.helper.make_tensor_value_info
+    weight = onnx.helper.make_tensor("odd_weight", kind, (1, 3, 1, 1), [0.1, 0.2, 0.3])
+    if exported.precision is Precision.FP32:
+        kind = onnx.TensorProto.FLOAT16
+        weight = onnx.numpy_helper.from_array(np.ones((1, 3, 1, 1), np.float16), "odd_weight")
+    image = model.graph.input[0].name
+    model.graph.initializer.append(weight)
+    model.graph.node.append(onnx.helper.make_node("Cast", [image], ["odd_image"], to=kind))
+    model.graph.node.append(onnx.helper.make_node("Conv", ["odd_image", "odd_weight"], ["odd"]))
+    model.graph.node.append(onnx.helper.make_node("Cast", ["odd"], ["odd_out"], to=onnx.TensorProto.FLOAT))
+    model.graph.output.append(border("odd_out", onnx.TensorProto.FLOAT, ("batch", 1, 64, 64)))
+    with pytest.raises(ExportError, match="1 convolutions are"):
+        check_precision("gate", model, exported.precision, has_trunk=True)
+
+
+def test_a_trunk_without_convolutions_proves_nothing(exported):
+    with pytest.raises(ExportError, match="no convolution"):
+        check_precision("mixture", exported.graphs["mixture"], Precision.FP16, has_trunk=True)
+
+
+def test_the_manifest_carries_model_tools_and_parity(exported):
+    with Bundle.open(exported.path) as bundle:
+        manifest = bundle.manifest
+    assert manifest.class_names == exported.model.config.classes
+    assert manifest.model["arch"] == "resnet10t"
+    assert manifest.model["box_thresholds"] == [0.5]
+    assert manifest.tools["torch"] == torch.__version__.split("+")[0] or manifest.tools["torch"] == torch.__version__
+    assert manifest.tools["onnxruntime"] == onnxruntime.__version__
+    parity = manifest.parity
+    assert parity["images"] == 10
+    assert parity["photographs"] is True
+    assert parity["failures"] == []
+    assert 0 < parity["crop_area_median"]["box_1"] < 1
+    assert 0 < parity["largest_activation"]["expert_1"]["value"] < 65504
+    assert ("weights rounded only" in parity["checks"]["onnx"]["label"]) == (exported.precision is Precision.FP16)
+
+
+def test_the_report_is_shown_before_the_bundle_is_written(exported):
+    table = "\n".join(exported.lines)
+    assert "whole chain" in table
+    assert "10/10" in table
+    assert "10 of 10 photographs" in table
+
+
+def test_generated_pictures_are_deterministic_and_say_what_they_are(exported):
+    preprocess = exported.model.config.preprocess
+    first, again = (generated_images(preprocess, 3) for _ in range(2))
+    assert not first.photographs
+    assert "generated" in first.source
+    assert first.load(0).shape == (64, 64, 3)
+    assert np.array_equal(first.load(2), again.load(2))
+    assert not np.array_equal(first.load(1), first.load(2))
+
+
+def test_verification_images_are_spread_over_the_folder(exported, photographs):
+    images = find_verify_images(photographs, exported.model.config.preprocess, 3)
+    assert images.count == 3
+    np.testing.assert_array_equal(images.load(1), exported.frames[3])
+    np.testing.assert_array_equal(images.load(2), exported.frames[6])
+    with pytest.raises(InputError, match="no folder"):
+        find_verify_images(photographs / "missing", exported.model.config.preprocess, 3)
+
+
+def test_a_damaged_verification_image_is_named_and_left_out(exported, photographs, tmp_path):
+    good = sorted(photographs.iterdir())[0]
+    (tmp_path / "a.png").write_bytes(good.read_bytes()[:2000])
+    (tmp_path / "b.png").write_bytes(good.read_bytes())
+    lines = []
+    images = find_verify_images(tmp_path, exported.model.config.preprocess, 0, lines.append)
+    assert images.count == 1
+    assert images.source.startswith("1 of 2 photographs")
+    assert len(lines) == 1
+    assert "a.png" in lines[0]
+    np.testing.assert_array_equal(images.load(0), exported.frames[0])
