@@ -43,7 +43,8 @@ _BARK: tuple[Colour, ...] = ((104, 84, 66), (82, 72, 64), (132, 112, 90), (92, 6
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
     """Return the colour `share` of the way from the first to the second, share in 0..1."""
-    return tuple(round(a + (b - a) * share) for a, b in zip(first, second, strict=True))  # pyright: ignore[reportReturnType]
+    red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def _pick(rng: np.random.Generator, colours: tuple[Colour, ...]) -> Colour:
@@ -51,7 +52,9 @@ def _pick(rng: np.random.Generator, colours: tuple[Colour, ...]) -> Colour:
 
 
 def _vary(rng: np.random.Generator, colour: Colour, spread: float = 14.0) -> Colour:
-    return tuple(int(c) for c in np.clip(np.array(colour) + rng.uniform(-spread, spread, 3), 0, 255))  # pyright: ignore[reportReturnType]
+    shifts = rng.uniform(-spread, spread, 3).tolist()
+    red, green, blue = (int(min(max(c + shift, 0.0), 255.0)) for c, shift in zip(colour, shifts, strict=True))
+    return red, green, blue
 
 
 def draw_backdrop(rng: np.random.Generator) -> Image.Image:

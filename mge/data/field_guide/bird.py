@@ -121,9 +121,9 @@ def draw_head(canvas: Canvas, pose: BirdPose, species: Species) -> None:
 
 def _plump(points: Points, factor: float) -> Points:
     """Stretch the body downwards from the line of the neck."""
-    return np.stack(
-        [points[:, 0], np.where(points[:, 1] > -0.1, (points[:, 1] + 0.1) * factor - 0.1, points[:, 1])], axis=1
-    )
+    stretched = np.array(points)
+    stretched[..., 1] += (factor - 1) * np.maximum(stretched[..., 1] + 0.1, 0)
+    return stretched
 
 
 def _choose(rng: np.random.Generator, colours: tuple[Colour, ...]) -> Colour:

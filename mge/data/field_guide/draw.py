@@ -50,6 +50,7 @@ def _develop(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np
     gain = rng.uniform(0.78, 1.15) * rng.uniform(0.94, 1.06, 3)
     slope = np.linspace(-depth, depth, size, dtype=np.float32)
     light = 1 + np.float32(np.cos(angle)) * slope[None, :] + np.float32(np.sin(angle)) * slope[:, None]
-    noise = rng.standard_normal((size, size, 3), dtype=np.float32) * np.float32(rng.uniform(1.5, 7.0))
-    lit = picture * light[:, :, None] * gain.astype(np.float32) + noise
-    return np.clip(np.rint(lit), 0, 255).astype(np.uint8)
+    noise = rng.standard_normal((size, size, 3), dtype=np.float32)
+    noise *= np.float32(rng.uniform(1.5, 7.0))
+    noise += picture * light[:, :, None] * gain.astype(np.float32)
+    return np.clip(np.rint(noise, out=noise), 0, 255, out=noise).astype(np.uint8)

@@ -7,6 +7,7 @@ picture shows is drawn from the same ranges for every species.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["MAX_SPECIES", "MIN_SPECIES", "Colour", "Species", "list_species"]
 
@@ -40,6 +41,7 @@ class Species:
     beak: str  # the beak's shape: "warbler" (thin), "finch" (cone) or "creeper" (long, bent down)
 
 
+@lru_cache
 def list_species(count: int) -> tuple[Species, ...]:
     """Return the first `count` species of the guide, sorted by name as an image folder numbers its classes.
 
