@@ -63,7 +63,9 @@ def test_attention_box_equals_search_over_pixels(threshold):
 def test_crop_resize_equals_slicing_and_interpolating():
     random = np.random.default_rng(0)
     images = torch.randn(20, 3, 33, 33, generator=torch.Generator().manual_seed(0))
-    corners = [sorted(random.choice(34, 2, replace=False)) + sorted(random.choice(34, 2, replace=False)) for _ in images]
+    corners = [
+        sorted(random.choice(34, 2, replace=False)) + sorted(random.choice(34, 2, replace=False)) for _ in images
+    ]
     boxes = torch.tensor([[x0, y0, x1, y1] for x0, x1, y0, y1 in corners], dtype=torch.float32)
     boxes[0] = torch.tensor([5, 7, 6, 8])  # a single pixel
     boxes[1] = torch.tensor([0, 0, 33, 33])

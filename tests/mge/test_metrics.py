@@ -36,5 +36,5 @@ def test_bootstrap_interval_holds_the_difference_and_shrinks_with_pairing():
     first = random.random(400) < 0.9
     second = first & (random.random(400) < 0.97)
     mean, low, high = paired_bootstrap(first, second)
-    assert mean == pytest.approx((first.mean() - second.mean()))
+    assert mean == pytest.approx(first.mean() - second.mean())
     assert 0 < low < mean < high < 0.06
