@@ -171,7 +171,7 @@ def _stage_failures(check: Check, limits: Tolerances) -> list[str]:
 def _chain_failures(check: Check, limits: Tolerances) -> list[str]:
     where = f"{check.name} chain"
     found = _class_failures(where, check.chain.class_changes, limits)
-    for name, values in check.chain.box_iou.items():
+    for name, values in check.chain.box_iou.items() if limits.chain_boxes else ():
         found += _box_failures(f"{where} {name}", values, limits)
     return found
 

@@ -19,7 +19,7 @@ from mge.config import MGEConfig
 from mge.model import Expert, Gate, MGENet
 from mge_export.dual_head import DualHead
 from mge_export.precision import Precision
-from mge_export.typed import typed_expert, typed_gate
+from mge_export.typed import TypedTrunk, typed_expert, typed_gate
 from mge_runtime.spec import BATCH, Preprocess, SegmentSpec, StageSpec, TensorSpec, ViewSpec
 
 __all__ = ["ExpertStage", "GateStage", "IngestStage", "MixtureStage", "Stage", "build_stages", "segments", "views"]
@@ -33,6 +33,11 @@ class Stage:
     module: nn.Module  # takes the spec's inputs in order, returns a tuple of its outputs in order
     precision: Precision  # of the trunk and the part convolution; FP32 for stages that have neither
     has_trunk: bool  # False: no convolution is expected in its graph
+
+    @property
+    def underflowed(self) -> int:
+        """How many of the trunk's weights became zero in this precision."""
+        return sum(part.underflowed for part in self.module.modules() if isinstance(part, TypedTrunk))
 
 
 class IngestStage(nn.Module):

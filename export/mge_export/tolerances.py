@@ -19,6 +19,7 @@ class Tolerances:
     box_iou_median: float
     box_iou_p1: float  # that all but the `outliers` reach
     outliers: float  # share of images whose attention may lie beyond these limits, rounded up to whole images
+    chain_boxes: bool  # whether boxes are held in the whole chain, too, not only stage by stage
     reason: str
 
     def allowed_changes(self, images: int) -> int:
@@ -37,6 +38,7 @@ TOLERANCES = {
         box_iou_median=1.0,
         box_iou_p1=0.95,
         outliers=0.01,
+        chain_boxes=True,
         reason="the same FP32 sums in another order: differences of 1e-6 to 1e-5 are usual, a box may flip by a pixel "
         "where a value lies on the threshold",
     ),
@@ -46,7 +48,9 @@ TOLERANCES = {
         box_iou_median=0.97,
         box_iou_p1=0.80,
         outliers=0.01,
+        chain_boxes=False,
         reason="each FP16 activation is rounded by up to 2**-11 = 5e-4; through some fifty layers that adds up to "
-        "about 1e-2, and an edge of a box moves where the map is nearly level",
+        "about 1e-2, and an edge of a box moves where the map is nearly level; in the chain one pixel there resamples "
+        "the whole next view, so its boxes are reported and its answers are held",
     ),
 }

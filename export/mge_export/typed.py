@@ -17,7 +17,7 @@ from mge_export.fold import fold_batch_norms
 from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
 
-__all__ = ["typed_expert", "typed_gate"]
+__all__ = ["TypedTrunk", "typed_expert", "typed_gate"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -30,7 +30,8 @@ class TypedTrunk(nn.Module):
 
     def __init__(self, trunk: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layers = trunk.to(dtype)
+        self.layers = trunk
+        self.underflowed = sum(_cast(tensor, dtype) for tensor in (*trunk.parameters(), *trunk.buffers()))
         self.dtype = dtype
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ def typed_expert(expert: Expert, precision: Precision, size: int) -> Expert:
     if not isinstance(typed.norm4, nn.Identity):
         typed.norm4 = Float32Island(typed.norm4)
     # The weight alone: the bias is added to the maximum, which is FP32 by type promotion.
-    typed.part_conv.weight.data = typed.part_conv.weight.data.to(precision.dtype)
+    typed.trunk.underflowed += _cast(typed.part_conv.weight, precision.dtype)
     _check_finite(typed, precision)
     return typed
 
@@ -78,6 +79,15 @@ def typed_gate(gate: Gate, precision: Precision, size: int) -> Gate:
     typed.trunk = _typed_trunk(typed.trunk, precision, size)
     _check_finite(typed, precision)
     return typed
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Cast a floating tensor in place; return how many of its values became zero."""
+    if not tensor.is_floating_point():
+        return 0
+    zeros = int((tensor == 0).sum())
+    tensor.data = tensor.data.to(dtype)
+    return int((tensor == 0).sum()) - zeros
 
 
 def _frozen_copy(module: M) -> M:

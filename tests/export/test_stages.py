@@ -69,6 +69,16 @@ def test_a_weight_that_overflows_half_is_named(tiny):
         build_stages(model, Precision.FP16)
 
 
+def test_weights_that_become_zero_in_half_are_counted(tiny):
+    model = tiny.make_model(2)
+    model.experts[1].part_conv.weight.data[0, :7] = 1e-9
+    assert sum(stage.underflowed for stage in build_stages(model, Precision.FP32)) == 0
+    before = build_stages(tiny.make_model(2), Precision.FP16)
+    after = build_stages(model, Precision.FP16)
+    assert after[1].underflowed == before[1].underflowed
+    assert after[2].underflowed == before[2].underflowed + 7
+
+
 def test_a_large_variance_is_folded_before_it_could_overflow(tiny):
     model = tiny.make_model(2)
     norm = model.experts[0].trunk.bn1

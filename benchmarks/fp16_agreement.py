@@ -1,0 +1,76 @@
+"""How far FP16 is from FP32: the typed PyTorch stages, every activation rounded, against the checkpoint's own model.
+
+ONNX Runtime's CPU provider widens FP16 graphs to FP32, so it cannot tell; these stages run in half.
+
+    python benchmarks/fp16_agreement.py --ckpt best.pt --data ../shared/data/groceries/test --images 100
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+
+from mge.checkpoint import load_checkpoint
+from mge_export.activations import FP16_MAX, ActivationWatch
+from mge_export.differences import ChainDifferences
+from mge_export.images import find_verify_images
+from mge_export.precision import Precision
+from mge_export.runners import reference_tensors, run_chain, torch_runner
+from mge_export.stages import build_stages
+
+
+@click.command(help=__doc__)
+@click.option("--ckpt", type=click.Path(path_type=Path), required=True)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of photographs.")
+@click.option("--images", default=100, show_default=True, help="How many, evenly spaced; 0: all.")
+@click.option("--native", is_flag=True, help="PyTorch's own FP16 kernels; slow on a CPU without FP16 arithmetic.")
+def main(ckpt: Path, data: Path, images: int, native: bool) -> None:
+    """Run and print."""
+    model = load_checkpoint(ckpt)
+    config = model.config
+    stages = build_stages(model, Precision.FP16)
+    specs = [stage.spec for stage in stages]
+    watches = {stage.spec.name: ActivationWatch(Precision.FP16.dtype) for stage in stages if stage.has_trunk}
+    runner = torch_runner(stages, watches, fast_half=not native)
+    photographs = find_verify_images(data, config.preprocess, images, click.echo)
+    answers = ["logits"] if config.experts > 1 else []
+    answers += [f"logits_{k}" for k in range(1, config.experts + 1)]
+    boxes = [f"box_{k}" for k in range(1, config.experts)]
+    differences = {name: ChainDifferences(name, boxes, config.image_size) for name in answers}
+    margins: list[float] = []
+    begin = time.perf_counter()
+    for index in range(photographs.count):
+        frame = photographs.load(index)[None]
+        reference = reference_tensors(model, frame)
+        found = run_chain(specs, runner, frame)
+        for difference in differences.values():
+            difference.add(found, reference)
+        second, best = np.sort(reference[answers[0]][0])[-2:]
+        margins.append(float((best - second) / np.abs(reference[answers[0]]).max()))
+    seconds = time.perf_counter() - begin
+    click.echo(f"{photographs.source}; {config.arch} at {config.image_size} px, {seconds:.0f} s")
+    for name, difference in differences.items():
+        same = photographs.count - sum(difference.class_changes)
+        click.echo(
+            f"{name:10} same class {same}/{photographs.count} ({100 * same / photographs.count:.1f} %), "
+            f"rel diff median {np.median(difference.relative):.1e}, worst {max(difference.relative):.1e}"
+        )
+    changed = [index for index, change in enumerate(differences[answers[0]].class_changes) if change]
+    for index in changed:
+        click.echo(
+            f"  image {index} changed its class; its margin was {100 * margins[index]:.2f} % of the largest logit"
+        )
+    for name, values in differences[answers[0]].box_iou.items():
+        click.echo(f"{name:10} IoU median {np.median(values):.3f}, 1st percentile {np.percentile(values, 1):.3f}")
+    for name, watch in watches.items():
+        share = 100 * watch.peak.value / FP16_MAX
+        click.echo(
+            f"{name:10} largest activation {watch.peak.value:.4g} ({share:.2g} % of 65504), {watch.peak.operator}"
+        )
+
+
+if __name__ == "__main__":
+    main()
