@@ -151,7 +151,7 @@ def _write_stage(stage: Stage, folder: Path, say: Say) -> dict[str, dict[str, in
         raise ExportError(f"{name}: onnx.checker refuses the graph: {error}") from error
     convolutions = sum(plan.get("Conv", {}).values())
     trunk = f", {convolutions} convolutions in {stage.precision.onnx_name}" if convolutions else ""
-    small = f", {stage.underflowed} of them underflowed to 0" if stage.underflowed else ""
+    small = f", {stage.underflowed} weights underflowed to 0" if stage.underflowed else ""
     say(f"{name}: {len(graph.model.graph.node)} nodes{trunk}, weights {len(graph.weights) / 1e6:.1f} MB{small}")
     return plan
 
