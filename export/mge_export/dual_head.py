@@ -8,7 +8,6 @@ module.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import count
 from typing import cast
 
 from torch import Tensor, fx, nn
@@ -54,7 +53,8 @@ def _state(head: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _trace(head: nn.Module, names: tuple[str, ...], features: Tensor) -> fx.GraphModule:
     tensors = [tensor.detach() for _, tensor in _state(head)]
-    example = features.new_zeros(_free_batch(tensors, features), *features.shape[1:])
+    # Any batch above 1: lengths 0 and 1 are taken for constants.
+    example = features.new_zeros(2, *features.shape[1:])
 
     def scores_and_gradient(*arguments: Tensor) -> tuple[Tensor, Tensor]:
         state = dict(zip(names, arguments[:-1], strict=True))
@@ -77,13 +77,3 @@ def _trace(head: nn.Module, names: tuple[str, ...], features: Tensor) -> fx.Grap
     traced.graph.eliminate_dead_code()
     traced.recompile()
     return traced
-
-
-def _free_batch(tensors: list[Tensor], features: Tensor) -> int:
-    """Pick a batch size that no other axis has.
-
-    Symbolic tracing gives axes of equal length the same symbol, so a batch as long as, say, the number of classes would
-    tie the two together for good; and lengths 0 and 1 are taken for constants.
-    """
-    taken = {size for tensor in [*tensors, features[:0]] for size in tensor.shape}
-    return next(size for size in count(2) if size not in taken)

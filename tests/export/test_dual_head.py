@@ -60,6 +60,15 @@ def test_scores_and_gradient_are_those_of_autograd(kind, batch):
     torch.testing.assert_close(found_gradient, gradient, rtol=1e-6, atol=1e-6 * gradient.abs().max().item())
 
 
+def test_as_many_classes_as_images_in_the_example_tie_nothing_together():
+    head = GlobalHead(CHANNELS, 2)
+    dual = DualHead(head, torch.zeros(2, CHANNELS, 2, 2))
+    features = torch.randn(7, CHANNELS, 2, 2)
+    expected = by_autograd(head, features)[1]
+    with torch.no_grad():
+        torch.testing.assert_close(dual(features)[1], expected)
+
+
 def test_behind_average_pooling_and_a_linear_layer_the_gradient_is_the_class_row():
     head = make_head("linear")
     features = torch.randn(6, CHANNELS, SIDE, SIDE) * 5
