@@ -61,15 +61,12 @@ format: $(READY) ## put the sources into shape
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m hatchling build -t wheel
 
-check-bare: wheel ## install the wheel alone, run without torch
-	benchmarks/check_bare.sh $(PYTHON)
+check-bare: wheel ## install the wheel alone, answer without torch
+	$(BIN)/python tests/runtime/tiny_chain.py dist/tiny.plan
+	benchmarks/check_bare.sh dist/tiny.plan $(PYTHON)
 
-check-jetson: wheel ## would pip find everything the runtime needs on JetPack 6 (Python 3.10, aarch64)? nothing is installed
-	$(BIN)/pip install --quiet --dry-run --report - --target .venv/unused --only-binary=:all: --implementation cp \
-	  --python-version 3.10 --abi cp310 --abi abi3 --abi none \
-	  --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
-	  --platform manylinux2014_aarch64 "mge[cpu] @ file://$$(ls -t $(CURDIR)/dist/*.whl | head -n 1)" \
-	  | $(BIN)/python -c 'import json, sys; print("\n".join(sorted(f"{p['"'metadata'"']['"'name'"']} {p['"'metadata'"']['"'version'"']}" for p in json.load(sys.stdin)["install"])))'
+check-jetson: wheel ## would pip find everything on JetPack 6 (Python 3.10, aarch64)? nothing is installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/check_jetson.sh
 
 clean: ## remove what the other targets made, the environment too
 	rm -rf .venv dist build $(DEMO) runs .pytest_cache .ruff_cache

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The runtime as a device gets it: the wheel and its base dependencies, then onnxruntime; never torch.
-# usage: benchmarks/check_bare.sh [PYTHON]   after `make wheel`
+# usage: benchmarks/check_bare.sh BUNDLE [PYTHON]   after `make wheel`
 set -euo pipefail
-python=${1:-python3}
+bundle=$(realpath "$1")
+python=${2:-python3}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-wheel=$(ls -t dist/*.whl | head -n 1)
+wheel=$(realpath "$(ls -t dist/*.whl | head -n 1)")
 "$python" -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet "$wheel"
 cd "$folder" # away from the sources: what is imported is what was installed
@@ -35,10 +36,22 @@ for name, command in (("import mge_runtime", (sys.executable, "-c", "import mge_
     if seconds > 0.3:
         sys.exit(f"error: {name} took {seconds:.2f} s; expected under 0.3 s")
 PYTHON
-# Without onnxruntime the answer is one line that says what to install.
-if message=$("$bin/mge-run" --engine nothing.plan nothing.jpg 2>&1); then
-  echo "error: mge-run answered from a bundle that does not exist"
+"$bin/python" -c 'from PIL import Image; Image.effect_noise((320, 240), 80).convert("RGB").save("noise.png")'
+
+# Without an inference engine the answer is one line that says what to install.
+if message=$("$bin/mge-run" --engine "$bundle" noise.png 2>&1); then
+  echo "error: mge-run answered without onnxruntime: $message"
   exit 1
 fi
-grep -q "^error: .*nothing.plan" <<<"$message" || { echo "error: unclear message: $message"; exit 1; }
+grep -q '^error: .*pip install' <<<"$message" || { echo "error: unclear message: $message"; exit 1; }
+echo "without onnxruntime: $message"
+
+"$bin/pip" install --quiet "$wheel[cpu]"
+"$bin/mge-run" --engine "$bundle" noise.png --save pictures --json | "$bin/python" -c '
+import json, sys
+answer = json.loads(sys.stdin.readline())
+print("answered", answer["class_name"], "with", answer["experts_used"], "experts")
+'
+test -s pictures/noise.mge.png
+! "$bin/python" -c 'import torch' 2>/dev/null
 echo "bare environment: ok"

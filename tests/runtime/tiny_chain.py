@@ -6,6 +6,8 @@ float16 and int8.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from onnx import TensorProto, helper
 
@@ -165,3 +167,7 @@ def make_manifest(graphs):
 def write_tiny_bundle(path, seed=0):
     graphs = make_stages(seed)
     return write_bundle(path, make_manifest(graphs), {g.spec.name: g.model() for g in graphs})
+
+
+if __name__ == "__main__":
+    write_tiny_bundle(sys.argv[1])
