@@ -16,9 +16,7 @@ from torch import Tensor
 __all__ = ["attention_box", "class_gradient", "crop_resize", "grad_cam", "mask_box", "normalized_map"]
 
 # Of a map's largest value: a smaller range is what rounding leaves of a flat map when it is upsampled (some 1e-7).
-FLAT = 1e-6
-
-FLATNESS = 1e-6  # relative range below which a map is flat: a few float32 roundings
+FLAT = 1e-6  # relative range below which a map is flat: a few float32 roundings
 
 
 def class_gradient(

@@ -26,7 +26,7 @@ class MGEConfig:
     arch: str  # a timm model name that offers features_only
     classes: tuple[str, ...]  # names, by class index
     experts: int = 3  # K >= 1, experts in the chain; the gate comes on top
-    image_size: int = 448  # pixels, S, the side of every expert's square input
+    image_size: int = 448  # pixels, S, a multiple of 32, the side of every expert's square input
     resize: int = 512  # pixels, the shorter side before the centre crop, >= image_size
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel, > 0
@@ -42,10 +42,14 @@ class MGEConfig:
             (len(self.classes) >= 2, "classes", "at least two names"),
             (len(set(self.classes)) == len(self.classes), "classes", "names that differ"),
             (self.experts >= 1, "experts", "at least 1"),
-            (self.image_size >= 32, "image_size", "at least 32 pixels"),
+            (
+                self.image_size >= 32 and self.image_size % 32 == 0,
+                "image_size",
+                "a multiple of 32 pixels, the trunks' stride",
+            ),
             (self.resize >= self.image_size, "resize", f"at least image_size ({self.image_size})"),
             (len(self.mean) == 3 and all(math.isfinite(m) for m in self.mean), "mean", "three finite numbers"),
-            (len(self.std) == 3 and all(s > 0 for s in self.std), "std", "three numbers above 0"),
+            (len(self.std) == 3 and all(0 < s < math.inf for s in self.std), "std", "three numbers above 0"),
             (len(self.box_thresholds) == self.experts - 1, "box_thresholds", f"{self.experts - 1}, one for each crop"),
             (all(0 <= t < 1 for t in self.box_thresholds), "box_thresholds", "numbers in [0, 1)"),
             (self.parts_per_class >= 1, "parts_per_class", "at least 1"),

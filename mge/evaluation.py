@@ -31,6 +31,11 @@ class Answers:
     views: np.ndarray  # [N, K, 4], what each expert saw, in pixels of the source image
     heatmaps: tuple[Tensor, ...] = ()  # K of [N, h, w]; empty for a bundle
 
+    @property
+    def final(self) -> np.ndarray:
+        """[N, C], the answer of the whole: the mixture, or the single expert's."""
+        return list(self.heads.values())[-1]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -84,14 +89,16 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
     )
 
 
-def collect_bundle(pipeline: Pipeline, samples: Sequence[tuple[Path, int]], batch: int = 1) -> Answers:
+def collect_bundle(
+    pipeline: Pipeline, samples: Sequence[tuple[Path, int]], batch: int = 1, workers: int = 2
+) -> Answers:
     """Run a bundle over labelled images; it answers with the experts, their average and the mixture only.
 
     Raises:
         InputError: an image cannot be read.
     """
     predictions = []
-    for _, prediction in pipeline.predict_iter([path for path, _ in samples], batch=batch):
+    for _, prediction in pipeline.predict_iter([path for path, _ in samples], batch=batch, workers=workers):
         if isinstance(prediction, Exception):
             raise prediction
         predictions.append(prediction)

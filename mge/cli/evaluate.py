@@ -40,15 +40,18 @@ def main(
 ) -> None:
     """Print the paper's table: top-1, top-5, likelihood and calibration of every head, the gate, the crops' areas."""
     from mge.report import figures, print_table, write_predictions
+    from mge_runtime.errors import InputError
 
     if (ckpt is None) == (engine is None):
         raise click.UsageError("name either --ckpt or --engine")
     folder = data / split if (data / split).is_dir() else data
+    if (folder / "train").is_dir():
+        raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
     if ckpt is not None:
         answers, samples = _checkpoint_answers(ckpt, folder, batch_size, workers)
     else:
         assert engine is not None  # noqa: S101 - the usage check above; for the type checker
-        answers, samples = _bundle_answers(engine, folder, batch_size)
+        answers, samples = _bundle_answers(engine, folder, batch_size, workers)
     result = figures(answers, folder, [path for path, _ in samples])
     if predictions is not None:
         write_predictions(predictions, answers, [path.relative_to(folder).as_posix() for path, _ in samples])
@@ -59,22 +62,22 @@ def main(
 
 
 def _checkpoint_answers(ckpt: Path, folder: Path, batch_size: int, workers: int) -> tuple[Answers, Any]:
-    from torch.utils.data import DataLoader
-
     from mge.checkpoint import load_checkpoint
     from mge.data.folder import FolderDataset, list_images
+    from mge.data.loading import batches, make_loader
     from mge.evaluation import collect
 
     model = load_checkpoint(ckpt)
     samples = list_images(folder, model.config.classes)
-    return collect(model, DataLoader(FolderDataset(samples, model.config), batch_size, num_workers=workers)), samples
+    loader = make_loader(FolderDataset(samples, model.config), batch_size, workers=workers)
+    return collect(model, batches(loader)), samples
 
 
-def _bundle_answers(engine: Path, folder: Path, batch_size: int) -> tuple[Answers, Any]:
+def _bundle_answers(engine: Path, folder: Path, batch_size: int, workers: int) -> tuple[Answers, Any]:
     from mge.data.folder import list_images
     from mge.evaluation import collect_bundle
     from mge_runtime.pipeline import Pipeline
 
     with Pipeline.open(engine) as pipeline:
         samples = list_images(folder, pipeline.manifest.class_names)
-        return collect_bundle(pipeline, samples, batch_size), samples
+        return collect_bundle(pipeline, samples, batch_size, max(workers, 1)), samples

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mge_runtime.cli.common import reports_errors
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from mge.model import MGENet
 
 __all__ = ["main"]
@@ -21,7 +24,11 @@ UNIT = click.FloatRange(0, 1, max_open=True)
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110})
 @click.option("--data", type=PATH, required=True, help="Folder with train/<class>/*.jpg and, if you have it, val/.")
-@click.option("--out", type=PATH, default=Path("runs/mge"), help="Folder for best.pt, last.pt, metrics, curves.")
+@click.option(
+    "--out", type=PATH, default=None,
+    help="Folder for best.pt, last.pt, metrics, curves.  [default: runs/mge, or that of --resume]",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 @click.option("--arch", default="resnet50", help="timm trunk; any CNN with features at strides 16 and 32.")
 @click.option("--init", default="timm", metavar="timm|none|FILE", help="ImageNet weights for the trunks.")
 @click.option("--experts", type=click.IntRange(1), default=3, help="Experts in the chain; 1 trains a single network.")
@@ -53,44 +60,96 @@ UNIT = click.FloatRange(0, 1, max_open=True)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")
 @click.option("--accelerator", default="auto", help="Lightning Fabric's name: auto, cpu, cuda, mps.")
 @click.option("--devices", default="auto", help="How many of them.")
-@click.option("--precision", default="32-true", help="Lightning Fabric's name, for instance bf16-mixed.")
+@click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), default="32-true")
 @click.option("--resume", type=PATH, default=None, help="A last.pt: go on exactly where that run stood.")
 @reports_errors
-def main(data: Path, out: Path, resume: Path | None, accelerator: str, devices: str, **options: Any) -> None:
+def main(
+    data: Path,
+    out: Path | None,
+    overwrite: bool,
+    resume: Path | None,
+    accelerator: str,
+    devices: str,
+    **options: Any,
+) -> None:
     """Train a mixture of granularity-specific experts on a folder of images; the defaults are the paper's."""
-    from lightning.fabric import Fabric
-
     from mge.data.folder import FolderDataset, TrainingDataset
     from mge.training.loop import Trainer
     from mge.training.options import TrainOptions
     from mge.training.splits import training_splits
-    from mge_runtime.errors import OutputError
 
     names = [field.name for field in fields(TrainOptions)]
     train_options = TrainOptions(**{name: options.pop(name) for name in names if name in options})
+    if resume is not None:
+        _refuse_model_options(options)
+    fabric = _make_fabric(accelerator, devices, train_options.precision)
     classes, train, val = training_splits(data, train_options.seed)
     model = _make_model(classes, resume, train_options.seed, **options)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make folder {out}: {error.strerror}; name another with --out") from error
+    out = out or (resume.parent if resume is not None else Path("runs/mge"))
+    _make_folder(out, replace=overwrite or resume is not None)
     if not (data / "val").is_dir():
         click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
     click.echo(
         f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
         f"{model.config.experts} x {model.config.arch} at {model.config.image_size} px"
     )
-    fabric = Fabric(accelerator=accelerator, devices=devices, precision=train_options.precision)  # pyright: ignore[reportArgumentType]
-    fabric.launch()
     training_set = TrainingDataset(train, model.config, seed=train_options.seed, flip=train_options.flip)
     validation_set = FolderDataset(val, model.config)
     progress = Trainer(model, training_set, validation_set, train_options, out, fabric).fit(resume)
     if progress.epoch < train_options.epochs:
         click.echo(f"stopped in epoch {progress.epoch + 1}; go on with --resume {out / 'last.pt'}")
         raise click.exceptions.Exit(130)
-    click.echo(
-        f"best validation accuracy {100 * progress.best:.1f} %; export with: mge-export --ckpt {out / 'best.pt'}"
-    )
+    best = out / "best.pt"
+    click.echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
+
+
+def _make_fabric(accelerator: str, devices: str, precision: str) -> Fabric:
+    from lightning.fabric import Fabric
+
+    from mge_runtime.errors import TrainingError
+
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)  # pyright: ignore[reportArgumentType]
+        fabric.launch()
+    except (ValueError, TypeError, RuntimeError) as error:  # Fabric's ways to refuse an option or a missing device
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: {reason}; "
+            "expected what this machine has, for instance --accelerator cpu"
+        ) from error
+    return fabric
+
+
+def _make_folder(out: Path, *, replace: bool) -> None:
+    """Make sure that a run can be written before it costs anything."""
+    from mge_runtime.errors import OutputError
+    from mge_runtime.files import atomic_path
+
+    if (out / "last.pt").exists() and not replace:
+        raise OutputError(
+            f"{out} holds a run already; go on with it (--resume {out / 'last.pt'}), replace it (--overwrite) or name "
+            "another folder with --out"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make folder {out}: {error.strerror}; name another with --out") from error
+    with atomic_path(out / "probe"):
+        pass
+    (out / "probe").unlink()
+
+
+def _refuse_model_options(options: dict[str, Any]) -> None:
+    """A resumed run has the model of its checkpoint: options that would describe another one are a mistake."""
+    from mge_runtime.errors import TrainingError
+
+    context = click.get_current_context()
+    given = [name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    given = [name for name in given if name != "init"]
+    if given:
+        raise TrainingError(
+            f"--resume takes the model from the checkpoint; leave out --{given[0].replace('_', '-')} (found {given})"
+        )
 
 
 def _make_model(

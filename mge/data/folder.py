@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -100,6 +101,11 @@ class TrainingDataset(Dataset[tuple[Tensor, int]]):
         self.config = config
         self._seed = seed
         self._flip = flip
+
+    def fingerprint(self) -> str:
+        """Number of images and a hash of their names and classes, to tell one training set from another."""
+        names = "\n".join(f"{label} {path.parent.name}/{path.name}" for path, label in self.samples)
+        return f"{len(self.samples)} images ({hashlib.sha256(names.encode()).hexdigest()[:12]})"
 
     def __len__(self) -> int:
         return len(self.samples)

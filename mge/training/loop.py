@@ -9,29 +9,46 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mge.checkpoint import save_checkpoint
 from mge.data.folder import FolderDataset, TrainingDataset
+from mge.data.loading import batches, make_loader
 from mge.data.sampling import EpochSampler
 from mge.evaluation import Answers, collect, median_areas, summarize
+from mge.interrupt import Interrupt
 from mge.model import MGENet
-from mge.training.interrupt import Interrupt, ignore_in_worker
 from mge.training.losses import loss_terms
 from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
 from mge.training.record import write_csv, write_curves, write_tensorboard
 from mge.training.state import Progress, load_progress, save_progress
-from mge.training.thresholds import propose_threshold
+from mge.training.thresholds import median_area, propose_threshold
 from mge_runtime.errors import TrainingError
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "within_noise"]
 
+PROPOSED_AREA = 0.5  # share of its view that a proposed threshold lets a crop keep
 EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
+
+
+def within_noise(accuracy: float, best: float, images: int) -> bool:
+    """Whether an epoch replaces the one in `best.pt`.
+
+    Among epochs within one standard error of the highest accuracy, the latest is kept: learning rates fall to the end,
+    and on few images the highest value is as likely luck as merit (the one-standard-error rule, Breiman et al. 1984,
+    with "latest" for "simplest").
+
+    Args:
+        accuracy: of this epoch on validation images, in [0, 1].
+        best: the highest so far, in [0, 1]; below 0 before the first epoch.
+        images: validation images.
+    """
+    return best < 0 or accuracy >= best - math.sqrt(best * (1 - best) / images)
 
 
 @dataclass
@@ -58,19 +75,22 @@ class Trainer:
         model = self.model.to(memory_format=torch.channels_last)  # 1.5 times faster on CPUs, and what GPUs like
         optimizer = make_optimizer(model, self.options)
         schedule = make_schedule(optimizer, self.options, self.steps_per_epoch)
-        progress = load_progress(resume, self.options, optimizer, schedule) if resume else Progress()
+        progress = (
+            load_progress(resume, self.options, self.train.fingerprint(), optimizer, schedule) if resume else Progress()
+        )
         wrapped, optimizer = self.fabric.setup(model, optimizer)
-        if resume is None and self.options.crop_area is not None:
-            self._follow_area(collect(model, self._val_batches()))
         with Interrupt() as interrupt:
+            if resume is None and self.options.crop_area is not None:
+                self._follow_area(collect(model, self._val_batches()))
             while progress.epoch < self.options.epochs and not interrupt.requested:
                 started = time.perf_counter()
                 self._epoch(wrapped, optimizer, schedule, progress, interrupt)
                 if not interrupt.requested:
-                    self._finish_epoch(progress, time.perf_counter() - started, optimizer)
+                    self._finish_epoch(progress, time.perf_counter() - started)
                 self._save(progress, optimizer, schedule)
         if self.fabric.is_global_zero and progress.history:
             write_curves(self.folder / "curves.png", progress.history)
+            self._propose()
         return progress
 
     @property
@@ -88,13 +108,12 @@ class Trainer:
             rank=self.fabric.global_rank,
             world=self.fabric.world_size,
         )
-        loader = DataLoader(
+        loader = make_loader(
             self.train,
             batch,
+            workers=self.options.workers,
             sampler=sampler,
-            num_workers=self.options.workers,
             drop_last=len(self.train) // self.fabric.world_size >= batch,
-            worker_init_fn=ignore_in_worker,
         )
         bar = tqdm(
             total=self.steps_per_epoch,
@@ -106,8 +125,9 @@ class Trainer:
         )
         wrapped.train()
         with bar:
-            for images, labels in self.fabric.setup_dataloaders(loader, use_distributed_sampler=False):
+            for images, labels in batches(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)):
                 total = self._step(wrapped, optimizer, images, labels, progress)
+                self._rates = [group["lr"] for group in optimizer.param_groups]
                 schedule.step()
                 progress.step += 1
                 bar.set_postfix(loss=f"{total:.3f}", refresh=False)
@@ -139,8 +159,13 @@ class Trainer:
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         return float(loss.detach())
 
-    def _finish_epoch(self, progress: Progress, seconds: float, optimizer: Any) -> None:
+    def _finish_epoch(self, progress: Progress, seconds: float) -> None:
         answers = collect(self.model, self._val_batches())
+        if not np.isfinite(answers.final).all():
+            raise TrainingError(
+                f"the model's answers are not finite after epoch {progress.epoch + 1}; expected numbers: lower "
+                "--head-lr or --trunk-lr, set --clip-norm 5 (last.pt keeps the state before this epoch)"
+            )
         rows = summarize(answers)
         areas = median_areas(answers)
         row: dict[str, float] = {"epoch": progress.epoch + 1}
@@ -149,15 +174,13 @@ class Trainer:
         row |= {f"top1/{line.name}": line.top1 for line in rows}
         row |= {f"area/expert {k}": area for k, area in enumerate(areas, 1)}
         row |= {f"threshold/{k}": value for k, value in enumerate(self.model.config.box_thresholds, 1)}
-        row["lr/trunk"], row["lr/heads"] = (group["lr"] for group in optimizer.param_groups)
+        row["lr/trunk"], row["lr/heads"] = self._rates
         row["seconds"] = round(seconds, 2)
         progress.history.append(row)
         accuracy = rows[-1].top1
-        # Among epochs within one standard error of the best, the latest wins: rates fall to the end, and on the few
-        # validation images of small sets a lucky early epoch would otherwise be kept (it cost 4 points of test accuracy
-        # on groceries, with 122 validation images; docs/results.md).
-        margin = math.sqrt(progress.best * (1 - progress.best) / len(answers.labels)) if progress.best >= 0 else 0.0
-        is_best = accuracy >= progress.best - margin
+        is_best = within_noise(accuracy, progress.best, len(answers.labels))
+        if is_best:
+            progress.kept = accuracy
         if self.fabric.is_global_zero:
             if is_best:
                 save_checkpoint(self.folder / "best.pt", self.model)
@@ -184,12 +207,22 @@ class Trainer:
         )
         self.model.config = self.model.config.with_thresholds(thresholds)
 
+    def _propose(self) -> None:
+        """Say what the crops keep and which thresholds would keep half: a crop of 98 % is no attention."""
+        answers, size = collect(self.model, self._val_batches()), self.model.config.image_size
+        for k, (maps, used) in enumerate(zip(answers.heatmaps, self.model.config.box_thresholds, strict=False), 1):
+            threshold, area = propose_threshold(maps, size, PROPOSED_AREA)
+            kept = median_area(maps, size, used)
+            click.echo(
+                f"crop {k}: threshold {used:.2f} keeps a median of {100 * kept:.0f} % of its view on the validation "
+                f"images, {threshold:.2f} would keep {100 * area:.0f} %"
+            )
+
     def _val_batches(self) -> Any:
-        loader = DataLoader(
-            self.val, EVALUATION_BATCH, num_workers=self.options.workers, worker_init_fn=ignore_in_worker
-        )
-        return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+        loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers)
+        return batches(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False))
 
     def _save(self, progress: Progress, optimizer: Any, schedule: Any) -> None:
         if self.fabric.is_global_zero:
-            save_progress(self.folder / "last.pt", self.model, progress, self.options, optimizer, schedule)
+            images = self.train.fingerprint()
+            save_progress(self.folder / "last.pt", self.model, progress, self.options, images, optimizer, schedule)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mge.data.folder import list_classes, list_images
+from mge_runtime.errors import InputError
 
 __all__ = ["HOLDOUT", "training_splits"]
 
@@ -32,6 +33,11 @@ def training_splits(data: Path, seed: int) -> tuple[tuple[str, ...], list[tuple[
         paths = [path for path, label in samples if label == index]
         count = max(round(HOLDOUT * len(paths)), 1) if len(paths) > 1 else 0
         held.update(paths[i] for i in random.permutation(len(paths))[:count])
+    if not held:
+        raise InputError(
+            f"{data / 'train'} has one image for each class and there is no {data / 'val'}; expected at least two "
+            "images of some class, or a val folder"
+        )
     return (
         classes,
         [sample for sample in samples if sample[0] not in held],

@@ -24,15 +24,17 @@ class Progress:
     step: int = 0  # batches of it that are done
     sums: dict[str, float] = field(default_factory=dict)  # loss terms over those batches
     history: list[dict[str, float]] = field(default_factory=list)  # one row for each finished epoch
-    best: float = -1.0  # best validation accuracy so far, in [0, 1]
+    best: float = -1.0  # highest validation accuracy so far, in [0, 1]
+    kept: float = -1.0  # validation accuracy of the epoch in best.pt, in [0, 1]
 
 
 def save_progress(
-    path: Path, model: MGENet, progress: Progress, options: TrainOptions, optimizer: Any, schedule: Any
+    path: Path, model: MGENet, progress: Progress, options: TrainOptions, images: str, optimizer: Any, schedule: Any
 ) -> None:
-    """Write a checkpoint that `load_progress` can go on from, whole or not at all."""
+    """Write a checkpoint that `load_progress` can go on from, whole or not at all; `images` names the training set."""
     training = {
         "options": asdict(options),
+        "images": images,
         "progress": asdict(progress),
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
@@ -41,11 +43,11 @@ def save_progress(
     save_checkpoint(path, model, training=training)
 
 
-def load_progress(path: Path, options: TrainOptions, optimizer: Any, schedule: Any) -> Progress:
+def load_progress(path: Path, options: TrainOptions, images: str, optimizer: Any, schedule: Any) -> Progress:
     """Take up a run where `save_progress` left it; the model's weights are loaded by `mge.checkpoint`.
 
     Raises:
-        TrainingError: the file holds no training state, or was trained with other options.
+        TrainingError: the file holds no training state, or was trained with other options or images.
     """
     training = read_checkpoint(path).training
     if training is None:
@@ -53,10 +55,12 @@ def load_progress(path: Path, options: TrainOptions, optimizer: Any, schedule: A
     ours = {key: value for key, value in asdict(options).items() if key not in {"workers"}}
     theirs = {key: value for key, value in training["options"].items() if key not in {"workers"}}
     if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
-        key = changed[0]
+        differences = ", ".join(f"{key} = {theirs.get(key)} (now {ours.get(key)})" for key in changed)
+        raise TrainingError(f"{path} was trained with {differences}; expected the same options to resume exactly")
+    if training["images"] != images:
         raise TrainingError(
-            f"{path} was trained with {key} = {theirs.get(key)}, this run has {ours.get(key)}; "
-            "expected the same options to resume exactly"
+            f"{path} was trained on {training['images']}, this run has {images}; "
+            "expected the same images to resume exactly"
         )
     optimizer.load_state_dict(training["optimizer"])
     schedule.load_state_dict(training["schedule"])

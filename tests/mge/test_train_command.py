@@ -1,6 +1,7 @@
 """mge-train and mge-eval as a user types them."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -118,8 +119,28 @@ def test_bad_input_gets_one_line(data, tmp_path):
     assert "resize is 40" in fails(train, *start, "--resize", "40")
     (tmp_path / "file").touch()
     assert "cannot make folder" in fails(train, *start, "--out", tmp_path / "file/run")
-    assert "does not exist" in fails(train, *start, "--resume", tmp_path / "absent.pt")
+    assert "does not exist" in fails(train, "--data", data, "--accelerator", "cpu", "--resume", tmp_path / "absent.pt")
+    assert "cannot train with --accelerator tpux" in fails(train, *start, "--accelerator", "tpux")
+    assert "cannot train with --accelerator cpu --devices abc" in fails(train, *start, "--devices", "abc")
+    assert "image_size is 50" in fails(train, *start, "--image-size", "50")
     assert not (tmp_path / "x/best.pt").exists()
+
+
+def test_a_finished_run_is_not_overwritten_by_mistake(trained, data):
+    out, _ = trained
+    before = (out / "best.pt").read_bytes()
+    assert "holds a run already" in fails(train, "--data", data, "--out", out, "--init", "none", *TINY)
+    assert "leave out --image-size" in fails(train, "--data", data, "--resume", out / "last.pt", *TINY[2:])
+    assert (out / "best.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_cannot_be_read_is_named_in_one_line(trained, data, tmp_path, workers):
+    shutil.copytree(data / "test", tmp_path / "test")
+    (tmp_path / "test/a/0.png").write_text("not an image")
+    line = fails(evaluate, "--ckpt", trained[0] / "best.pt", "--data", tmp_path, "--workers", workers)
+    assert "0.png" in line
+    assert "Traceback" not in line
 
 
 def test_evaluation_refuses_foreign_classes_and_both_kinds(trained, data, tmp_path):

@@ -15,7 +15,8 @@ from mge.config import MGEConfig
 from mge.data.folder import FolderDataset, TrainingDataset
 from mge.data.sampling import EpochSampler
 from mge.model import MGENet
-from mge.training.loop import Trainer
+from mge.training.loop import Trainer, within_noise
+from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
 from mge.training.splits import training_splits
 from mge_runtime.errors import InputError, TrainingError
@@ -113,11 +114,7 @@ def test_what_a_run_leaves(make):
     with Image.open(trainer.folder / "curves.png") as picture:
         assert picture.size[0] > 600
     accuracies = [float(row["top1/mixture"]) for row in rows]
-    best = 0
-    for epoch in range(3):
-        highest = max(accuracies[: epoch + 1])
-        if accuracies[epoch] >= highest - (highest * (1 - highest) / 6) ** 0.5:
-            best = epoch
+    best = max(i for i in range(3) if within_noise(accuracies[i], max(accuracies[:i], default=-1), 6))
     stored = load_checkpoint(trainer.folder / "best.pt").config.box_thresholds
     assert stored == tuple(float(rows[best][f"threshold/{k}"]) for k in (1, 2))
 
@@ -137,13 +134,66 @@ def test_a_loss_that_is_not_finite_stops_the_run(make):
     assert not (trainer.folder / "best.pt").exists()
 
 
-def test_other_options_do_not_resume(make):
+def test_other_options_or_images_do_not_resume(make):
     make("run", epochs=1).fit()
-    trainer = make("run", head_lr=0.5)
-    with pytest.raises(TrainingError, match=r"epochs = 1, this run has 3|head_lr = 0.01, this run has 0.5"):
+    trainer = make("run", epochs=1, head_lr=0.5)
+    with pytest.raises(TrainingError, match=r"trained with head_lr = 0\.01 \(now 0\.5\); expected"):
         trainer.fit(trainer.folder / "last.pt")
+    fewer = make("run", epochs=1)
+    fewer.train.samples.pop()
+    with pytest.raises(TrainingError, match=r"trained on 18 images \(\w+\), this run has 17"):
+        fewer.fit(fewer.folder / "last.pt")
     with pytest.raises(TrainingError, match="holds a model but no training state"):
         trainer.fit(trainer.folder / "best.pt")
+
+
+def test_the_latest_epoch_within_noise_is_kept():
+    # One standard error at 90 % on 100 images is 3 points.
+    assert within_noise(0.5, -1, 100)
+    assert within_noise(0.88, 0.9, 100)
+    assert not within_noise(0.86, 0.9, 100)
+    assert not within_noise(0.88, 0.9, 10_000)
+
+
+def test_weights_ruined_by_the_last_step_do_not_become_the_best(make):
+    trainer = make(epochs=1, head_lr=1e30, clip_norm=None, batch_size=18)  # a single step, whose loss is still finite
+    with pytest.raises(TrainingError, match="not finite after epoch 1"):
+        trainer.fit()
+    assert not (trainer.folder / "best.pt").exists()
+
+
+def test_rates_of_trunks_and_heads_fall_tenfold_every_thirty_epochs():
+    model = MGENet(MGEConfig("test_resnet", ("a", "b"), image_size=64, resize=64))
+    options = TrainOptions()
+    optimizer = make_optimizer(model, options)
+    trunks, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert trunks == {id(p) for name, p in model.named_parameters() if ".trunk." in name}
+    assert others == {id(p) for name, p in model.named_parameters() if ".trunk." not in name}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4]
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
+    schedule = make_schedule(optimizer, options, steps_per_epoch=2)
+    rates = []
+    for _ in range(200):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    for epoch, factor in ((0, 1), (29, 1), (30, 0.1), (59, 0.1), (60, 0.01), (90, 0.001)):
+        assert rates[2 * epoch] == pytest.approx([0.001 * factor, 0.01 * factor])
+
+
+def test_one_cycle_and_cosine_end_near_zero():
+    model = MGENet(MGEConfig("test_resnet", ("a", "b"), image_size=64, resize=64))
+    for name in ("onecycle", "cosine"):
+        options = TrainOptions(epochs=5, schedule=name)
+        optimizer = make_optimizer(model, options)
+        schedule = make_schedule(optimizer, options, steps_per_epoch=4)
+        rates = []
+        for _ in range(20):
+            rates.append(optimizer.param_groups[1]["lr"])
+            optimizer.step()
+            schedule.step() if len(rates) < 20 else None
+        assert max(rates) == pytest.approx(0.01)
+        assert rates[-1] < 0.001
 
 
 def test_one_seed_gives_one_run_and_another_seed_another(make):

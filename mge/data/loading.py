@@ -1,0 +1,57 @@
+"""Data loaders whose errors stay errors: one line, not the traceback of a worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from mge.interrupt import ignore_in_worker
+from mge_runtime.errors import InputError
+
+__all__ = ["batches", "make_loader"]
+
+
+class _Guarded(Dataset[Any]):
+    """Returns an `InputError` as a value: raised in a worker, it would come back wrapped in that worker's traceback."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # pyright: ignore[reportArgumentType]
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.dataset[key]
+        except InputError as error:
+            return error.with_traceback(None)
+
+
+def _collate(samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, InputError)), None) or default_collate(samples)
+
+
+def make_loader(dataset: Dataset[Any], batch_size: int, *, workers: int, **options: Any) -> DataLoader[Any]:
+    """A loader whose batches are to be read through `batches`."""
+    return DataLoader(
+        _Guarded(dataset),
+        batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=ignore_in_worker,
+        **options,
+    )
+
+
+def batches(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's batches.
+
+    Raises:
+        InputError: an image of the next batch cannot be read.
+    """
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
