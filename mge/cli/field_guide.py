@@ -20,7 +20,9 @@ __all__ = ["main"]
 @click.option("--train", default=1800, show_default=True, help="Pictures to train on.")
 @click.option("--val", default=300, show_default=True, help="Pictures to choose settings on.")
 @click.option("--test", default=600, show_default=True, help="Pictures to report on.")
-@click.option("--workers", default=0, help="Processes that draw; 0: one for each core.", show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that draw; 0: one for each core."
+)
 @click.option(
     "--sheet", type=click.Path(path_type=Path, dir_okay=False), help="Also save a contact sheet to this file."
 )

@@ -2,7 +2,7 @@
 
 field_guide.json                    version, seed, size, counts, species
 train/parts.csv                     path,x0,y0,x1,y1 (path below `train`, pixels, half-open)
-train/black-capped-plain-eyed-warbler/00000.png
+train/black-hooded-plain-eyed-warbler/00000.png
 val/..., test/...
 """
 

@@ -1,0 +1,73 @@
+"""mge-eval prints the same table for a checkpoint and for the bundle made of it, parts included."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from mge.checkpoint import save_checkpoint
+from mge.cli.evaluate import main as evaluate
+from mge.config import MGEConfig
+from mge.model import MGENet
+from mge.parts import write_parts
+from mge_export.cli import main as export
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Four pictures of two classes, with the box of a part that lies in the upper left quarter."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    parts = {}
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        for i in range(2):
+            coarse = Image.fromarray(random.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+            coarse.resize((88, 72), Image.Resampling.BICUBIC).save(folder / name / f"{i}.png")
+            parts[f"{name}/{i}.png"] = (10.0, 8.0, 24.0, 20.0)
+    write_parts(folder, parts)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(3)
+    config = MGEConfig("test_resnet", ("a", "b"), image_size=64, resize=68, box_thresholds=(0.6, 0.6))
+    save_checkpoint(folder / "best.pt", MGENet(config).eval())
+    done = CliRunner().invoke(export, ["--ckpt", str(folder / "best.pt"), "--verify-images", "2"])
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def figures(data, *arguments):
+    done = CliRunner().invoke(evaluate, ["--data", str(data), "--workers", "0", "--json", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_checkpoint_and_bundle_agree(data, files):
+    first = figures(data, "--ckpt", files / "best.pt")
+    second = figures(data, "--engine", files / "mge.plan")
+    heads = {row["name"]: row for row in first["heads"]}
+    assert [row["name"] for row in second["heads"]] == ["expert 1", "expert 2", "expert 3", "average", "mixture"]
+    for row in second["heads"]:
+        assert row["top1"] == heads[row["name"]]["top1"]
+        assert row["nll"] == pytest.approx(heads[row["name"]]["nll"], rel=1e-4)
+    for key in ("gate", "crop_areas", "view_areas", "part_kept", "part_enlargement"):
+        assert second[key] == pytest.approx(first[key], rel=1e-4), key
+    assert first["part_enlargement"][0] == 1
+    assert first["part_enlargement"][2] > first["part_enlargement"][1] > 1
+
+
+def test_an_image_without_a_part_is_named(files, tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(2):
+        Image.new("RGB", (80, 80), (i * 90, 40, 90)).save(tmp_path / "a" / f"{i}.png")
+    write_parts(tmp_path, {"a/0.png": (1.0, 1.0, 5.0, 5.0)})
+    done = CliRunner().invoke(evaluate, ["--data", str(tmp_path), "--ckpt", str(files / "best.pt"), "--workers", "0"])
+    assert done.exit_code == 1
+    assert "no row for a/1.png" in done.stderr
