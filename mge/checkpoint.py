@@ -34,7 +34,7 @@ __all__ = ["FORMAT", "VERSION", "Checkpoint", "load_checkpoint", "read_checkpoin
 
 FORMAT = "mge"
 VERSION = 1  # of the layout above; raised when an older mge could no longer read the file
-_STRIDE = 32  # pixels, of c5: an input side of whole strides leaves no ragged border
+_STRIDE = 16  # pixels, of c4, as MGEConfig demands
 _PAPER_SIZE, _PAPER_RESIZE = 448, 512  # pixels, the authors' test transform
 
 
@@ -95,7 +95,7 @@ def load_checkpoint(
         box_threshold: in [0, 1), for every crop. None: the checkpoint's own, 0.2 for the authors'.
         resize: pixels, the shorter side before the centre crop. None: the checkpoint's own (512 for the authors'), in
             proportion where `image_size` changes.
-        image_size: pixels, a multiple of 32, the side of every expert's input. None: the checkpoint's own, 448 for the
+        image_size: pixels, a multiple of 16, the side of every expert's input. None: the checkpoint's own, 448 for the
             authors'.
 
     Returns:
@@ -205,7 +205,7 @@ def _with_options(
     if box_threshold is not None:
         changes["box_thresholds"] = (float(box_threshold),) * (config.experts - 1)
     if image_size is not None and image_size != config.image_size:
-        if image_size < _STRIDE or image_size % _STRIDE:
+        if image_size < 2 * _STRIDE or image_size % _STRIDE:
             raise CheckpointError(
                 f"image size {image_size} does not fit {source}; expected a multiple of {_STRIDE} pixels, "
                 f"such as its own {config.image_size}"

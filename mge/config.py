@@ -26,7 +26,7 @@ class MGEConfig:
     arch: str  # a timm model name that offers features_only
     classes: tuple[str, ...]  # names, by class index
     experts: int = 3  # K >= 1, experts in the chain; the gate comes on top
-    image_size: int = 448  # pixels, S, a multiple of 32, the side of every expert's square input
+    image_size: int = 448  # pixels, S, a multiple of 16, the side of every expert's square input
     resize: int = 512  # pixels, the shorter side before the centre crop, >= image_size
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel, > 0
@@ -43,9 +43,9 @@ class MGEConfig:
             (len(set(self.classes)) == len(self.classes), "classes", "names that differ"),
             (self.experts >= 1, "experts", "at least 1"),
             (
-                self.image_size >= 32 and self.image_size % 32 == 0,
+                self.image_size >= 32 and self.image_size % 16 == 0,
                 "image_size",
-                "a multiple of 32 pixels, the trunks' stride",
+                "a multiple of 16 pixels, the stride of c4",
             ),
             (self.resize >= self.image_size, "resize", f"at least image_size ({self.image_size})"),
             (len(self.mean) == 3 and all(math.isfinite(m) for m in self.mean), "mean", "three finite numbers"),

@@ -138,7 +138,7 @@ def test_options_replace_what_our_file_holds(tmp_path, saved):
     assert load_checkpoint(path).config.box_thresholds == (0.3, 0.45)
     larger = load_checkpoint(path, image_size=128).config
     assert (larger.image_size, larger.resize) == (128, 144)  # the margin around the crop stays in proportion
-    with pytest.raises(CheckpointError, match=r"image size 100 .* multiple of 32"):
+    with pytest.raises(CheckpointError, match=r"image size 100 .* multiple of 16"):
         load_checkpoint(path, image_size=100)
     with pytest.raises(CheckpointError, match=r"box_thresholds is \(1\.5, 1\.5\)"):
         load_checkpoint(path, box_threshold=1.5)
