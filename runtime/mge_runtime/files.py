@@ -21,7 +21,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
     new one. On any error, `KeyboardInterrupt` included, the temporary file is removed and `path` stays as it was.
 
     Raises:
-        OutputError: the folder is missing or cannot be written.
+        OutputError: the folder is missing or cannot be written. An `OSError` of the block that belongs elsewhere (a
+            closed pipe, a file of another name) passes as it is.
     """
     target = Path(path)
     try:
@@ -40,7 +41,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
         temporary.chmod(0o666 & ~umask)
         _flush(temporary)
         temporary.replace(target)
+    except BrokenPipeError:
+        raise  # no regular file raises it: it is the reader of what the block prints that has enough
     except OSError as error:
+        if error.filename is not None and str(error.filename) not in (str(temporary), str(target)):
+            raise
         reason = error.strerror or error
         raise OutputError(f"cannot write {target}: {reason}; the old file, if any, is unchanged") from error
     finally:

@@ -223,18 +223,20 @@ def test_names_that_would_upset_a_terminal():
     assert b"in/\xff.png," in Path("table.csv").read_bytes()
 
 
-def test_many_images_in_a_closed_pipe_end_quietly(folder):
+@pytest.mark.parametrize("options", [[], ["--csv", "table.csv"]])
+def test_many_images_in_a_closed_pipe_end_quietly(folder, options):
     many = folder / "many"
     many.mkdir()
     for index in range(300):
         shutil.copy("in/1.png", many / f"{index}.png")
-    with subprocess.Popen([*COMMAND, "many"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([*COMMAND, "many", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         first = process.stdout.readline()
         process.stdout.close()
         errors = process.stderr.read()
         process.wait(60)
     assert first.strip().endswith(b"many/0.png")
     assert errors == b""
+    assert sorted(path.name for path in folder.iterdir()) == ["in", "many", "mge.plan"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
