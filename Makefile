@@ -30,7 +30,7 @@ $(READY): pyproject.toml
 demo: export OMP_NUM_THREADS = 1
 demo: $(READY) ## draw a field guide, train, export, answer; about five minutes on two cores
 	$(BIN)/mge-field-guide $(DEMO)/field-guide
-	$(BIN)/mge-train --data $(DEMO)/field-guide --out $(DEMO)/run --overwrite --epochs 8 $(RECIPE)
+	$(BIN)/mge-train --data $(DEMO)/field-guide --out $(DEMO)/run --overwrite --epochs 7 $(RECIPE)
 	$(BIN)/mge-eval --ckpt $(DEMO)/run/best.pt --data $(DEMO)/field-guide
 	$(BIN)/mge-export --ckpt $(DEMO)/run/best.pt -o $(DEMO)/mge.plan --verify-data $(DEMO)/field-guide/val
 	$(BIN)/mge-run --engine $(DEMO)/mge.plan $(DEMO)/field-guide/test/*-scarlet-*/*0.png --save $(DEMO)/pictures
@@ -38,7 +38,7 @@ demo: $(READY) ## draw a field guide, train, export, answer; about five minutes 
 	@echo; echo "the bundle is $(DEMO)/mge.plan; pictures of the answers lie in $(DEMO)/pictures"
 
 # A trunk that learns from nothing, at the size the birds are drawn for; see docs/results.md for the longer run.
-RECIPE = --arch plainnet_w16 --init none --image-size 112 --resize 112 --batch-size 16 --schedule onecycle \
+RECIPE = --arch plainnet_w16 --init none --image-size 112 --resize 128 --batch-size 16 --schedule onecycle \
   --trunk-lr 0.05 --head-lr 0.05 --weight-decay 5e-4 --label-smoothing 0.1 --diversity none --parts-per-class 4 \
   --box-threshold 0.3 --workers 1 --accelerator cpu
 
