@@ -61,7 +61,8 @@ def decode_image(source: ImageSource) -> np.ndarray:
     if isinstance(source, Image):
         return _pixels(source, getattr(source, "filename", "") or "the Pillow image")
     if isinstance(source, bytes):
-        return _decode_stream(io.BytesIO(source), f"the picture of {len(source)} bytes")
+        name: str = getattr(source, "name", f"the picture of {len(source)} bytes")
+        return _decode_stream(io.BytesIO(source), name)
     if isinstance(source, (str, os.PathLike)):
         return _decode_file(Path(source))
     if hasattr(source, "read"):

@@ -15,6 +15,7 @@ from mge_runtime.errors import InputError
 __all__ = ["IMAGE_SUFFIXES", "SAVED_SUFFIX", "STDIN", "NamedImage", "find_images"]
 
 STDIN = "-"
+_STDIN_NAME = "standard input"
 SAVED_SUFFIX = ".mge.png"  # of the pictures that `mge-run --save` draws; in a folder these are no images to answer
 
 # What counts as an image inside a folder. HEIC is not decoded, but said to be so rather than passed over.
@@ -22,6 +23,12 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".webp", ".tif", ".tiff", ".jp2"}
     | {".avif", ".heic", ".heif"}
 )
+
+
+class _StandardInput(bytes):
+    """The bytes of one picture; decoding errors call them by this name."""
+
+    name = _STDIN_NAME
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,26 @@ class NamedImage:
     path: Path | None  # None: the bytes of one picture on standard input
 
     def source(self) -> Path | bytes:
-        """What `decode_image` takes; reads standard input to its end where that is the image."""
-        return sys.stdin.buffer.read() if self.path is None else self.path
+        """What `decode_image` takes; reads standard input to its end where that is the image.
+
+        Raises:
+            InputError: standard input is closed or cannot be read.
+        """
+        if self.path is not None:
+            return self.path
+        _require_stdin()
+        try:
+            return _StandardInput(sys.stdin.buffer.read())
+        except OSError as error:  # a stream open for writing alone, for example
+            raise InputError(
+                f"cannot read {_STDIN_NAME}: {error.strerror}; expected the bytes of one picture"
+            ) from error
+
+
+def _require_stdin() -> None:
+    stdin: object = sys.stdin  # None where the process was started without one
+    if stdin is None or sys.stdin.closed:
+        raise InputError(f"cannot read {_STDIN_NAME}: it is closed; expected the bytes of one picture, pipe them in")
 
 
 def find_images(names: Iterable[str]) -> tuple[list[NamedImage], list[InputError]]:
@@ -51,7 +76,7 @@ def find_images(names: Iterable[str]) -> tuple[list[NamedImage], list[InputError
     problems: list[InputError] = []
     for name in names:
         try:
-            found = [NamedImage("standard input", None)] if name == STDIN else _expand(name)
+            found = _expand(name)
         except InputError as problem:
             problems.append(problem)
             continue
@@ -61,6 +86,9 @@ def find_images(names: Iterable[str]) -> tuple[list[NamedImage], list[InputError
 
 
 def _expand(name: str) -> list[NamedImage]:
+    if name == STDIN:
+        _require_stdin()
+        return [NamedImage(_STDIN_NAME, None)]
     path = Path(name)
     if path.is_dir():
         found, others = _search(path)

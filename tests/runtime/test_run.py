@@ -133,7 +133,25 @@ def test_standard_input(expected):
     assert record["image"] == "standard input"
     assert record["class_name"] == expected["in/2.png"].class_name
     assert record["saved"] == f"out/stdin{SAVED_SUFFIX}"
-    assert "it is empty (0 bytes)" in run("-", input=b"", code=1).stderr
+    assert "cannot decode standard input: it is empty (0 bytes)" in run("-", input=b"", code=1).stderr
+    assert "cannot decode standard input: it is a text file" in run("-", input=b"no picture", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        ("<&-", "cannot read standard input: it is closed"),
+        ("0>written", "cannot read standard input: Bad file descriptor"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_standard_input_that_cannot_be_read_is_one_line(redirection, message):
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, "-"]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"error: {message}")
 
 
 @pytest.mark.usefixtures("folder")

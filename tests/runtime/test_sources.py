@@ -86,6 +86,7 @@ def test_a_file_whose_name_is_a_pattern_is_that_file():
 
 
 def test_standard_input_is_one_image(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     images, problems = find_images(["-", "-"])
     assert problems == []
     assert [(image.name, image.path) for image in images] == [("standard input", None)]
