@@ -291,6 +291,23 @@ def test_a_missing_and_a_surplus_model_entry_are_refused(bundle_path, tmp_path):
     assert "holds no manifest.json" in error_of(path)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (b'"schema_version": 1', b'"schema_version": 2', "the bundle has schema version 2"),
+        (b'"resize"', b'"resise"', "preprocess.resize"),
+        (b'"answer": "', b'"answer": "no_', "no_"),
+    ],
+)
+def test_what_is_wrong_with_the_manifest_is_said_with_the_file(bundle_path, tmp_path, before, after, message):
+    contents = _contents(bundle_path)
+    assert before in contents["manifest.json"]
+    path = tmp_path / "mge.plan"
+    _archive(path, {**contents, "manifest.json": contents["manifest.json"].replace(before, after)})
+    assert error_of(path).startswith(f"{path}: ")
+    assert message in error_of(path)
+
+
 def test_sizes_beyond_the_file_are_refused(bundle_path):
     whole = bytearray(bundle_path.read_bytes())
     with zipfile.ZipFile(bundle_path) as archive:
@@ -444,7 +461,7 @@ def test_additions_of_another_manifest_are_refused(copy, tiny, tmp_path):
         _archive(tmp_path / "mixed.plan", {**contents, name: contents[name].replace(right.encode(), digest.encode())})
         with (
             Bundle.open(tmp_path / "mixed.plan") as bundle,
-            pytest.raises(BundleError, match="belongs to the manifest"),
+            pytest.raises(BundleError, match=r"mixed\.plan: .* belongs to the manifest"),
         ):
             bundle.calibration() if name == "calibration.json" else bundle.engine(TARGET)
 

@@ -65,7 +65,8 @@ class Bundle:
             raise BundleError(f"cannot open {path}: it holds no {MANIFEST}; expected a bundle that mge-export wrote")
         data = self._read_by_crc(MANIFEST)
         self.manifest_sha256 = hashlib.sha256(data).hexdigest()
-        self.manifest = Manifest.from_json(data)
+        with _naming(path):
+            self.manifest = Manifest.from_json(data)
         self._check_entries()
 
     @classmethod
@@ -208,7 +209,9 @@ class Bundle:
         """
         if CALIBRATION not in self._entries:
             return None
-        return Calibration.from_json(self._read_by_crc(CALIBRATION), manifest_sha256=self.manifest_sha256)
+        data = self._read_by_crc(CALIBRATION)
+        with _naming(self.path):
+            return Calibration.from_json(data, manifest_sha256=self.manifest_sha256)
 
     def engine(self, target: str) -> EngineDescription:
         """What the bundle says of the engines of one target; their plans are entries `engines/<target>/<stage>.plan`.
@@ -220,7 +223,8 @@ class Bundle:
         if name not in self._entries:
             raise BundleError(f"{self.path} holds no engine for {target}; it has {', '.join(self.targets) or 'none'}")
         data = self._read_by_crc(name)
-        description = EngineDescription.from_json(data, target=target, manifest_sha256=self.manifest_sha256)
+        with _naming(self.path):
+            description = EngineDescription.from_json(data, target=target, manifest_sha256=self.manifest_sha256)
         for stage, plan in description.plans.items():
             self._check_size(engine_plan(target, stage), plan, name)
         return description
@@ -336,3 +340,12 @@ class Bundle:
             f"{self.path}: the bytes of entry {name} do not match their hash; "
             "the file was damaged after it was written: copy or export it again"
         )
+
+
+@contextmanager
+def _naming(path: Path) -> Generator[None]:
+    """Put the bundle's path before what is wrong with one of its documents, which know no file."""
+    try:
+        yield
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
