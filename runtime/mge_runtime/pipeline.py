@@ -123,6 +123,7 @@ class Pipeline:
             BackendError: as for `predict`.
         """
         self._require_open()
+        _segments(exit)
         return self._answer([self._prepare(source) for source in sources], exit) if sources else []
 
     def predict_iter(
@@ -148,6 +149,7 @@ class Pipeline:
         if batch < 1 or workers < 1:
             raise BackendError(f"asked for batches of {batch} and {workers} workers; expected at least 1 of each")
         self._require_open()
+        _segments(exit)
         return self._iterate(sources, batch, workers, exit)
 
     def run(
@@ -168,6 +170,11 @@ class Pipeline:
             BackendError: as for `predict`, or there is no such output.
         """
         size = self.manifest.preprocess.size
+        given: object = frames  # whatever a caller without type checks hands over
+        if not isinstance(given, np.ndarray):
+            raise InputError(
+                f"cannot run frames of type {type(given).__name__}; expected a uint8 array [B, {size}, {size}, 3]"
+            )
         if frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3) or not len(frames):
             raise InputError(
                 f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
@@ -177,7 +184,7 @@ class Pipeline:
 
     def _run(self, frames: Array, exit: Exit, outputs: Collection[str] | None = None) -> ChainResult:
         with self._opened() as chain:
-            return chain.run(frames, segments=None if exit == "never" else exit, outputs=outputs)
+            return chain.run(frames, segments=_segments(exit), outputs=outputs)
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
@@ -274,3 +281,12 @@ class Pipeline:
         if self._chain is None:
             raise BackendError("the pipeline is closed; open the bundle again with Pipeline.open")
         return self._chain
+
+
+def _segments(exit: object) -> int | None:
+    """How many segments an `Exit` lets run; None: all. Whether the chain has as many is checked where it runs."""
+    if isinstance(exit, str) and exit == "never":
+        return None
+    if isinstance(exit, (int, np.integer)) and not isinstance(exit, bool):
+        return int(exit)
+    raise BackendError(f'asked to stop after segment {exit!r}; expected the number of a segment, from 1, or "never"')

@@ -223,6 +223,26 @@ def test_frames_of_another_shape_are_refused(pipeline):
             pipeline.run(frames)
     with pytest.raises(InputError, match="float32"):
         pipeline.run(np.zeros((1, 32, 32, 3), np.float32))
+    with pytest.raises(InputError, match="frames of type list; expected a uint8 array"):
+        pipeline.run([1])
+
+
+@pytest.mark.parametrize("exit", [2.5, "soon", None, True, 0, 4])
+def test_an_exit_that_is_no_segment_is_refused(pipeline, photos, exit):
+    frames = np.zeros((1, 32, 32, 3), np.uint8)
+    for ask in (
+        lambda: pipeline.predict(photos[0], exit=exit),
+        lambda: pipeline.predict_batch(photos[:2], exit=exit),
+        lambda: list(pipeline.predict_iter(photos[:2], exit=exit)),
+        lambda: pipeline.run(frames, exit=exit),
+    ):
+        with pytest.raises(BackendError, match=f"asked to stop after segment {exit!r};"):
+            ask()
+
+
+def test_an_exit_may_be_an_integer_of_numpy(pipeline, photos):
+    wanted = pipeline.predict(photos[0], exit=1).probability
+    assert pipeline.predict(photos[0], exit=np.int64(1)).probability == wanted
 
 
 def test_a_closed_pipeline_says_so(bundle_path, photos):
