@@ -57,9 +57,9 @@ def load_progress(path: Path, options: TrainOptions, images: str, optimizer: Any
     if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         differences = ", ".join(f"{key} = {theirs.get(key)} (now {ours.get(key)})" for key in changed)
         raise TrainingError(f"{path} was trained with {differences}; expected the same options to resume exactly")
-    if training["images"] != images:
+    if training.get("images") != images:
         raise TrainingError(
-            f"{path} was trained on {training['images']}, this run has {images}; "
+            f"{path} was trained on {training.get('images', 'unknown images')}, this run has {images}; "
             "expected the same images to resume exactly"
         )
     optimizer.load_state_dict(training["optimizer"])
