@@ -12,7 +12,7 @@ from mge_export.runners import Tensors
 from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.spec import StageSpec
 
-__all__ = ["ChainDifferences", "StageDifferences", "box_area", "box_iou"]
+__all__ = ["ChainDifferences", "StageDifferences", "box_area", "box_iou", "class_margins"]
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:
@@ -27,6 +27,18 @@ def box_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return inner / (box_area(boxes) + box_area(others) - inner)
 
 
+def class_margins(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """How far the reference's own class leads the class found, of its largest magnitude; 0 where they agree.
+
+    Args:
+        logits: found, [B, C].
+        reference: [B, C].
+    """
+    theirs = reference.astype(np.float64)
+    lead = theirs.max(1) - np.take_along_axis(theirs, logits.argmax(1)[:, None], 1)[:, 0]
+    return lead / np.maximum(np.abs(theirs).max(1), np.finfo(np.float32).tiny)
+
+
 @dataclass
 class StageDifferences:
     """One stage fed the reference's inputs: per image and tensor."""
@@ -35,6 +47,7 @@ class StageDifferences:
     absolute: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     relative: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of the image's largest value
     class_changes: list[bool] = field(default_factory=list)
+    class_margins: list[float] = field(default_factory=list)  # see `class_margins`
     box_iou: list[float] = field(default_factory=list)
 
     def add(self, found: Tensors, reference: Tensors) -> None:
@@ -47,6 +60,7 @@ class StageDifferences:
                 same_box = (ours == theirs).all(1)
             if name.startswith("logits"):
                 self.class_changes += (ours.argmax(1) != theirs.argmax(1)).tolist()
+                self.class_margins += class_margins(ours, theirs).tolist()
         for tensor in self.spec.outputs:
             if tensor.name.startswith("box_"):
                 continue
@@ -69,6 +83,7 @@ class ChainDifferences:
     boxes: Sequence[str]  # box_1 .. box_{K-1}
     size: int  # pixels, S
     class_changes: list[bool] = field(default_factory=list)
+    class_margins: list[float] = field(default_factory=list)  # see `class_margins`
     relative: list[float] = field(default_factory=list)  # of the answer
     box_iou: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # in pixels of the frame
 
@@ -76,6 +91,7 @@ class ChainDifferences:
         """Take in a batch."""
         ours, theirs = found[self.answer].astype(np.float64), reference[self.answer].astype(np.float64)
         self.class_changes += (ours.argmax(1) != theirs.argmax(1)).tolist()
+        self.class_margins += class_margins(ours, theirs).tolist()
         scale = np.maximum(np.abs(theirs).max(1), np.finfo(np.float32).tiny)
         self.relative += (np.abs(ours - theirs).max(1) / scale).tolist()
         for index in range(len(ours)):

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from mge_export.activations import ActivationWatch, Peak
-from mge_export.differences import box_iou
+from mge_export.differences import ChainDifferences, box_iou, class_margins
 from mge_export.half_kernels import HalfKernels
-from mge_export.parity import ParityReport, measure_parity
+from mge_export.parity import Check, ParityReport, measure_parity
 from mge_export.precision import Precision
 from mge_export.report import format_report
 from mge_export.stages import build_stages
@@ -62,8 +62,8 @@ def test_a_wrong_weight_is_caught_and_reported(exported):
     assert report.to_dict()["failures"] == report.failures
 
 
-def empty_report(precision, peaks):
-    images = SimpleNamespace(count=1, photographs=True, source="one")
+def empty_report(precision, peaks, count=100):
+    images = SimpleNamespace(count=count, photographs=True, source="one")
     return ParityReport(precision, TOLERANCES[precision], images, [], peaks)
 
 
@@ -119,4 +119,50 @@ def test_tolerances_allow_one_image_in_the_figures_they_promise():
     assert TOLERANCES[Precision.FP32].allowed_changes(538) == 1
     assert TOLERANCES[Precision.FP16].allowed_changes(100) == 1
     assert TOLERANCES[Precision.FP16].allowed_changes(101) == 2
+    assert TOLERANCES[Precision.FP32].allowed_changes(99) == 0
     assert dataclasses.asdict(TOLERANCES[Precision.FP32])["box_iou_median"] == 1.0
+
+
+def chain_failures(boxes=(1.0,), changes=0, margin=0.0, precision=Precision.FP32):
+    """What is out of tolerance in a chain whose boxes overlap like this and whose first classes change."""
+    chain = ChainDifferences("logits", ["box_1"], 64)
+    chain.box_iou["box_1"] = list(boxes)
+    chain.class_changes = [index < changes for index in range(len(boxes))]
+    chain.class_margins = [margin if index < changes else 0.0 for index in range(len(boxes))]
+    report = empty_report(precision, {}, len(boxes))
+    report.checks.append(Check("onnx", "", {}, chain))
+    return report.failures
+
+
+@pytest.mark.parametrize(("low", "count", "kept"), [(5, 538, True), (6, 538, False), (1, 99, True), (2, 99, False)])
+def test_boxes_are_held_by_the_percentile_that_is_printed(low, count, kept):
+    values = [0.5] * low + [1.0] * (count - low)
+    failures = chain_failures(values)
+    assert (failures == []) == kept
+    if not kept:
+        assert ("1st percentile of box IoU 0.685" if count > 100 else "2 of 99 boxes") in failures[0]
+
+
+def test_a_lone_box_is_held_by_the_median():
+    assert "median box IoU 0.500" in chain_failures([0.5])[0]
+
+
+def test_no_class_may_change_on_few_images_save_on_a_tie():
+    for count in (1, 99):
+        assert "1 of" in chain_failures([1.0] * count, 1, margin=1e-3)[0]
+        assert chain_failures([1.0] * count, 1, margin=1e-5) == []
+    assert "1 of 1 " in chain_failures([1.0], 1, margin=float("nan"))[0]
+    assert chain_failures([1.0] * 538, 1, margin=1e-3) == []
+    assert "2 of 538" in chain_failures([1.0] * 538, 2, margin=1e-5)[0]
+
+
+def test_margin_is_the_references_lead_over_the_class_found():
+    reference = np.array([[4.0, 3.0, -8.0], [1.0, 2.0, 0.0]])
+    np.testing.assert_allclose(class_margins(np.array([[0.0, 1, 0], [0, 1, 0]]), reference), [1 / 8, 0])
+
+
+def test_fp16_on_few_images_says_that_it_says_little():
+    report = empty_report(Precision.FP16, {}, 99)
+    assert "class agreement on 99 images says little" in report.warnings[0]
+    assert empty_report(Precision.FP16, {}, 100).warnings == []
+    assert empty_report(Precision.FP32, {}, 99).warnings == []
