@@ -58,7 +58,11 @@ def test_auto_takes_the_cpu_and_says_why_not_the_others():
 @pytest.mark.parametrize(
     ("device", "backend", "named"),
     [
-        ("cuda:0", "auto", r"tensorrt on cuda:0: not built yet.*tensorrt-rtx on cuda:0.*onnxruntime on cuda:0"),
+        (
+            "cuda:0",
+            "auto",
+            r"tensorrt on cuda:0: not built yet.*tensorrt-rtx on cuda:0.*onnxruntime on cuda:0.*; leave device and",
+        ),
         ("cuda:3", "onnxruntime", r"onnxruntime on cuda:3: not built yet"),
         ("auto", "tensorrt", r"tensorrt on cuda:0: not built yet"),
         ("cpu", "tensorrt-rtx", r"runs on NVIDIA GPUs alone"),

@@ -64,9 +64,9 @@ def choose(device: str = "auto", backend: str = "auto") -> Choice:
     reasons = "; ".join(f"{c.backend} on {c.device}: {c.reason}" for c in wanted)
     asked = f"device {device!r} and backend {backend!r}"
     advice = (
-        "install onnxruntime"
+        'install it: pip install "mge[cpu]"'
         if device in ("auto", "cpu") and backend in ("auto", "onnxruntime")
-        else ("use device 'auto' and backend 'auto'")
+        else "leave device and backend at auto, which takes what runs here"
     )
     raise BackendError(f"nothing can run {asked} ({reasons or f'{backend} runs on NVIDIA GPUs alone'}); {advice}")
 
