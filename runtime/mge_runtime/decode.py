@@ -19,7 +19,7 @@ from mge_runtime.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "ImageSource", "decode_image"]
+__all__ = ["MAX_PIXELS", "ImageSource", "decode_image", "load_decoders"]
 
 MAX_PIXELS = 178_956_970  # pixels; where Pillow itself refuses: 512 MiB as RGB
 
@@ -73,6 +73,11 @@ def decode_image(source: ImageSource) -> np.ndarray:
     )
 
 
+def load_decoders() -> None:
+    """Import Pillow and its decoders, so that the first picture is not charged for it; later calls do nothing."""
+    _formats()
+
+
 def _checked_array(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise InputError(
@@ -120,11 +125,25 @@ def _decode_stream(stream: BinaryIO, name: str) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise InputError(f"cannot decode {name}: {_kind(head)}; {_EXPECTED}") from error
     except Image.DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
+        raise _too_large(name, _size_of(stream)) from error
     except Exception as error:  # damaged headers make Pillow raise almost anything
         raise _damaged(name, error) from error
     with image:
         return _pixels(image, name)
+
+
+def _size_of(stream: BinaryIO) -> str:
+    """Read the size of a picture that Pillow will not open for its size; no pixel is decoded."""
+    from PIL import Image
+
+    stream.seek(0)
+    with _quiet_header():
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(stream, formats=_formats()) as image:
+                return f"{image.width} x {image.height} pixels"
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _pixels(image: Image, name: str) -> np.ndarray:
@@ -144,8 +163,8 @@ def _pixels(image: Image, name: str) -> np.ndarray:
         return np.array(rgb)  # a copy: what Pillow lends is read-only
     except InputError:
         raise
-    except DecompressionBombError as error:
-        raise _too_large(name, str(error)) from error
+    except DecompressionBombError as error:  # a frame larger than the picture it belongs to
+        raise _too_large(name, f"{width} x {height} pixels with a frame beyond that") from error
     except Exception as error:  # damaged data makes Pillow raise almost anything
         raise _damaged(name, error) from error
 
@@ -249,5 +268,6 @@ def _damaged(name: str, error: Exception) -> InputError:
 
 def _too_large(name: str, found: str) -> InputError:
     return InputError(
-        f"will not decode {name}: {found}; expected at most {MAX_PIXELS / 1e6:.0f} megapixels: scale it down first"
+        f"will not decode {name}: it is {found}; expected at most {MAX_PIXELS / 1e6:.0f} megapixels: "
+        "scale it down first"
     )

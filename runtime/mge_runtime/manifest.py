@@ -113,7 +113,8 @@ class Manifest:
             raise BundleError(f"{_DOCUMENT}: schema_version is missing; expected a bundle that mge-export wrote")
         if version.integer(1) > SCHEMA_VERSION:
             raise BundleError(
-                f"the bundle has schema version {version.integer(1)}; expected {SCHEMA_VERSION}, which this runtime reads: "
+                f"the bundle has schema version {version.integer(1)}; "
+                f"expected {SCHEMA_VERSION}, which this runtime reads: "
                 "upgrade it with `pip install --upgrade mge`, or export again with this version"
             )
         fields = root.members(_FIELDS)

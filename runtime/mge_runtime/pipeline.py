@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import time
@@ -11,14 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 
 from mge_runtime.backends import Choice, choose, open_backend
 from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain, ChainResult
-from mge_runtime.decode import ImageSource, decode_image
+from mge_runtime.decode import ImageSource, decode_image, load_decoders
 from mge_runtime.errors import BackendError, InputError
 from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.manifest import Manifest
@@ -56,6 +57,7 @@ class Pipeline:
         self.choice: Choice = choice  # the backend and device that run, and why not others
         self._chain: Chain | None = Chain(bundle, open_backend(choice, threads=threads))
         self._busy = threading.Lock()
+        load_decoders()
 
     @classmethod
     def open(
@@ -170,11 +172,7 @@ class Pipeline:
             BackendError: as for `predict`, or there is no such output.
         """
         size = self.manifest.preprocess.size
-        given: object = frames  # whatever a caller without type checks hands over
-        if not isinstance(given, np.ndarray):
-            raise InputError(
-                f"cannot run frames of type {type(given).__name__}; expected a uint8 array [B, {size}, {size}, 3]"
-            )
+        _require_array(frames, f"a uint8 array [B, {size}, {size}, 3]")
         if frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3) or not len(frames):
             raise InputError(
                 f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
@@ -283,10 +281,15 @@ class Pipeline:
         return self._chain
 
 
+def _require_array(frames: object, expected: str) -> None:
+    if not isinstance(frames, np.ndarray):
+        raise InputError(f"cannot run frames of type {type(frames).__name__}; expected {expected}")
+
+
 def _segments(exit: object) -> int | None:
     """How many segments an `Exit` lets run; None: all. Whether the chain has as many is checked where it runs."""
     if isinstance(exit, str) and exit == "never":
         return None
-    if isinstance(exit, (int, np.integer)) and not isinstance(exit, bool):
-        return int(exit)
+    if isinstance(exit, SupportsIndex) and not isinstance(exit, bool):
+        return operator.index(exit)
     raise BackendError(f'asked to stop after segment {exit!r}; expected the number of a segment, from 1, or "never"')

@@ -30,6 +30,11 @@ def test_help_loads_nothing_heavy(command):
     assert not loaded(code) & {*HEAVY, "numpy", "PIL", "onnxruntime"}
 
 
+def test_opening_loads_the_decoders_so_that_the_first_picture_does_not(bundle_path):
+    opening = f"from mge_runtime import Pipeline; pipeline = Pipeline.open({str(bundle_path)!r}, threads=1)"
+    assert {"PIL.Image", "PIL.JpegImagePlugin", "PIL.TiffImagePlugin", "PIL.WebPImagePlugin"} <= loaded(opening)
+
+
 def test_answering_needs_no_torch(bundle_path):
     code = (
         "import numpy as np\n"
