@@ -42,6 +42,8 @@ def find_verify_images(
     Raises:
         InputError: there is no such folder, or no image in it that can be decoded.
     """
+    if folder.is_file():
+        raise InputError(f"{folder} is a file, expected a folder of images to verify on")
     if not folder.is_dir():
         raise InputError(f"no folder {folder} to verify on; expected images such as .jpg, or leave out --verify-data")
     found, problems = find_images([str(folder)])
@@ -57,7 +59,7 @@ def find_verify_images(
     def load(index: int) -> np.ndarray:
         return to_frame(decode_image(good[index]), preprocess)[0]
 
-    return VerifyImages(len(good), True, f"{len(good)} of {len(found)} photographs in {folder.resolve().name}", load)
+    return VerifyImages(len(good), True, f"{len(good)} of {len(found)} images in {folder.resolve().name}", load)
 
 
 def _decodes(source: Path | bytes, say: Callable[[str], None]) -> bool:

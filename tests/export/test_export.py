@@ -166,7 +166,7 @@ def test_the_report_is_shown_before_the_bundle_is_written(exported):
     table = "\n".join(exported.lines)
     assert "whole chain" in table
     assert "10/10" in table
-    assert "10 of 10 photographs" in table
+    assert "10 of 10 images" in table
 
 
 def test_generated_pictures_are_deterministic_and_say_what_they_are(exported):
@@ -186,6 +186,8 @@ def test_verification_images_are_spread_over_the_folder(exported, photographs):
     np.testing.assert_array_equal(images.load(2), exported.frames[6])
     with pytest.raises(InputError, match="no folder"):
         find_verify_images(photographs / "missing", exported.model.config.preprocess, 3)
+    with pytest.raises(InputError, match="is a file, expected a folder"):
+        find_verify_images(next(photographs.iterdir()), exported.model.config.preprocess, 3)
 
 
 def test_a_damaged_verification_image_is_named_and_left_out(exported, photographs, tmp_path):
@@ -195,7 +197,7 @@ def test_a_damaged_verification_image_is_named_and_left_out(exported, photograph
     lines = []
     images = find_verify_images(tmp_path, exported.model.config.preprocess, 0, lines.append)
     assert images.count == 1
-    assert images.source.startswith("1 of 2 photographs")
+    assert images.source.startswith("1 of 2 images")
     assert len(lines) == 1
     assert "a.png" in lines[0]
     np.testing.assert_array_equal(images.load(0), exported.frames[0])
