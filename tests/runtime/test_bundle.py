@@ -369,10 +369,7 @@ def test_moving_weights_changes_nothing_else(tiny):
                 tensor.doc_string = f"{pairs['offset']} {pairs['length']}"
     assert before == moved
     tensors = external_tensors(source.graph)
-    assert [(t.name, t.dims, t.length) for t in tensors] == [
-        ("conv.weight", (4, 3, 4, 4), 384),
-        ("fc.weight", (4, 5), 80),
-    ]
+    assert [(t.name, t.length) for t in tensors] == [("conv.weight", 384), ("fc.weight", 80)]
     assert relocate(graphs["ingest"].graph, expected="", size=0, location="", start=0) == graphs["ingest"].graph
 
 

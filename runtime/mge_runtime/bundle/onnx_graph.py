@@ -1,8 +1,8 @@
 """Find and move the references from an ONNX graph to its external weights, without the package `onnx`.
 
 A device has no `onnx`; the few fields needed are read from the protocol-buffer wire format (protobuf.dev, "Encoding").
-Field numbers are those of onnx.proto3: ModelProto.graph 7, GraphProto.initializer 5, TensorProto.dims 1, .data_type 2,
-.name 8, .external_data 13 (key 1, value 2), .data_location 14.
+Field numbers are those of onnx.proto3: ModelProto.graph 7, GraphProto.initializer 5, TensorProto.name 8,
+.external_data 13 (key 1, value 2), .data_location 14.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ class ExternalTensor:
     """One initialiser whose data lies in another file."""
 
     name: str
-    data_type: int  # TensorProto.DataType
-    dims: tuple[int, ...]
     location: str  # file name, relative to the model's
     offset: int  # bytes
     length: int  # bytes
@@ -116,15 +114,10 @@ def _initializers(graph: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:
 
 def _external(tensor: memoryview) -> ExternalTensor | None:
     """Read a TensorProto; None where its data lies in the graph itself."""
-    dims: list[int] = []
-    name, data_type, external = "", 0, False
+    name, external = "", False
     pairs: dict[str, str] = {}
     for number, _, value in _fields(tensor):
-        if number == 1:  # packed, or one a field
-            dims.extend(_varints(value))
-        elif number == 2:
-            data_type = _varint(value, 0)[0]
-        elif number == 8:
+        if number == 8:
             name = bytes(value).decode()
         elif number == 14:
             external = _varint(value, 0)[0] == _EXTERNAL
@@ -135,9 +128,7 @@ def _external(tensor: memoryview) -> ExternalTensor | None:
         return None
     if "location" not in pairs or "length" not in pairs:
         raise _WireError(f"weight {name!r} does not say in which file it lies and how long it is")
-    return ExternalTensor(
-        name, data_type, tuple(dims), pairs["location"], int(pairs.get("offset", "0")), int(pairs["length"])
-    )
+    return ExternalTensor(name, pairs["location"], int(pairs.get("offset", "0")), int(pairs["length"]))
 
 
 def _count_external(message: memoryview, kind: str, depth: int) -> int:
@@ -185,13 +176,6 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
     raise _WireError("an integer is too long")
-
-
-def _varints(message: memoryview) -> Iterator[int]:
-    position = 0
-    while position < len(message):
-        value, position = _varint(message, position)
-        yield value
 
 
 def _field(number: int, value: bytes) -> bytes:

@@ -134,7 +134,7 @@ class Bundle:
         return Region(self.path, entry.offset, entry.size)
 
     def view(self, name: str) -> memoryview:
-        """An entry's bytes, mapped and read-only; its hash is not checked here.
+        """An entry's bytes, mapped and read-only: engines are too large to copy. Its hash is not checked here.
 
         Raises:
             BundleError: there is no such entry.
@@ -195,11 +195,6 @@ class Bundle:
             return all(os.path.samestat(self.path.stat(), status) for status in opened)
         except OSError:
             return False
-
-    def stage_entries(self, stage: str) -> tuple[str, ...]:
-        """Entries that hold a stage: its graph, then its weights if it has any."""
-        names = (stage_graph(stage), stage_weights(stage))
-        return names if names[1] in self._entries else names[:1]
 
     def calibration(self) -> Calibration | None:
         """The calibration, if one was added.
