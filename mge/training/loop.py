@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from mge.training.losses import loss_terms
 from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
 from mge.training.record import write_csv, write_curves, write_tensorboard
-from mge.training.state import Progress, load_progress, save_progress
+from mge.training.state import Progress, Stateful, load_progress, save_progress, seed_step
 from mge.training.thresholds import median_area, propose_threshold
 from mge_runtime.errors import TrainingError
 
@@ -75,22 +76,31 @@ class Trainer:
         model = self.model.to(memory_format=torch.channels_last)  # 1.5 times faster on CPUs, and what GPUs like
         optimizer = make_optimizer(model, self.options)
         schedule = make_schedule(optimizer, self.options, self.steps_per_epoch)
-        progress = (
-            load_progress(resume, self.options, self.train.fingerprint(), optimizer, schedule) if resume else Progress()
-        )
         wrapped, optimizer = self.fabric.setup(model, optimizer)
+        parts = {"optimizer": optimizer, "schedule": schedule, "precision": self.fabric.strategy.precision}
+        progress = Progress()
+        if resume is not None:
+            progress = load_progress(
+                resume,
+                self.options,
+                parts,
+                images=self.train.fingerprint(),
+                processes=self.fabric.world_size,
+            )
         with Interrupt() as interrupt:
             if resume is None and self.options.crop_area is not None:
-                self._follow_area(collect(model, self._val_batches()))
+                self._follow_area(self._validate(wrapped))
             while progress.epoch < self.options.epochs and not interrupt.requested:
                 started = time.perf_counter()
                 self._epoch(wrapped, optimizer, schedule, progress, interrupt)
                 if not interrupt.requested:
-                    self._finish_epoch(progress, time.perf_counter() - started)
-                self._save(progress, optimizer, schedule)
-        if self.fabric.is_global_zero and progress.history:
-            write_curves(self.folder / "curves.png", progress.history)
-            self._propose()
+                    self._finish_epoch(wrapped, progress, time.perf_counter() - started)
+                self._save(progress, parts)
+        if progress.history:
+            answers = self._validate(wrapped)
+            if self.fabric.is_global_zero:
+                write_curves(self.folder / "curves.png", progress.history)
+                self._propose(answers)
         return progress
 
     @property
@@ -127,7 +137,7 @@ class Trainer:
         with bar:
             for images, labels in batches(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)):
                 total = self._step(wrapped, optimizer, images, labels, progress)
-                self._rates = [group["lr"] for group in optimizer.param_groups]
+                progress.rates = [group["lr"] for group in optimizer.param_groups]
                 schedule.step()
                 progress.step += 1
                 bar.set_postfix(loss=f"{total:.3f}", refresh=False)
@@ -136,6 +146,7 @@ class Trainer:
                     break
 
     def _step(self, wrapped: Any, optimizer: Any, images: Tensor, labels: Tensor, progress: Progress) -> float:
+        seed_step(self.options.seed, progress.epoch, progress.step, self.fabric.global_rank)
         images = images.to(memory_format=torch.channels_last)
         terms = loss_terms(
             wrapped(images, labels),
@@ -159,8 +170,8 @@ class Trainer:
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         return float(loss.detach())
 
-    def _finish_epoch(self, progress: Progress, seconds: float) -> None:
-        answers = collect(self.model, self._val_batches())
+    def _finish_epoch(self, wrapped: Any, progress: Progress, seconds: float) -> None:
+        answers = self._validate(wrapped)
         if not np.isfinite(answers.final).all():
             raise TrainingError(
                 f"the model's answers are not finite after epoch {progress.epoch + 1}; expected numbers: lower "
@@ -174,7 +185,7 @@ class Trainer:
         row |= {f"top1/{line.name}": line.top1 for line in rows}
         row |= {f"area/expert {k}": area for k, area in enumerate(areas, 1)}
         row |= {f"threshold/{k}": value for k, value in enumerate(self.model.config.box_thresholds, 1)}
-        row["lr/trunk"], row["lr/heads"] = self._rates
+        row["lr/trunk"], row["lr/heads"] = progress.rates
         row["seconds"] = round(seconds, 2)
         progress.history.append(row)
         accuracy = rows[-1].top1
@@ -207,9 +218,9 @@ class Trainer:
         )
         self.model.config = self.model.config.with_thresholds(thresholds)
 
-    def _propose(self) -> None:
+    def _propose(self, answers: Answers) -> None:
         """Say what the crops keep and which thresholds would keep half: a crop of 98 % is no attention."""
-        answers, size = collect(self.model, self._val_batches()), self.model.config.image_size
+        size = self.model.config.image_size
         for k, (maps, used) in enumerate(zip(answers.heatmaps, self.model.config.box_thresholds, strict=False), 1):
             threshold, area = propose_threshold(maps, size, PROPOSED_AREA)
             kept = median_area(maps, size, used)
@@ -218,11 +229,23 @@ class Trainer:
                 f"images, {threshold:.2f} would keep {100 * area:.0f} %"
             )
 
-    def _val_batches(self) -> Any:
-        loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers)
-        return batches(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False))
+    def _validate(self, wrapped: Any) -> Answers:
+        """Answers on the validation images, in the precision of training; to be called by all processes.
 
-    def _save(self, progress: Progress, optimizer: Any, schedule: Any) -> None:
+        Each process answers all images, with the running statistics of the first (the wrapper for several processes
+        hands them out), so that all see the same figures and move the thresholds alike.
+        """
+        loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers)
+        return collect(wrapped, batches(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)))
+
+    def _save(self, progress: Progress, parts: Mapping[str, Stateful]) -> None:
         if self.fabric.is_global_zero:
-            images = self.train.fingerprint()
-            save_progress(self.folder / "last.pt", self.model, progress, self.options, images, optimizer, schedule)
+            save_progress(
+                self.folder / "last.pt",
+                self.model,
+                progress,
+                self.options,
+                parts,
+                images=self.train.fingerprint(),
+                processes=self.fabric.world_size,
+            )

@@ -3,14 +3,18 @@
 import csv
 import os
 import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from PIL import Image
+from torch import nn
 
-from mge.checkpoint import load_checkpoint
+from mge.checkpoint import load_checkpoint, read_checkpoint
 from mge.config import MGEConfig
 from mge.data.folder import FolderDataset, TrainingDataset
 from mge.data.sampling import EpochSampler
@@ -43,19 +47,19 @@ def data(tmp_path_factory):
 def make(data, tmp_path):
     classes, train, val = training_splits(data, 0)
 
-    def make(name="run", *, dataset=TrainingDataset, model=None, **changes):
+    def make(name="run", *, dataset=TrainingDataset, model=None, kind=Trainer, fabric=None, **changes):
         options = TrainOptions(**{"epochs": 3, "batch_size": 4, "workers": 0, "crop_area": 0.5} | changes)
         config = MGEConfig("test_resnet", classes, image_size=64, resize=72)
         torch.manual_seed(options.seed)
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        return Trainer(
+        return kind(
             model or MGENet(config),
             dataset(train, config, seed=options.seed),
             FolderDataset(val, config),
             options,
             folder,
-            Fabric(accelerator="cpu", devices=1),
+            fabric or Fabric(accelerator="cpu", devices=1),
         )
 
     return make
@@ -71,6 +75,21 @@ class PressesCtrlC(TrainingDataset):
             PressesCtrlC.presses_left -= 1
             os.kill(os.getpid(), signal.SIGINT)
         return super().__getitem__(key)
+
+
+class StopsInTheSecondEpoch(Trainer):
+    """Is sent Ctrl-C during one step of it."""
+
+    at = 1  # the step, from 0
+
+    def _step(self, wrapped, optimizer, images, labels, progress):
+        if (progress.epoch, progress.step) == (1, self.at):
+            os.kill(os.getpid(), signal.SIGINT)
+        return super()._step(wrapped, optimizer, images, labels, progress)
+
+
+class StopsInItsLastStep(StopsInTheSecondEpoch):
+    at = 3
 
 
 def losses(progress):
@@ -91,6 +110,71 @@ def test_a_run_stopped_by_ctrl_c_goes_on_exactly(make):
     assert losses(resumed.fit(last)) == losses(whole)
     mine, theirs = (load_checkpoint(last.parents[1] / name / "last.pt").state_dict() for name in ("stopped", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def with_dropout(model):
+    """The same weights; the first expert, whose box decides what the others see, and the gate drop features."""
+    model.experts[0].norm5 = nn.Dropout(0.5)
+    model.gate.norm5 = nn.Dropout(0.5)
+    return model
+
+
+def test_resumed_runs_drop_the_same_features(make):
+    new = make("new", epochs=2, workers=1)
+    whole = with_dropout(new.model) and new.fit()
+    for kind in (StopsInTheSecondEpoch, StopsInItsLastStep):
+        stopped = make(kind.__name__, epochs=2, kind=kind)
+        half = with_dropout(stopped.model) and stopped.fit()
+        assert (half.epoch, half.step) == (1, kind.at + 1)
+        last = stopped.folder / "last.pt"
+        torch.manual_seed(99)  # another process begins with other random numbers
+        resumed = make(kind.__name__, epochs=2, workers=1, model=with_dropout(load_checkpoint(last)))
+        assert losses(resumed.fit(last)) == losses(whole)
+
+
+class Scaling(MixedPrecision):
+    """What 16-mixed does to the loss, with weights and features in single precision (half is slow on CPUs)."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=3))
+
+    def forward_context(self):
+        return nullcontext()
+
+    def convert_input(self, data):
+        return data
+
+
+def test_a_resumed_run_in_half_precision_scales_the_loss_alike(make):
+    def scaling():
+        return Fabric(accelerator="cpu", devices=1, plugins=[Scaling()])
+
+    stopped = make(epochs=2, kind=StopsInTheSecondEpoch, fabric=scaling())
+    assert stopped.fit().step == 2
+    last = stopped.folder / "last.pt"
+    assert read_checkpoint(last).training["precision"]["_growth_tracker"] == 6 % 3
+    make(epochs=2, model=load_checkpoint(last), fabric=scaling()).fit(last)
+    assert read_checkpoint(last).training["precision"]["scale"] == 16.0 * 2**2  # doubled after steps 3 and 6 of 8
+
+
+def test_validation_has_the_precision_of_training(make):
+    trainer = make(epochs=1, batch_size=18, fabric=Fabric(accelerator="cpu", devices=1, precision="bf16-mixed"))
+    seen = set()
+    trainer.model.gate.hidden.register_forward_hook(lambda module, _, out: seen.add((module.training, out.dtype)))
+    trainer.fit()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
+def test_the_optimizer_s_state_goes_to_where_the_weights_are(make):
+    def double():  # stands for a GPU: Fabric changes the weights when it sets the model up
+        return Fabric(accelerator="cpu", devices=1, precision="64-true")
+
+    stopped = make(epochs=2, kind=StopsInTheSecondEpoch, fabric=double())
+    stopped.fit()
+    last = stopped.folder / "last.pt"
+    make(epochs=2, model=load_checkpoint(last), fabric=double()).fit(last)
+    momentum = read_checkpoint(last).training["optimizer"]["state"][0]["momentum_buffer"]
+    assert momentum.dtype == torch.float64
 
 
 def test_ctrl_c_is_as_before_after_training(make):
@@ -143,6 +227,10 @@ def test_other_options_or_images_do_not_resume(make):
     fewer.train.samples.pop()
     with pytest.raises(TrainingError, match=r"trained on 18 images \(\w+\), this run has 17"):
         fewer.fit(fewer.folder / "last.pt")
+    two = make("run", epochs=1)
+    two.fabric = SimpleNamespace(world_size=2, setup=two.fabric.setup, strategy=two.fabric.strategy)
+    with pytest.raises(TrainingError, match=r"trained with devices = 1 \(now 2\)"):
+        two.fit(two.folder / "last.pt")
     with pytest.raises(TrainingError, match="holds a model but no training state"):
         trainer.fit(trainer.folder / "best.pt")
 
