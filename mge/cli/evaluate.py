@@ -18,7 +18,7 @@ __all__ = ["main"]
 PATH = click.Path(path_type=Path)
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option("--ckpt", type=PATH, help="A checkpoint: every head of every expert.")
 @click.option("--engine", type=PATH, help="A bundle: every expert, as it runs on a device.")
 @click.option("--data", type=PATH, required=True, help="Folder with test/<class>/*.jpg, or with the class folders.")
@@ -27,6 +27,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes (threads for a bundle) that decode.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--predictions", type=PATH, help="Also write labels, logits, gate and boxes to this .npz file.")
+@click.version_option(package_name="mge")
 @reports_errors
 def main(
     ckpt: Path | None,

@@ -12,7 +12,7 @@ from mge_runtime.cli.common import reports_errors
 __all__ = ["main"]
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--seed", default=0, show_default=True, help="Another seed gives other pictures of the same species.")
 @click.option("--species", default=12, show_default=True, help="Number of classes, 2 to 36.")
@@ -26,6 +26,7 @@ __all__ = ["main"]
 @click.option(
     "--sheet", type=click.Path(path_type=Path, dir_okay=False), help="Also save a contact sheet to this file."
 )
+@click.version_option(package_name="mge")
 @reports_errors
 def main(
     folder: Path, seed: int, species: int, size: int, train: int, val: int, test: int, workers: int, sheet: Path | None

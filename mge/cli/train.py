@@ -22,7 +22,7 @@ PATH = click.Path(path_type=Path)
 UNIT = click.FloatRange(0, 1, max_open=True)
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option("--data", type=PATH, required=True, help="Folder with train/<class>/*.jpg and, if you have it, val/.")
 @click.option(
     "--out", type=PATH, default=None,
@@ -62,6 +62,7 @@ UNIT = click.FloatRange(0, 1, max_open=True)
 @click.option("--devices", default="auto", help="How many of them.")
 @click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), default="32-true")
 @click.option("--resume", type=PATH, default=None, help="A last.pt: go on exactly where that run stood.")
+@click.version_option(package_name="mge")
 @reports_errors
 def main(
     data: Path,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from mge.checkpoint import load_checkpoint
 from mge.cli.evaluate import main as evaluate
+from mge.cli.field_guide import main as field_guide
 from mge.cli.train import main as train
 from mge.model import create_trunk
 
@@ -46,6 +48,12 @@ def fails(command, *arguments):
     assert done.exit_code == 1, done.output
     (line,) = done.stderr.strip().splitlines()
     return line
+
+
+@pytest.mark.parametrize("command", [train, evaluate, field_guide])
+def test_every_command_has_a_short_help_and_a_version(command):
+    assert CliRunner().invoke(command, ["-h"]).output.startswith("Usage: ")
+    assert version("mge") in CliRunner().invoke(command, ["--version"]).output
 
 
 def test_training_says_what_it_does_and_what_comes_next(trained):
