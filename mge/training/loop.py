@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from mge.model import MGENet
 from mge.training.losses import loss_terms
 from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
-from mge.training.record import write_csv, write_curves, write_tensorboard
+from mge.training.record import Board, write_csv, write_curves
 from mge.training.state import Progress, Stateful, load_progress, save_progress, seed_step
 from mge.training.thresholds import median_area, propose_threshold
 from mge_runtime.errors import TrainingError
@@ -87,14 +88,14 @@ class Trainer:
                 images=self.train.fingerprint(),
                 processes=self.fabric.world_size,
             )
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, self._open_board(progress) as board:
             if resume is None and self.options.crop_area is not None:
                 self._follow_area(self._validate(wrapped))
             while progress.epoch < self.options.epochs and not interrupt.requested:
                 started = time.perf_counter()
                 self._epoch(wrapped, optimizer, schedule, progress, interrupt)
                 if not interrupt.requested:
-                    self._finish_epoch(wrapped, progress, time.perf_counter() - started)
+                    self._finish_epoch(wrapped, progress, board, time.perf_counter() - started)
                 self._save(progress, parts)
         if progress.history:
             answers = self._validate(wrapped)
@@ -170,7 +171,7 @@ class Trainer:
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         return float(loss.detach())
 
-    def _finish_epoch(self, wrapped: Any, progress: Progress, seconds: float) -> None:
+    def _finish_epoch(self, wrapped: Any, progress: Progress, board: Board | None, seconds: float) -> None:
         answers = self._validate(wrapped)
         if not np.isfinite(answers.final).all():
             raise TrainingError(
@@ -192,11 +193,12 @@ class Trainer:
         is_best = within_noise(accuracy, progress.best, len(answers.labels))
         if is_best:
             progress.kept = accuracy
+        if board is not None:
+            board.write(row)
         if self.fabric.is_global_zero:
             if is_best:
                 save_checkpoint(self.folder / "best.pt", self.model)
             write_csv(self.folder / "metrics.csv", progress.history)
-            write_tensorboard(self.folder / "tensorboard", row)
             singles = [line.top1 for line in rows if line.name.startswith("expert") and line.name.count(" ") == 1]
             click.echo(
                 f"epoch {progress.epoch + 1:3d}  loss {row['loss/total']:7.3f}  "
@@ -237,6 +239,11 @@ class Trainer:
         """
         loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers)
         return collect(wrapped, batches(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)))
+
+    def _open_board(self, progress: Progress) -> AbstractContextManager[Board | None]:
+        if not self.fabric.is_global_zero:
+            return nullcontext()
+        return Board(self.folder / "tensorboard", progress.epoch + 1)
 
     def _save(self, progress: Progress, parts: Mapping[str, Stateful]) -> None:
         if self.fabric.is_global_zero:

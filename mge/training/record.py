@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mge_runtime.files import atomic_path
 
-__all__ = ["write_csv", "write_curves", "write_tensorboard"]
+__all__ = ["Board", "write_csv", "write_curves"]
 
 History = Sequence[dict[str, float]]
 
@@ -22,14 +22,31 @@ def write_csv(path: Path, history: History) -> None:
         writer.writerows(history)
 
 
-def write_tensorboard(folder: Path, row: dict[str, float]) -> None:
-    """Append one epoch's row."""
-    from torch.utils.tensorboard import SummaryWriter
+class Board:
+    """TensorBoard events of a run; a run that is resumed adds a file to the folder, and no step appears twice.
 
-    with SummaryWriter(str(folder), purge_step=int(row["epoch"])) as writer:
+    Args:
+        folder: of the event files, made if missing.
+        first: the epoch, from 1, that comes next: viewers forget what earlier files say about it and later ones.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=first)
+
+    def __enter__(self) -> Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def write(self, row: dict[str, float]) -> None:
+        """Add one epoch's row, to be seen at once."""
         for key, value in row.items():
             if key != "epoch":
-                writer.add_scalar(key, value, int(row["epoch"]))
+                self._writer.add_scalar(key, value, int(row["epoch"]))
+        self._writer.flush()
 
 
 def write_curves(path: Path, history: History) -> None:

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from mge.checkpoint import load_checkpoint, read_checkpoint
@@ -22,6 +23,7 @@ from mge.model import MGENet
 from mge.training.loop import Trainer, within_noise
 from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
+from mge.training.record import Board
 from mge.training.splits import training_splits
 from mge_runtime.errors import InputError, TrainingError
 
@@ -108,6 +110,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_exactly(make):
     last = stopped.folder / "last.pt"
     resumed = make("stopped", model=load_checkpoint(last))
     assert losses(resumed.fit(last)) == losses(whole)
+    assert [len(list((make(name).folder / "tensorboard").iterdir())) for name in ("whole", "stopped")] == [1, 2]
     mine, theirs = (load_checkpoint(last.parents[1] / name / "last.pt").state_dict() for name in ("stopped", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
@@ -175,6 +178,15 @@ def test_the_optimizer_s_state_goes_to_where_the_weights_are(make):
     make(epochs=2, model=load_checkpoint(last), fabric=double()).fit(last)
     momentum = read_checkpoint(last).training["optimizer"]["state"][0]["momentum_buffer"]
     assert momentum.dtype == torch.float64
+
+
+def test_an_epoch_that_was_not_saved_appears_once_in_tensorboard(tmp_path):
+    for first, values in ((1, (0.1, 0.2, 0.3)), (3, (0.4, 0.5))):  # the third epoch is trained again
+        with Board(tmp_path, first) as board:
+            for epoch, value in enumerate(values, first):
+                board.write({"epoch": epoch, "loss/total": value})
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/total")
+    assert [(event.step, round(event.value, 3)) for event in events] == [(1, 0.1), (2, 0.2), (3, 0.4), (4, 0.5)]
 
 
 def test_ctrl_c_is_as_before_after_training(make):
