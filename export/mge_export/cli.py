@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 from pathlib import Path
 
 import click
 
+from mge_export.interrupt import interruptible
 from mge_runtime.cli.common import reports_errors
 
 __all__ = ["main"]
@@ -17,7 +15,10 @@ DEFAULT_NAME = "mge.plan"
 PATH = click.Path(path_type=Path)
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 110})
+SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+
+
+@click.command(context_settings=SETTINGS)
 @click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
 @click.option("--fp16", is_flag=True, help="Trunks and part convolutions in half precision, the rest in FP32.")
 @click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
@@ -31,6 +32,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--resize", type=click.IntRange(1), default=None, help="Pixels, the shorter side before the centre crop.")
 @click.option("--image-size", type=click.IntRange(1), default=None, help="Pixels, the side of every expert's input.")
 @click.option("--allow-mismatch", is_flag=True, help="Write even what is out of tolerance, and record that.")
+@click.version_option(package_name="mge")
 @reports_errors
 def main(
     ckpt: Path,
@@ -45,29 +47,34 @@ def main(
     allow_mismatch: bool,
 ) -> None:
     """Export a checkpoint to one bundle, with a parity report; out of tolerance, nothing is written."""
-    from mge.checkpoint import load_checkpoint
-    from mge_export.export import check_output, export_bundle, file_sha256
-    from mge_export.images import find_verify_images, generated_images
-    from mge_export.precision import Precision
-
-    _stop_cleanly()
     path = ckpt.parent / DEFAULT_NAME if output is None else output
-    check_output(path)
-    model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
-    preprocess = model.config.preprocess
-    if verify_data is None:
-        images = generated_images(preprocess, verify_images or 16)
-    else:
-        images = find_verify_images(verify_data, preprocess, verify_images, _say)
-    result = export_bundle(
-        model,
-        path,
-        Precision.FP16 if fp16 else Precision.FP32,
-        images,
-        checkpoint_sha256=file_sha256(ckpt),
-        allow_mismatch=allow_mismatch,
-        say=_say,
-    )
+    # The imports take seconds, too.
+    with interruptible(f"nothing was written to {path}; run it again") as check:
+        from mge.checkpoint import load_checkpoint
+        from mge_export.export import check_output, export_bundle, file_sha256
+        from mge_export.images import find_verify_images, generated_images
+        from mge_export.precision import Precision
+
+        def say(line: str) -> None:
+            check()
+            click.echo(line, err=True)
+
+        check_output(path)
+        model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
+        preprocess = model.config.preprocess
+        if verify_data is None:
+            images = generated_images(preprocess, verify_images or 16)
+        else:
+            images = find_verify_images(verify_data, preprocess, verify_images, say)
+        result = export_bundle(
+            model,
+            path,
+            Precision.FP16 if fp16 else Precision.FP32,
+            images,
+            checkpoint_sha256=file_sha256(ckpt),
+            allow_mismatch=allow_mismatch,
+            say=say,
+        )
     if result.report.failures:
         click.echo(f"warning: {len(result.report.failures)} values are out of tolerance; the bundle says so", err=True)
     weights = sum(entry.size for name, entry in result.manifest.entries.items() if name.endswith(".weights"))
@@ -76,16 +83,6 @@ def main(
         f"weights {weights / 1e6:.1f} MB"
     )
     click.echo(f"run it: mge-run --engine {path} IMAGES...")
-
-
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
-def _stop_cleanly() -> None:
-    """Let SIGTERM unwind like Ctrl-C, so that temporary files go."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mge.checkpoint import save_checkpoint
+from mge_export.interrupt import interruptible
+from mge_runtime.errors import ExportError
+
+# A shell that starts the tests in the background may have set SIGINT to be ignored, which a child inherits.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mge_export.cli import main
+main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def default_handlers():
+    """Ctrl-C as Python sets it, whatever started the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(tiny, tmp_path, number):
+    work = tmp_path / "work"
+    work.mkdir()
+    save_checkpoint(tmp_path / "best.pt", tiny.make_model(1, size=32))
+    environment = {**os.environ, "TMPDIR": str(work)}
+    command = [sys.executable, "-c", PROGRAM, "--ckpt", tmp_path / "best.pt", "--verify-images", "100000"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("expert_1: "):  # its graph is written; now it is verified on many images
+                process.send_signal(number)
+                break
+        lines += process.stderr
+        output = process.stdout.read()
+        assert process.wait(60) == 1, lines
+    plan = tmp_path / "mge.plan"
+    assert lines[-1] == (
+        f"error: the export was interrupted ({number.name}): nothing was written to {plan}; run it again\n"
+    )
+    assert not [line for line in lines if "Traceback" in line or "Aborted" in line]
+    assert output == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "work"}
+    assert not [path.name for path in work.iterdir() if path.name.startswith("mge-export-")]
+
+
+def interrupted(block):
+    """Run a block of the export; return its error."""
+    try:
+        with interruptible("nothing happened") as check:
+            block(check)
+    except ExportError as error:
+        return str(error)
+    return None
+
+
+def test_what_the_interrupt_became_on_its_way_is_still_the_interrupt():
+    def block(_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("a module that was being loaded") from None
+
+    assert interrupted(block) == "the export was interrupted (SIGINT): nothing happened"
+
+
+def test_an_interrupt_that_got_lost_is_found_at_the_next_check():
+    def block(check):
+        check()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        check()
+
+    assert interrupted(lambda check: check()) is None
+    assert "SIGTERM" in interrupted(block)
+
+
+def test_a_second_signal_does_not_disturb_the_cleaning():
+    cleaned = []
+
+    def block(_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+
+    assert "SIGINT" in interrupted(block)
+    assert cleaned
+
+
+def test_other_errors_pass_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ZeroDivisionError), interruptible(""):
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible("") as check:
+            signal.raise_signal(signal.SIGHUP)
+            check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
