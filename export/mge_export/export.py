@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import tempfile
 from collections.abc import Callable
@@ -117,17 +116,30 @@ def export_bundle(
 
 
 def check_output(path: Path) -> None:
-    """Find out before the work, not after it, that a place cannot be written.
+    """Find out before the work, not after it, that a place cannot be written: write there.
+
+    Permissions do not tell: root passes them on a read-only file system, and a disk may be full.
 
     Raises:
         OutputError: it cannot.
     """
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
-    if not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: no folder {path.parent}; make it or name another place with -o")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write {path}: the folder {path.parent} is read-only; name another place with -o")
+    folder = path.parent
+    try:
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
+        if folder.is_file():
+            raise OutputError(f"cannot write {path}: {folder} is a file, expected a folder; name another with -o")
+        if not folder.is_dir():
+            raise OutputError(f"cannot write {path}: no folder {folder}; make it or name another place with -o")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: it is a device or a pipe; expected a file name")
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".part") as probe:
+            probe.write(bytes(4096))
+            probe.flush()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; expected a writable folder, name another place with -o"
+        ) from error
 
 
 def file_sha256(path: Path) -> str:

@@ -1,4 +1,8 @@
 import hashlib
+import os
+import signal
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from mge.checkpoint import save_checkpoint
 from mge_export import export, parity
 from mge_export.cli import main
 from mge_runtime.bundle import Bundle, writer
+from mge_runtime.errors import OutputError
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypa
 
 def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(checkpoint, monkeypatch, tmp_path):
     def interrupt(*_, **__):
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGTERM)
 
     bundle, work = checkpoint.parent / "mge.plan", tmp_path / "work"
     bundle.write_bytes(b"the old one")
@@ -88,8 +93,7 @@ def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(checkpoint
     monkeypatch.setattr(export.tempfile, "tempdir", str(work))
     monkeypatch.setattr(writer.ArchiveWriter, "finish", interrupt)
     result = invoke("--ckpt", checkpoint, "--verify-images", 1)
-    assert result.exit_code == 1
-    assert "Aborted" in result.stderr
+    assert refused(result, "interrupted (SIGTERM)", f"nothing was written to {bundle}", "run it again")
     assert bundle.read_bytes() == b"the old one"
     assert leftovers(checkpoint.parent) == {"best.pt", "mge.plan", "work"}
     assert leftovers(work) == set()
@@ -119,6 +123,37 @@ def test_classes_and_labels_that_disagree(checkpoint, tmp_path):
 def test_a_place_that_cannot_be_written(checkpoint, tmp_path):
     assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path), "is a folder", str(tmp_path / "mge.plan"))
     assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path / "none" / "mge.plan"), "no folder", "-o")
+    assert refused(invoke("--ckpt", checkpoint, "-o", checkpoint / "mge.plan"), f"{checkpoint} is a file", "-o")
+    assert refused(invoke("--ckpt", checkpoint, "-o", "/dev/null"), "a device or a pipe")
+    assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path / ("x" * 300)), "too long", "-o")
+    assert leftovers(tmp_path) == {"best.pt"}
+
+
+def test_writing_is_tried_not_asked_for(monkeypatch, tmp_path):
+    """Root may write anywhere, says the system; it cannot in /proc."""
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    with pytest.raises(OutputError, match=r"cannot write /proc/mge\.plan: .*-o"):
+        export.check_output(Path("/proc/mge.plan"))
+    (tmp_path / "mge.plan").write_bytes(b"the old one")
+    export.check_output(tmp_path / "mge.plan")
+    assert leftovers(tmp_path) == {"mge.plan"}
+    assert (tmp_path / "mge.plan").read_bytes() == b"the old one"
+
+
+def test_a_full_disk_is_found_before_the_work(monkeypatch, tmp_path):
+    def full(**_):
+        return Path("/dev/full").open("wb")
+
+    monkeypatch.setattr(export.tempfile, "NamedTemporaryFile", full)
+    with pytest.raises(OutputError, match="No space left"):
+        export.check_output(tmp_path / "mge.plan")
+
+
+@pytest.mark.parametrize(("option", "word"), [("-h", "Usage:"), ("--version", version("mge"))])
+def test_help_and_version(option, word):
+    result = invoke(option)
+    assert result.exit_code == 0
+    assert word in result.stdout
 
 
 def test_photographs_that_are_not_there(checkpoint, tmp_path):
