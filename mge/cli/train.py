@@ -88,15 +88,19 @@ def main(
     model = _make_model(classes, resume, train_options.seed, **options)
     out = out or (resume.parent if resume is not None else Path("runs/mge"))
     _make_folder(out, replace=overwrite or resume is not None)
-    if not (data / "val").is_dir():
-        click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
-    click.echo(
-        f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
-        f"{model.config.experts} x {model.config.arch} at {model.config.image_size} px"
-    )
+    _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
+    if fabric.is_global_zero:
+        if not (data / "val").is_dir():
+            click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
+        click.echo(
+            f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
+            f"{model.config.experts} x {model.config.arch} at {model.config.image_size} px"
+        )
     training_set = TrainingDataset(train, model.config, seed=train_options.seed, flip=train_options.flip)
     validation_set = FolderDataset(val, model.config)
     progress = Trainer(model, training_set, validation_set, train_options, out, fabric).fit(resume)
+    if not fabric.is_global_zero:
+        return  # with 0: Fabric kills the first process when another one fails
     if progress.epoch < train_options.epochs:
         click.echo(f"stopped in epoch {progress.epoch + 1}; go on with --resume {out / 'last.pt'}")
         raise click.exceptions.Exit(130)
@@ -110,15 +114,26 @@ def _make_fabric(accelerator: str, devices: str, precision: str) -> Fabric:
     from mge_runtime.errors import TrainingError
 
     try:
-        fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)  # pyright: ignore[reportArgumentType]
-        fabric.launch()
+        return Fabric(accelerator=accelerator, devices=devices, precision=precision)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, RuntimeError) as error:  # Fabric's ways to refuse an option or a missing device
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: {reason}; "
             "expected what this machine has, for instance --accelerator cpu"
         ) from error
-    return fabric
+
+
+def _launch(fabric: Fabric) -> None:
+    """Start the other processes, where --devices asks for several."""
+    from mge_runtime.errors import TrainingError
+
+    try:
+        fabric.launch()
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"cannot start {fabric.world_size} processes: {reason}; expected a machine that can, or --devices 1"
+        ) from error
 
 
 def _make_folder(out: Path, *, replace: bool) -> None:
@@ -137,7 +152,7 @@ def _make_folder(out: Path, *, replace: bool) -> None:
         raise OutputError(f"cannot make folder {out}: {error.strerror}; name another with --out") from error
     with atomic_path(out / "probe"):
         pass
-    (out / "probe").unlink()
+    (out / "probe").unlink(missing_ok=True)  # another process of this run may have been quicker
 
 
 def _refuse_model_options(options: dict[str, Any]) -> None:
@@ -204,3 +219,7 @@ def _make_model(
     if init != "none":
         initialize_trunks(model, init)
     return model
+
+
+if __name__ == "__main__":
+    main()

@@ -91,12 +91,14 @@ class Trainer:
         with Interrupt() as interrupt, self._open_board(progress) as board:
             if resume is None and self.options.crop_area is not None:
                 self._follow_area(self._validate(wrapped))
-            while progress.epoch < self.options.epochs and not interrupt.requested:
+            stop = False
+            while progress.epoch < self.options.epochs and not stop:
                 started = time.perf_counter()
-                self._epoch(wrapped, optimizer, schedule, progress, interrupt)
-                if not interrupt.requested:
+                stop = self._epoch(wrapped, optimizer, schedule, progress, interrupt)
+                if not stop:
                     self._finish_epoch(wrapped, progress, board, time.perf_counter() - started)
                 self._save(progress, parts)
+                stop = stop or self._anywhere(interrupt.requested)  # Ctrl-C during validation
         if progress.history:
             answers = self._validate(wrapped)
             if self.fabric.is_global_zero:
@@ -109,7 +111,8 @@ class Trainer:
         """Optimiser steps in an epoch; the images of an incomplete last batch are left out (another set each epoch)."""
         return max(len(self.train) // self.fabric.world_size // self.options.batch_size, 1)
 
-    def _epoch(self, wrapped: Any, optimizer: Any, schedule: Any, progress: Progress, interrupt: Interrupt) -> None:
+    def _epoch(self, wrapped: Any, optimizer: Any, schedule: Any, progress: Progress, interrupt: Interrupt) -> bool:
+        """Train to the end of the epoch, or to a Ctrl-C; returns whether it was one."""
         batch = self.options.batch_size
         sampler = EpochSampler(
             len(self.train),
@@ -143,8 +146,16 @@ class Trainer:
                 progress.step += 1
                 bar.set_postfix(loss=f"{total:.3f}", refresh=False)
                 bar.update()
-                if interrupt.requested:
-                    break
+                if self._anywhere(interrupt.requested):
+                    return True
+        return False
+
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether a flag is set in any process; to be called by all.
+
+        They stop together: one that went on alone would wait for the gradients of the others for ever.
+        """
+        return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
 
     def _step(self, wrapped: Any, optimizer: Any, images: Tensor, labels: Tensor, progress: Progress) -> float:
         seed_step(self.options.seed, progress.epoch, progress.step, self.fabric.global_rank)
@@ -156,7 +167,9 @@ class Trainer:
             diversity_form=self.options.diversity,
         )
         loss = torch.stack(list(terms.values())).sum()
-        values = {name: float(term.detach()) for name, term in terms.items()}
+        # The mean of all processes, so that each of them stops at a loss that is not finite in one.
+        means: Any = self.fabric.all_reduce(torch.stack([term.detach() for term in terms.values()]))
+        values = dict(zip(terms, means.tolist(), strict=True))
         if bad := [name for name, value in values.items() if not math.isfinite(value)]:
             raise TrainingError(
                 f"loss {bad[0]} became {values[bad[0]]} in epoch {progress.epoch + 1}, step {progress.step + 1}; "
@@ -169,7 +182,7 @@ class Trainer:
         optimizer.step()
         for name, value in values.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
-        return float(loss.detach())
+        return sum(values.values())
 
     def _finish_epoch(self, wrapped: Any, progress: Progress, board: Board | None, seconds: float) -> None:
         answers = self._validate(wrapped)

@@ -1,0 +1,72 @@
+"""mge-train over two processes, and Ctrl-C as a terminal and as a scheduler send it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mge.checkpoint import read_checkpoint
+
+OPTIONS = ["--init", "none", "--batch-size", "4", "--epochs", "2000", "--accelerator", "cpu", "--devices", "2"]
+MODEL = ["--arch", "plainnet_w16", "--image-size", "64"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 1)):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 255, (70, 90, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def stopped_after_an_epoch(arguments, table, send):
+    """Output of a run that is sent a signal once it has written its table."""
+    before = table.stat().st_mtime_ns if table.exists() else 0
+    run = subprocess.Popen(
+        [sys.executable, "-m", "mge.cli.train", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # its processes are a group of their own, as in a terminal
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (table.exists() and table.stat().st_mtime_ns > before):
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        send(run.pid, signal.SIGINT)
+        out, err = run.communicate(timeout=100)  # both processes have closed their output: none is left behind
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+    assert (run.returncode, out.count("stopped in epoch")) == (130, 1), out + err
+    assert "Traceback" not in err
+    return out
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_at_one_step(data, tmp_path):
+    last = tmp_path / "run/last.pt"
+    table = tmp_path / "run/metrics.csv"
+    out = stopped_after_an_epoch(
+        ["--data", data, "--out", last.parent, *MODEL, *OPTIONS, "--workers", "0"], table, os.kill
+    )  # the first process alone hears it
+    assert out.count("16 training and 2 validation images") == 1
+    half = read_checkpoint(last).training["progress"]
+    assert half["epoch"] >= 1
+    stopped_after_an_epoch(["--data", data, "--resume", last, *OPTIONS, "--workers", "1"], table, os.killpg)
+    whole = read_checkpoint(last).training["progress"]
+    assert whole["history"][: half["epoch"]] == half["history"]
+    assert whole["epoch"] > half["epoch"]
