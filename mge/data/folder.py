@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mge.config import MGEConfig
 from mge.data.sampling import sample_generator
-from mge_runtime.decode import decode_image
+from mge_runtime.decode import decode_image, decode_picture
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
 
@@ -86,7 +86,7 @@ class FolderDataset(Dataset[tuple[Tensor, int, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
         path, label = self.samples[index]
-        frame, viewport = to_frame(decode_image(path), self.config.preprocess)
+        frame, viewport = to_frame(decode_picture(path), self.config.preprocess)
         return normalize(frame, self.config), label, torch.tensor(astuple(viewport), dtype=torch.float64)
 
 

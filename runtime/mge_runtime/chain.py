@@ -29,7 +29,7 @@ class ChainResult:
 
 
 class Chain:
-    """The opened stages of one bundle, in the order they run. Used from one thread at a time.
+    """The opened stages of one bundle, in the order they run. Used from as many threads at a time as it has streams.
 
     Raises:
         BundleError: an entry is damaged.
@@ -40,6 +40,7 @@ class Chain:
         self._manifest = bundle.manifest
         self._backend = backend
         self._runners: dict[str, StageRunner] = backend.open_stages(bundle)
+        self.streams = backend.streams  # how many runs may be in flight at once
 
     def run(self, frames: Array, *, segments: int | None = None, outputs: Collection[str] | None = None) -> ChainResult:
         """Run the chain on a batch.

@@ -19,7 +19,7 @@ from mge_runtime.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "ImageSource", "decode_image", "load_decoders"]
+__all__ = ["MAX_PIXELS", "ImageSource", "decode_image", "decode_picture", "load_decoders"]
 
 MAX_PIXELS = 178_956_970  # pixels; where Pillow itself refuses: 512 MiB as RGB
 
@@ -36,7 +36,24 @@ _header_lock = threading.Lock()
 
 
 def decode_image(source: ImageSource) -> np.ndarray:
-    """Decode a picture to upright 8-bit RGB pixels.
+    """Decode a picture to upright 8-bit RGB pixels, as `decode_picture` does.
+
+    Args:
+        source: what `decode_picture` takes; a uint8 RGB array is returned as it is where its memory is contiguous.
+
+    Returns:
+        uint8 RGB array [H, W, 3], C-contiguous.
+
+    Raises:
+        InputError: as for `decode_picture`.
+    """
+    if isinstance(source, np.ndarray):
+        return _checked_array(source)
+    return np.array(decode_picture(source))  # a copy: what Pillow lends is read-only
+
+
+def decode_picture(source: ImageSource) -> Image:
+    """Decode a picture to an upright Pillow image of mode RGB; `to_frame` takes it without another copy.
 
     EXIF orientation is applied; alpha, palette transparency and `tRNS` are composited on white; greyscale, palette,
     CMYK and YCbCr are converted by Pillow; 16-bit greyscale is scaled by 255 / 65535 and rounded (16-bit RGB: Pillow
@@ -45,19 +62,19 @@ def decode_image(source: ImageSource) -> np.ndarray:
 
     Args:
         source: a path, the bytes of a picture file, a binary file object (read from where it stands), a Pillow image
-            (left unchanged), or a uint8 RGB array [H, W, 3] (returned as it is where its memory is contiguous).
+            (left unchanged), or a uint8 RGB array [H, W, 3].
 
     Returns:
-        uint8 RGB array [H, W, 3], C-contiguous.
+        The loaded image; a Pillow image that is upright RGB already is returned itself.
 
     Raises:
         InputError: the source is missing, unreadable, no picture, of an unsupported kind, damaged, cut short, or larger
             than `MAX_PIXELS`. A picture is decoded whole or not at all.
     """
-    from PIL.Image import Image
+    from PIL.Image import Image, fromarray
 
     if isinstance(source, np.ndarray):
-        return _checked_array(source)
+        return fromarray(_checked_array(source))
     if isinstance(source, Image):
         return _pixels(source, getattr(source, "filename", "") or "the Pillow image")
     if isinstance(source, bytes):
@@ -87,7 +104,7 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _decode_file(path: Path) -> np.ndarray:
+def _decode_file(path: Path) -> Image:
     try:
         with path.open("rb") as stream:
             return _decode_stream(stream, str(path))
@@ -100,7 +117,7 @@ def _decode_file(path: Path) -> np.ndarray:
         raise InputError(f"cannot read {path}: {reason}; expected a readable image file") from error
 
 
-def _decode_file_object(stream: BinaryIO) -> np.ndarray:
+def _decode_file_object(stream: BinaryIO) -> Image:
     name = getattr(stream, "name", None)
     name = name if isinstance(name, str) else "the image stream"
     try:
@@ -112,7 +129,7 @@ def _decode_file_object(stream: BinaryIO) -> np.ndarray:
     return _decode_stream(io.BytesIO(data), name)
 
 
-def _decode_stream(stream: BinaryIO, name: str) -> np.ndarray:
+def _decode_stream(stream: BinaryIO, name: str) -> Image:
     from PIL import Image, UnidentifiedImageError
 
     head = stream.read(512)
@@ -146,7 +163,7 @@ def _size_of(stream: BinaryIO) -> str:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _pixels(image: Image, name: str) -> np.ndarray:
+def _pixels(image: Image, name: str) -> Image:
     """Load, convert and turn one Pillow image, which stays as it was."""
     from PIL.Image import DecompressionBombError
 
@@ -159,8 +176,7 @@ def _pixels(image: Image, name: str) -> np.ndarray:
         image.load()
         with _quiet_header():
             orientation = image.getexif().get(_ORIENTATION_TAG)
-        rgb = _oriented(_to_rgb(image, name), orientation)
-        return np.array(rgb)  # a copy: what Pillow lends is read-only
+        return _oriented(_to_rgb(image, name), orientation)
     except InputError:
         raise
     except DecompressionBombError as error:  # a frame larger than the picture it belongs to

@@ -6,20 +6,19 @@ import operator
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, TypeVar
 
 import numpy as np
 
-from mge_runtime.backends import Choice, choose, open_backend
+from mge_runtime.ahead import batches, map_ahead
+from mge_runtime.backends import Choice, Streams, choose, open_backend
 from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain, ChainResult
-from mge_runtime.decode import ImageSource, decode_image, load_decoders
+from mge_runtime.decode import ImageSource, decode_picture, load_decoders
 from mge_runtime.errors import BackendError, InputError
 from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.manifest import Manifest
@@ -50,13 +49,18 @@ class Pipeline:
 
     A pipeline computes in the thread that calls it and is used from one thread at a time (a call from a second one is
     refused); for several threads open one pipeline in each. Only decoding uses threads of its own, in `predict_iter`.
+
+    Opened with several streams it may be used from that many threads at a time (further calls wait), and `predict_iter`
+    computes that many batches at once in threads of its own.
     """
 
-    def __init__(self, bundle: Bundle, choice: Choice, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, choice: Choice, *, threads: int | None = None, streams: Streams = 1) -> None:
         self.manifest: Manifest = bundle.manifest
         self.choice: Choice = choice  # the backend and device that run, and why not others
-        self._chain: Chain | None = Chain(bundle, open_backend(choice, threads=threads))
-        self._busy = threading.Lock()
+        self._chain: Chain | None = Chain(bundle, open_backend(choice, threads=threads, streams=streams))
+        self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
+        self._free = threading.Semaphore(self.streams)
+        self._closing = threading.Lock()
         load_decoders()
 
     @classmethod
@@ -66,6 +70,7 @@ class Pipeline:
         device: str = "auto",
         backend: str = "auto",
         threads: int | None = None,
+        streams: Streams = 1,
     ) -> Pipeline:
         """Open a bundle and make its chain ready to run.
 
@@ -74,6 +79,8 @@ class Pipeline:
             device: "auto", "cpu" or "cuda:0".
             backend: "auto", "onnxruntime", "tensorrt" or "tensorrt-rtx".
             threads: processors to compute with; None: all that this process may use.
+            streams: pictures (or batches) computed at once by `predict_iter`, sharing the processors. 1 answers one
+                picture soonest; "auto" answers the most pictures a second, at the price of several runs' memory.
 
         Raises:
             BundleError: the file is missing, no bundle, damaged or of a newer schema.
@@ -81,8 +88,10 @@ class Pipeline:
         """
         if threads is not None and threads < 1:
             raise BackendError(f"asked to compute with {threads} threads; expected at least 1, or None for all")
+        if streams != "auto" and streams < 1:
+            raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
         with Bundle.open(path) as bundle:
-            return cls(bundle, choose(device, backend), threads=threads)
+            return cls(bundle, choose(device, backend), threads=threads, streams=streams)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -98,9 +107,10 @@ class Pipeline:
         Raises:
             BackendError: another thread is using the pipeline.
         """
-        if self._chain is not None:
-            with self._opened() as chain:
-                chain.close()
+        with self._closing, ExitStack() as stack:
+            if self._chain is not None:
+                chains = [stack.enter_context(self._opened()) for _ in range(self.streams)]
+                chains[0].close()
                 self._chain = None
 
     def predict(self, source: ImageSource, *, exit: Exit = "never") -> Prediction:
@@ -133,13 +143,13 @@ class Pipeline:
     ) -> Iterator[tuple[_Source, Prediction | InputError]]:
         """Answer many pictures, decoding the next ones while the chain computes.
 
-        Memory stays flat: at most 2 * `workers` + `batch` frames are decoded ahead. Sources are taken one by one as
-        they are needed; where the iterator is closed early, no thread is left behind.
+        Memory stays flat: at most 2 * `workers` + `batch` frames are decoded ahead; with several streams at most twice
+        that many batches are taken. Where the iterator is closed early, no thread is left behind.
 
         Args:
             sources: any number of what `predict` takes.
             batch: pictures in one run of the chain; the last run may hold fewer.
-            workers: threads that decode.
+            workers: threads that decode; several streams decode for themselves instead.
             exit: as for `predict`.
 
         Yields:
@@ -152,6 +162,8 @@ class Pipeline:
             raise BackendError(f"asked for batches of {batch} and {workers} workers; expected at least 1 of each")
         self._require_open()
         _segments(exit)
+        if self.streams > 1:
+            return self._iterate_in_streams(sources, batch, exit)
         return self._iterate(sources, batch, workers, exit)
 
     def run(
@@ -186,7 +198,7 @@ class Pipeline:
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
-        image = decode_image(source)
+        image = decode_picture(source)
         decoded = time.perf_counter()
         frame, viewport = to_frame(image, self.manifest.preprocess)
         done = time.perf_counter()
@@ -220,16 +232,32 @@ class Pipeline:
         self, sources: Iterable[_Source], batch: int, workers: int, exit: Exit
     ) -> Generator[tuple[_Source, Prediction | InputError]]:
         group: list[tuple[_Source, _Prepared | InputError]] = []
-        ready = self._decoded(sources, workers, ahead=2 * workers + batch)
-        try:
+        ready = map_ahead(self._try_prepare, sources, threads=workers, ahead=2 * workers + batch)
+        with closing(ready):
             for source, item in ready:
                 group.append((source, item))
                 if sum(isinstance(item, _Prepared) for _, item in group) == batch:
                     yield from self._answer_group(group, exit)
                     group = []
             yield from self._answer_group(group, exit)
-        finally:
-            ready.close()
+
+    def _iterate_in_streams(
+        self, sources: Iterable[_Source], batch: int, exit: Exit
+    ) -> Generator[tuple[_Source, Prediction | InputError]]:
+        def answer(group: list[_Source]) -> list[tuple[_Source, Prediction | InputError]]:
+            return self._answer_group([(source, self._try_prepare(source)) for source in group], exit)
+
+        streams = self.streams
+        with closing(map_ahead(answer, batches(sources, batch), threads=streams, ahead=2 * streams)) as answered:
+            for _, answers in answered:
+                yield from answers
+
+    def _try_prepare(self, source: ImageSource) -> _Prepared | InputError:
+        try:
+            return self._prepare(source)
+        except InputError as error:
+            # The traceback would keep the decoder's buffers alive for as long as the caller keeps the error.
+            return error.with_traceback(None)
 
     def _answer_group(
         self, group: list[tuple[_Source, _Prepared | InputError]], exit: Exit
@@ -238,42 +266,15 @@ class Pipeline:
         answers = iter(self._answer(good, exit) if good else [])
         return [(source, item if isinstance(item, InputError) else next(answers)) for source, item in group]
 
-    def _decoded(
-        self, sources: Iterable[_Source], workers: int, ahead: int
-    ) -> Generator[tuple[_Source, _Prepared | InputError]]:
-        """Decode in threads, at most `ahead` images before the one that is asked for; the order is kept."""
-        pending: deque[tuple[_Source, Future[_Prepared]]] = deque()
-        remaining = iter(sources)
-        pool = ThreadPoolExecutor(workers, thread_name_prefix="mge-decode")
-        try:
-            while True:
-                while len(pending) < ahead:
-                    try:
-                        source = next(remaining)
-                    except StopIteration:
-                        break
-                    pending.append((source, pool.submit(self._prepare, source)))
-                if not pending:
-                    return
-                source, future = pending.popleft()
-                try:
-                    item = future.result()
-                except InputError as error:
-                    # The traceback would keep the decoder's buffers alive for as long as the caller keeps the error.
-                    item = error.with_traceback(None)
-                yield source, item
-        finally:
-            pool.shutdown(cancel_futures=True)
-
     @contextmanager
     def _opened(self) -> Generator[Chain]:
-        """Lend the chain to one thread."""
-        if not self._busy.acquire(blocking=False):
+        """Lend the chain to as many threads as it has streams."""
+        if not self._free.acquire(blocking=self.streams > 1):
             raise BackendError("the pipeline is in use by another thread; open one pipeline for each thread")
         try:
             yield self._require_open()
         finally:
-            self._busy.release()
+            self._free.release()
 
     def _require_open(self) -> Chain:
         if self._chain is None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from mge_runtime.errors import InputError
 from mge_runtime.geometry import Viewport
 from mge_runtime.spec import Preprocess
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["MAX_RESIZED_PIXELS", "to_frame"]
 
@@ -14,7 +19,7 @@ __all__ = ["MAX_RESIZED_PIXELS", "to_frame"]
 MAX_RESIZED_PIXELS = 2**26
 
 
-def to_frame(image: np.ndarray, spec: Preprocess) -> tuple[np.ndarray, Viewport]:
+def to_frame(image: np.ndarray | Image, spec: Preprocess) -> tuple[np.ndarray, Viewport]:
     """Resize the shorter side to `spec.resize` and crop the centre `spec.size` x `spec.size`.
 
     Byte for byte what torchvision's `Resize(spec.resize)` and `CenterCrop(spec.size)` do to a Pillow image: bilinear
@@ -22,36 +27,46 @@ def to_frame(image: np.ndarray, spec: Preprocess) -> tuple[np.ndarray, Viewport]
     resized form would exceed `MAX_RESIZED_PIXELS` are equal within one grey level and need no such memory.)
 
     Args:
-        image: uint8 RGB [H, W, 3], any size from 1 x 1.
+        image: uint8 RGB [H, W, 3] or a Pillow image of mode RGB, any size from 1 x 1.
         spec: sides in pixels, 1 <= size <= resize.
 
     Returns:
         The frame, uint8 [S, S, 3], C-contiguous, and where it lies in `image`.
 
     Raises:
-        InputError: `image` is no uint8 RGB array, or `spec` is out of range.
+        InputError: `image` is neither, or `spec` is out of range.
     """
-    from PIL import Image
+    from PIL.Image import Resampling
 
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise InputError(
-            f"cannot make a frame of type {image.dtype} and shape {list(image.shape)}; expected uint8 RGB [H, W, 3]"
-        )
+    picture = _picture(image)
     size = spec.size
     if not 1 <= size <= spec.resize:
         raise InputError(f"cannot crop {size} of a side resized to {spec.resize}; expected 1 <= size <= resize")
-    height, width = image.shape[:2]
+    width, height = picture.size
     new_width, new_height = _resized(width, height, spec.resize)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     scale_x, scale_y = width / new_width, height / new_height
     box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
-    picture = Image.fromarray(image)
     if new_width * new_height <= MAX_RESIZED_PIXELS:
-        picture = picture.resize((new_width, new_height), Image.Resampling.BILINEAR)
+        picture = picture.resize((new_width, new_height), Resampling.BILINEAR)
         picture = picture.crop((left, top, left + size, top + size))
     else:
-        picture = picture.resize((size, size), Image.Resampling.BILINEAR, box=box)
+        picture = picture.resize((size, size), Resampling.BILINEAR, box=box)
     return np.array(picture), Viewport(*box, width=width, height=height)
+
+
+def _picture(image: np.ndarray | Image) -> Image:
+    from PIL.Image import fromarray
+
+    if not isinstance(image, np.ndarray):
+        if image.mode != "RGB":
+            raise InputError(f"cannot make a frame of a Pillow image of mode {image.mode}; expected RGB")
+        return image
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise InputError(
+            f"cannot make a frame of type {image.dtype} and shape {list(image.shape)}; expected uint8 RGB [H, W, 3]"
+        )
+    return fromarray(image)
 
 
 def _resized(width: int, height: int, side: int) -> tuple[int, int]:

@@ -116,7 +116,15 @@ def test_a_batch_keeps_order(pipeline, photos):
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 50])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_the_iterator_keeps_order_and_reports_bad_pictures_in_place(pipeline, photos, batch, workers, tmp_path):
+@pytest.mark.parametrize("streams", [1, 2])
+def test_the_iterator_keeps_order_and_reports_bad_pictures_in_place(
+    bundle_path, photos, batch, workers, streams, tmp_path
+):
+    with Pipeline.open(bundle_path, threads=streams, streams=streams) as pipeline:
+        check_order_and_bad_pictures(pipeline, photos, batch, workers, tmp_path)
+
+
+def check_order_and_bad_pictures(pipeline, photos, batch, workers, tmp_path):
     (tmp_path / "text.jpg").write_text("hello")
     sources = [photos[0], "/no/such.jpg", *photos[1:4], tmp_path / "text.jpg", photos[4]]
     found = list(pipeline.predict_iter(iter(sources), batch=batch, workers=workers))
@@ -132,7 +140,7 @@ def test_the_iterator_keeps_order_and_reports_bad_pictures_in_place(pipeline, ph
     assert len(list(pipeline.predict_iter(["/no/such.jpg"] * 5, batch=2))) == 5
 
 
-def test_the_iterator_looks_ahead_a_bounded_way(pipeline, photos):
+def test_the_iterator_looks_ahead_a_bounded_way(pipeline, bundle_path, photos):
     taken = 0
 
     def endless():
@@ -147,10 +155,24 @@ def test_the_iterator_looks_ahead_a_bounded_way(pipeline, photos):
         assert taken <= answered + 2 * 2 + 2 + 2
     answers.close()
 
+    taken = 0
+    with Pipeline.open(bundle_path, threads=2, streams=2) as several:
+        answers = several.predict_iter(endless(), batch=2)
+        for answered in range(1, 30):
+            next(answers)
+            assert taken <= answered + (2 * 2 + 1) * 2
+        answers.close()
 
-def test_closing_the_iterator_early_leaves_no_thread(pipeline, photos):
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_closing_the_iterator_early_leaves_no_thread(bundle_path, photos, streams):
+    with Pipeline.open(bundle_path, threads=streams, streams=streams) as pipeline:
+        check_no_thread_is_left(pipeline, photos)
+
+
+def check_no_thread_is_left(pipeline, photos):
     def decoders():
-        return [t for t in threading.enumerate() if t.name.startswith("mge-decode")]
+        return [t for t in threading.enumerate() if t.name.startswith("mge-ahead")]
 
     answers = pipeline.predict_iter(photos * 10, workers=3)
     next(answers)
@@ -174,7 +196,7 @@ def test_closing_the_iterator_early_leaves_no_thread(pipeline, photos):
 
 def test_decoding_overlaps_computing(pipeline, photos, monkeypatch):
     """Both wait instead of working, so that the order of events shows and not this machine's speed."""
-    decode, events = mge_runtime.pipeline.decode_image, []
+    decode, events = mge_runtime.pipeline.decode_picture, []
 
     def slow_decode(source):
         time.sleep(0.05)
@@ -189,7 +211,7 @@ def test_decoding_overlaps_computing(pipeline, photos, monkeypatch):
         events.append("end")
         return run(*args, **options)
 
-    monkeypatch.setattr(mge_runtime.pipeline, "decode_image", slow_decode)
+    monkeypatch.setattr(mge_runtime.pipeline, "decode_picture", slow_decode)
     monkeypatch.setattr(pipeline, "_run", slow_run)
     list(pipeline.predict_iter(photos[:4], workers=1))
     first = events.index("start")
@@ -200,7 +222,7 @@ def test_a_defect_in_decoding_is_not_swallowed(pipeline, photos, monkeypatch):
     def broken(_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(mge_runtime.pipeline, "decode_image", broken)
+    monkeypatch.setattr(mge_runtime.pipeline, "decode_picture", broken)
     with pytest.raises(ZeroDivisionError):
         list(pipeline.predict_iter(photos))
 
@@ -211,6 +233,8 @@ def test_counts_below_one_are_refused(pipeline, photos, bundle_path):
             pipeline.predict_iter(photos, **options)
     with pytest.raises(BackendError, match="at least 1"):
         Pipeline.open(bundle_path, threads=0)
+    with pytest.raises(BackendError, match="at least 1"):
+        Pipeline.open(bundle_path, streams=0)
 
 
 def test_frames_of_another_shape_are_refused(pipeline):
@@ -290,6 +314,54 @@ def test_a_second_thread_is_refused(pipeline, photos, monkeypatch):
     thread.join()
     assert isinstance(errors[0], Prediction)
     assert pipeline.predict(photos[1]).experts_used == 3
+
+
+@pytest.mark.parametrize("streams", [2, "auto"])
+def test_streams_compute_at_the_same_time(bundle_path, photos, streams):
+    """Each run waits for the other: neither would end if they ran in turn."""
+    with Pipeline.open(bundle_path, threads=2, streams=streams) as pipeline:
+        assert pipeline.streams == 2
+        run, both = pipeline._chain.run, threading.Barrier(2, timeout=10)
+
+        def meeting(*args, **options):
+            both.wait()
+            return run(*args, **options)
+
+        pipeline._chain.run = meeting
+        assert len(list(pipeline.predict_iter(photos[:4]))) == 4
+
+
+def test_streams_leave_no_more_threads_than_asked_for(bundle_path):
+    for threads, streams, expected in ((4, 1, 4), (4, 2, 3), (4, "auto", 1), (12, "auto", 5), (1, 3, 1)):
+        with Pipeline.open(bundle_path, threads=threads, streams=streams) as pipeline:
+            runner = pipeline._chain._runners["expert_1"]
+            assert runner._session.get_session_options().intra_op_num_threads == expected
+
+
+def test_closing_waits_for_streams_that_compute(bundle_path, photos):
+    pipeline = Pipeline.open(bundle_path, threads=2, streams=2)
+    run, inside, go_on = pipeline._chain.run, threading.Event(), threading.Event()
+
+    def waiting(*args, **options):
+        inside.set()
+        assert go_on.wait(10)
+        return run(*args, **options)
+
+    pipeline._chain.run = waiting
+    found = []
+    asking = threading.Thread(target=lambda: found.append(pipeline.predict(photos[0])))
+    asking.start()
+    assert inside.wait(10)
+    closing = threading.Thread(target=pipeline.close)
+    closing.start()
+    closing.join(0.1)
+    assert closing.is_alive()
+    go_on.set()
+    asking.join()
+    closing.join()
+    assert found[0].experts_used == 3
+    with pytest.raises(BackendError, match="closed"):
+        pipeline.predict(photos[0])
 
 
 def test_another_thread_may_use_it_in_turn(pipeline, photos):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = NDArray[np.generic]
 
-__all__ = ["Backend", "Buffer", "StageRunner"]
+__all__ = ["Backend", "Buffer", "StageRunner", "Streams"]
 
 Buffer: TypeAlias = Any  # what one backend keeps a tensor in; nobody else looks inside
+Streams: TypeAlias = "int | Literal['auto']"  # runs in flight at once; "auto": as many as give the most images a second
 
 
 class StageRunner(ABC):
-    """One stage, ready to run. It is used from one thread at a time."""
+    """One stage, ready to run. It is used from as many threads at a time as its backend has streams."""
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Buffer]) -> Mapping[str, Buffer]:
@@ -53,6 +54,7 @@ class Backend(ABC):
     name: str  # "onnxruntime", ...
     device: str  # "cpu" or "cuda:0"
     version: str  # of the library behind it
+    streams: int  # how many runs of the chain may be in flight at once
 
     @abstractmethod
     def open_stages(self, bundle: Bundle) -> dict[str, StageRunner]:

@@ -13,7 +13,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mge_runtime.backends.base import Backend, Buffer, StageRunner
+from mge_runtime.backends.base import Backend, Buffer, StageRunner, Streams
 from mge_runtime.bundle.layout import stage_graph, stage_weights
 from mge_runtime.bundle.onnx_graph import relocate
 from mge_runtime.cpus import cpu_count
@@ -29,6 +29,7 @@ __all__ = ["OnnxRuntimeBackend"]
 # The first release with `session.model_external_initializers_file_folder_path` (microsoft/onnxruntime #23557).
 OLDEST = (1, 22)
 _ERRORS_ALONE = 3  # log severity
+_MOST_STREAMS = 8  # each keeps activations of its own: with "auto", memory must not grow with the number of processors
 _INSTALL = 'pip install "mge[cpu]"'
 
 
@@ -36,7 +37,10 @@ class OnnxRuntimeBackend(Backend):
     """Runs every stage as one session on the CPU.
 
     Args:
-        threads: how many threads compute one stage; None: as many as there are processors for this process.
+        threads: how many threads compute; None: as many as there are processors for this process.
+        streams: runs in flight at once, each in the thread that calls it. The threads that are left over help whichever
+            run has work to share. One image after the other shares its work badly (a layer is small, and each ends
+            with a wait for all threads), so "auto" gives every thread an image of its own, up to 8.
 
     Raises:
         BackendError: ONNX Runtime is missing, broken or too old.
@@ -45,10 +49,11 @@ class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     device = "cpu"
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, streams: Streams = 1) -> None:
         self._ort = _import()
         self.version: str = self._ort.__version__
         self.threads = cpu_count() if threads is None else threads
+        self.streams = min(self.threads, _MOST_STREAMS) if streams == "auto" else streams
 
     def open_stages(self, bundle: Bundle) -> dict[str, StageRunner]:
         """Open a session for each stage; the weights are hashed in another thread meanwhile.
@@ -78,7 +83,8 @@ class OnnxRuntimeBackend(Backend):
 
     def _open(self, bundle: Bundle, stage: StageSpec) -> StageRunner:
         options = self._ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        # A session's threads are the one that calls and a pool of the others; all calls share the pool.
+        options.intra_op_num_threads = max(1, self.threads - self.streams + 1)
         options.inter_op_num_threads = 1
         options.log_severity_level = _ERRORS_ALONE
         # The stages run in turn, each with threads of its own: those of the last must not spin while the next computes.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mge_runtime.sources import NamedImage
 
 _TOP = 5
-_MANY = 8  # images; from here on a terminal gets a progress bar
+_MANY = 8  # images; from here on they are answered several at once, and a terminal gets a progress bar
 
 
 def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Literal["never"] | int:
@@ -53,6 +53,11 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Lit
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images computed at once.")
 @click.option("--threads", type=click.IntRange(min=1), help="Processors to compute with.  [default: all]")
+@click.option(
+    "--streams",
+    type=click.IntRange(min=1),
+    help=f"Images (or batches) computed side by side.  [default: 1; from {_MANY} images on: one for each processor]",
+)
 @click.option("--exit", "exit_at", callback=_exit, default="never", metavar="N", help="Stop early, after segment N.")
 @click.version_option(package_name="mge")
 @reports_errors
@@ -67,6 +72,7 @@ def main(
     backend: str,
     batch: int,
     threads: int | None,
+    streams: int | None,
     exit_at: Literal["never"] | int,
 ) -> None:
     """Answer IMAGES: files, folders (with their subfolders), quoted patterns, or - for one image on standard input.
@@ -88,7 +94,8 @@ def main(
     in_lines = len(found) > 1 and top_k is None
     with ExitStack() as stack:
         pictures = stack.enter_context(picture_folder(save_to, found))
-        pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads))
+        streams_wanted = streams or (1 if len(found) < _MANY else "auto")
+        pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads, streams_wanted))
         manifest = pipeline.manifest
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
