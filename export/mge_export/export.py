@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 
 from mge.model import MGENet
+from mge_export.bundle_check import check_bundle
 from mge_export.graph import export_graph, weights_name
 from mge_export.images import VerifyImages
 from mge_export.parity import ParityReport, measure_parity
@@ -52,8 +53,9 @@ def export_bundle(
 ) -> ExportResult:
     """Export a model to one file.
 
-    Nothing is published unless every graph passes `onnx.checker`, has the precision asked for and runs, and the parity
-    report is within its tolerances. On any error, an interrupt included, an earlier bundle at `path` stays as it was.
+    Nothing is published unless every graph passes `onnx.checker`, has the precision asked for and runs, the parity
+    report is within its tolerances, and the finished file, opened by the runtime, answers as its graphs did. On any
+    error, an interrupt included, an earlier bundle at `path` stays as it was.
 
     Args:
         model: FP32, on the CPU, in evaluation mode; left as it is.
@@ -65,7 +67,8 @@ def export_bundle(
         say: shows progress.
 
     Raises:
-        ExportError: a stage cannot be written, is not of the precision asked for, or is out of tolerance.
+        ExportError: a stage cannot be written, is not of the precision asked for, or is out of tolerance, or the bundle
+            does not answer as its graphs did.
         OutputError: `path` cannot be written.
         InputError: an image to verify on cannot be decoded.
     """
@@ -111,7 +114,13 @@ def export_bundle(
             tools={"python": platform.python_version()} | {name: version(name) for name in TOOLS},
             checkpoint_sha256=checkpoint_sha256,
         )
-        written = write_bundle(path, manifest, {stage.spec.name: _stage_model(stage, folder) for stage in stages})
+
+        def check(finished: Path) -> None:
+            check_bundle(finished, images, report.verified)
+            say("the finished bundle opens and answers as verified")
+
+        models = {stage.spec.name: _stage_model(stage, folder) for stage in stages}
+        written = write_bundle(path, manifest, models, check=check)
     return ExportResult(path, written, report)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from mge_runtime.spec import Preprocess
 
 __all__ = ["VerifyImages", "find_verify_images", "generated_images"]
 
+BATCH_IMAGES = 4  # frames computed at once; bounds memory
+
 
 @dataclass(frozen=True)
 class VerifyImages:
@@ -26,6 +28,15 @@ class VerifyImages:
     photographs: bool  # False: generated pictures
     source: str  # for the report; no path of this machine
     load: Callable[[int], np.ndarray]  # index -> frame, uint8 [S, S, 3]
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """All frames in turn, uint8 [B, S, S, 3], a few at a time.
+
+        Raises:
+            InputError: an image cannot be decoded.
+        """
+        for start in range(0, self.count, BATCH_IMAGES):
+            yield np.stack([self.load(i) for i in range(start, min(start + BATCH_IMAGES, self.count))])
 
 
 def find_verify_images(

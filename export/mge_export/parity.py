@@ -14,13 +14,12 @@ from mge_export.activations import FP16_MAX, ActivationWatch, Peak
 from mge_export.differences import ChainDifferences, StageDifferences, box_area
 from mge_export.images import VerifyImages
 from mge_export.precision import Precision
-from mge_export.runners import Runner, onnx_runner, reference_tensors, run_chain, torch_runner
+from mge_export.runners import Runner, Tensors, onnx_runner, reference_tensors, run_chain, torch_runner
 from mge_export.stages import Stage
 from mge_export.tolerances import FEW_IMAGES, TOLERANCES, Tolerances
 
 __all__ = ["Check", "ParityReport", "measure_parity"]
 
-BATCH_IMAGES = 4  # frames computed at once; bounds memory
 HEADROOM = 10  # an activation above 65504 / HEADROOM is called out: other photographs may drive it further
 
 
@@ -44,6 +43,7 @@ class ParityReport:
     checks: list[Check]
     peaks: dict[str, Peak]  # by stage: the largest activation of the typed PyTorch stages, in the export's precision
     crop_area: dict[str, list[float]] = field(default_factory=dict)  # by box: share of its view, the reference's
+    verified: list[Tensors] = field(default_factory=list)  # by batch: what the ONNX chain put out, but for its images
 
     @property
     def failures(self) -> list[str]:
@@ -129,16 +129,18 @@ def measure_parity(
     ]
     runners = [torch_runner(stages, watches), onnx_runner(folder, specs)]
     area: dict[str, list[float]] = {name: [] for name in checks[0].chain.boxes}
-    for start in range(0, images.count, BATCH_IMAGES):
-        frames = np.stack([images.load(i) for i in range(start, min(start + BATCH_IMAGES, images.count))])
+    verified: list[Tensors] = []
+    done = 0
+    for frames in images.batches():
         reference = reference_tensors(model, frames)
-        for check, runner in zip(checks, runners, strict=True):
-            _compare(check, runner, stages, reference)
+        found = [_compare(check, runner, stages, reference) for check, runner in zip(checks, runners, strict=True)]
+        verified.append({name: tensor for name, tensor in found[-1].items() if tensor.ndim < 4})
         for name, shares in area.items():
             shares += (box_area(reference[name]) / model.config.image_size**2).tolist()
-        progress(start + len(frames))
+        done += len(frames)
+        progress(done)
     peaks = {name: watch.peak for name, watch in watches.items()}
-    return ParityReport(precision, TOLERANCES[precision], images, checks, peaks, area)
+    return ParityReport(precision, TOLERANCES[precision], images, checks, peaks, area, verified)
 
 
 def _check(model: MGENet, stages: Sequence[Stage], name: str, label: str) -> Check:
@@ -149,10 +151,13 @@ def _check(model: MGENet, stages: Sequence[Stage], name: str, label: str) -> Che
     return Check(name, label, {stage.spec.name: StageDifferences(stage.spec) for stage in stages}, chain)
 
 
-def _compare(check: Check, runner: Runner, stages: Sequence[Stage], reference: dict[str, np.ndarray]) -> None:
+def _compare(check: Check, runner: Runner, stages: Sequence[Stage], reference: Tensors) -> Tensors:
+    """Take a batch into a check; return what the chain put out."""
     for stage in stages:
         check.stages[stage.spec.name].add(runner(stage.spec, reference), reference)
-    check.chain.add(run_chain([stage.spec for stage in stages], runner, reference["frame"]), reference)
+    found = run_chain([stage.spec for stage in stages], runner, reference["frame"])
+    check.chain.add(found, reference)
+    return found
 
 
 def _stage_failures(check: Check, limits: Tolerances) -> list[str]:

@@ -4,6 +4,8 @@ import signal
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 from mge.checkpoint import save_checkpoint
 from mge_export import export, parity
 from mge_export.cli import main
-from mge_runtime.bundle import Bundle, writer
+from mge_runtime.bundle import Bundle, StageModel, writer
 from mge_runtime.errors import OutputError
 
 
@@ -53,6 +55,7 @@ def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
     assert "MB" in result.stdout
     assert "warning: verified on generated pictures only" in result.stderr
     assert "weights rounded only" in result.stderr
+    assert "the finished bundle opens and answers as verified" in result.stderr
     with Bundle.open(bundle) as opened:
         manifest = opened.manifest
     assert manifest.class_names == ("wren", "robin", "tit", "finch", "dove")
@@ -64,16 +67,16 @@ def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
 
 
 def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypatch):
-    original = parity.onnx_runner
+    original = parity.torch_runner
 
-    def wrong_runner(folder, specs):
-        run = original(folder, specs)
+    def wrong_runner(stages, watches):
+        run = original(stages, watches)
         return lambda spec, tensors: {name: value * 1.5 for name, value in run(spec, tensors).items()}
 
-    monkeypatch.setattr(parity, "onnx_runner", wrong_runner)
+    monkeypatch.setattr(parity, "torch_runner", wrong_runner)
     arguments = ["--ckpt", checkpoint, "--verify-images", 2]
     result = invoke(*arguments)
-    assert refused(result, "out of tolerance", "onnx ingest: image_1", "--allow-mismatch")
+    assert refused(result, "out of tolerance", "torch ingest: image_1", "--allow-mismatch")
     assert leftovers(checkpoint.parent) == {"best.pt"}
     result = invoke(*arguments, "--allow-mismatch")
     assert result.exit_code == 0
@@ -81,6 +84,40 @@ def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypa
     with Bundle.open(checkpoint.parent / "mge.plan") as bundle:
         assert bundle.manifest.parity["allowed_mismatch"] is True
         assert bundle.manifest.parity["failures"]
+
+
+def other_weights(model):
+    data = np.frombuffer(model.weights.read_bytes(), np.float32)
+    return StageModel(model.graph, (data * 1.01).astype(np.float32).tobytes())
+
+
+def other_types(model):
+    """A graph that refers to nothing but its own weights and that ONNX Runtime does not open."""
+    graph = onnx.load(model.graph, load_external_data=False)
+    for node in graph.graph.node:
+        if node.op_type == "Conv":
+            node.op_type = "NoSuchOperator"
+    return StageModel(graph.SerializeToString(), model.weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(other_weights, "answers otherwise than its graphs did: "), (other_types, "cannot be run: ONNX Runtime")],
+)
+def test_a_bundle_that_is_not_what_was_verified_is_never_published(checkpoint, monkeypatch, change, words):
+    original = export._stage_model
+
+    def changed(stage, folder):
+        model = original(stage, folder)
+        return change(model) if stage.has_trunk else model
+
+    monkeypatch.setattr(export, "_stage_model", changed)
+    (checkpoint.parent / "mge.plan").write_bytes(b"the old one")
+    result = invoke("--ckpt", checkpoint, "--verify-images", 5, "--allow-mismatch")
+    assert refused(result, words, "no bundle was written")
+    assert ".part" not in result.stderr
+    assert leftovers(checkpoint.parent) == {"best.pt", "mge.plan"}
+    assert (checkpoint.parent / "mge.plan").read_bytes() == b"the old one"
 
 
 def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(checkpoint, monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +42,20 @@ class StageModel:
     weights: bytes | Path | None = None  # that file; None: the graph has no external data
 
 
-def write_bundle(path: str | os.PathLike[str], manifest: Manifest, stage_models: Mapping[str, StageModel]) -> Manifest:
+def write_bundle(
+    path: str | os.PathLike[str],
+    manifest: Manifest,
+    stage_models: Mapping[str, StageModel],
+    *,
+    check: Callable[[Path], None] | None = None,
+) -> Manifest:
     """Write a bundle. Weights are streamed; on any error nothing is left behind and an old file stays as it was.
 
     Args:
         path: where to write, usually `mge.plan`.
         manifest: everything but `entries`, which are filled in here.
         stage_models: the model of every stage, by stage name.
+        check: is called with the finished file before it takes its place; what it raises keeps it from that.
 
     Returns:
         The manifest as it was written.
@@ -63,18 +70,21 @@ def write_bundle(path: str | os.PathLike[str], manifest: Manifest, stage_models:
         raise BundleError(f"models of the stages {sorted(stage_models)} were given; expected {sorted(names)}")
     for stage in manifest.stages:
         _check_model(stage.name, stage_models[stage.name])
-    with atomic_path(path) as temporary, temporary.open("w+b") as stream:
-        archive = ArchiveWriter(stream)
-        entries: dict[str, Entry] = {}
-        for stage in manifest.stages:
-            model = stage_models[stage.name]
-            parts = {stage_graph(stage.name): model.graph, stage_weights(stage.name): model.weights}
-            for name, data in parts.items():
-                if data:  # a graph without external data has no weights entry
-                    entries[name] = _add_hashed(archive, name, data)
-        manifest = manifest.with_entries(entries)
-        archive.add(MANIFEST, [manifest.to_json()])
-        archive.finish()
+    with atomic_path(path) as temporary:
+        with temporary.open("w+b") as stream:
+            archive = ArchiveWriter(stream)
+            entries: dict[str, Entry] = {}
+            for stage in manifest.stages:
+                model = stage_models[stage.name]
+                parts = {stage_graph(stage.name): model.graph, stage_weights(stage.name): model.weights}
+                for name, data in parts.items():
+                    if data:  # a graph without external data has no weights entry
+                        entries[name] = _add_hashed(archive, name, data)
+            manifest = manifest.with_entries(entries)
+            archive.add(MANIFEST, [manifest.to_json()])
+            archive.finish()
+        if check is not None:
+            check(temporary)
     return manifest
 
 
