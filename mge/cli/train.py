@@ -32,7 +32,11 @@ UNIT = click.FloatRange(0, 1, max_open=True)
 @click.option("--arch", default="resnet50", help="timm trunk; any CNN with features at strides 16 and 32.")
 @click.option("--init", default="timm", metavar="timm|none|FILE", help="ImageNet weights for the trunks.")
 @click.option("--experts", type=click.IntRange(1), default=3, help="Experts in the chain; 1 trains a single network.")
-@click.option("--image-size", type=click.IntRange(32), default=448, help="Pixels, the side of every expert's input.")
+@click.option(
+    "--image-size", type=click.IntRange(32), default=448,
+    help="Pixels, the side of every expert's input. Attention maps have a cell for every 32: 224 gives 7 x 7 cells, "
+    "fewer than 5 a side place crops only roughly.",
+)  # fmt: skip
 @click.option("--resize", type=int, default=None, help="Pixels, the shorter side.  [default: 8/7 of it]")
 @click.option("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Of RGB in [0, 1].")
 @click.option("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Of RGB in [0, 1].")

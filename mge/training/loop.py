@@ -29,12 +29,11 @@ from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
 from mge.training.record import Board, write_csv, write_curves
 from mge.training.state import Progress, Stateful, load_progress, save_progress, seed_step
-from mge.training.thresholds import median_area, propose_threshold
+from mge.training.thresholds import crop_report, propose_threshold
 from mge_runtime.errors import TrainingError
 
 __all__ = ["Trainer", "within_noise"]
 
-PROPOSED_AREA = 0.5  # share of its view that a proposed threshold lets a crop keep
 EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
 
 
@@ -103,7 +102,9 @@ class Trainer:
             answers = self._validate(wrapped)
             if self.fabric.is_global_zero:
                 write_curves(self.folder / "curves.png", progress.history)
-                self._propose(answers)
+                config = self.model.config
+                for line in crop_report(answers.heatmaps, config.image_size, config.box_thresholds):
+                    click.echo(line)
         return progress
 
     @property
@@ -232,17 +233,6 @@ class Trainer:
             propose_threshold(maps, size, target)[0] for maps in answers.heatmaps[: self.model.config.experts - 1]
         )
         self.model.config = self.model.config.with_thresholds(thresholds)
-
-    def _propose(self, answers: Answers) -> None:
-        """Say what the crops keep and which thresholds would keep half: a crop of 98 % is no attention."""
-        size = self.model.config.image_size
-        for k, (maps, used) in enumerate(zip(answers.heatmaps, self.model.config.box_thresholds, strict=False), 1):
-            threshold, area = propose_threshold(maps, size, PROPOSED_AREA)
-            kept = median_area(maps, size, used)
-            click.echo(
-                f"crop {k}: threshold {used:.2f} keeps a median of {100 * kept:.0f} % of its view on the validation "
-                f"images, {threshold:.2f} would keep {100 * area:.0f} %"
-            )
 
     def _validate(self, wrapped: Any) -> Answers:
         """Answers on the validation images, in the precision of training; to be called by all processes.

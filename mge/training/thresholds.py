@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 from mge.attention import mask_box, normalized_map
 
-__all__ = ["CANDIDATES", "median_area", "propose_threshold"]
+__all__ = ["CANDIDATES", "crop_report", "median_area", "propose_threshold"]
 
 CANDIDATES = tuple(round(0.05 * step, 2) for step in range(1, 20))  # 0.05 .. 0.95
+PROPOSED_AREA = 0.5  # share of its view that a proposed threshold lets a crop keep
+FEW_CELLS, GOOD_CELLS = 5, 7  # a side, of an attention map; the paper's 448 px give 14
+STRIDE = 32  # pixels, of the features that attention reads
 _CHUNK = 64  # maps upsampled at once, to bound memory
 
 
@@ -34,6 +39,30 @@ def propose_threshold(heatmaps: Tensor, size: int, target: float) -> tuple[float
         if area <= target:
             return threshold, area
     return CANDIDATES[-1], medians[-1]
+
+
+def crop_report(heatmaps: Sequence[Tensor], size: int, thresholds: Sequence[float]) -> Iterator[str]:
+    """Say what crops keep, which thresholds would keep half (98 % is no attention), and whether maps are coarse.
+
+    Args:
+        heatmaps: one [N, h, w] for each expert, attention on validation images.
+        size: pixels, the side of the images.
+        thresholds: in use, one for each crop; a model without crops has nothing to report.
+    """
+    for k, (maps, used) in enumerate(zip(heatmaps, thresholds, strict=False), 1):
+        threshold, area = propose_threshold(maps, size, PROPOSED_AREA)
+        yield (
+            f"crop {k}: threshold {used:.2f} keeps a median of {100 * median_area(maps, size, used):.0f} % of its view "
+            f"on the validation images, {threshold:.2f} would keep {100 * area:.0f} %"
+        )
+    if thresholds:
+        height, width = heatmaps[0].shape[1:]
+        yield f"attention maps: {height} x {width} cells"
+        if min(height, width) < FEW_CELLS:
+            yield (
+                f"warning: so few cells place a crop only roughly; --image-size {GOOD_CELLS * STRIDE} would give "
+                f"{GOOD_CELLS} x {GOOD_CELLS}"
+            )
 
 
 def _areas(heatmaps: Tensor, size: int, thresholds: tuple[float, ...]) -> Tensor:
