@@ -3,10 +3,14 @@
 ONNX Runtime's CPU provider widens FP16 graphs to FP32, so it cannot tell; these stages run in half.
 
     python benchmarks/fp16_agreement.py --ckpt best.pt --data ../shared/data/groceries/test --images 100
+
+Exit code 1 where a limit is not met: the chain's answer keeps its class on at least 99 % of at least 100 photographs, and
+no activation is above a tenth of 65504. The experts' own answers are shown, not judged.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -14,12 +18,15 @@ import click
 import numpy as np
 
 from mge.checkpoint import load_checkpoint
-from mge_export.activations import FP16_MAX, ActivationWatch
+from mge_export.activations import FP16_MAX, ActivationWatch, Peak
 from mge_export.differences import ChainDifferences
 from mge_export.images import find_verify_images
+from mge_export.parity import HEADROOM
 from mge_export.precision import Precision
 from mge_export.runners import reference_tensors, run_chain, torch_runner
 from mge_export.stages import build_stages
+from mge_export.tolerances import FEW_IMAGES
+from mge_runtime.cli.common import reports_errors
 
 
 @click.command(help=__doc__)
@@ -27,8 +34,10 @@ from mge_export.stages import build_stages
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of photographs.")
 @click.option("--images", default=100, show_default=True, help="How many, evenly spaced; 0: all.")
 @click.option("--native", is_flag=True, help="PyTorch's own FP16 kernels; slow on a CPU without FP16 arithmetic.")
-def main(ckpt: Path, data: Path, images: int, native: bool) -> None:
-    """Run and print."""
+@click.option("--limit", default=0.99, show_default=True, help="Least share of photographs that keep their class.")
+@reports_errors
+def main(ckpt: Path, data: Path, images: int, native: bool, limit: float) -> None:
+    """Run, print and judge."""
     model = load_checkpoint(ckpt)
     config = model.config
     stages = build_stages(model, Precision.FP16)
@@ -70,6 +79,26 @@ def main(ckpt: Path, data: Path, images: int, native: bool) -> None:
         click.echo(
             f"{name:10} largest activation {watch.peak.value:.4g} ({share:.2g} % of 65504), {watch.peak.operator}"
         )
+    missed = judge(differences[answers[0]].class_changes, {name: watch.peak for name, watch in watches.items()}, limit)
+    for line in missed:
+        click.echo(f"not met: {line}")
+    sys.exit(int(bool(missed)))
+
+
+def judge(class_changes: list[bool], peaks: dict[str, Peak], limit: float) -> list[str]:
+    """What is not met, a line each."""
+    missed: list[str] = []
+    share = 1 - sum(class_changes) / len(class_changes)
+    if not share >= limit:
+        missed.append(f"the class stays on {100 * share:.1f} %; expected at least {100 * limit:g} %")
+    if len(class_changes) < FEW_IMAGES:
+        missed.append(f"{len(class_changes)} photographs; expected at least {FEW_IMAGES}, fewer say little")
+    for name, peak in peaks.items():
+        if not peak.value <= FP16_MAX / HEADROOM:
+            missed.append(
+                f"{name}: an activation of {peak.value:.4g} ({peak.operator}); expected at most a tenth of 65504"
+            )
+    return missed
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""Benchmarks that hold a figure exit with 1 where it is not met."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mge.checkpoint import save_checkpoint
+from mge_export.activations import Peak
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"mge_benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def answers():
+    """What `mge-eval --predictions` writes for 100 images: one of three classes, a crop of a quarter."""
+    classes = np.arange(100) % 3
+    views = np.tile(np.array([[0, 0, 100, 100], [10, 10, 60, 60]], np.float32), (100, 1, 1))
+    logits = np.eye(3, dtype=np.float32)[classes]
+    names = np.array([f"{index}.jpg" for index in range(100)])
+    return {"names": names, "logits/mixture": logits, "views": views, "gate": np.full((100, 2), 0.5, np.float32)}
+
+
+def same_classes(found, count):
+    found["logits/mixture"][:count] = np.roll(found["logits/mixture"][:count], 1, 1)
+
+
+def moved_boxes(found, count):
+    found["views"][:count, 1] += 30
+
+
+@pytest.mark.parametrize(
+    ("change", "count", "met"),
+    [(same_classes, 0, True), (same_classes, 1, True), (same_classes, 2, False), (moved_boxes, 5, False)],
+)
+def test_checkpoint_and_bundle(answers, tmp_path, monkeypatch, capsys, change, count, met):
+    other = {name: value.copy() for name, value in answers.items()}
+    change(other, count)
+    np.savez(tmp_path / "checkpoint.npz", **answers)
+    np.savez(tmp_path / "bundle.npz", **other)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "checkpoint.npz"), str(tmp_path / "bundle.npz")])
+    assert load("bundle_parity").main() == (0 if met else 1)
+    assert ("not met: " in capsys.readouterr().out) != met
+
+
+def test_crops_that_keep_nearly_all_prove_little(answers):
+    answers["views"][:, 1] = (0, 0, 90, 90)
+    assert "keeps 81 %" in load("bundle_parity").compare(answers, answers)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "count", "peak", "missed"),
+    [
+        (1, 100, 6000, None),
+        (2, 100, 6000, "the class stays on 98.0 %"),
+        (0, 99, 6000, "99 photographs"),
+        (0, 100, 7000, "gate: an activation of 7000"),
+        (0, 100, float("nan"), "gate: an activation of nan"),
+    ],
+)
+def test_fp16_is_judged(changes, count, peak, missed):
+    found = load("fp16_agreement").judge(
+        [index < changes for index in range(count)], {"gate": Peak(float(peak), "convolution")}, 0.99
+    )
+    assert len(found) == (missed is not None)
+    assert missed is None or missed in found[0]
+
+
+def test_fp16_on_ten_photographs_does_not_pass(tiny, photographs, tmp_path):
+    save_checkpoint(tmp_path / "best.pt", tiny.make_model(1, size=32))
+    arguments = ["--ckpt", str(tmp_path / "best.pt"), "--data", str(photographs), "--limit", "0"]
+    result = CliRunner().invoke(load("fp16_agreement").main, arguments)
+    assert result.exit_code == 1, result.output
+    assert "same class" in result.output
+    assert [line for line in result.output.splitlines() if line.startswith("not met")] == [
+        "not met: 10 photographs; expected at least 100, fewer say little"
+    ]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize(("seconds", "peak", "met"), [(1.4, 290, True), (1.6, 290, False), (1.4, 400, False)])
+def test_opening_is_judged(exported, monkeypatch, options, seconds, peak, met):
+    module = load("open_bundle")
+
+    def measure(program, *_):
+        bundle = "Pipeline.open" in program
+        return {"seconds": seconds if bundle else 1.0, "cpu_seconds": 1.0, "peak_mb": peak if bundle else 1.0}
+
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(module, "MEMORY_FACTOR", 0)  # 300 MB are left
+    result = CliRunner().invoke(module.main, [str(exported.path), "--repeats", "1", *options])
+    assert result.exit_code == (0 if met else 1), result.output
+    if not options:
+        assert CliRunner().invoke(module.main, [str(exported.path), "--limit", "9"]).exit_code == (
+            0 if peak < 300 else 1
+        )
