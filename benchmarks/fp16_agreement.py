@@ -4,8 +4,8 @@ ONNX Runtime's CPU provider widens FP16 graphs to FP32, so it cannot tell; these
 
     python benchmarks/fp16_agreement.py --ckpt best.pt --data ../shared/data/groceries/test --images 100
 
-Exit code 1 where a limit is not met: the chain's answer keeps its class on at least 99 % of at least 100 photographs, and
-no activation is above a tenth of 65504. The experts' own answers are shown, not judged.
+Exit code 1 where a limit is not met: the chain's answer keeps its class on at least 99 % of at least 100 photographs,
+and no activation is above a tenth of 65504. The experts' own answers are shown, not judged.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from mge.config import MGEConfig
 from mge.data.folder import normalize
 from mge.model import MGENet
 
+SHARED = Path(__file__).parents[3] / "shared"
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 
 
@@ -52,16 +53,28 @@ def center_heads(model, frames):
     return model
 
 
-def save_photographs(folder):
-    """Copy some of scikit-image's photographs out of its wheel."""
+def save_photographs(folder, *, groceries=None):
+    """Save ten small photographs: five of scikit-image's and five of groceries, or details of the first five.
+
+    Args:
+        folder: where to.
+        groceries: whether to take groceries; None: where ../shared lies beside the checkout.
+    """
     import skimage
 
     source = Path(skimage.__file__).parent / "data"
-    for name in PHOTOGRAPHS:
-        image = Image.open(source / name).convert("RGB")
+    images = [Image.open(source / name).convert("RGB") for name in PHOTOGRAPHS]
+    for image in images:
         image.thumbnail((160, 160))
-        image.save(folder / f"{Path(name).stem}.png")
-        image.crop((30, 10, 110, 90)).save(folder / f"{Path(name).stem}_detail.png")
+    if SHARED.is_dir() if groceries is None else groceries:
+        paths = sorted((SHARED / "data/groceries/test").rglob("*.jpg"))
+        assert len(paths) >= 5, "../shared is there without data/groceries/test"
+        images += [Image.open(paths[number * len(paths) // 5]).convert("RGB") for number in range(5)]
+    else:
+        images += [image.crop((30, 10, 110, 90)) for image in images]
+    for number, image in enumerate(images):
+        image.thumbnail((160, 160))
+        image.save(folder / f"{number}.png")
 
 
 def load_frames(folder, preprocess):
