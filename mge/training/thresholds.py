@@ -60,7 +60,7 @@ def crop_report(heatmaps: Sequence[Tensor], size: int, thresholds: Sequence[floa
         yield f"attention maps: {height} x {width} cells"
         if min(height, width) < FEW_CELLS:
             yield (
-                f"warning: so few cells place a crop only roughly; --image-size {GOOD_CELLS * STRIDE} would give "
+                f"hint: so few cells place a crop only roughly; --image-size {GOOD_CELLS * STRIDE} would give "
                 f"{GOOD_CELLS} x {GOOD_CELLS}"
             )
 
