@@ -79,6 +79,6 @@ def _bundle_answers(engine: Path, folder: Path, batch_size: int, workers: int) -
     from mge.evaluation import collect_bundle
     from mge_runtime.pipeline import Pipeline
 
-    with Pipeline.open(engine) as pipeline:
+    with Pipeline.open(engine, streams="auto") as pipeline:
         samples = list_images(folder, pipeline.manifest.class_names)
         return collect_bundle(pipeline, samples, batch_size, max(workers, 1)), samples

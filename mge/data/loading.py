@@ -8,6 +8,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mge.interrupt import ignore_in_worker
+from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
 
 __all__ = ["batches", "make_loader"]
@@ -38,7 +39,7 @@ def make_loader(dataset: Dataset[Any], batch_size: int, *, workers: int, **optio
     return DataLoader(
         _Guarded(dataset),
         batch_size,
-        num_workers=workers,
+        num_workers=min(workers, cpu_count()),  # more only wait for each other
         collate_fn=_collate,
         worker_init_fn=ignore_in_worker,
         **options,

@@ -35,8 +35,8 @@ def test_maps_of_few_cells_are_pointed_out():
     assert f"threshold 0.60 keeps a median of {100 * kept:.0f} %" in first
     assert f"{threshold:.2f} would keep {100 * area:.0f} %" in first
     assert size == "attention maps: 5 x 5 cells"
-    *_, size, warning = crop_report([maps()[:, :4, :4]] * 2, 112, [0.6])
+    *_, size, hint = crop_report([maps()[:, :4, :4]] * 2, 112, [0.6])
     assert size == "attention maps: 4 x 4 cells"
-    assert warning.startswith("warning:")
-    assert "--image-size 224 would give 7 x 7" in warning
+    assert hint.startswith("hint:")
+    assert "--image-size 224 would give 7 x 7" in hint
     assert not list(crop_report([maps()], 160, []))  # a single expert crops nothing
