@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -278,21 +279,25 @@ def test_a_terminal_gets_a_progress_bar_and_ctrl_c_is_clean(folder):
     terminal, inner = pty.openpty()
     process = subprocess.Popen([*COMMAND, "many", "--csv", "table.csv"], stdout=subprocess.PIPE, stderr=inner)
     os.close(inner)
+    shown = bytearray()
+
+    def watch():  # all the time: a terminal that nobody reads is full after 4 kB, and the command would wait
+        while True:
+            try:
+                part = os.read(terminal, 65536)
+            except OSError:  # Linux: the other end is closed
+                return
+            shown.extend(part)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     for _ in range(5):
         assert process.stdout.readline()
     process.send_signal(signal.SIGINT)
     process.stdout.read()
     process.stdout.close()
     assert process.wait(60) == 1
-    shown = b""
-    while True:
-        try:
-            part = os.read(terminal, 65536)
-        except OSError:  # Linux: the other end is closed
-            break
-        if not part:
-            break
-        shown += part
+    watcher.join(10)
     os.close(terminal)
     assert b"/1000" in shown
     assert b"Aborted!" in shown
