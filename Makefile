@@ -24,6 +24,8 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@# Types for pyright alone; the package it asks for, TensorRT itself, is not on PyPI.
+	$(BIN)/pip install --quiet --no-deps 'tensorrt-stubs==10.13.*'
 	@touch $(READY)
 
 # One thread computes and one process reads images: the networks are too small to share over two cores.

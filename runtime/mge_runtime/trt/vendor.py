@@ -1,0 +1,148 @@
+"""Load `tensorrt` or `tensorrt_rtx`: the version that is served, and one logger that keeps what went wrong."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
+
+from mge_runtime.errors import BackendError
+from mge_runtime.trt.api import Api
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["LIBRARIES", "Library", "Messages", "Vendor", "is_installed", "load_vendor"]
+
+_KEPT = 50  # messages; a failing build says the important thing first or last, and can say thousands
+_LONGEST = 400  # characters of one message that an error quotes
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two libraries: how it is imported and installed, and which versions are served."""
+
+    name: str  # as backends and targets call it
+    module: str
+    oldest: tuple[int, int]  # the first version that is served
+    below: tuple[int, int]  # the first that is not
+    install: str  # what to do where it is missing
+
+    def refusal(self, version: str) -> str | None:
+        """Why a version is not served; None: it is."""
+        match = re.match(r"(\d+)\.(\d+)", version)
+        if match is None:
+            return f"{self.name} {version} has a version that cannot be read"
+        found = int(match[1]), int(match[2])
+        if self.oldest <= found < self.below:
+            return None
+        oldest = ".".join(map(str, self.oldest))
+        return f"{self.name} {version} is not served; expected {oldest} or newer, below {self.below[0]}: {self.install}"
+
+
+LIBRARIES = {
+    library.name: library
+    for library in (
+        # 10.3 is JetPack 6's. 12 may change the rules again, as 11 did.
+        Library(
+            "tensorrt", "tensorrt", (10, 3), (12, 0), 'pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)'
+        ),
+        Library("tensorrt-rtx", "tensorrt_rtx", (1, 7), (2, 0), 'pip install "mge[rtx]"'),
+    )
+}
+
+
+class Messages:
+    """What the library says: errors and warnings are kept for error messages, everything is passed on if wanted."""
+
+    def __init__(self) -> None:
+        self.kept: deque[str] = deque(maxlen=_KEPT)
+        self.say: Callable[[str], None] | None = None  # shows a line; None: nobody looks
+
+    def take(self) -> str:
+        """The errors since the last call, as one line; empty if there were none."""
+        lines = list(dict.fromkeys(self.kept))
+        self.kept.clear()
+        return "; ".join(line[:_LONGEST] for line in lines)
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """A loaded library."""
+
+    library: Library
+    version: str  # in full: "10.3.0.30"
+    api: Api  # the module
+    logger: trt.ILogger  # one for the process: TensorRT keeps the first it is given
+    messages: Messages  # where `logger` writes
+
+    @property
+    def name(self) -> str:
+        """As backends and targets call it."""
+        return self.library.name
+
+    @property
+    def short_version(self) -> str:
+        """Major and minor: "10.3"."""
+        return ".".join(self.version.split(".")[:2])
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether this is TensorRT-RTX, which builds for compute capabilities that it names, without a GPU."""
+        return self.library.module == "tensorrt_rtx"
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported; a folder of type stubs cannot, though Python finds it as a namespace."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
+
+
+@cache
+def load_vendor(name: str) -> Vendor:
+    """Import a library.
+
+    Args:
+        name: "tensorrt" or "tensorrt-rtx".
+
+    Raises:
+        BackendError: it is not installed, broken, or of a version that is not served.
+    """
+    library = LIBRARIES[name]
+    if not is_installed(library.module):
+        raise BackendError(f"the module {library.module} is not installed: {library.install}")
+    try:
+        module: Any = importlib.import_module(library.module)
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        reason = " ".join(str(error).split())
+        raise BackendError(
+            f"{library.module} cannot be imported: {reason}; install it again: {library.install}"
+        ) from error
+    api = cast("Api", module)
+    if refusal := library.refusal(api.__version__):
+        raise BackendError(refusal)
+    messages = Messages()
+    return Vendor(library, api.__version__, api, _logger(api, messages), messages)
+
+
+def _logger(api: Api, messages: Messages) -> trt.ILogger:
+    error, warning = api.ILogger.ERROR, api.ILogger.WARNING
+
+    class Logger(api.ILogger):
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)  # the binding wants its own, not super()'s
+
+        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
+            line = " ".join(msg.split())
+            # The smaller the number, the worse.
+            if int(severity) <= int(error):
+                messages.kept.append(line)
+            if messages.say is not None:
+                messages.say(f"{'warning: ' if int(severity) == int(warning) else ''}{line}")
+
+    return Logger()
