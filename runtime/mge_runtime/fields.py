@@ -16,6 +16,7 @@ JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping
 
 _T = TypeVar("_T")
 _SHOWN = 60  # characters of a wrong value that a message shows
+_ADVICE = "the bundle is damaged or foreign, export it again"
 
 
 class Field:
@@ -25,10 +26,11 @@ class Field:
         BundleError: the value is of another type or out of range.
     """
 
-    def __init__(self, value: JsonValue, path: str, document: str) -> None:
+    def __init__(self, value: JsonValue, path: str, document: str, advice: str = _ADVICE) -> None:
         self._value = value
         self._path = path
         self._document = document
+        self._advice = advice  # what to do about a value that is refused
 
     @property
     def value(self) -> JsonValue:
@@ -40,7 +42,7 @@ class Field:
         found = json.dumps(self._value, ensure_ascii=False)
         found = found if len(found) <= _SHOWN else found[: _SHOWN - 3] + "..."
         where = f"{self._document}: {self._path}" if self._path else self._document
-        raise BundleError(f"{where} is {found}; expected {expected}: the bundle is damaged or foreign, export it again")
+        raise BundleError(f"{where} is {found}; expected {expected}: {self._advice}")
 
     def text(self) -> str:
         """A string that is not empty."""
@@ -71,7 +73,7 @@ class Field:
         """The elements of a list."""
         if not isinstance(self._value, list):
             self.fail("a list")
-        return [Field(v, f"{self._path}[{i}]", self._document) for i, v in enumerate(self._value)]
+        return [Field(v, f"{self._path}[{i}]", self._document, self._advice) for i, v in enumerate(self._value)]
 
     def table(self) -> dict[str, Field]:
         """The members of an object with free names."""
@@ -95,15 +97,16 @@ class Field:
         return None if self._value is None else read(self)
 
     def _child(self, name: str, value: JsonValue) -> Field:
-        return Field(value, f"{self._path}.{name}" if self._path else name, self._document)
+        return Field(value, f"{self._path}.{name}" if self._path else name, self._document, self._advice)
 
 
-def parse_json(data: bytes, document: str) -> Field:
+def parse_json(data: bytes, document: str, advice: str = _ADVICE) -> Field:
     """Parse UTF-8 JSON.
 
     Args:
         data: the bytes of the document.
         document: what to call it in messages.
+        advice: what to do about a document that is refused.
 
     Raises:
         BundleError: not UTF-8, not JSON, or with numbers that are none (NaN, Infinity).
@@ -111,8 +114,8 @@ def parse_json(data: bytes, document: str) -> Field:
     try:
         value = json.loads(data.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise BundleError(f"{document} is no JSON ({error}); expected UTF-8 JSON: export the bundle again") from error
-    return Field(value, "", document)
+        raise BundleError(f"{document} is no JSON ({error}); expected UTF-8 JSON: {advice}") from error
+    return Field(value, "", document, advice)
 
 
 def _refuse_constant(name: str) -> NoReturn:
