@@ -1,15 +1,15 @@
-"""Run the stages of a bundle in turn: segments, tensor wiring, and which tensors live how long. Knows no device."""
+"""Run the chain of a bundle: which segments, which tensors are returned. Knows no device."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mge_runtime.backends import Backend, Buffer, StageRunner
+from mge_runtime.backends.base import Backend, Executor
 from mge_runtime.errors import BackendError
-from mge_runtime.manifest import FRAME, Manifest
+from mge_runtime.fields import JsonValue
+from mge_runtime.manifest import Manifest
 from mge_runtime.spec import SegmentSpec
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ class ChainResult:
 
     tensors: Mapping[str, Array]  # by name, on the host; the first axis is the batch
     answer: str  # the tensor [B, C] that answers
-    stage_ms: Mapping[str, float]  # milliseconds for the whole batch, by stage that ran
+    stage_ms: Mapping[str, float]  # milliseconds for the whole batch, by step: the stages, or what a device can tell
 
 
 class Chain:
-    """The opened stages of one bundle, in the order they run. Used from as many threads at a time as it has streams.
+    """The opened chain of one bundle. Used from as many threads at a time as it has streams.
 
     Raises:
         BundleError: an entry is damaged.
@@ -38,9 +38,9 @@ class Chain:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._manifest = bundle.manifest
-        self._backend = backend
-        self._runners: dict[str, StageRunner] = backend.open_stages(bundle)
+        self._executor: Executor = backend.open_chain(bundle)
         self.streams = backend.streams  # how many runs may be in flight at once
+        self.max_batch = self._executor.max_batch  # most frames in one run; None: no limit but memory
 
     def run(self, frames: Array, *, segments: int | None = None, outputs: Collection[str] | None = None) -> ChainResult:
         """Run the chain on a batch.
@@ -52,32 +52,28 @@ class Chain:
                 Tensors of stages that did not run are left out.
 
         Raises:
-            BackendError: a stage failed, or `segments` or an output does not exist.
+            BackendError: a stage failed, the batch is larger than `max_batch`, or `segments` or an output does not
+                exist.
         """
-        manifest, backend = self._manifest, self._backend
+        manifest = self._manifest
         run = _first(manifest, segments)
-        stages = [manifest.stage(name) for segment in run for name in segment.stages]
         answer = run[-1].answer
         wanted = {answer, *(_reported(manifest) if outputs is None else self._checked(outputs))}
-        # After its last reader a tensor is dropped: a batch of pictures for every expert is most of the memory.
-        last_use = {tensor.name: number for number, stage in enumerate(stages) for tensor in stage.inputs}
-        buffers: dict[str, Buffer] = {FRAME: backend.upload(frames)}
-        stage_ms: dict[str, float] = {}
-        for number, stage in enumerate(stages):
-            start = time.perf_counter()
-            buffers.update(self._runners[stage.name].run(buffers))
-            backend.synchronize()
-            stage_ms[stage.name] = (time.perf_counter() - start) * 1e3
-            for name in [n for n in buffers if n not in wanted and last_use.get(n, -1) <= number]:
-                del buffers[name]
-        tensors = {name: backend.download(buffer) for name, buffer in buffers.items() if name in wanted}
-        return ChainResult(tensors, answer, stage_ms)
+        if self.max_batch is not None and len(frames) > self.max_batch:
+            raise BackendError(
+                f"asked to run {len(frames)} frames at once; the engines were built for at most {self.max_batch}: "
+                f"run fewer, or build for more with `mge-build --batch 1,1,{len(frames)}`"
+            )
+        result = self._executor.run(frames, len(run), wanted)
+        return ChainResult(result.tensors, answer, result.times_ms)
+
+    def report(self) -> dict[str, JsonValue]:
+        """What the executor says of its memory and graphs; empty on a CPU."""
+        return self._executor.report()
 
     def close(self) -> None:
         """Release every stage."""
-        for runner in self._runners.values():
-            runner.close()
-        self._runners = {}
+        self._executor.close()
 
     def _checked(self, outputs: Collection[str]) -> Collection[str]:
         known = {tensor.name for stage in self._manifest.stages for tensor in stage.outputs}

@@ -20,6 +20,7 @@ from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain, ChainResult
 from mge_runtime.decode import ImageSource, decode_picture, load_decoders
 from mge_runtime.errors import BackendError, InputError
+from mge_runtime.fields import JsonValue
 from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.manifest import Manifest
 from mge_runtime.prediction import Prediction
@@ -59,6 +60,7 @@ class Pipeline:
         self.choice: Choice = choice  # the backend and device that run, and why not others
         self._chain: Chain | None = Chain(bundle, open_backend(choice, threads=threads, streams=streams))
         self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
+        self.max_batch: int | None = self._chain.max_batch  # most frames in one run of the chain; None: no limit
         self._free = threading.Semaphore(self.streams)
         self._closing = threading.Lock()
         load_decoders()
@@ -128,7 +130,7 @@ class Pipeline:
         return self.predict_batch([source], exit=exit)[0]
 
     def predict_batch(self, sources: Sequence[ImageSource], *, exit: Exit = "never") -> list[Prediction]:
-        """Answer several pictures in one run of the chain, in their order.
+        """Answer several pictures in one run of the chain, in their order; in several where they exceed `max_batch`.
 
         Raises:
             InputError: one of the pictures cannot be read; none is answered then.
@@ -148,7 +150,7 @@ class Pipeline:
 
         Args:
             sources: any number of what `predict` takes.
-            batch: pictures in one run of the chain; the last run may hold fewer.
+            batch: pictures in one run of the chain, at most `max_batch` of them; the last run may hold fewer.
             workers: threads that decode; several streams decode for themselves instead.
             exit: as for `predict`.
 
@@ -162,6 +164,7 @@ class Pipeline:
             raise BackendError(f"asked for batches of {batch} and {workers} workers; expected at least 1 of each")
         self._require_open()
         _segments(exit)
+        batch = min(batch, self.max_batch or batch)
         if self.streams > 1:
             return self._iterate_in_streams(sources, batch, exit)
         return self._iterate(sources, batch, workers, exit)
@@ -181,7 +184,7 @@ class Pipeline:
 
         Raises:
             InputError: `frames` has another type or shape.
-            BackendError: as for `predict`, or there is no such output.
+            BackendError: as for `predict`, there is no such output, or there are more frames than `max_batch`.
         """
         size = self.manifest.preprocess.size
         _require_array(frames, f"a uint8 array [B, {size}, {size}, 3]")
@@ -191,6 +194,14 @@ class Pipeline:
                 f"expected uint8 [B, {size}, {size}, 3]"
             )
         return self._run(frames, exit, outputs).tensors
+
+    def report(self) -> dict[str, JsonValue]:
+        """Memory, graphs and copies of a chain on a GPU, as plain values; empty on a CPU.
+
+        Raises:
+            BackendError: the pipeline is closed.
+        """
+        return self._require_open().report()
 
     def _run(self, frames: Array, exit: Exit, outputs: Collection[str] | None = None) -> ChainResult:
         with self._opened() as chain:
@@ -206,9 +217,12 @@ class Pipeline:
         return _Prepared(frame, viewport, timings)
 
     def _answer(self, prepared: Sequence[_Prepared], exit: Exit) -> list[Prediction]:
-        result = self._run(np.stack([item.frame for item in prepared]), exit)
-        share = {name: ms / len(prepared) for name, ms in result.stage_ms.items()}
-        return [self._prediction(result, row, item, share) for row, item in enumerate(prepared)]
+        answers: list[Prediction] = []
+        for group in batches(prepared, self.max_batch or len(prepared)):
+            result = self._run(np.stack([item.frame for item in group]), exit)
+            share = {name: ms / len(group) for name, ms in result.stage_ms.items()}
+            answers += [self._prediction(result, row, item, share) for row, item in enumerate(group)]
+        return answers
 
     def _prediction(self, result: ChainResult, row: int, item: _Prepared, share: Mapping[str, float]) -> Prediction:
         manifest, tensors = self.manifest, result.tensors

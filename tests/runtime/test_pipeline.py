@@ -334,7 +334,7 @@ def test_streams_compute_at_the_same_time(bundle_path, photos, streams):
 def test_streams_leave_no_more_threads_than_asked_for(bundle_path):
     for threads, streams, expected in ((4, 1, 4), (4, 2, 3), (4, "auto", 1), (12, "auto", 5), (1, 3, 1)):
         with Pipeline.open(bundle_path, threads=threads, streams=streams) as pipeline:
-            runner = pipeline._chain._runners["expert_1"]
+            runner = pipeline._chain._executor._runners["expert_1"]
             assert runner._session.get_session_options().intra_op_num_threads == expected
 
 

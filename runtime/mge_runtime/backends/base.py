@@ -1,15 +1,18 @@
 """The seam between the chain and whatever computes it.
 
-A backend opens the stages of a bundle and runs them on buffers of its own; `mge_runtime.chain` wires the buffers by
-tensor name and knows nothing of devices. On the CPU a buffer is a NumPy array and moving it costs nothing; a backend
-with a device keeps buffers there, so that no tensor visits the host between two stages.
+A backend opens the chain of a bundle as an `Executor`, which runs it on a batch: frames in, the wanted tensors out,
+both on the host. What lies between is the executor's own: `mge_runtime.backends.staged` runs stage after stage on the host,
+`mge_runtime.device` runs segments on a device, where no tensor visits the host on the way.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from mge_runtime.fields import JsonValue
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = NDArray[np.generic]
 
-__all__ = ["Backend", "Buffer", "StageRunner", "Streams"]
+__all__ = ["Backend", "Buffer", "Executor", "ExecutorResult", "StageRunner", "Streams"]
 
 Buffer: TypeAlias = Any  # what one backend keeps a tensor in; nobody else looks inside
 Streams: TypeAlias = "int | Literal['auto']"  # runs in flight at once; "auto": as many as give the most images a second
@@ -48,8 +51,43 @@ class StageRunner(ABC):
         """Release what the stage holds; it is not run again."""
 
 
+@dataclass(frozen=True)
+class ExecutorResult:
+    """What one run put out."""
+
+    tensors: Mapping[str, Array]  # by name, on the host; the first axis is the batch
+    times_ms: Mapping[str, float]  # milliseconds for the whole batch, by step, in the order of the steps
+
+
+class Executor(ABC):
+    """The opened chain of one bundle. It is used from as many threads at a time as its backend has streams."""
+
+    max_batch: int | None = None  # most frames in one run; None: no limit but memory
+
+    @abstractmethod
+    def run(self, frames: Array, segments: int, outputs: Collection[str]) -> ExecutorResult:
+        """Run the chain on a batch.
+
+        Args:
+            frames: uint8 RGB [B, S, S, 3].
+            segments: run this many, from the first on; at least 1.
+            outputs: names of the tensors to return; those of stages that do not run are left out.
+
+        Raises:
+            BackendError: a stage failed, or the batch is too large.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything; closing twice does nothing."""
+
+    def report(self) -> dict[str, JsonValue]:
+        """What is worth knowing about memory and graphs, as plain values; empty where there is nothing to say."""
+        return {}
+
+
 class Backend(ABC):
-    """Opens stages and moves tensors between the host and its device."""
+    """Opens the chain of a bundle on one device."""
 
     name: str  # "onnxruntime", ...
     device: str  # "cpu" or "cuda:0"
@@ -57,22 +95,10 @@ class Backend(ABC):
     streams: int  # how many runs of the chain may be in flight at once
 
     @abstractmethod
-    def open_stages(self, bundle: Bundle) -> dict[str, StageRunner]:
-        """Open every stage, by name; each entry that is used is checked against its hash before this returns.
+    def open_chain(self, bundle: Bundle) -> Executor:
+        """Open every stage; each entry that is used is checked against its hash before this returns.
 
         Raises:
             BundleError: an entry is damaged.
             BackendError: the backend cannot run a stage.
         """
-
-    @abstractmethod
-    def upload(self, array: Array) -> Buffer:
-        """A buffer with the array's values."""
-
-    @abstractmethod
-    def download(self, buffer: Buffer) -> Array:
-        """The buffer's values as an array, after everything that writes to it has run."""
-
-    @abstractmethod
-    def synchronize(self) -> None:
-        """Wait until everything that was started has run."""

@@ -1,0 +1,114 @@
+"""What every backend on ONNX Runtime needs: the module, weights read from the bundle in place, one-line errors.
+
+The graphs stay small: their weights are read by ONNX Runtime from the bundle itself. Each graph's references to
+`<stage>.weights` are pointed at the bundle file and the place of that entry in it, so ONNX Runtime maps them as it maps
+an ordinary external-data file. (`add_external_initializers` and `add_external_initializers_from_files_in_memory` take
+mapped memory too, but copy it while a session opens: measured with 1.31, 432 MB of convolution weights peak at 1,468 MB
+that way and at 604 MB this way.)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mge_runtime.bundle.layout import stage_graph, stage_weights
+from mge_runtime.bundle.onnx_graph import relocate
+from mge_runtime.errors import BackendError, BundleError
+from mge_runtime.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from mge_runtime.bundle import Bundle
+
+__all__ = ["check_border", "import_onnxruntime", "located_graph", "one_line", "session_options", "weights_checked"]
+
+# The first release with `session.model_external_initializers_file_folder_path` (microsoft/onnxruntime #23557).
+OLDEST = (1, 22)
+_ERRORS_ALONE = 3  # log severity
+
+
+def import_onnxruntime(install: str) -> Any:
+    """The module `onnxruntime`.
+
+    Args:
+        install: the command that installs it.
+
+    Raises:
+        BackendError: it is missing, broken or too old.
+    """
+    try:
+        module: Any = importlib.import_module("onnxruntime")
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise BackendError(f"onnxruntime cannot be imported: {error}; install it again: {install}") from error
+        raise BackendError(f"the backend onnxruntime needs the module onnxruntime: {install}") from error
+    except ImportError as error:
+        raise BackendError(f"onnxruntime cannot be imported: {one_line(error)}; install it again: {install}") from error
+    found = tuple(int(part) for part in module.__version__.split(".")[:2])
+    if found < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise BackendError(f"onnxruntime {module.__version__} is too old; expected {oldest} or newer: {install}")
+    return module
+
+
+def session_options(ort: Any, bundle: Bundle) -> Any:
+    """Session options under which a `located_graph` finds its weights; it computes in one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ALONE
+    folder = str(bundle.path.parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return options
+
+
+def located_graph(bundle: Bundle, stage: str) -> bytes:
+    """A stage's graph, whose weights refer to their place inside the bundle's file.
+
+    Raises:
+        BundleError: the graph is damaged, or refers to anything but the stage's own weights.
+    """
+    graph = bundle.read(stage_graph(stage))
+    location, start, size = "", 0, 0
+    if stage_weights(stage) in bundle.sizes:
+        region = bundle.region(stage_weights(stage))
+        location, start, size = region.path.name, region.offset, region.size
+    return relocate(graph, expected=f"{stage}.weights", size=size, location=location, start=start)
+
+
+@contextmanager
+def weights_checked(bundle: Bundle) -> Generator[None]:
+    """Open sessions inside this block: the weights are hashed in other threads meanwhile.
+
+    Raises:
+        BundleError: an entry is damaged, or the file was replaced meanwhile.
+    """
+    names = [stage_weights(stage.name) for stage in bundle.manifest.stages]
+    with bundle.verifying([name for name in names if name in bundle.sizes]):
+        yield
+    if not bundle.in_place():
+        raise BundleError(f"{bundle.path} was replaced while it was being opened; open it again")
+
+
+def check_border(what: str, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Names at the graph's border must be those of the manifest; types and shapes are ONNX Runtime's to check.
+
+    Raises:
+        BundleError: they are not.
+    """
+    for role, nodes, tensors in (
+        ("inputs", session.get_inputs(), inputs),
+        ("outputs", session.get_outputs(), outputs),
+    ):
+        found, expected = sorted(node.name for node in nodes), sorted(tensor.name for tensor in tensors)
+        if found != expected:
+            raise BundleError(
+                f"the graph of {what} has the {role} {found}; the manifest says {expected}: export it again"
+            )
+
+
+def one_line(error: Exception) -> str:
+    """An error of ONNX Runtime, which may span many lines, as one."""
+    return " ".join(str(error).split())[:300]
