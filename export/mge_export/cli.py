@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from mge_export.interrupt import interruptible
 from mge_runtime.cli.common import reports_errors
+from mge_runtime.errors import ExportError
+from mge_runtime.interrupt import interruptible
 
 __all__ = ["main"]
 
@@ -49,7 +50,7 @@ def main(
     """Export a checkpoint to one bundle, with a parity report; out of tolerance, nothing is written."""
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     # The imports take seconds, too.
-    with interruptible(f"nothing was written to {path}; run it again") as check:
+    with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as check:
         from mge.checkpoint import load_checkpoint
         from mge_export.export import check_output, export_bundle, file_sha256
         from mge_export.images import find_verify_images, generated_images

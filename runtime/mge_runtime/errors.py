@@ -5,6 +5,7 @@ MGEError
 ├── CheckpointError   a checkpoint that is missing, damaged, foreign or at odds with its labels
 ├── BundleError       a bundle that is missing, damaged, foreign or newer than this runtime
 ├── BackendError      no backend can run this, or one failed while it ran
+├── BuildError        an engine that cannot be built, or is not what was asked for
 ├── ExportError       a model that cannot be exported, or whose export is out of tolerance
 ├── TrainingError     a training that cannot start or go on
 └── OutputError       a place that cannot be written
@@ -15,6 +16,7 @@ with 1; any other exception is a defect and shows its traceback.
 
 __all__ = [
     "BackendError",
+    "BuildError",
     "BundleError",
     "CheckpointError",
     "ExportError",
@@ -43,6 +45,10 @@ class BundleError(MGEError):
 
 class BackendError(MGEError):
     """No backend can run this bundle here, or one failed while it ran."""
+
+
+class BuildError(MGEError):
+    """An engine that cannot be built, or is not what was asked for."""
 
 
 class ExportError(MGEError):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mge.checkpoint import save_checkpoint
-from mge_export.interrupt import interruptible
+from mge_runtime.interrupt import interruptible
 from mge_runtime.errors import ExportError
 
 # A shell that starts the tests in the background may have set SIGINT to be ignored, which a child inherits.
@@ -59,7 +59,7 @@ def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(tiny, tmp_
 def interrupted(block):
     """Run a block of the export; return its error."""
     try:
-        with interruptible("nothing happened") as check:
+        with interruptible("the export", "nothing happened", ExportError) as check:
             block(check)
     except ExportError as error:
         return str(error)
@@ -104,7 +104,7 @@ def test_a_second_signal_does_not_disturb_the_cleaning():
 
 def test_other_errors_pass_and_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ZeroDivisionError), interruptible(""):
+    with pytest.raises(ZeroDivisionError), interruptible("", "", ExportError):
         raise ZeroDivisionError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -112,7 +112,7 @@ def test_other_errors_pass_and_handlers_come_back():
 def test_a_signal_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with interruptible("") as check:
+        with interruptible("", "", ExportError) as check:
             signal.raise_signal(signal.SIGHUP)
             check()
     finally:

@@ -1,8 +1,8 @@
-"""Find and move the references from an ONNX graph to its external weights, without the package `onnx`.
+"""Read what is needed of an ONNX graph, and move its references to external weights, without the package `onnx`.
 
 A device has no `onnx`; the few fields needed are read from the protocol-buffer wire format (protobuf.dev, "Encoding").
-Field numbers are those of onnx.proto3: ModelProto.graph 7, GraphProto.initializer 5, TensorProto.name 8,
-.external_data 13 (key 1, value 2), .data_location 14.
+Field numbers are those of onnx.proto3: ModelProto.graph 7, GraphProto.node 1, NodeProto.name 3, .op_type 4,
+GraphProto.initializer 5, TensorProto.name 8, .external_data 13 (key 1, value 2), .data_location 14.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from mge_runtime.errors import BundleError
 
-__all__ = ["ExternalTensor", "external_tensors", "relocate"]
+__all__ = ["ExternalTensor", "external_tensors", "node_operators", "relocate"]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1  # TensorProto.DataLocation
@@ -55,6 +55,25 @@ def external_tensors(graph: bytes) -> list[ExternalTensor]:
     except (_WireError, UnicodeDecodeError, ValueError) as error:
         raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
     return found
+
+
+def node_operators(graph: bytes) -> dict[str, str]:
+    """The operator of each named node of a serialised ModelProto's main graph, by the node's name.
+
+    Raises:
+        BundleError: the bytes are no ONNX model.
+    """
+    operators: dict[str, str] = {}
+    try:
+        for number, _, model_value in _fields(memoryview(graph)):
+            for part, _, node in _fields(model_value) if number == 7 else ():
+                if part == 1:
+                    texts = {n: bytes(value).decode() for n, _, value in _fields(node) if n in (3, 4)}
+                    operators[texts.get(3, "")] = texts.get(4, "")
+    except (_WireError, UnicodeDecodeError) as error:
+        raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
+    operators.pop("", None)
+    return operators
 
 
 def relocate(graph: bytes, *, expected: str, size: int, location: str, start: int) -> bytes:

@@ -1,0 +1,125 @@
+"""`mge-build`: add TensorRT engines to a bundle, or build those of this device into its cache. Needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mge_runtime.cli.common import reports_errors
+from mge_runtime.errors import BackendError, BuildError
+from mge_runtime.interrupt import Interrupt, interruptible
+
+if TYPE_CHECKING:
+    from mge_runtime.trt.build import StageProgress
+    from mge_runtime.trt.builder import BuildOptions
+
+__all__ = ["build_options", "main", "shown_progress"]
+
+_MEGABYTE = 1_000_000
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.argument("bundle", default="mge.plan", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("native",),
+    show_default=True,
+    help="native: this machine's GPU. rtx:sm86,sm89,sm120: ahead of time with TensorRT-RTX, no GPU needed. Repeatable.",
+)
+@click.option("--into-bundle", is_flag=True, help="Keep the engines in the bundle, beside those of other targets.")
+@click.option("--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes to build for.")
+@click.option("--opt-level", type=click.IntRange(0, 5), help="0 builds quickest, 5 runs quickest.  [default: 3]")
+@click.option(
+    "--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory a layer may use.  [default: all]"
+)
+@click.option(
+    "--timing-cache",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of measured kernels, read and written.  [default: one for each device, in the cache]",
+)
+@click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
+@click.option("--device", default="cuda:0", show_default=True, help="The GPU to build for.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what the library says.")
+@click.version_option(package_name="mge")
+@reports_errors
+def main(
+    bundle: Path,
+    targets: tuple[str, ...],
+    into_bundle: bool,
+    batch: str,
+    opt_level: int | None,
+    workspace: int | None,
+    timing_cache: Path | None,
+    backend: str,
+    device: str,
+    verbose: bool,
+) -> None:
+    """Build the TensorRT engines of BUNDLE (default: mge.plan).
+
+    For this machine's GPU they go into a cache, where mge-run finds them; with --into-bundle they travel in the file. A
+    build that is stopped leaves the bundle as it was.
+    """
+    with interruptible("the build", f"{bundle} is as it was; run it again", BuildError) as interrupt:
+        from mge_runtime.trt.keep import build_targets
+        from mge_runtime.trt.request import TargetRequest
+
+        requests = [TargetRequest.parse(text) for text in dict.fromkeys(targets)]
+        if any(request.capabilities for request in requests) and not into_bundle:
+            raise BackendError(
+                "engines that are built ahead of time are for other machines, so they are kept in the bundle; add "
+                "--into-bundle"
+            )
+        options = build_options(batch, opt_level, workspace, timing_cache)
+        with shown_progress(interrupt) as progress:
+            kept = build_targets(
+                bundle,
+                requests,
+                into_bundle=into_bundle,
+                backend=backend,
+                device=device,
+                options=options,
+                say=lambda line: click.echo(line, err=True),
+                progress=progress,
+                log=(lambda line: click.echo(line, err=True)) if verbose else None,
+            )
+    for target, place in kept:
+        click.echo(f"{target}: {place}")
+    click.echo(
+        "TensorRT execution is experimental: not yet run; mge-bench --selfcheck checks it on the device", err=True
+    )
+
+
+def build_options(batch: str, opt_level: int | None, workspace: int | None, timing_cache: Path | None) -> BuildOptions:
+    """The options of the command line as `BuildOptions`; `workspace` is in MB."""
+    from mge_runtime.trt.batch import BatchRange
+    from mge_runtime.trt.builder import BuildOptions
+
+    return BuildOptions(
+        BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE, timing_cache
+    )
+
+
+@contextmanager
+def shown_progress(interrupt: Interrupt) -> Generator[StageProgress]:
+    """Yield what shows the progress of a build on a terminal, and stops the build where a signal asks for it."""
+    terminal = sys.stderr.isatty()
+    shown = ""
+
+    def progress(stage: str, share: float, phase: str) -> bool:
+        nonlocal shown
+        text = f"{stage}: {share:4.0%} {phase}"[:79]
+        if terminal and text != shown:
+            shown = text
+            click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
+        return not interrupt.requested
+
+    # TensorRT calls back in the middle of foreign code, which an exception must not pass.
+    with interrupt.held():
+        yield progress

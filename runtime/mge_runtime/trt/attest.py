@@ -1,0 +1,158 @@
+"""Hold what was parsed, and what was built, against the precision that was asked for.
+
+The graph's types are law in a strongly typed network, so the parsed network says what an engine will compute in; that
+needs no GPU (`attested: network`). On a device the engine itself is read back by its inspector (`attested: engine`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from mge_runtime.bundle.onnx_graph import node_operators
+from mge_runtime.errors import BuildError
+from mge_runtime.fields import JsonValue
+from mge_runtime.trt.network import dtype_name
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["attest_engine", "attest_network"]
+
+FLOATS = ("float16", "float32", "bfloat16", "fp8")
+_WANTED = {"fp32": "float32", "fp16": "float16"}  # what a stage's convolutions compute in, by its precision plan's type
+_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+
+Counts = Mapping[str, Mapping[str, int]]  # operator or layer type -> floating type -> how many
+
+
+def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, plan: Mapping[str, JsonValue]) -> Counts:
+    """Hold every layer of a parsed network to the stage's precision plan.
+
+    Every convolution must compute in the plan's type and all of the plan's must be there; every layer that came from an
+    ONNX node may put out only floating types that the plan lists for that operator.
+
+    Args:
+        stage: its name, for errors.
+        network: as parsed, strongly typed.
+        graph: the ONNX bytes it was parsed from.
+        plan: `Manifest.precision` of the stage: "type" and, as mge-export writes it, "operators".
+
+    Returns:
+        Layer type -> floating type -> layers.
+
+    Raises:
+        BuildError: the network is not what the plan says, e.g. FP32 where FP16 was asked for.
+    """
+    operators = node_operators(graph)
+    planned = _planned(plan)
+    counts: dict[str, Counter[str]] = {}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kinds = {dtype_name(layer.get_output(number).dtype) for number in range(layer.num_outputs)} & set(FLOATS)
+        for kind in kinds:
+            counts.setdefault(layer.type.name, Counter())[kind] += 1
+        node = _NODE.search(layer.metadata)
+        operator = operators.get(node[1]) if node else None
+        if operator is not None and planned:
+            allowed = {part for kind in planned.get(operator, {}) for part in kind.split("/")}
+            if wrong := kinds - allowed:
+                raise BuildError(
+                    f"stage {stage}: node {node[1] if node else ''!r} ({operator}) computes in {sorted(wrong)[0]}; the "
+                    f"precision plan has {' and '.join(sorted(allowed)) or 'no floating type'} there: export again"
+                )
+    found = counts.get("CONVOLUTION", Counter[str]())
+    _check_convolutions(stage, found, plan)
+    if planned and found != Counter(planned.get("Conv", {})):
+        raise BuildError(
+            f"stage {stage}: the parsed network has the convolutions {dict(found)}; the precision plan has "
+            f"{dict(planned.get('Conv', {}))}: export again"
+        )
+    return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
+
+
+def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -> Counts:
+    """Hold a built engine to the stage's precision plan, from what its inspector says.
+
+    Layers may be fused beyond recognition, so this asks for less than `attest_network`: where layers name convolutions
+    they must not be of another type than the plan's, and where the plan is half precision some layer must be.
+
+    Args:
+        stage: its name, for errors.
+        information: JSON of `EngineInspector.get_engine_information`, of a DETAILED engine, TensorRT 10 or 11.
+        plan: `Manifest.precision` of the stage.
+
+    Returns:
+        Layer type -> floating type -> layers with a tensor or weights of that type.
+
+    Raises:
+        BuildError: the engine is not of the plan's precision, or says nothing about its types.
+    """
+    counts: dict[str, Counter[str]] = {}
+    convolutions: Counter[str] = Counter()
+    for layer in _layers(stage, information):
+        kinds = set(_tensor_types(layer))
+        name = str(layer.get("LayerType", "unknown"))
+        for kind in kinds:
+            counts.setdefault(name, Counter())[kind] += 1
+        if "conv" in name.lower():
+            convolutions.update({_compute_type(layer, kinds): 1})
+    if not counts:
+        raise BuildError(
+            f"stage {stage}: the engine says nothing about its types; expected detailed layers: build again"
+        )
+    _check_convolutions(stage, convolutions, plan)
+    wanted = _WANTED.get(str(plan.get("type")))
+    if wanted == "float16" and not any(wanted in kinds for kinds in counts.values()):
+        raise BuildError(f"stage {stage}: no layer of the engine is in float16, as asked for; it was not kept")
+    return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
+
+
+def _planned(plan: Mapping[str, JsonValue]) -> Counts:
+    return cast("Counts", plan.get("operators") or {})
+
+
+def _check_convolutions(stage: str, found: Counter[str], plan: Mapping[str, JsonValue]) -> None:
+    wanted = _WANTED.get(str(plan.get("type")))
+    if wanted is None:
+        return
+    for kind, number in found.items():
+        if kind != wanted:
+            raise BuildError(
+                f"stage {stage}: {number} convolutions compute in {kind}; expected {wanted}, as the bundle says: "
+                "export it again"
+            )
+
+
+def _layers(stage: str, information: str) -> Iterator[dict[str, Any]]:
+    try:
+        document = json.loads(information)
+    except ValueError as error:
+        raise BuildError(f"stage {stage}: the engine inspector's answer is no JSON ({error})") from error
+    # Without detail a layer is its name alone.
+    yield from (layer for layer in document.get("Layers", ()) if isinstance(layer, dict))
+
+
+def _tensor_types(layer: dict[str, Any]) -> Iterator[str]:
+    for tensor in (*layer.get("Inputs", ()), *layer.get("Outputs", ())):
+        yield from _float_type(tensor)
+
+
+def _float_type(tensor: dict[str, Any]) -> Iterator[str]:
+    # 10: "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"; 11: "DataType": "Half".
+    text = str(tensor.get("DataType") or tensor.get("Format/Datatype") or "").lower()
+    for kind, words in (("float16", ("fp16", "half")), ("bfloat16", ("bf16",)), ("float32", ("fp32", "float"))):
+        if any(word in text for word in words):
+            yield kind
+            return
+
+
+def _compute_type(layer: dict[str, Any], kinds: set[str]) -> str:
+    """The type a convolution computes in: that of its first input; its output may be cast in the same kernel."""
+    for tensor in layer.get("Inputs", ())[:1]:
+        for kind in _float_type(tensor):
+            return kind
+    return min(kinds, default="unknown")

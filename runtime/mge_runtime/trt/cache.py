@@ -1,0 +1,102 @@
+"""Engines that a device built for itself: where they lie, found by the manifest's hash and the device.
+
+<cache>/engines/<manifest's hash, 16 digits>/<target>-<hash of the GPU, 8 digits>/engine.json, <stage>.plan
+<cache>/timing/<target>-<hash of the GPU, 8 digits>.cache
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from mge_runtime.bundle import EngineDescription
+from mge_runtime.errors import BundleError, OutputError
+from mge_runtime.machine import Gpu
+from mge_runtime.manifest import Entry
+from mge_runtime.trt.engines import DESCRIPTION, CachedEngines, EngineDetails
+from mge_runtime.trt.target import Target
+
+__all__ = ["cache_folder", "cached_engines", "store_engines", "timing_cache_path"]
+
+
+def cache_folder() -> Path:
+    """Where mge keeps what can be made again: $MGE_CACHE_DIR, else the user's cache folder."""
+    if chosen := os.environ.get("MGE_CACHE_DIR"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "mge" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mge"
+
+
+def timing_cache_path(target: Target, gpu: Gpu) -> Path:
+    """The file of measured kernels that builds for this device share."""
+    return cache_folder() / "timing" / f"{target.name}-{_device_hash(gpu)}.cache"
+
+
+def cached_engines(manifest_sha256: str) -> list[CachedEngines]:
+    """The engines that were built for a bundle and can be read; what is damaged or half removed is passed over."""
+    found: list[CachedEngines] = []
+    folder = _manifest_folder(manifest_sha256)
+    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        with suppress(BundleError):
+            found.append(CachedEngines(place, place.name.rpartition("-")[0], manifest_sha256))
+    return found
+
+
+def store_engines(
+    manifest_sha256: str, target: Target, gpu: Gpu, plans: Mapping[str, Path], details: EngineDetails
+) -> CachedEngines:
+    """Move built engines into the cache, whole or not at all; older ones for the same device are replaced.
+
+    Args:
+        manifest_sha256: of the bundle they were built from.
+        target: what they are for.
+        gpu: the device.
+        plans: a file for each stage.
+        details: how they were built.
+
+    Raises:
+        OutputError: the cache cannot be written.
+    """
+    place = _manifest_folder(manifest_sha256) / f"{target.name}-{_device_hash(gpu)}"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # A folder cannot be replaced by one rename: the new one is made beside it, then the old one makes way.
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as name:
+            fresh = Path(name) / "fresh"
+            fresh.mkdir()
+            entries: dict[str, Entry] = {}
+            for stage, path in plans.items():
+                shutil.copyfile(path, fresh / f"{stage}.plan")
+                with path.open("rb") as stream:
+                    digest = hashlib.sha256()
+                    while chunk := stream.read(1 << 20):
+                        digest.update(chunk)
+                entries[stage] = Entry(digest.hexdigest(), path.stat().st_size)
+            description = EngineDescription(manifest_sha256, target.name, entries, details.to_dict())
+            (fresh / DESCRIPTION).write_bytes(description.to_json())
+            if place.exists():
+                place.rename(Path(name) / "old")
+            fresh.rename(place)
+    except OSError as error:
+        raise OutputError(
+            f"cannot keep the engines in {place}: {error.strerror or error}; expected a writable folder with room, "
+            "set MGE_CACHE_DIR to one, or build with --into-bundle"
+        ) from error
+    return CachedEngines(place, target.name, manifest_sha256)
+
+
+def _manifest_folder(manifest_sha256: str) -> Path:
+    return cache_folder() / "engines" / manifest_sha256[:16]
+
+
+def _device_hash(gpu: Gpu) -> str:
+    return hashlib.sha256(json.dumps(asdict(gpu), sort_keys=True).encode()).hexdigest()[:8]

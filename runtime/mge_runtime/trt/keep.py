@@ -1,0 +1,141 @@
+"""Build what was asked for and keep it: ahead of time in the bundle, native in the cache or the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mge_runtime.bundle import Bundle
+from mge_runtime.errors import BackendError
+from mge_runtime.machine import Machine
+from mge_runtime.machine_probe import describe_machine
+from mge_runtime.trt.build import (
+    Say,
+    StageProgress,
+    ahead_of_time,
+    build_engines,
+    build_into_bundle,
+    build_native,
+)
+from mge_runtime.trt.builder import BuildOptions
+from mge_runtime.trt.cache import store_engines
+from mge_runtime.trt.request import TargetRequest
+from mge_runtime.trt.target import RTX_CAPABILITIES
+from mge_runtime.trt.vendor import LIBRARIES, Vendor, load_vendor
+
+__all__ = ["build_targets", "native_library"]
+
+
+def build_targets(
+    path: Path,
+    requests: Sequence[TargetRequest],
+    *,
+    into_bundle: bool,
+    backend: str = "auto",
+    device: str = "cuda:0",
+    options: BuildOptions | None = None,
+    machine: Machine | None = None,
+    say: Say = lambda _line: None,
+    progress: StageProgress = lambda _stage, _share, _phase: True,
+    log: Say | None = None,
+) -> list[tuple[str, str]]:
+    """Build the engines of every target that was asked for.
+
+    Args:
+        path: the bundle.
+        requests: what for.
+        into_bundle: keep native engines in the bundle too, not in the cache; those built ahead of time always are.
+        backend: "tensorrt", "tensorrt-rtx", or "auto": the first that can build here.
+        device: the GPU to build native engines for, "cuda:0".
+        options: how.
+        machine: this one; None: look.
+        say: shows a line for each stage.
+        progress: is told of every step and may stop the build.
+        log: shows what the library says.
+
+    Returns:
+        (target, where it is kept) of each.
+
+    Raises:
+        BackendError: no library or no GPU for it.
+        BuildError: a stage cannot be built, or is not of its precision.
+        BundleError: the bundle is damaged or was replaced.
+        OutputError: the engines cannot be kept.
+    """
+    options = options or BuildOptions()
+    kept: list[tuple[str, str]] = []
+    for request in requests:
+        if request.capabilities is not None:
+            vendor = _vendor("tensorrt-rtx", log)
+            for target in ahead_of_time(vendor, request.capabilities):
+                say(f"building for {target} with {vendor.name} {vendor.version}, batch {options.batch}")
+                # Opened for each target: the one before has put a new file in this one's place.
+                with (
+                    Bundle.open(path) as bundle,
+                    build_engines(bundle, vendor, target, gpu=None, options=options, say=say, progress=progress) as new,
+                ):
+                    build_into_bundle(bundle.path, new, bundle.manifest_sha256)
+                kept.append((target.name, f"in {path}"))
+            continue
+        machine = machine or describe_machine()
+        index = _gpu_index(device)
+        vendor = _vendor(native_library(machine, index, backend), log)
+        with (
+            Bundle.open(path) as bundle,
+            build_native(bundle, machine, index, vendor, options=options, say=say, progress=progress) as new,
+        ):
+            if into_bundle:
+                build_into_bundle(bundle.path, new, bundle.manifest_sha256)
+                place = f"in {path}"
+            else:
+                gpu = machine.gpus[index]
+                place = store_engines(bundle.manifest_sha256, new.target, gpu, new.plans, new.details).place
+            kept.append((new.target.name, place))
+    return kept
+
+
+def _gpu_index(device: str) -> int:
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not number.isdecimal():
+        raise BackendError(f"the device is {device!r}; engines are built for a GPU: expected cuda:0, or another index")
+    return int(number)
+
+
+def native_library(machine: Machine, index: int, backend: str = "auto") -> str:
+    """The library that builds engines for a GPU of this machine: "tensorrt" where it is there, else "tensorrt-rtx".
+
+    Raises:
+        BackendError: there is no such GPU, or no library that serves it.
+    """
+    if not 0 <= index < len(machine.gpus):
+        raise BackendError(
+            f"there is no GPU cuda:{index} here to build for ({machine.gpu_problem or f'found {len(machine.gpus)}'}); "
+            "run mge-build on the device, or build ahead of time: --target rtx:sm86 --into-bundle"
+        )
+    gpu = machine.gpus[index]
+    reasons: list[str] = []
+    for name in LIBRARIES if backend == "auto" else (backend,):
+        reason = _refusal(machine, name, gpu.capability)
+        if reason is None:
+            return name
+        reasons.append(reason)
+    raise BackendError(f"nothing can build for {gpu.name} ({gpu.capability}): {'; '.join(reasons)}")
+
+
+def _refusal(machine: Machine, name: str, capability: str) -> str | None:
+    library = LIBRARIES[name]
+    if name in machine.broken:
+        return f"{name} is broken: {machine.broken[name]}"
+    if name not in machine.libraries:
+        return f"{name} is not installed: {library.install}"
+    if "cuda-core" not in machine.libraries:
+        return f"{name} needs cuda-core: {library.install}"
+    if name == "tensorrt-rtx" and capability not in RTX_CAPABILITIES:
+        return f"{name} does not serve {capability}"
+    return library.refusal(machine.libraries[name])
+
+
+def _vendor(name: str, log: Say | None) -> Vendor:
+    vendor = load_vendor(name)
+    vendor.messages.say = log
+    return vendor
