@@ -32,29 +32,31 @@ _UNKNOWN = "unknown"  # version of a library that has no metadata and was not im
 _MODEL = Path("/proc/device-tree/model")  # on boards with a device tree, as a Jetson
 
 
-def describe_machine(imported: Collection[str] | None = None) -> Machine:
+def describe_machine(imported: Collection[str] | None = None, *, always: bool = False, gpus: bool = True) -> Machine:
     """Describe the machine for the Python that runs.
 
     Args:
-        imported: the libraries to import, which alone shows whether they work; by default all where there is a GPU,
-            and none where there is not.
+        imported: the libraries to import where there is a GPU, which alone shows whether they work; None: all.
+        always: import them without a GPU too.
+        gpus: whether to ask the driver for GPUs.
 
     Returns:
         The description. What is missing or broken is said in it; nothing is raised.
     """
     system, arch = platform.system().lower(), platform.machine().lower()
     libraries, broken = _installed(), dict[str, str]()
-    cuda, problem = _driver_cuda()
-    gpus: tuple[Gpu, ...] = ()
+    cuda, problem = _driver_cuda() if gpus else (None, "not asked for")
+    devices: tuple[Gpu, ...] = ()
     if cuda is not None:
-        gpus, problem = _gpus(cuda, libraries, broken)
-    for name in list(libraries) if imported is None and gpus else imported or ():
-        _import(name, libraries, broken)
+        devices, problem = _gpus(cuda, libraries, broken)
+    for name in list(libraries) if devices or always else ():
+        if imported is None or name in imported:
+            _import(name, libraries, broken)
     return Machine(
         system=system,
         arch={"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch),
         python=platform.python_version(),
-        gpus=gpus,
+        gpus=devices,
         gpu_problem=problem,
         driver_cuda=cuda,
         libraries=libraries,
@@ -91,8 +93,6 @@ def _version(distributions: tuple[str, ...]) -> str:
 
 def _import(name: str, libraries: dict[str, str], broken: dict[str, str]) -> None:
     """Import a library: it gets the version that the module itself names, or goes to `broken`."""
-    if name not in libraries:
-        return
     try:
         module: Any = importlib.import_module(_LIBRARIES[name][0])
     except Exception as error:  # a broken native library raises what it likes

@@ -1,25 +1,79 @@
 """What computes the chain: one seam (`Backend`), one module for each implementation, imported when it is chosen."""
 
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 from mge_runtime.backends.base import Backend, Buffer, StageRunner, Streams
 from mge_runtime.backends.choice import BACKENDS, Candidate, Choice, choose
 from mge_runtime.errors import BackendError
 
+if TYPE_CHECKING:
+    from mge_runtime.bundle import Bundle
+
 __all__ = ["BACKENDS", "Backend", "Buffer", "Candidate", "Choice", "StageRunner", "Streams", "choose", "open_backend"]
 
 
-def open_backend(choice: Choice, *, threads: int | None = None, streams: Streams = 1) -> Backend:
-    """The backend that was chosen.
+def open_backend(
+    choice: Choice,
+    bundle: Bundle | None = None,
+    *,
+    threads: int | None = None,
+    streams: Streams = 1,
+    say: Callable[[str], None] | None = None,
+) -> Backend:
+    """The backend that was chosen; engines that `choice.build` asks for are built first, which can take minutes.
 
     Args:
         choice: what `choose` returned.
-        threads: processors to compute with; None: all that this process may use.
-        streams: runs of the chain that may be in flight at once; they share the processors.
+        bundle: what it was made for, open; the TensorRT backends need it.
+        threads: processors to compute with on the CPU; None: all that this process may use.
+        streams: runs of the chain that may be in flight at once; they share the processors. A GPU has one.
+        say: is told what a build does, line by line; None: the logger "mge_runtime" is, as a warning.
 
     Raises:
-        BackendError: its library is missing, broken or too old.
+        BackendError: its library is missing, broken or too old, or several streams were asked for on a GPU.
+        BuildError: engines cannot be built.
     """
     if (choice.backend, choice.device) == ("onnxruntime", "cpu"):
         from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(threads, streams)
-    raise BackendError(f"{choice} is not built yet in this version of mge; use what `choose` offers")
+    if streams not in (1, "auto"):
+        raise BackendError(f"asked for {streams} streams on {choice.device}; expected 1: open one pipeline per thread")
+    if choice.backend == "onnxruntime":
+        from mge_runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend(choice.device_index)
+    if bundle is None:
+        raise BackendError(f"{choice} was to be opened without a bundle; expected the one it was chosen for")
+    return _open_tensorrt(choice, bundle, say or _warn)
+
+
+def _open_tensorrt(choice: Choice, bundle: Bundle, say: Callable[[str], None]) -> Backend:
+    from mge_runtime.trt.build import build_into_cache
+    from mge_runtime.trt.fit import build_command, why_not
+    from mge_runtime.trt.vendor import load_vendor
+
+    vendor, machine, engines = load_vendor(choice.backend), choice.machine, choice.engines
+    if machine is None or choice.gpu is None or not (choice.build or engines):
+        raise BackendError(f"{choice} names no machine or no engines; expected what `choose` returned")
+    if engines is None:
+        say(f"{choice}: {choice.reason}")
+        engines = build_into_cache(bundle, machine, choice.device_index, choice.backend, say=say)
+    # Package metadata chose the engines; the library itself has the last word, before anything is deserialised.
+    here = replace(machine, libraries={**machine.libraries, vendor.name: vendor.version})
+    built = engines.description.plans
+    if problem := why_not(engines.target, engines.details, built, here, choice.gpu, bundle.manifest):
+        command = build_command(choice.backend, choice.gpu, bundle.path)
+        raise BackendError(f"{engines.target} {engines.place} {problem}; build again: {command}")
+    from mge_runtime.backends.tensorrt import TensorRTBackend
+
+    return TensorRTBackend(vendor, engines, choice.device_index)
+
+
+def _warn(line: str) -> None:
+    logging.getLogger("mge_runtime").warning(line)

@@ -1,28 +1,29 @@
-"""Which backend runs a bundle here, and why the others do not."""
+"""Which backend runs a bundle here, and why the others do not.
+
+Best first: engines that lie ready (TensorRT, then TensorRT-RTX), engines that this machine can build, ONNX Runtime on
+CUDA, ONNX Runtime on the CPU. All of it is decided from descriptions: of the machine, and of the engines.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from mge_runtime.backends.candidates import Candidate, candidates
 from mge_runtime.errors import BackendError
+from mge_runtime.machine import Gpu, Machine
+
+if TYPE_CHECKING:
+    from mge_runtime.bundle import Bundle
+    from mge_runtime.trt.engines import EngineSet
 
 __all__ = ["BACKENDS", "Candidate", "Choice", "choose"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # best first
-_NOT_BUILT = "not built yet in this version of mge"
-_DEVICE = re.compile(r"auto|cpu|cuda:\d+")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to run the chain."""
-
-    backend: str
-    device: str  # "cpu" or "cuda:0"
-    available: bool
-    reason: str  # why it can or cannot run here
+_DEVICE = re.compile(r"auto|cpu|cuda:\d{1,4}")
+_AUTO = "leave device and backend at auto, which takes what runs here"
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,43 @@ class Choice:
     backend: str
     device: str
     reason: str
-    passed_over: tuple[Candidate, ...]  # better ones that cannot run here, best first
+    passed_over: tuple[Candidate, ...]  # better ones that cannot run here or have no engines ready, best first
+    engines: EngineSet | None = None  # that run, for the TensorRT backends; None: they are built on opening
+    build: bool = False  # whether engines are built, into the cache, when the choice is opened
+    machine: Machine | None = field(default=None, repr=False)  # what it was made for
 
     def __str__(self) -> str:
         """For example "onnxruntime on cpu"."""
         return f"{self.backend} on {self.device}"
 
+    @property
+    def device_index(self) -> int:
+        """CUDA's number of the device; 0 on the CPU."""
+        return _index(self.device)
 
-def choose(device: str = "auto", backend: str = "auto") -> Choice:
-    """Pick the best backend that can run here.
+    @property
+    def gpu(self) -> Gpu | None:
+        """The GPU that runs; None on the CPU."""
+        gpus = () if self.machine is None or self.device == "cpu" else self.machine.gpus
+        return gpus[self.device_index] if self.device_index < len(gpus) else None
+
+
+def choose(
+    device: str = "auto",
+    backend: str = "auto",
+    *,
+    bundle: Bundle | None = None,
+    machine: Machine | None = None,
+    cache: bool | None = None,
+) -> Choice:
+    """Pick the best backend that can run here. Nothing of an engine but its description is read.
 
     Args:
-        device: "auto", "cpu" or "cuda:0" (any index).
+        device: "auto" (the first GPU, or the CPU), "cpu" or "cuda:0" (any index).
         backend: "auto", "tensorrt", "tensorrt-rtx" or "onnxruntime".
+        bundle: what is to run: its engines and its precision count; None: no engine is there.
+        machine: where; None: on this machine.
+        cache: whether the engines in this machine's cache count; None: where `machine` is None.
 
     Raises:
         BackendError: an unknown device or backend, or none that can run; the message gives the reason of each.
@@ -53,32 +78,52 @@ def choose(device: str = "auto", backend: str = "auto") -> Choice:
         raise BackendError(f'the device is {device!r}; expected "auto", "cpu" or "cuda:0"')
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"the backend is {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    wanted = [
-        candidate
-        for candidate in _candidates("cuda:0" if device in ("auto", "cpu") else device)
-        if backend in ("auto", candidate.backend) and device in ("auto", candidate.device)
-    ]
-    for position, candidate in enumerate(wanted):
-        if candidate.available:
-            return Choice(candidate.backend, candidate.device, candidate.reason, tuple(wanted[:position]))
-    reasons = "; ".join(f"{c.backend} on {c.device}: {c.reason}" for c in wanted)
-    asked = f"device {device!r} and backend {backend!r}"
-    advice = (
-        'install it: pip install "mge[cpu]"'
-        if device in ("auto", "cpu") and backend in ("auto", "onnxruntime")
-        else "leave device and backend at auto, which takes what runs here"
-    )
-    raise BackendError(f"nothing can run {asked} ({reasons or f'{backend} runs on NVIDIA GPUs alone'}); {advice}")
+    cuda = "cuda:0" if device in ("auto", "cpu") else device
+    cache = machine is None if cache is None else cache
+    machine = _this_machine(device, backend) if machine is None else machine
+    every = candidates(machine, _index(cuda), bundle, cache=cache)
+    wanted = [c for c in every if backend in ("auto", c.backend) and device in ("auto", c.device)]
+    able = [c for c in wanted if c.available]
+    # Engines that lie ready go before engines that would have to be built.
+    best = next((c for c in able if c.engines is not None), able[0] if able else None)
+    if best is None:
+        raise BackendError(_refusal(device, backend, wanted, machine, bundle))
+    better = tuple(wanted[: wanted.index(best)])
+    return Choice(best.backend, best.device, best.reason, better, best.engines, best.build, machine)
 
 
-def _candidates(gpu: str) -> list[Candidate]:
-    """Every way to run, best first. Only looks for modules, imports none."""
-    cpu = (
-        (True, "runs anywhere; nothing faster is available here")
-        if importlib.util.find_spec("onnxruntime") is not None
-        else (False, 'the module onnxruntime is not installed: pip install "mge[cpu]"')
-    )
-    return [
-        *(Candidate(name, gpu, False, _NOT_BUILT) for name in BACKENDS),
-        Candidate("onnxruntime", "cpu", *cpu),
-    ]
+def _this_machine(device: str, backend: str) -> Machine:
+    from mge_runtime.machine_probe import describe_machine
+
+    if device == "cpu":
+        return describe_machine((), gpus=False)
+    return describe_machine(None if backend == "auto" else (backend, "cuda-core"))
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle | None) -> str:
+    reasons = "; ".join(f"{c}: {c.reason}" for c in wanted) or f"{backend} runs on NVIDIA GPUs alone"
+    asked = f"nothing can run device {device!r} and backend {backend!r} ({reasons})"
+    index = _index(device)
+    gpu = machine.gpus[index] if device != "cpu" and index < len(machine.gpus) else None
+    if gpu is None:
+        cpu = device in ("auto", "cpu") and backend in ("auto", "onnxruntime")
+        return f"{asked}; " + ('install it: pip install "mge[cpu]"' if cpu else _AUTO)
+    here = f"this device is {gpu}, {machine.platform}"
+    if bundle is None or not backend.startswith("tensorrt"):
+        return f"{asked}; {here}; {_AUTO}"
+    found = f"engines for {', '.join(bundle.targets)}" if bundle.targets else "no engines"
+    return f"{asked}; the bundle has {found}; {here}; {_build_advice(backend, gpu, bundle)}"
+
+
+def _build_advice(backend: str, gpu: Gpu, bundle: Bundle) -> str:
+    from mge_runtime.trt.fit import build_command, rtx_refusal
+
+    if backend == "tensorrt-rtx" and rtx_refusal(gpu, None) is not None:
+        return f"build for it with full TensorRT: {build_command('tensorrt', gpu, bundle.path)}"
+    if backend == "tensorrt-rtx" and rtx_refusal(gpu, bundle.manifest) is not None:
+        return _AUTO
+    return f"then build for it: {build_command(backend, gpu, bundle.path)}"

@@ -12,6 +12,10 @@ from mge_runtime.cli.common import reports_errors
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
+    from mge_runtime.machine import Machine
+
+# Nobody has run the chain on a GPU yet; docs/results.md says when that changes.
+UNTRIED = "experimental: not yet run"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,14 +27,34 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Write every entry to this folder: plain ONNX files with their weights, engines, manifest.",
 )
+@click.option(
+    "--machine",
+    "show_machine",
+    is_flag=True,
+    help="Print this machine's description as JSON instead: platform, GPUs, driver, libraries.",
+)
+@click.option(
+    "--as-machine",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Say what would run on the machine that --machine described in this file.",
+)
 @click.version_option(package_name="mge")
 @reports_errors
-def main(bundle: str, as_json: bool, verify: bool, extract: str | None) -> None:
+def main(
+    bundle: str, as_json: bool, verify: bool, extract: str | None, show_machine: bool, as_machine: Path | None
+) -> None:
     """Show what is inside BUNDLE (default: mge.plan) and what would run here and why."""
+    if show_machine:
+        from mge_runtime.machine_probe import describe_machine
+
+        click.echo(describe_machine(always=True).to_json().decode(), nl=False)
+        return
+    machine = None if as_machine is None else _recorded(as_machine)
     from mge_runtime.bundle import Bundle
 
     with Bundle.open(bundle) as opened:
-        facts = describe(opened)
+        facts = describe(opened, machine)
         if verify:
             opened.verify()
             facts["verified"] = True
@@ -48,32 +72,51 @@ def main(bundle: str, as_json: bool, verify: bool, extract: str | None) -> None:
             click.echo(f"extracted  {len(written)} files to {Path(extract)}")
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
+def _recorded(path: Path) -> Machine:
+    from mge_runtime.errors import InputError
+    from mge_runtime.machine import Machine
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; expected a machine's description: mge-info --machine > {path.name}"
+        ) from error
+    return Machine.from_json(data, str(path))
+
+
+def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
     """Everything that `mge-info` shows, as plain values.
+
+    Args:
+        bundle: open.
+        machine: where it is to run; None: here.
 
     Raises:
         BundleError: a calibration or an engine's description is damaged or belongs to another manifest.
     """
-    from mge_runtime.backends import choose
-    from mge_runtime.errors import BackendError
+    from mge_runtime.machine_probe import describe_machine
+    from mge_runtime.trt.found import find_engines
 
     calibration = bundle.calibration()
-    here: dict[str, Any]
-    try:
-        choice = choose()
-        here = {
-            "backend": choice.backend,
-            "device": choice.device,
-            "reason": choice.reason,
-            "passed_over": [{"backend": c.backend, "device": c.device, "reason": c.reason} for c in choice.passed_over],
-        }
-    except BackendError as error:
-        here = {"backend": None, "error": str(error)}
+    recorded = machine is not None
+    machine = machine or describe_machine()
+    gpu = machine.gpus[0] if machine.gpus else None
     engines: dict[str, Any] = {}
-    for target in bundle.targets:
-        engine = bundle.engine(target)
-        sizes = {stage: plan.size for stage, plan in engine.plans.items()}
-        engines[target] = {"plans": sizes, "details": dict(engine.details), "status": "experimental: not yet run"}
+    cached: list[dict[str, Any]] = []
+    for found in find_engines(bundle, machine, gpu, cache=not recorded):
+        # The bundle's are read again: a description that was damaged is an error here, and not a remark.
+        description = bundle.engine(found.target) if found.engines is None else found.engines.description
+        facts = {
+            "plans": {stage: plan.size for stage, plan in description.plans.items()},
+            "details": dict(description.details),
+            "status": UNTRIED,
+            "misfit": found.problem,
+        }
+        if found.in_bundle:
+            engines[found.target] = facts
+        else:
+            cached.append({"target": found.target, "place": found.place, **facts})
     return {
         "path": str(bundle.path),
         "size": bundle.path.stat().st_size,
@@ -81,6 +124,26 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "manifest": json.loads(bundle.manifest.to_json()),
         "entries": dict(bundle.sizes),
         "engines": engines,
+        "cached_engines": cached,
         "calibration": None if calibration is None else dict(calibration.values),
-        "here": here,
+        "machine": json.loads(machine.to_json()),
+        "here": {"recorded": recorded, **_what_runs(bundle, machine, cache=not recorded)},
+    }
+
+
+def _what_runs(bundle: Bundle, machine: Machine, *, cache: bool) -> dict[str, Any]:
+    from mge_runtime.backends import choose
+    from mge_runtime.errors import BackendError
+
+    try:
+        choice = choose(bundle=bundle, machine=machine, cache=cache)
+    except BackendError as error:
+        return {"backend": None, "error": str(error)}
+    return {
+        "backend": choice.backend,
+        "device": choice.device,
+        "reason": choice.reason,
+        "build": choice.build,
+        "status": None if choice.device == "cpu" else UNTRIED,
+        "passed_over": [{"backend": c.backend, "device": c.device, "reason": c.reason} for c in choice.passed_over],
     }

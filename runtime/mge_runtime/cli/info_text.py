@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from mge_runtime.bundle.layout import stage_graph, stage_weights
 from mge_runtime.cli.common import format_bytes
+from mge_runtime.cli.info_here import engine_lines, here_lines, machine_line
 from mge_runtime.cli.info_parity import parity_lines
 
 __all__ = ["info_lines"]
@@ -36,10 +37,14 @@ def info_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield from _row(label, f"{number}: {', '.join(segment['stages'])} -> {segment['answer']}")
     for number, line in enumerate(parity_lines(manifest["parity"])):
         yield from _row("" if number else "parity", line)
-    yield from _engines(facts["engines"])
+    for number, line in enumerate(engine_lines(facts)):
+        yield from _row("" if number else "engines", line)
     calibration = facts["calibration"]
     yield from _row("calibrated", "no" if calibration is None else _pairs(calibration))
-    yield from _here(facts["here"])
+    yield from _row("machine", machine_line(facts["machine"]))
+    label = "runs there" if facts["here"]["recorded"] else "runs here"
+    for number, line in enumerate(here_lines(facts["here"])):
+        yield from _row("" if number else label, line)
     yield from _row("", "everything, operators and the whole parity report included: --json")
 
 
@@ -58,25 +63,6 @@ def _stages(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
         for label, tensors in (("in", stage["inputs"]), ("out", stage["outputs"])):
             texts = [f"{t['name']} {t['dtype']} [{', '.join(map(str, t['shape']))}]" for t in tensors]
             yield from _row("", f"  {label:<4}{'; '.join(texts)}")
-
-
-def _engines(engines: dict[str, Any]) -> Iterator[str]:
-    if not engines:
-        yield from _row("engines", "none; ONNX alone")
-    for number, (target, engine) in enumerate(engines.items()):
-        size = format_bytes(sum(engine["plans"].values()))
-        yield from _row(
-            "" if number else "engines", f"{target}: {len(engine['plans'])} stages, {size}, {engine['status']}"
-        )
-
-
-def _here(here: dict[str, Any]) -> Iterator[str]:
-    if here["backend"] is None:
-        yield from _row("runs here", f"no: {here['error']}")
-        return
-    yield from _row("runs here", f"{here['backend']} on {here['device']}: {here['reason']}")
-    for other in here["passed_over"]:
-        yield from _row("", f"not {other['backend']} on {other['device']}: {other['reason']}")
 
 
 def _preprocess(values: dict[str, Any]) -> str:

@@ -1,0 +1,132 @@
+"""Devices and backends by name, on this machine."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mge_runtime.backends import BACKENDS, Choice, choose, open_backend
+from mge_runtime.errors import BackendError
+from mge_runtime.machine import Gpu, Machine
+
+CUDA = {"cuda-core": "1.2.2"}
+
+
+def machine(*gpus, **values):
+    return Machine("linux", "x86_64", "3.12.3", gpus, **values)
+
+
+def gpu(capability="sm86"):
+    return Gpu("NVIDIA Test", capability, 8 << 30, 28)
+
+
+@pytest.fixture
+def bare():
+    return machine(gpu_problem="no NVIDIA driver is installed", libraries={"onnxruntime": "1.31.1"})
+
+
+def test_auto_takes_the_cpu_and_says_why_not_the_others(bare):
+    choice = choose(machine=bare)
+    assert (choice.backend, choice.device) == ("onnxruntime", "cpu")
+    assert (choice.engines, choice.build, choice.gpu) == (None, False, None)
+    assert [(c.backend, c.device) for c in choice.passed_over] == [(name, "cuda:0") for name in BACKENDS]
+    assert all(c.reason == "no NVIDIA driver is installed" and not c.available for c in choice.passed_over)
+    assert str(choice) == "onnxruntime on cpu"
+    assert choose("cpu", "onnxruntime", machine=bare).passed_over == ()
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "named"),
+    [
+        ("cuda:0", "auto", r"tensorrt on cuda:0: no NVIDIA.*tensorrt-rtx on cuda:0.*onnxruntime on cuda:0.*; leave"),
+        ("cuda:3", "onnxruntime", r"onnxruntime on cuda:3: no NVIDIA driver"),
+        ("auto", "tensorrt", r"tensorrt on cuda:0: no NVIDIA driver.*; leave device and backend at auto"),
+        ("cpu", "tensorrt-rtx", r"tensorrt-rtx runs on NVIDIA GPUs alone\); leave"),
+        ("gpu", "auto", r"the device is 'gpu'; expected"),
+        ("cuda", "auto", r"the device is 'cuda'; expected"),
+        ("cuda:99999999999", "auto", r"the device is 'cuda:99999999999'; expected"),
+        ("auto", "openvino", r"the backend is 'openvino'; expected"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_with_the_reason(bare, device, backend, named):
+    with pytest.raises(BackendError, match=named):
+        choose(device, backend, machine=bare)
+
+
+def test_a_gpu_that_is_not_there_is_named():
+    two = machine(gpu(), gpu(), libraries={**CUDA, "onnxruntime": "1.31.1"}, providers=("CUDAExecutionProvider",))
+    assert choose("cuda:1", machine=two).gpu == two.gpus[1]
+    with pytest.raises(BackendError, match=r"no such GPU; expected cuda:0 to cuda:1"):
+        choose("cuda:2", machine=two)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"libraries": {}}, 'cuda-core is not installed: pip install "cuda-core[cu12]"'),
+        ({"libraries": {}, "broken": {"cuda-core": "no bindings"}}, "cuda-core cannot be imported (no bindings): pip"),
+        ({"libraries": CUDA}, 'the module onnxruntime is not installed: pip install "mge[gpu]"'),
+        ({"libraries": CUDA, "broken": {"onnxruntime": "bad ELF"}}, "onnxruntime cannot be imported (bad ELF)"),
+        ({"libraries": {**CUDA, "onnxruntime": "1.31.1"}}, "onnxruntime 1.31.1 here is the build for CPUs"),
+    ],
+)
+def test_what_onnxruntime_on_cuda_lacks_is_said(values, reason):
+    found = machine(gpu(), driver_cuda="12.6", **values)
+    with pytest.raises(BackendError, match=re.escape(reason)):
+        choose("cuda:0", "onnxruntime", machine=found)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("10.2.0", "tensorrt 10.2.0 is not served; expected 10.3 or newer, below 12"),
+        ("12.0.0", "tensorrt 12.0.0 is not served; expected 10.3 or newer, below 12"),
+        ("unknown", "tensorrt unknown has a version that cannot be read"),
+        ("10.3.0", None),
+        ("11.99.1", None),
+    ],
+)
+def test_the_version_of_tensorrt_counts(version, reason):
+    found = machine(gpu("sm90"), libraries={**CUDA, "tensorrt": version})
+    if reason is None:
+        assert choose("cuda:0", "tensorrt", machine=found).build
+        return
+    with pytest.raises(BackendError, match=re.escape(reason)):
+        choose("cuda:0", "tensorrt", machine=found)
+
+
+def test_a_broken_library_is_passed_over_with_its_error():
+    found = machine(
+        gpu("sm90"),
+        libraries={**CUDA, "onnxruntime": "1.31.1"},
+        broken={"tensorrt": "libnvinfer.so.10: cannot open shared object file"},
+        providers=("CUDAExecutionProvider",),
+    )
+    choice = choose(machine=found)
+    assert str(choice) == "onnxruntime on cuda:0"
+    assert "tensorrt cannot be imported (libnvinfer.so.10: cannot open" in choice.passed_over[0].reason
+
+
+def test_a_missing_onnxruntime_is_said_with_its_command():
+    with pytest.raises(BackendError, match=r'onnxruntime is not installed: pip install "mge\[cpu\]".*install it: pip'):
+        choose(machine=machine(gpu_problem="none"))
+
+
+def test_a_gpu_has_one_stream_and_tensorrt_needs_its_bundle():
+    with pytest.raises(BackendError, match="asked for 2 streams on cuda:0; expected 1: open one pipeline per thread"):
+        open_backend(Choice("onnxruntime", "cuda:0", "", ()), streams=2)
+    with pytest.raises(BackendError, match="tensorrt on cuda:0 was to be opened without a bundle"):
+        open_backend(Choice("tensorrt", "cuda:0", "", ()))
+
+
+def test_choosing_for_the_cpu_asks_no_driver_and_imports_no_library():
+    code = (
+        "import sys, ctypes\n"
+        "from mge_runtime.backends import choose\n"
+        "ctypes.CDLL = None\n"
+        "print(choose('cpu'))\n"
+        "print([name for name in ('onnxruntime', 'tensorrt_rtx', 'cuda.core', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["onnxruntime on cpu", "[]"]
