@@ -6,7 +6,6 @@ Without an NVIDIA driver nothing of CUDA or TensorRT is imported: a bare CPU is 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -157,7 +156,6 @@ def _providers() -> tuple[str, ...]:
     return tuple(module.get_available_providers()) if hasattr(module, "get_available_providers") else ()
 
 
-@functools.cache
 def _board() -> str | None:
     try:
         return _MODEL.read_bytes().rstrip(b"\0").decode(errors="replace").strip() or None

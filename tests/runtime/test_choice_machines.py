@@ -135,9 +135,9 @@ def test_the_same_bundle_runs_its_onnx_elsewhere(make, machine, expected, not_te
     [
         (ORIN, "tensorrt", "mge-build mge.plan (on this device)"),
         (THOR, "tensorrt", "mge-build mge.plan (on this device)"),
-        (RTX3060, "tensorrt-rtx", "mge-build mge.plan --target rtx:sm86 --into-bundle (on any machine)"),
-        (RTX4090, "tensorrt-rtx", "mge-build mge.plan --target rtx:sm89 --into-bundle (on any machine)"),
-        (T4_RTX, "tensorrt-rtx", "mge-build mge.plan --target rtx:sm75 --into-bundle (on any machine)"),
+        (RTX3060, "tensorrt-rtx", "mge-build mge.plan --target rtx:sm86 --into-bundle (on any linux x86_64 machine)"),
+        (RTX4090, "tensorrt-rtx", "mge-build mge.plan --target rtx:sm89 --into-bundle (on any windows x86_64 machine)"),
+        (T4_RTX, "tensorrt-rtx", "mge-build mge.plan --target rtx:sm75 --into-bundle (on any linux x86_64 machine)"),
         (T4, "tensorrt", "mge-build mge.plan (on this device)"),
         (H100, "tensorrt", "mge-build mge.plan (on this device)"),
     ],
@@ -355,7 +355,7 @@ def test_opening_asks_the_library_for_its_version_before_it_reads_an_engine(make
             open_backend(choice, bundle)
     assert str(caught.value).startswith(f"{FOR_RTX.target} in the bundle was built by tensorrt-rtx 1.7.0.99, 1.")
     assert str(caught.value).endswith(
-        "build again: mge-build mge.plan --target rtx:sm86 --into-bundle (on any machine)"
+        "build again: mge-build mge.plan --target rtx:sm86 --into-bundle (on any linux x86_64 machine)"
     )
 
 

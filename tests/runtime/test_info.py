@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -8,10 +9,21 @@ from mge_runtime.bundle import Bundle, add_calibration, add_engine
 from mge_runtime.cli.common import format_bytes, reports_errors
 from mge_runtime.cli.info import main
 from mge_runtime.cli.info_parity import parity_lines
+from mge_runtime.machine import Machine
+from mge_runtime.machine_probe import describe_machine
+from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt.engines import EngineDetails
+
+MACHINES = Path(__file__).with_name("machines")
 
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def flat(result):
+    """The output without its line breaks."""
+    return " ".join(result.output.split())
 
 
 def test_it_shows_what_is_inside_and_what_runs(bundle_path):
@@ -45,13 +57,83 @@ def test_json_holds_the_whole_manifest(bundle_path):
 
 def test_it_shows_additions(bundle_path, tmp_path):
     path = shutil.copy(bundle_path, tmp_path / "mge.plan")
+    add_calibration(path, {"temperature": 1.5})
+    target = add(path)
+    output = flat(run(path))
+    for text in (
+        "temperature 1.5",
+        f"engines {target}: 6 stages, 12 B, batch 1 to 8, experimental: not yet run",
+        "built by version 10.3.0, on Orin (sm87, 16 multiprocessors)",
+        "fp32 (attested: engine): ingest, mixture; fp16 (attested: network): expert_1; fp16 (not attested): expert_2",
+        "does not fit: is for linux aarch64, this machine is ",
+    ):
+        assert text in output
+    # Engines of something else are shown as far as they can be read.
     with Bundle.open(path) as bundle:
         digest = bundle.manifest_sha256
-    add_calibration(path, {"temperature": 1.5})
-    add_engine(path, "tensorrt-10.3-sm87-linux-aarch64", {"gate": b"g"}, {}, manifest_sha256=digest)
-    result = run(path)
-    assert "tensorrt-10.3-sm87-linux-aarch64: 1 stages, 1 B, experimental: not yet run" in result.output
-    assert "temperature 1.5" in result.output
+    add_engine(path, "foreign", {"gate": b"g"}, {"batch": 3, "precision": [], "version": 1}, manifest_sha256=digest)
+    assert "foreign: 1 stages, 1 B, experimental: not yet run" in flat(run(path))
+    assert "does not fit: cannot be read: the bundle has engines for 'foreign'" in flat(run(path))
+
+
+def add(path):
+    """Add engines for a Jetson Orin; nobody looks inside them."""
+    orin = Machine.from_json((MACHINES / "jetson-agx-orin-jetpack-6.2.json").read_bytes())
+    with Bundle.open(path) as bundle:
+        digest, stages = bundle.manifest_sha256, [stage.name for stage in bundle.manifest.stages]
+    precision = {stage: {"type": "fp32", "attested": "engine"} for stage in ("ingest", "mixture")}
+    precision |= {"expert_1": {"type": "fp16", "attested": "network"}, "expert_2": {"type": "fp16"}}
+    details = EngineDetails("10.3.0", orin.gpus[0], BatchRange(1, 1, 8), precision, {}, "mge test").to_dict()
+    target = "tensorrt-10.3-sm87-linux-aarch64"
+    add_engine(path, target, dict.fromkeys(stages, b"ab"), details, manifest_sha256=digest)
+    return target
+
+
+def test_it_says_what_would_run_on_a_recorded_machine(bundle_path, tmp_path):
+    path = shutil.copy(bundle_path, tmp_path / "mge.plan")
+    target = add(path)
+    orin = MACHINES / "jetson-agx-orin-jetpack-6.2.json"
+    output = flat(run(path, "--as-machine", orin))
+    for text in (
+        "machine NVIDIA Jetson AGX Orin Developer Kit, linux aarch64, Python 3.10.12, cuda:0 Orin (sm87, 16",
+        "65.89 GB shared with the CPU, driver for CUDA 12.6, tensorrt 10.3.0",
+        f"runs there tensorrt on cuda:0 (experimental: not yet run): the engines {target} in the bundle",
+        "engine): ingest, mixture; fp16 (attested: network): expert_1; fp16 (not attested): expert_2 fits the machine",
+    ):
+        assert text in output
+    values = json.loads(run(path, "--as-machine", orin, "--json").output)
+    assert values["machine"] == json.loads(orin.read_bytes())
+    assert (values["here"]["backend"], values["here"]["build"]) == ("tensorrt", False)
+    assert values["engines"][target]["misfit"] is None
+    h100 = json.loads(run(path, "--as-machine", MACHINES / "h100-onnxruntime-gpu.json", "--json").output)
+    assert h100["here"]["backend"] == "onnxruntime"
+    assert [other["backend"] for other in h100["here"]["passed_over"]] == ["tensorrt", "tensorrt-rtx"]
+    assert "does not serve sm90 (Hopper)" in h100["here"]["passed_over"][1]["reason"]
+
+
+def test_backends_with_one_reason_share_a_line(bundle_path):
+    output = flat(run(bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
+    assert "not tensorrt, tensorrt-rtx, onnxruntime on cuda:0: no NVIDIA driver is installed" in output
+    assert "x86_64, Python 3.11.7, no GPU, tensorrt-rtx 1.7.1.116" in output
+
+
+def test_this_machine_is_printed_for_whoever_records_it(tmp_path):
+    result = run("--machine", tmp_path / "no.plan")
+    assert result.exit_code == 0
+    machine = Machine.from_json(result.output.encode())
+    assert machine == describe_machine(always=True)
+    assert "CPUExecutionProvider" in machine.providers
+
+
+def test_a_recorded_machine_that_cannot_be_read_is_one_line(bundle_path, tmp_path):
+    missing = run(bundle_path, "--as-machine", tmp_path / "none.json")
+    assert missing.exit_code == 1
+    assert "none.json: No such file or directory; expected a machine's description: mge-info" in missing.stderr
+    (tmp_path / "bad.json").write_text('{"system": 1}')
+    bad = run(bundle_path, "--as-machine", tmp_path / "bad.json")
+    assert bad.exit_code == 1
+    assert bad.stderr.count("\n") == 1
+    assert "bad.json: arch is null; expected this field, which is missing: record the machine again" in bad.stderr
 
 
 def test_extract_and_verify(bundle_path, tmp_path):

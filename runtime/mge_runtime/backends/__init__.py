@@ -68,7 +68,7 @@ def _open_tensorrt(choice: Choice, bundle: Bundle, say: Callable[[str], None]) -
     here = replace(machine, libraries={**machine.libraries, vendor.name: vendor.version})
     built = engines.description.plans
     if problem := why_not(engines.target, engines.details, built, here, choice.gpu, bundle.manifest):
-        command = build_command(choice.backend, choice.gpu, bundle.path)
+        command = build_command(choice.backend, machine, choice.gpu, bundle.path)
         raise BackendError(f"{engines.target} {engines.place} {problem}; build again: {command}")
     from mge_runtime.backends.tensorrt import TensorRTBackend
 

@@ -87,7 +87,7 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *,
             reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
             yield Candidate(name, device, True, reason, fitting)
             continue
-        yield _to_build(name, device, gpu, bundle, theirs)
+        yield _to_build(name, device, machine, gpu, bundle, theirs)
 
 
 def _refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
@@ -106,7 +106,9 @@ def _refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
     return library.refusal(version)
 
 
-def _to_build(name: str, device: str, gpu: Gpu, bundle: Bundle | None, found: Sequence[FoundEngines]) -> Candidate:
+def _to_build(
+    name: str, device: str, machine: Machine, gpu: Gpu, bundle: Bundle | None, found: Sequence[FoundEngines]
+) -> Candidate:
     """A candidate without engines that fit: it builds them, unless the model is one that it cannot build."""
     from mge_runtime.trt.fit import build_command, rtx_refusal
 
@@ -116,7 +118,7 @@ def _to_build(name: str, device: str, gpu: Gpu, bundle: Bundle | None, found: Se
     why = "; ".join(f"{engines} {engines.problem}" for engines in found) or "the bundle has none"
     reason = (
         f"no engines are ready for {gpu} ({why}): they are built on opening, into the cache; "
-        f"to build them now: {build_command(name, gpu, path)}"
+        f"to build them now: {build_command(name, machine, gpu, path)}"
     )
     return Candidate(name, device, True, reason, build=True)
 

@@ -116,14 +116,14 @@ def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Ma
     if bundle is None or not backend.startswith("tensorrt"):
         return f"{asked}; {here}; {_AUTO}"
     found = f"engines for {', '.join(bundle.targets)}" if bundle.targets else "no engines"
-    return f"{asked}; the bundle has {found}; {here}; {_build_advice(backend, gpu, bundle)}"
+    return f"{asked}; the bundle has {found}; {here}; {_build_advice(backend, machine, gpu, bundle)}"
 
 
-def _build_advice(backend: str, gpu: Gpu, bundle: Bundle) -> str:
+def _build_advice(backend: str, machine: Machine, gpu: Gpu, bundle: Bundle) -> str:
     from mge_runtime.trt.fit import build_command, rtx_refusal
 
     if backend == "tensorrt-rtx" and rtx_refusal(gpu, None) is not None:
-        return f"build for it with full TensorRT: {build_command('tensorrt', gpu, bundle.path)}"
+        return f"build for it with full TensorRT: {build_command('tensorrt', machine, gpu, bundle.path)}"
     if backend == "tensorrt-rtx" and rtx_refusal(gpu, bundle.manifest) is not None:
         return _AUTO
-    return f"then build for it: {build_command(backend, gpu, bundle.path)}"
+    return f"then build for it: {build_command(backend, machine, gpu, bundle.path)}"

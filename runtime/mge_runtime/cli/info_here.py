@@ -66,7 +66,7 @@ def _engine(name: str, engine: dict[str, Any]) -> Iterator[str]:
         yield f"  built by version {version}, {place}"
     if precision := _precision(_table(details.get("precision"))):
         yield f"  {precision}"
-    yield "  runs here" if engine["misfit"] is None else f"  not here: {engine['misfit']}"
+    yield "  fits the machine" if engine["misfit"] is None else f"  does not fit: {engine['misfit']}"
 
 
 def _precision(stages: dict[str, Any]) -> str:

@@ -74,19 +74,22 @@ def rtx_refusal(gpu: Gpu, manifest: Manifest | None) -> str | None:
     return None
 
 
-def build_command(backend: str, gpu: Gpu, bundle: Path) -> str:
-    """The command that builds the engines of a backend for a GPU.
+def build_command(backend: str, machine: Machine, gpu: Gpu, bundle: Path) -> str:
+    """The command that builds the engines of a backend for a GPU, and where it runs.
+
+    TensorRT-RTX needs no GPU to build, and builds for the operating system and architecture that it runs on.
 
     Args:
         backend: "tensorrt" or "tensorrt-rtx".
-        gpu: the GPU.
+        machine: the machine.
+        gpu: its GPU.
         bundle: its path; what lies in the working folder is named from there.
     """
     folder = Path.cwd()
     path = shlex.quote(str(bundle.relative_to(folder) if bundle.is_relative_to(folder) else bundle))
     if backend == "tensorrt":
         return f"mge-build {path} (on this device)"
-    return f"mge-build {path} --target rtx:{gpu.capability} --into-bundle (on any machine)"
+    return f"mge-build {path} --target rtx:{gpu.capability} --into-bundle (on any {machine.platform} machine)"
 
 
 def _model(gpu: Gpu) -> str:

@@ -1,0 +1,141 @@
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mge_runtime import machine_probe
+from mge_runtime.errors import InputError
+from mge_runtime.machine import Gpu, Machine
+from mge_runtime.machine_probe import describe_machine
+
+RECORDED = sorted(Path(__file__).with_name("machines").glob("*.json"))
+ORIN = Machine(
+    "linux", "aarch64", "3.10.12", (Gpu("Orin", "sm87", 64 << 30, 16, True),), None, "12.6", {"tensorrt": "10.3.0"}
+)
+
+
+# --- descriptions -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_recorded_machines_are_what_is_printed(path):
+    machine = Machine.from_json(path.read_bytes(), path.name)
+    assert machine.to_json() == path.read_bytes()
+    assert bool(machine.gpus) == (machine.gpu_problem is None)
+
+
+def test_the_readme_says_which_were_recorded():
+    readme = RECORDED[0].with_name("README.md").read_text()
+    assert len(RECORDED) >= 10
+    assert "| `bare-cpu-x86_64.json` | yes" in readme
+    assert "| all others | **no**" in readme
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"system": 3}, "orin.json: system is 3; expected a text: record the machine again with mge-info --machine"),
+        ({"driver": "x"}, 'orin.json: driver is "x"; expected no field of this name: record'),
+        ({"gpus": [{"name": "Orin"}]}, "orin.json: gpus[0].capability is null; expected this field, which is missing"),
+        ({"gpus": [{**vars(ORIN.gpus[0]), "capability": "8.7"}]}, 'expected a compute capability such as "sm86"'),
+        ({"gpus": [{**vars(ORIN.gpus[0]), "integrated": 1}]}, "gpus[0].integrated is 1; expected true or false"),
+        ({"gpus": [{**vars(ORIN.gpus[0]), "multiprocessors": 0}]}, "expected a whole number of at least 1"),
+        ({"libraries": {"tensorrt": None}}, "orin.json: libraries.tensorrt is null; expected a text"),
+    ],
+)
+def test_a_wrong_field_is_named_by_its_path(change, message):
+    values = {**json.loads(ORIN.to_json()), **change}
+    with pytest.raises(InputError) as caught:
+        Machine.from_json(json.dumps(values).encode(), "orin.json")
+    assert message in str(caught.value)
+    assert "bundle" not in str(caught.value)
+
+
+def test_what_is_no_json_is_no_machine():
+    with pytest.raises(InputError, match=r"machine\.json is no JSON .*record the machine again"):
+        Machine.from_json(b"{")
+
+
+# --- this machine -------------------------------------------------------------------------------------------------
+
+
+def test_describing_a_machine_without_gpu_imports_no_library():
+    code = (
+        "import sys, time; start = time.process_time()\n"
+        "from mge_runtime.machine_probe import describe_machine\n"
+        "machine = describe_machine()\n"
+        "print(time.process_time() - start, len(machine.gpus))\n"
+        "print([name for name in ('onnxruntime', 'tensorrt_rtx', 'cuda.core', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    (seconds, gpus), loaded = done.stdout.splitlines()[0].split(), done.stdout.splitlines()[1]
+    if int(gpus):
+        pytest.skip("this machine has a GPU: its libraries are imported to see whether they work")
+    assert loaded == "[]"
+    assert float(seconds) < 0.3
+
+
+def test_versions_from_metadata_are_those_of_the_modules():
+    import onnxruntime
+
+    machine = describe_machine()
+    assert machine.libraries["onnxruntime"] == onnxruntime.__version__
+    assert describe_machine(always=True).libraries == machine.libraries
+    assert "CPUExecutionProvider" in describe_machine(["onnxruntime"], always=True).providers
+
+
+def test_where_no_driver_is_it_says_so():
+    machine = describe_machine()
+    if machine.gpus:
+        pytest.skip("this machine has a GPU")
+    assert machine.gpu_problem
+    assert (machine.driver_cuda is None) == ("no NVIDIA driver is installed" in machine.gpu_problem)
+    assert describe_machine(gpus=False).gpu_problem == "not asked for"
+
+
+def test_a_folder_of_type_stubs_is_no_library(tmp_path, monkeypatch):
+    """`tensorrt-stubs` leaves a folder `tensorrt` without a module, which Python takes for a namespace."""
+    (tmp_path / "mge_test_stubs").mkdir()
+    (tmp_path / "mge_test_stubs" / "__init__.pyi").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(machine_probe._LIBRARIES, "stubs", ("mge_test_stubs", ()))
+    assert "stubs" not in describe_machine().libraries
+    (tmp_path / "mge_test_stubs" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert describe_machine().libraries["stubs"] == "unknown"
+
+
+def test_a_library_that_cannot_be_imported_is_broken(tmp_path, monkeypatch):
+    (tmp_path / "mge_test_broken.py").write_text("raise OSError('libnothing.so.1:\\n cannot open')")
+    (tmp_path / "mge_test_sound.py").write_text("__version__ = '2.5'")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("broken", "sound"):
+        monkeypatch.setitem(machine_probe._LIBRARIES, name, (f"mge_test_{name}", ()))
+    names = ("broken", "sound")
+    assert {name: describe_machine().libraries[name] for name in names} == {"broken": "unknown", "sound": "unknown"}
+    machine = describe_machine(names, always=True)
+    assert machine.libraries["sound"] == "2.5"
+    assert machine.broken == {"broken": "libnothing.so.1: cannot open"}
+    assert "broken" not in machine.libraries
+
+
+def test_the_board_is_what_the_device_tree_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine_probe, "_MODEL", tmp_path / "model")
+    assert describe_machine().board is None
+    (tmp_path / "model").write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
+    machine = describe_machine()
+    assert machine.board == "NVIDIA Jetson AGX Orin Developer Kit"
+    assert machine.is_jetson
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_described():
+    machine = describe_machine()
+    if machine.driver_cuda is None:
+        pytest.skip(machine.gpu_problem)
+    assert machine.gpus, machine.gpu_problem
+    assert all(gpu.name and gpu.memory > 1 << 30 and gpu.multiprocessors > 1 for gpu in machine.gpus)
+    assert Machine.from_json(machine.to_json()) == machine
