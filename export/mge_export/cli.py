@@ -22,14 +22,26 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.command(context_settings=SETTINGS)
 @click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
 @click.option("--fp16", is_flag=True, help="Trunks and part convolutions in half precision, the rest in FP32.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    help="Also build TensorRT engines. rtx:sm86,sm89,sm120: ahead of time with TensorRT-RTX, no GPU needed. native: "
+    "for the GPU of this machine. onnx: none. Repeatable.  [default: native where there is a GPU]",
+)
+@click.option("--batch", default="1,1,8", metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for.")
+@click.option("--extract", type=PATH, default=None, metavar="DIR", help="Also write plain ONNX and plan files here.")
 @click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
 @click.option("--verify-data", type=PATH, default=None, help="Folder of photographs to verify on.  [default: drawn]")
 @click.option("--verify-images", type=click.IntRange(0), default=16, help="How many of them; 0: all.")
 @click.option("--labels", type=PATH, default=None, help="Text file, a class name a line.  [default: the checkpoint's]")
 @click.option(
-    "--box-threshold", type=click.FloatRange(0, 1, max_open=True), default=None,
+    "--box-threshold",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=None,
     help="Of every crop.  [default: the checkpoint's; 0.2 for the authors']",
-)  # fmt: skip
+)
 @click.option("--resize", type=click.IntRange(1), default=None, help="Pixels, the shorter side before the centre crop.")
 @click.option("--image-size", type=click.IntRange(1), default=None, help="Pixels, the side of every expert's input.")
 @click.option("--allow-mismatch", is_flag=True, help="Write even what is out of tolerance, and record that.")
@@ -38,6 +50,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 def main(
     ckpt: Path,
     fp16: bool,
+    targets: tuple[str, ...],
+    batch: str,
+    extract: Path | None,
     output: Path | None,
     verify_data: Path | None,
     verify_images: int,
@@ -47,19 +62,28 @@ def main(
     image_size: int | None,
     allow_mismatch: bool,
 ) -> None:
-    """Export a checkpoint to one bundle, with a parity report; out of tolerance, nothing is written."""
+    """Export a checkpoint to one bundle, with a parity report; out of tolerance, nothing is written.
+
+    The bundle always holds ONNX graphs, which run anywhere; engines for TensorRT lie beside them, one set a target, and
+    mge-build adds more on the device.
+    """
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     # The imports take seconds, too.
-    with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as check:
+    with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
         from mge.checkpoint import load_checkpoint
         from mge_export.export import check_output, export_bundle, file_sha256
         from mge_export.images import find_verify_images, generated_images
         from mge_export.precision import Precision
+        from mge_export.targets import EnginePlan
+        from mge_runtime.bundle import Bundle
+        from mge_runtime.extract import extract_bundle
 
         def say(line: str) -> None:
-            check()
+            interrupt()
             click.echo(line, err=True)
 
+        plan = EnginePlan.parse(targets, batch)
+        plan.check(fp16=fp16)
         check_output(path)
         model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
         preprocess = model.config.preprocess
@@ -72,16 +96,24 @@ def main(
             path,
             Precision.FP16 if fp16 else Precision.FP32,
             images,
+            half_linear=plan.turing,
             checkpoint_sha256=file_sha256(ckpt),
             allow_mismatch=allow_mismatch,
+            finish=lambda finished: plan.build(finished, interrupt, say),
             say=say,
         )
+        interrupt.consequence = f"{path} was written before"
+        if extract is not None:
+            with Bundle.open(path) as bundle:
+                say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
     if result.report.failures:
         click.echo(f"warning: {len(result.report.failures)} values are out of tolerance; the bundle says so", err=True)
     weights = sum(entry.size for name, entry in result.manifest.entries.items() if name.endswith(".weights"))
+    with Bundle.open(path) as bundle:
+        engines = f", engines for {', '.join(bundle.targets)}" if bundle.targets else ""
     click.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.stages)} stages, "
-        f"weights {weights / 1e6:.1f} MB"
+        f"weights {weights / 1e6:.1f} MB{engines}"
     )
     click.echo(f"run it: mge-run --engine {path} IMAGES...")
 

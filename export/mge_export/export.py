@@ -47,8 +47,10 @@ def export_bundle(
     precision: Precision,
     images: VerifyImages,
     *,
+    half_linear: bool = False,
     checkpoint_sha256: str | None = None,
     allow_mismatch: bool = False,
+    finish: Callable[[Path], None] = lambda _: None,
     say: Say = lambda _: None,
 ) -> ExportResult:
     """Export a model to one file.
@@ -62,8 +64,11 @@ def export_bundle(
         path: where to write, usually `mge.plan`.
         precision: of trunks and part convolutions.
         images: to verify on, at least one.
+        half_linear: compute linear heads in half too, as TensorRT-RTX on Turing needs.
         checkpoint_sha256: of the file that the model came from.
         allow_mismatch: publish even if the report is out of tolerance; the bundle's report then says so.
+        finish: is called with the finished bundle before it takes its place, and may add engines to it; what it raises
+            keeps the bundle from being published.
         say: shows progress.
 
     Raises:
@@ -77,7 +82,7 @@ def export_bundle(
     with tempfile.TemporaryDirectory(prefix="mge-export-") as name:
         folder = Path(name)
         say(f"splitting {config.experts} x {config.arch} into stages, {precision.value}")
-        stages = build_stages(model, precision)
+        stages = build_stages(model, precision, half_linear=half_linear)
         plans = {stage.spec.name: _write_stage(stage, folder, say) for stage in stages}
         step = max(images.count // 10, 1)
 
@@ -104,6 +109,7 @@ def export_bundle(
             precision={  # pyright: ignore[reportArgumentType] - JSON values, nested
                 stage.spec.name: {
                     "type": stage.precision.value,
+                    "heads": "fp16" if half_linear and stage.has_trunk else "fp32",
                     "attested": ATTESTED,
                     "operators": plans[stage.spec.name],
                     "weights_underflowed": stage.underflowed,
@@ -118,6 +124,7 @@ def export_bundle(
         def check(finished: Path) -> None:
             check_bundle(finished, images, report.verified)
             say("the finished bundle opens and answers as verified")
+            finish(finished)
 
         models = {stage.spec.name: _stage_model(stage, folder) for stage in stages}
         written = write_bundle(path, manifest, models, check=check)

@@ -19,7 +19,7 @@ from mge.config import MGEConfig
 from mge.model import Expert, Gate, MGENet
 from mge_export.dual_head import DualHead
 from mge_export.precision import Precision
-from mge_export.typed import TypedTrunk, typed_expert, typed_gate
+from mge_export.typed import TypedTrunk, half_heads, typed_expert, typed_gate
 from mge_runtime.spec import BATCH, Preprocess, SegmentSpec, StageSpec, TensorSpec, ViewSpec
 
 __all__ = ["ExpertStage", "GateStage", "IngestStage", "MixtureStage", "Stage", "build_stages", "segments", "views"]
@@ -61,7 +61,13 @@ class ExpertStage(nn.Module):
     """Expert k: its answer, the chain's answer so far, its attention and (k < K) the crop for the next one."""
 
     def __init__(
-        self, expert: Expert, attention_head: nn.Module, config: MGEConfig, k: int, precision: Precision
+        self,
+        expert: Expert,
+        attention_head: nn.Module,
+        config: MGEConfig,
+        k: int,
+        precision: Precision,
+        half_linear: bool = False,
     ) -> None:
         super().__init__()
         self.k = k
@@ -70,6 +76,9 @@ class ExpertStage(nn.Module):
         self.expert = typed_expert(expert, precision, self.size)
         _, c5 = self.expert.features(torch.zeros(1, 3, self.size, self.size))
         self.map_shape = tuple(c5.shape[2:])  # h, w of the heat map
+        if half_linear:
+            half_heads(self.expert)
+            half_heads(attention_head)
         self.dual_head = DualHead(attention_head, c5)
 
     def forward(self, image: Tensor, answer: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -89,9 +98,11 @@ class ExpertStage(nn.Module):
 class GateStage(nn.Module):
     """How far each expert is trusted, from the whole image."""
 
-    def __init__(self, gate: Gate, config: MGEConfig, precision: Precision) -> None:
+    def __init__(self, gate: Gate, config: MGEConfig, precision: Precision, half_linear: bool = False) -> None:
         super().__init__()
         self.gate = typed_gate(gate, precision, config.image_size)
+        if half_linear:
+            half_heads(self.gate)
 
     def forward(self, image: Tensor) -> tuple[Tensor]:
         """[B, 3, S, S] to [B, K], rows sum to 1."""
@@ -107,12 +118,13 @@ class MixtureStage(nn.Module):
 
 
 @torch.no_grad()
-def build_stages(model: MGENet, precision: Precision) -> tuple[Stage, ...]:
+def build_stages(model: MGENet, precision: Precision, *, half_linear: bool = False) -> tuple[Stage, ...]:
     """Split a model into stages, in the order they run.
 
     Args:
         model: left as it is; the stages own copies of its weights.
         precision: of trunks and part convolutions.
+        half_linear: compute linear heads in half too, as TensorRT-RTX on Turing needs.
 
     Raises:
         ExportError: a weight is not finite in this precision, or a head cannot be traced.
@@ -123,7 +135,7 @@ def build_stages(model: MGENet, precision: Precision) -> tuple[Stage, ...]:
     for k, expert in enumerate(model.experts, 1):
         # Not always the expert's own: see MGEConfig.attention_head.
         head = copy.deepcopy(model.attention_head(k - 1))
-        module = ExpertStage(cast(Expert, expert), head, config, k, precision)
+        module = ExpertStage(cast(Expert, expert), head, config, k, precision, half_linear)
         previous = (_vector(f"answer_{k - 1}", config.num_classes),) if k > 1 else ()
         outputs = [
             _vector(f"logits_{k}", config.num_classes),
@@ -137,7 +149,7 @@ def build_stages(model: MGENet, precision: Precision) -> tuple[Stage, ...]:
     if model.gate is not None:
         weights = _vector("gate", config.experts)
         answers = tuple(_vector(f"logits_{k}", config.num_classes) for k in range(1, config.experts + 1))
-        gate = GateStage(model.gate, config, precision)
+        gate = GateStage(model.gate, config, precision, half_linear)
         stages.append(_stage("gate", (_image(config, 1),), (weights,), gate, precision))
         mixed = (_vector("logits", config.num_classes),)
         stages.append(_stage("mixture", (weights, *answers), mixed, MixtureStage(), Precision.FP32))

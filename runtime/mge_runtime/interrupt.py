@@ -19,7 +19,8 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 class Interrupt:
     """What a block knows of a signal that asks it to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, consequence: str) -> None:
+        self.consequence = consequence  # what the error says of the result; the block may change it as it gets on
         self.received: str | None = None  # the first signal's name
         self._held = 0
 
@@ -70,7 +71,7 @@ def interruptible(work: str, consequence: str, kind: type[MGEError]) -> Generato
 
     Args:
         work: what is interrupted: "the export".
-        consequence: what the error says of the result.
+        consequence: what the error says of the result, unless the block changes it.
         kind: class of the error.
 
     Yields:
@@ -79,7 +80,7 @@ def interruptible(work: str, consequence: str, kind: type[MGEError]) -> Generato
     Raises:
         MGEError: of this kind; a signal came.
     """
-    interrupt = Interrupt()
+    interrupt = Interrupt(consequence)
     previous = {}
     try:
         if threading.current_thread() is threading.main_thread():
@@ -91,7 +92,7 @@ def interruptible(work: str, consequence: str, kind: type[MGEError]) -> Generato
     except BaseException as error:
         if not interrupt.requested:
             raise
-        raise kind(f"{work} was interrupted ({interrupt.received}): {consequence}") from error
+        raise kind(f"{work} was interrupted ({interrupt.received}): {interrupt.consequence}") from error
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
