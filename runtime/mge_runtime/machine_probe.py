@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.metadata
 import importlib.util
 import platform
 import sys
@@ -27,27 +26,34 @@ _LIBRARIES = {
     "cuda-core": ("cuda.core", ("cuda-core",)),
     "cuda-bindings": ("cuda.bindings", ("cuda-bindings",)),
 }
-_UNKNOWN = "unknown"  # version of a library that has no metadata and was not imported
+_UNKNOWN = "unknown"  # version of a library that was not looked up, or has no metadata and was not imported
 _MODEL = Path("/proc/device-tree/model")  # on boards with a device tree, as a Jetson
 
 
-def describe_machine(imported: Collection[str] | None = None, *, always: bool = False, gpus: bool = True) -> Machine:
+def describe_machine(
+    imported: Collection[str] | None = None, *, always: bool = False, gpus: bool = True, quick: bool = False
+) -> Machine:
     """Describe the machine for the Python that runs.
 
     Args:
         imported: the libraries to import where there is a GPU, which alone shows whether they work; None: all.
         always: import them without a GPU too.
         gpus: whether to ask the driver for GPUs.
+        quick: leave the versions out where there is no GPU: nothing depends on them there, and looking them up takes
+            longer than everything else.
 
     Returns:
         The description. What is missing or broken is said in it; nothing is raised.
     """
     system, arch = platform.system().lower(), platform.machine().lower()
-    libraries, broken = _installed(), dict[str, str]()
+    libraries = {name: _UNKNOWN for name, (module, _) in _LIBRARIES.items() if _has_module(module)}
+    broken: dict[str, str] = {}
     cuda, problem = _driver_cuda() if gpus else (None, "not asked for")
     devices: tuple[Gpu, ...] = ()
     if cuda is not None:
         devices, problem = _gpus(cuda, libraries, broken)
+    if devices or not quick:
+        libraries |= {name: _version(_LIBRARIES[name][1]) for name in libraries}
     for name in list(libraries) if devices or always else ():
         if imported is None or name in imported:
             _import(name, libraries, broken)
@@ -65,12 +71,6 @@ def describe_machine(imported: Collection[str] | None = None, *, always: bool = 
     )
 
 
-def _installed() -> dict[str, str]:
-    return {
-        name: _version(distributions) for name, (module, distributions) in _LIBRARIES.items() if _has_module(module)
-    }
-
-
 def _has_module(name: str) -> bool:
     """Whether a module could be imported; its parents are, it is not."""
     try:
@@ -82,6 +82,8 @@ def _has_module(name: str) -> bool:
 
 
 def _version(distributions: tuple[str, ...]) -> str:
+    import importlib.metadata  # brings half the email package
+
     for name in distributions:
         try:
             return importlib.metadata.version(name)

@@ -9,10 +9,12 @@ from mge_runtime.bundle import Bundle, add_calibration, add_engine
 from mge_runtime.cli.common import format_bytes, reports_errors
 from mge_runtime.cli.info import main
 from mge_runtime.cli.info_parity import parity_lines
-from mge_runtime.machine import Machine
+from mge_runtime.machine import Gpu, Machine
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt.cache import store_engines
 from mge_runtime.trt.engines import EngineDetails
+from mge_runtime.trt.target import Target
 
 MACHINES = Path(__file__).with_name("machines")
 
@@ -109,6 +111,20 @@ def test_it_says_what_would_run_on_a_recorded_machine(bundle_path, tmp_path):
     assert h100["here"]["backend"] == "onnxruntime"
     assert [other["backend"] for other in h100["here"]["passed_over"]] == ["tensorrt", "tensorrt-rtx"]
     assert "does not serve sm90 (Hopper)" in h100["here"]["passed_over"][1]["reason"]
+
+
+def test_engines_in_this_machines_cache_are_shown(bundle_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MGE_CACHE_DIR", str(tmp_path))
+    target = Target.parse("tensorrt-10.3-sm87-linux-aarch64")
+    (tmp_path / "plan").write_bytes(b"abc")
+    details = EngineDetails("10.3.0", None, BatchRange(2, 2, 2), {}, {}, "mge test")
+    with Bundle.open(bundle_path) as bundle:
+        plans = {"gate": tmp_path / "plan"}
+        store_engines(bundle.manifest_sha256, target, Gpu("Orin", "sm87", 1, 16), plans, details)
+    output = flat(run(bundle_path))
+    assert f"{target} in the cache, {tmp_path}" in output
+    assert "1 stages, 3 B, batch 2, experimental: not yet run built by version 10.3.0, ahead of time" in output
+    assert "cache" not in flat(run(bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
 
 
 def test_backends_with_one_reason_share_a_line(bundle_path):

@@ -96,8 +96,8 @@ def _this_machine(device: str, backend: str) -> Machine:
     from mge_runtime.machine_probe import describe_machine
 
     if device == "cpu":
-        return describe_machine((), gpus=False)
-    return describe_machine(None if backend == "auto" else (backend, "cuda-core"))
+        return describe_machine((), gpus=False, quick=True)
+    return describe_machine(None if backend == "auto" else (backend, "cuda-core"), quick=True)
 
 
 def _index(device: str) -> int:

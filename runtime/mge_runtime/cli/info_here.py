@@ -58,6 +58,8 @@ def _engine(name: str, engine: dict[str, Any]) -> Iterator[str]:
     plans = engine["plans"]
     batch = _list(details.get("batch"))
     batches = f"batch {batch[0]} to {batch[2]}, " if len(batch) == 3 else ""
+    if len(set(batch)) == 1:
+        batches = f"batch {batch[0]}, "
     size = format_bytes(sum(plans.values()))
     yield f"{name}: {len(plans)} stages, {size}, {batches}{engine['status']}"
     if isinstance(version := details.get("version"), str):
