@@ -1,14 +1,18 @@
 """What would run on machines that are not at hand, from their descriptions in `machines/`."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from mge_runtime.backends import choose, open_backend
 from mge_runtime.bundle import Bundle, add_engine, write_bundle
+from mge_runtime.cli.build import main as build
 from mge_runtime.errors import BackendError, BundleError
 from mge_runtime.machine import Gpu, Machine
+from mge_runtime.machine_probe import describe_machine
 from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.cache import store_engines
 from mge_runtime.trt.engines import EngineDetails
@@ -196,6 +200,22 @@ def test_an_engine_for_something_else_is_never_chosen_and_the_line_says_why(make
     )
 
 
+def test_engines_that_were_built_here_without_a_gpu_are_chosen_for_the_device(make):
+    pytest.importorskip("tensorrt_rtx")
+    path = make()
+    built = CliRunner().invoke(build, [str(path), "--target", "rtx:sm86,sm120", "--into-bundle", "--batch", "1"])
+    assert built.exit_code == 0, built.output
+    machine = describe_machine(gpus=False)  # engines are for the platform they were built on
+    here = replace(RTX3060, system=machine.system, arch=machine.arch, libraries={**machine.libraries})
+    choice = chosen(path, here)
+    assert (choice.backend, choice.build) == ("tensorrt-rtx", False)
+    assert choice.engines.description.plans["expert_1"].size > 10_000
+    assert chosen(path, replace(here, gpus=RTX4090.gpus)).reason.startswith(
+        f"no engines are ready for NVIDIA GeForce RTX 4090 (sm89) ({choice.engines.description.target} in the bundle "
+        "is for sm86 or sm120, this GPU is NVIDIA GeForce RTX 4090 (sm89)): "
+    )
+
+
 def test_rtx_engines_serve_every_gpu_of_their_capabilities(make):
     path = make(FOR_RTX)
     assert chosen(path, RTX3070).engines.description.target == FOR_RTX.target
@@ -333,7 +353,7 @@ def locked(monkeypatch):
     original = Bundle.read
     monkeypatch.setattr(Bundle, "view", view)
     monkeypatch.setattr(Bundle, "read", read)
-    monkeypatch.setitem(__import__("sys").modules, "mge_runtime.backends.tensorrt", None)
+    monkeypatch.setitem(sys.modules, "mge_runtime.backends.tensorrt", None)
 
 
 @pytest.mark.usefixtures("locked")
