@@ -1,8 +1,8 @@
 """The seam between the chain and whatever computes it.
 
 A backend opens the chain of a bundle as an `Executor`, which runs it on a batch: frames in, the wanted tensors out,
-both on the host. What lies between is the executor's own: `mge_runtime.backends.staged` runs stage after stage on the host,
-`mge_runtime.device` runs segments on a device, where no tensor visits the host on the way.
+both on the host. What lies between is the executor's own: `mge_runtime.backends.staged` runs stage after stage on the
+host, `mge_runtime.device` runs segments on a device, where no tensor visits the host on the way.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mge_runtime.bundle.wire import WireError, fields, varint, wire_field
 from mge_runtime.errors import BundleError
 
 __all__ = ["ExternalTensor", "external_tensors", "node_operators", "relocate"]
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _EXTERNAL = 1  # TensorProto.DataLocation
 # Where tensors may hide besides GraphProto.initializer, as field numbers by message.
 _NESTED = {
@@ -38,10 +38,6 @@ class ExternalTensor:
     length: int  # bytes
 
 
-class _WireError(Exception):
-    """The bytes are no protocol-buffer message."""
-
-
 def external_tensors(graph: bytes) -> list[ExternalTensor]:
     """List the external initialisers of a serialised ModelProto.
 
@@ -51,8 +47,8 @@ def external_tensors(graph: bytes) -> list[ExternalTensor]:
     try:
         found = [t for _, _, value in _initializers(graph) if (t := _external(value)) is not None]
         if _count_external(memoryview(graph), "model", 0) != len(found):
-            raise _WireError("a tensor outside the graph's initialisers keeps its data in another file")
-    except (_WireError, UnicodeDecodeError, ValueError) as error:
+            raise WireError("a tensor outside the graph's initialisers keeps its data in another file")
+    except (WireError, UnicodeDecodeError, ValueError) as error:
         raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
     return found
 
@@ -65,12 +61,12 @@ def node_operators(graph: bytes) -> dict[str, str]:
     """
     operators: dict[str, str] = {}
     try:
-        for number, _, model_value in _fields(memoryview(graph)):
-            for part, _, node in _fields(model_value) if number == 7 else ():
+        for number, _, model_value in fields(memoryview(graph)):
+            for part, _, node in fields(model_value) if number == 7 else ():
                 if part == 1:
-                    texts = {n: bytes(value).decode() for n, _, value in _fields(node) if n in (3, 4)}
+                    texts = {n: bytes(value).decode() for n, _, value in fields(node) if n in (3, 4)}
                     operators[texts.get(3, "")] = texts.get(4, "")
-    except (_WireError, UnicodeDecodeError) as error:
+    except (WireError, UnicodeDecodeError) as error:
         raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
     operators.pop("", None)
     return operators
@@ -106,47 +102,49 @@ def relocate(graph: bytes, *, expected: str, size: int, location: str, start: in
     if not tensors:
         return graph
     return b"".join(
-        _field(7, _moved_graph(value, location, start)) if number == 7 else bytes(raw)
-        for number, raw, value in _fields(memoryview(graph))
+        wire_field(7, _moved_graph(value, location, start)) if number == 7 else bytes(raw)
+        for number, raw, value in fields(memoryview(graph))
     )
 
 
 def _moved_graph(graph: memoryview, location: str, start: int) -> bytes:
     parts: list[bytes | memoryview] = []
-    for number, raw, value in _fields(graph):
+    for number, raw, value in fields(graph):
         tensor = _external(value) if number == 5 else None
-        parts.append(raw if tensor is None else _field(5, _moved_tensor(value, tensor, location, start)))
+        parts.append(raw if tensor is None else wire_field(5, _moved_tensor(value, tensor, location, start)))
     return b"".join(parts)
 
 
 def _moved_tensor(value: memoryview, tensor: ExternalTensor, location: str, start: int) -> bytes:
-    kept = b"".join(raw for number, raw, _ in _fields(value) if number != 13)
+    kept = b"".join(raw for number, raw, _ in fields(value) if number != 13)
     pairs = {"location": location, "offset": str(start + tensor.offset), "length": str(tensor.length)}
-    return kept + b"".join(_field(13, _field(1, k.encode()) + _field(2, v.encode())) for k, v in pairs.items())
+    return kept + b"".join(
+        wire_field(13, wire_field(1, k.encode()) + wire_field(2, v.encode())) for k, v in pairs.items()
+    )
 
 
 def _initializers(graph: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:
-    for number, _, model_value in _fields(memoryview(graph)):
+    for number, _, model_value in fields(memoryview(graph)):
         if number == 7:
-            yield from (item for item in _fields(model_value) if item[0] == 5)
+            yield from (item for item in fields(model_value) if item[0] == 5)
 
 
 def _external(tensor: memoryview) -> ExternalTensor | None:
     """Read a TensorProto; None where its data lies in the graph itself."""
     name, external = "", False
     pairs: dict[str, str] = {}
-    for number, _, value in _fields(tensor):
+    for number, _, value in fields(tensor):
         if number == 8:
             name = bytes(value).decode()
         elif number == 14:
-            external = _varint(value, 0)[0] == _EXTERNAL
+            external = varint(value, 0)[0] == _EXTERNAL
         elif number == 13:
-            pair = {n: bytes(v).decode() for n, _, v in _fields(value)}
+            pair = {n: bytes(v).decode() for n, _, v in fields(value)}
             pairs[pair.get(1, "")] = pair.get(2, "")
     if not external and not pairs:
         return None
     if "location" not in pairs or "length" not in pairs:
-        raise _WireError(f"weight {name!r} does not say in which file it lies and how long it is")
+        raise WireError(f"weight {name!r} does not say in which file it lies and how long it is")
     return ExternalTensor(name, pairs["location"], int(pairs.get("offset", "0")), int(pairs["length"]))
 
 
@@ -155,56 +153,8 @@ def _count_external(message: memoryview, kind: str, depth: int) -> int:
     if kind == "tensor":
         return int(_external(message) is not None)
     if depth > 32:
-        raise _WireError("its graphs are nested more than 32 deep")
+        raise WireError("its graphs are nested more than 32 deep")
     nested = _NESTED[kind]
     return sum(
-        _count_external(value, nested[number], depth + 1) for number, _, value in _fields(message) if number in nested
+        _count_external(value, nested[number], depth + 1) for number, _, value in fields(message) if number in nested
     )
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """Yield (number, the whole field, its value) of each field of a message."""
-    position = 0
-    while position < len(message):
-        tag, start = _varint(message, position)
-        kind = tag & 7
-        if kind == _VARINT:
-            end = _varint(message, start)[1]
-        elif kind == _BYTES:
-            length, start = _varint(message, start)
-            end = start + length
-        elif kind in (_FIXED64, _FIXED32):
-            end = start + (8 if kind == _FIXED64 else 4)
-        else:
-            raise _WireError(f"unknown wire type {kind}")
-        if end > len(message):
-            raise _WireError("it is cut short")
-        yield tag >> 3, message[position:end], message[start:end]
-        position = end
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """Read one variable-length integer: its value and the position behind it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(message):
-            raise _WireError("it is cut short")
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise _WireError("an integer is too long")
-
-
-def _field(number: int, value: bytes) -> bytes:
-    return _encoded(number << 3 | _BYTES) + _encoded(len(value)) + value
-
-
-def _encoded(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

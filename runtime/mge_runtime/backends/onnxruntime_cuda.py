@@ -1,0 +1,93 @@
+"""ONNX Runtime on an NVIDIA GPU: each segment one session, on one stream, over memory of the device layer.
+
+Experimental: not yet run on a GPU by this project.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any
+
+from mge_runtime.backends.base import Backend, Executor
+from mge_runtime.backends.ort import import_onnxruntime, weights_checked
+from mge_runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    from mge_runtime.bundle import Bundle
+    from mge_runtime.device import Device
+
+__all__ = ["OnnxRuntimeCudaBackend", "open_ort_chain"]
+
+_INSTALL = 'pip install "mge[gpu]"'
+
+
+class OnnxRuntimeCudaBackend(Backend):
+    """Runs every segment as one session of the CUDA execution provider.
+
+    Args:
+        device_index: as CUDA numbers devices, from 0.
+        graphs: whether ONNX Runtime may capture CUDA graphs.
+
+    Raises:
+        BackendError: ONNX Runtime is missing, broken, too old or built without CUDA.
+    """
+
+    name = "onnxruntime"
+    streams = 1
+
+    def __init__(self, device_index: int = 0, *, graphs: bool = True) -> None:
+        self._ort = import_onnxruntime(_INSTALL)
+        self.version: str = self._ort.__version__
+        if "CUDAExecutionProvider" not in self._ort.get_available_providers():
+            raise BackendError(
+                f"onnxruntime {self.version} was built without CUDA; expected onnxruntime-gpu: "
+                f"pip uninstall onnxruntime, then {_INSTALL}"
+            )
+        self.device = f"cuda:{device_index}"
+        self._index = device_index
+        self._graphs = graphs
+
+    def open_chain(self, bundle: Bundle) -> Executor:
+        """Open a session for each segment; the weights are hashed in other threads meanwhile.
+
+        Raises:
+            BundleError: an entry is damaged, or the file was replaced meanwhile.
+            BackendError: the GPU cannot be opened, or ONNX Runtime cannot run a segment on it.
+        """
+        from mge_runtime.device.cuda import CudaDevice
+
+        _preload(self._ort)
+        return open_ort_chain(self._ort, bundle, CudaDevice(self._index), graphs=self._graphs)
+
+
+def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = True) -> Executor:
+    """Open a chain of ONNX Runtime sessions on a device.
+
+    Args:
+        ort: the module `onnxruntime`.
+        bundle: what to run.
+        device: where; a `HostDevice` runs the same sessions on the CPU.
+        graphs: whether ONNX Runtime may capture CUDA graphs.
+
+    Raises:
+        BundleError, BackendError: as for `OnnxRuntimeCudaBackend.open_chain`; nothing is left open.
+    """
+    from mge_runtime.backends.ort_segment import open_segments
+    from mge_runtime.device.executor import DeviceExecutor
+
+    with ExitStack() as stack:
+        with weights_checked(bundle):
+            executor = DeviceExecutor(
+                bundle.manifest, device, lambda d, stream: open_segments(ort, bundle, d, stream, graphs=graphs)
+            )
+            stack.callback(executor.close)
+        stack.pop_all()
+    return executor
+
+
+def _preload(ort: Any) -> None:
+    """Load CUDA and cuDNN from where pip put them; the dynamic loader would look in system folders alone."""
+    preload = getattr(ort, "preload_dlls", None)  # from 1.21 on
+    if preload is not None:
+        with suppress(OSError):  # what is missing is said when the session opens
+            preload()

@@ -1,0 +1,211 @@
+"""An NVIDIA GPU as a device: cuda-core for device, streams, events, graphs and page-locked memory, cuda-bindings below.
+
+Both are imported when a device is opened. Their status is checked here alone: cuda-core raises, `reported` turns what
+it raises into one line; cuda-bindings returns a status, `_check` reads it.
+
+Device memory comes from `cuMemAlloc` rather than from a memory pool: it is allocated once, at opening, and what is
+freed is free for other libraries of the process at once. Page-locked memory comes from `LegacyPinnedMemoryResource`:
+`PinnedMemoryResource` needs host memory pools, which AGX Orin lacks (NVIDIA/cuda-python #2486, #2795).
+
+Experimental: not yet run on a GPU by this project.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mge_runtime.device.base import CaptureRefusedError, Device, Event, Graph, Stream
+from mge_runtime.errors import BackendError, MGEError
+
+if TYPE_CHECKING:
+    from mge_runtime.device.memory import Bytes
+
+__all__ = ["CudaDevice"]
+
+_OLDEST = 1  # major version of cuda-core; before it, events and graphs had other names
+_INSTALL = 'pip install "cuda-core>=1.0" cuda-bindings (for drivers of CUDA 12, as on JetPack 6: "cuda-bindings==12.*")'
+
+
+class CudaDevice(Device):
+    """One NVIDIA GPU, through its primary context.
+
+    Args:
+        index: as CUDA numbers devices, from 0.
+
+    Raises:
+        BackendError: cuda-core, the driver or the device is missing or too old.
+    """
+
+    kind = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__()
+        self.index = index
+        self.name = f"cuda:{index}"
+        self._core, self._driver = _import("cuda.core"), _import("cuda.bindings.driver")
+        found: str = self._core.__version__
+        if int(found.split(".")[0]) < _OLDEST:
+            raise BackendError(f"cuda-core {found} is too old; expected {_OLDEST}.0 or newer: {_INSTALL}")
+        with self.reported("be opened"):
+            self._device: Any = self._core.Device(index)
+            self._device.set_current()
+            self._pinned: Any = self._core.LegacyPinnedMemoryResource()
+
+    def activate(self) -> None:
+        """Make the primary context this thread's."""
+        with self.reported("be made current"):
+            self._device.set_current()
+
+    def create_stream(self) -> Stream:
+        """A stream that does not wait for the default stream."""
+        with self.reported("create a stream"):
+            options = self._core.StreamOptions(nonblocking=True)
+            return _CudaStream(self, self._device.create_stream(options=options))
+
+    def create_event(self) -> Event:
+        """An event with timing."""
+        with self.reported("create an event"):
+            return _CudaEvent(self, self._device.create_event(self._core.EventOptions(timing_enabled=True)))
+
+    def capture(self, stream: Stream, enqueue: Callable[[], None]) -> Graph:
+        """Capture as a CUDA graph what `enqueue` puts on a stream.
+
+        Raises:
+            CaptureRefusedError: CUDA or a library cannot capture it; the stream is as it was.
+        """
+        builder: Any = _native(stream).create_graph_builder()
+        try:
+            # Other threads may have pipelines of their own, which allocate and synchronise as they like.
+            builder.begin_building(mode="thread_local")
+            try:
+                enqueue()
+            except BaseException:
+                with suppress(Exception):
+                    builder.end_building()
+                raise
+            builder.end_building()
+            return _CudaGraph(self, builder.complete())
+        except Exception as error:
+            raise CaptureRefusedError(f"{self.name} cannot capture a graph: {_line(error)}") from error
+        finally:
+            with suppress(Exception):
+                builder.close()
+
+    def _allocate(self, size: int) -> tuple[int, Callable[[], None]]:
+        what = f"allocate {size} bytes"
+        address = int(self._check(self._driver.cuMemAlloc(size), what))
+
+        def free() -> None:
+            self._check(self._driver.cuMemFree(address), f"free {size} bytes")
+
+        return address, free
+
+    def _allocate_host(self, size: int) -> tuple[Bytes, Callable[[], None]]:
+        with self.reported(f"allocate {size} bytes of page-locked memory"):
+            buffer: Any = self._pinned.allocate(size)
+
+        def free() -> None:
+            with self.reported("free page-locked memory"):
+                buffer.close()
+
+        memory = (ctypes.c_uint8 * size).from_address(int(buffer.handle))
+        return np.frombuffer(memoryview(memory), np.uint8), free
+
+    def _upload(self, target: int, source: int, size: int, stream: Stream) -> None:
+        result = self._driver.cuMemcpyHtoDAsync(target, source, size, _native(stream).handle)
+        self._check(result, f"copy {size} bytes to the device")
+
+    def _download(self, target: int, source: int, size: int, stream: Stream) -> None:
+        result = self._driver.cuMemcpyDtoHAsync(target, source, size, _native(stream).handle)
+        self._check(result, f"copy {size} bytes from the device")
+
+    def _check(self, result: tuple[Any, ...], what: str) -> Any:
+        """The value that a call of cuda-bindings returned beside its status, if any.
+
+        Raises:
+            BackendError: the status is an error.
+        """
+        status, *values = result
+        if int(status) == 0:
+            return values[0] if values else None
+        _, text = self._driver.cuGetErrorString(status)
+        reason = text.decode() if isinstance(text, bytes) else "unknown status"
+        raise BackendError(f"{self.name} cannot {what}: {status.name}: {reason}")
+
+    @contextmanager
+    def reported(self, what: str) -> Generator[None]:
+        """Turn what cuda-core raises into a BackendError."""
+        try:
+            yield
+        except MGEError:
+            raise
+        except Exception as error:  # CUDAError has no public home; a missing driver is a RuntimeError
+            raise BackendError(f"{self.name} cannot {what}: {_line(error)}") from error
+
+
+class _CudaStream(Stream):
+    def __init__(self, device: CudaDevice, stream: Any) -> None:
+        self._device = device
+        self.native: Any = stream
+        self.handle = int(stream.handle)
+
+    def record(self, event: Event) -> None:
+        assert isinstance(event, _CudaEvent)  # noqa: S101 - events of another device are a defect
+        with self._device.reported("record an event"):
+            self.native.record(event.native)
+
+    def synchronize(self) -> None:
+        with self._device.reported("run the chain"):
+            self.native.sync()
+
+    def close(self) -> None:
+        self.native.close()
+
+
+class _CudaEvent(Event):
+    def __init__(self, device: CudaDevice, event: Any) -> None:
+        self._device = device
+        self.native: Any = event
+
+    def ms_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, _CudaEvent)  # noqa: S101 - as above
+        with self._device.reported("read an event's time"):
+            return float(self.native - earlier.native)
+
+    def close(self) -> None:
+        self.native.close()
+
+
+class _CudaGraph(Graph):
+    def __init__(self, device: CudaDevice, graph: Any) -> None:
+        self._device = device
+        self._graph: Any = graph
+
+    def launch(self, stream: Stream) -> None:
+        with self._device.reported("launch a graph"):
+            self._graph.launch(_native(stream))
+
+    def close(self) -> None:
+        self._graph.close()
+
+
+def _native(stream: Stream) -> Any:
+    assert isinstance(stream, _CudaStream)  # noqa: S101 - streams of another device are a defect
+    return stream.native
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BackendError(f"the module {name} cannot be imported: {_line(error)}; install it: {_INSTALL}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,91 @@
+"""The CPU as a device: NumPy memory, and streams that run at once what is enqueued."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mge_runtime.device.base import CaptureRefusedError, Device, Event, Graph, Stream
+
+if TYPE_CHECKING:
+    from mge_runtime.device.memory import Bytes
+
+__all__ = ["HostDevice"]
+
+_ALIGNMENT = 256
+
+
+class HostDevice(Device):
+    """The CPU as a device of the same interface as a GPU.
+
+    It pretends no CUDA: memory is the host's, work is done when it is enqueued, and graphs are refused. With it the
+    layer above (wiring, arena, lifetimes, copies, errors) runs on real ONNX Runtime sessions where there is no GPU.
+    The chain on a CPU is faster stage by stage (`mge_runtime.backends.staged`); this device is for tests.
+    """
+
+    name = "host"
+    kind = "cpu"
+    index = 0
+
+    def activate(self) -> None:
+        """Nothing to do."""
+
+    def create_stream(self) -> Stream:
+        """A stream; work on it is done when it is enqueued."""
+        return _HostStream()
+
+    def create_event(self) -> Event:
+        """An event that reads the host's clock."""
+        return _HostEvent()
+
+    def capture(self, stream: Stream, enqueue: Callable[[], None]) -> Graph:  # noqa: ARG002
+        """Refuse.
+
+        Raises:
+            CaptureRefusedError: always.
+        """
+        raise CaptureRefusedError("the host has no graphs")
+
+    def _allocate(self, size: int) -> tuple[int, Callable[[], None]]:
+        keep = [np.empty(size + _ALIGNMENT, np.uint8)]
+        address = -(-keep[0].ctypes.data // _ALIGNMENT) * _ALIGNMENT
+        return address, keep.clear
+
+    def _allocate_host(self, size: int) -> tuple[Bytes, Callable[[], None]]:
+        return np.empty(size, np.uint8), lambda: None
+
+    def _upload(self, target: int, source: int, size: int, stream: Stream) -> None:  # noqa: ARG002
+        ctypes.memmove(target, source, size)
+
+    def _download(self, target: int, source: int, size: int, stream: Stream) -> None:  # noqa: ARG002
+        ctypes.memmove(target, source, size)
+
+
+class _HostStream(Stream):
+    handle = 0
+
+    def record(self, event: Event) -> None:
+        assert isinstance(event, _HostEvent)  # noqa: S101 - events of another device are a defect
+        event.seconds = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """Everything has run."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class _HostEvent(Event):
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def ms_since(self, earlier: Event) -> float:
+        assert isinstance(earlier, _HostEvent)  # noqa: S101 - as above
+        return (self.seconds - earlier.seconds) * 1e3
+
+    def close(self) -> None:
+        """Nothing to release."""
