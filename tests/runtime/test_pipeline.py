@@ -375,10 +375,10 @@ def test_another_thread_may_use_it_in_turn(pipeline, photos):
 def test_what_cannot_be_opened(tmp_path, bundle_path):
     with pytest.raises(BundleError, match="does not exist"):
         Pipeline.open(tmp_path / "none.plan")
-    with pytest.raises(BackendError, match="not built yet"):
-        Pipeline.open(bundle_path, device="cuda:0")
-    with pytest.raises(BackendError, match="not built yet"):
-        Pipeline.open(bundle_path, backend="tensorrt")
+    with pytest.raises(BackendError, match="nothing can run device 'cuda:99' and backend 'auto'"):
+        Pipeline.open(bundle_path, device="cuda:99")
+    with pytest.raises(BackendError, match="tensorrt runs on NVIDIA GPUs alone"):
+        Pipeline.open(bundle_path, device="cpu", backend="tensorrt")
 
 
 def test_an_answer_that_is_not_finite_is_refused():
