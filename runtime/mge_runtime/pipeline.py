@@ -58,7 +58,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, choice: Choice, *, threads: int | None = None, streams: Streams = 1) -> None:
         self.manifest: Manifest = bundle.manifest
         self.choice: Choice = choice  # the backend and device that run, and why not others
-        self._chain: Chain | None = Chain(bundle, open_backend(choice, threads=threads, streams=streams))
+        self._chain: Chain | None = Chain(bundle, open_backend(choice, bundle, threads=threads, streams=streams))
         self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
         self.max_batch: int | None = self._chain.max_batch  # most frames in one run of the chain; None: no limit
         self._free = threading.Semaphore(self.streams)
@@ -93,7 +93,7 @@ class Pipeline:
         if streams != "auto" and streams < 1:
             raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
         with Bundle.open(path) as bundle:
-            return cls(bundle, choose(device, backend), threads=threads, streams=streams)
+            return cls(bundle, choose(device, backend, bundle=bundle), threads=threads, streams=streams)
 
     def __enter__(self) -> Pipeline:
         return self
