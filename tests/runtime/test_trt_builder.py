@@ -1,0 +1,215 @@
+"""The builder with the vendor's real parser and builder, on hand-made graphs. No GPU needed."""
+
+import json
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from mge_runtime.bundle import Bundle
+from mge_runtime.errors import BackendError, BuildError
+from mge_runtime.spec import StageSpec, TensorSpec
+from mge_runtime.trt.attest import attest_engine
+from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt.build import ahead_of_time, build_engines
+from mge_runtime.trt.builder import BuildOptions, build_engine
+from mge_runtime.trt.vendor import load_vendor
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
+
+
+@pytest.fixture(scope="module")
+def rtx():
+    return load_vendor("tensorrt-rtx")
+
+
+def spec(name, *shape, dtype="float32"):
+    return TensorSpec(name, dtype, ("batch", *shape))
+
+
+def graph(nodes, constants=(), *, x=(3, 8, 8), y=(3, 8, 8), kind=TensorProto.FLOAT):
+    """A stage `s` from `x` to `y`, with its specification."""
+    inputs = [helper.make_tensor_value_info("x", kind, ["batch", *x])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", *y])]
+    proto = helper.make_graph(nodes, "s", inputs, outputs, list(constants))
+    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind).name
+    return StageSpec("s", (spec("x", *x, dtype=dtype),), (spec("y", *y),)), model.SerializeToString()
+
+
+def build(vendor, stage, data, path, *, plan=None, options=None, **arguments):
+    return build_engine(
+        vendor,
+        stage,
+        data,
+        path,
+        plan=plan or {},
+        capabilities=["sm86"],
+        options=options or BuildOptions(),
+        **arguments,
+    )
+
+
+RELU = [helper.make_node("Relu", ["x"], ["y"], name="relu")]
+UNSUPPORTED = {
+    "antialias": (
+        [helper.make_node("Resize", ["x", "", "s"], ["y"], name="shrink", mode="linear", antialias=1)],
+        [helper.make_tensor("s", TensorProto.FLOAT, [4], [1, 1, 0.5, 0.5])],
+        "shrink",
+        "Resize",
+    ),
+    "bool maximum": (
+        [
+            helper.make_node("Greater", ["x", "zero"], ["mask"], name="mask"),
+            helper.make_node("ReduceMax", ["mask", "axes"], ["any"], name="any_above", keepdims=1),
+            helper.make_node("Cast", ["any"], ["y"], name="cast", to=TensorProto.FLOAT),
+        ],
+        [
+            helper.make_tensor("zero", TensorProto.FLOAT, [1], [0]),
+            helper.make_tensor("axes", TensorProto.INT64, [2], [2, 3]),
+        ],
+        "any_above",
+        "ReduceMax",
+    ),
+}
+
+
+@pytest.mark.parametrize(("nodes", "constants", "name", "operator"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_an_unsupported_graph_fails_and_names_the_node(rtx, tmp_path, nodes, constants, name, operator):
+    stage, data = graph(nodes, constants)
+    with pytest.raises(BuildError, match=rf"tensorrt-rtx [\d.]+ cannot parse stage s: node '{name}' \({operator}\): "):
+        build(rtx, stage, data, tmp_path / "s.onnx")
+    # One failure leaves nothing behind that the next build would report.
+    stage, data = graph(RELU)
+    built, _ = build(rtx, stage, data, tmp_path / "s.onnx")
+    assert built.data.nbytes > 1000
+    assert rtx.messages.take() == ""
+
+
+def test_what_the_border_promises_is_checked(rtx, tmp_path):
+    _, data = graph(RELU)
+    wrong = StageSpec("s", (spec("x", 3, 8, 9),), (spec("y", 3, 8, 8),))
+    with pytest.raises(BuildError, match=r"stage s was parsed with the inputs \[\('x', 'float32', \(-1, 3, 8, 8\)\)\]"):
+        build(rtx, wrong, data, tmp_path)
+    wrong = StageSpec("s", (spec("x", 3, 8, 8),), (spec("z", 3, 8, 8),))
+    with pytest.raises(BuildError, match="stage s was parsed with the outputs"):
+        build(rtx, wrong, data, tmp_path)
+
+
+def test_damaged_bytes_are_one_line(rtx, tmp_path):
+    stage, data = graph(RELU)
+    with pytest.raises(BuildError, match="cannot parse stage s: .+") as caught:
+        build(rtx, stage, data[:-10], tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_progress_never_falls_and_ends_at_the_end(rtx, tmp_path):
+    seen = []
+    build(rtx, *graph(RELU), tmp_path, progress=lambda share, phase: seen.append((share, phase)) or True)
+    shares = [share for share, _ in seen]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, 1.0)
+    assert len({phase for _, phase in seen}) > 3
+
+
+def test_a_build_can_be_stopped_and_its_callback_may_fail(rtx, tmp_path):
+    with pytest.raises(BuildError, match="cannot build stage s"):
+        build(rtx, *graph(RELU), tmp_path, progress=lambda share, _: share < 0.1)
+
+    def fail(share, _):
+        raise ZeroDivisionError(share)
+
+    with pytest.raises(ZeroDivisionError):
+        build(rtx, *graph(RELU), tmp_path, progress=fail)
+
+
+def test_options_reach_the_builder(rtx, tmp_path):
+    options = BuildOptions(BatchRange(2, 4, 6), optimization_level=0, workspace=1 << 24)
+    said = []
+    rtx.messages.say = said.append
+    try:
+        built, cache = build(rtx, *graph(RELU), tmp_path, options=options)
+    finally:
+        rtx.messages.say = None
+    assert said
+    assert (built.attested, cache) == ("network", b"")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BatchRange(4, 2, 8), "the batch range is 4,2,8; expected MIN <= OPT <= MAX"),
+        (lambda: BatchRange(0, 1, 1), "the batch range is 0,1,1"),
+        (lambda: BatchRange.parse("1,x"), "the batch range is '1,x'; expected MIN,OPT,MAX, such as 1,1,8"),
+        (lambda: BatchRange.parse(""), "the batch range is ''"),
+        (lambda: BuildOptions(optimization_level=6), "the optimisation level is 6; expected 0 to 5"),
+        (lambda: BuildOptions(workspace=5), "the workspace is 5 bytes"),
+    ],
+)
+def test_options_out_of_range_are_refused(make, message):
+    with pytest.raises(BackendError, match=message):
+        make()
+
+
+def test_batch_ranges_as_people_type_them():
+    assert BatchRange.parse("1,4,8").sizes == (1, 4, 8)
+    assert BatchRange.parse("2, 8").sizes == (2, 2, 8)
+    assert BatchRange.parse("3").sizes == (3, 3, 3)
+
+
+def test_a_whole_bundle_is_built(rtx, bundle_path):
+    lines = []
+    with Bundle.open(bundle_path) as bundle:
+        (target,) = ahead_of_time(rtx, ["sm120", "sm86"])
+        assert target.capabilities == ("sm86", "sm120")
+        with build_engines(bundle, rtx, target, gpu=None, options=BuildOptions(), say=lines.append) as new:
+            assert list(new.plans) == [stage.name for stage in bundle.manifest.stages]
+            folder = new.plans["gate"].parent
+            assert new.details.version == rtx.version
+        assert not folder.exists()
+    assert [line.split(",")[0] for line in lines] == [f"{stage.name}: fp32" for stage in bundle.manifest.stages]
+
+
+def test_turing_has_an_engine_of_its_own(rtx):
+    turing, others = ahead_of_time(rtx, ["sm89", "sm75", "sm86"])
+    assert turing.capabilities == ("sm75",)
+    assert others.capabilities == ("sm86", "sm89")
+
+
+def inspected(*layers):
+    return json.dumps({"Layers": list(layers), "Bindings": ["x", "y"]})
+
+
+def layer(kind, source, result, *, eleven=False):
+    def tensor(text):
+        return {"Name": "t", "DataType": text} if eleven else {"Name": "t", "Format/Datatype": text}
+
+    return {"Name": kind, "LayerType": kind, "Inputs": [tensor(source)], "Outputs": [tensor(result)]}
+
+
+# As the inspector words types in TensorRT 10 ("Format/Datatype") and 11 ("DataType").
+TEN = ("Row major linear FP32", "Channel major FP16 format where channel % 8 == 0")
+ELEVEN = ("Float", "Half")
+
+
+@pytest.mark.parametrize(("single", "half", "eleven"), [(*TEN, False), (*ELEVEN, True)], ids=["10", "11"])
+def test_a_built_engine_is_read_back(single, half, eleven):
+    cast = layer("Reformat", single, half, eleven=eleven)
+    mixed = inspected(cast, layer("CaskConvolution", half, half, eleven=eleven))
+    counts = {"CaskConvolution": {"float16": 1}, "Reformat": {"float16": 1, "float32": 1}}
+    assert attest_engine("s", mixed, {"type": "fp16"}) == counts
+    full = inspected(layer("CaskConvolution", single, single, eleven=eleven))
+    assert attest_engine("s", full, {"type": "fp32"}) == {"CaskConvolution": {"float32": 1}}
+    with pytest.raises(BuildError, match=r"stage s: 1 convolutions compute in float32; expected float16"):
+        attest_engine("s", full, {"type": "fp16"})
+    with pytest.raises(BuildError, match=r"stage s: 1 convolutions compute in float16; expected float32"):
+        attest_engine("s", mixed, {"type": "fp32"})
+    fused = inspected(layer("Myelin", single, single, eleven=eleven))
+    with pytest.raises(BuildError, match="no layer of the engine is in float16"):
+        attest_engine("s", fused, {"type": "fp16"})
+
+
+@pytest.mark.parametrize("information", ["", "[", inspected(), inspected("conv1", "conv2")])
+def test_an_engine_that_does_not_tell_is_refused(information):
+    with pytest.raises(BuildError, match=r"stage s: the engine"):
+        attest_engine("s", information, {"type": "fp32"})
