@@ -98,7 +98,7 @@ def test_turing_refuses_fp32_heads_before_and_in_the_builder(exported, rtx):
         stage = bundle.manifest.stage("gate")
         assert turing_refusal("gate", bundle.manifest.precision["gate"])
         bundle.extract(exported.folder.parent)
-        with pytest.raises(BuildError, match="cannot build stage gate: .*FP32 GEMM is not supported"):
+        with pytest.raises(BuildError, match=r"cannot build stage gate: .*FP32 GEMM is not supported"):
             build_engine(
                 rtx,
                 stage,

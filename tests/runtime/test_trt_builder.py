@@ -98,7 +98,7 @@ def test_what_the_border_promises_is_checked(rtx, tmp_path):
 
 def test_damaged_bytes_are_one_line(rtx, tmp_path):
     stage, data = graph(RELU)
-    with pytest.raises(BuildError, match="cannot parse stage s: .+") as caught:
+    with pytest.raises(BuildError, match=r"cannot parse stage s: .+") as caught:
         build(rtx, stage, data[:-10], tmp_path)
     assert "\n" not in str(caught.value)
 
