@@ -1,4 +1,6 @@
+import ctypes
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +32,36 @@ def photos():
         rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((6, 5), (5, 9), (7, 7), (4, 6), (9, 5), (6, 6), (3, 8))
     ]
     return [np.kron(c, np.ones((9, 9, 1), np.uint8)) for c in coarse]
+
+
+def _no_gpu():
+    """Why CUDA cannot be used here; None where a driver is installed."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return f"no NVIDIA driver: {name} cannot be loaded"
+    return None
+
+
+@pytest.fixture
+def cuda():
+    """The first GPU as a `CudaDevice`; where there is no driver the test is skipped, with that reason."""
+    if reason := _no_gpu():
+        pytest.skip(reason)
+    from mge_runtime.device.cuda import CudaDevice
+
+    return CudaDevice(0)
+
+
+@pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Every device that is here; whoever uses it gives back what it took."""
+    if request.param == "cuda":
+        found = request.getfixturevalue("cuda")
+    else:
+        from mge_runtime.device.host import HostDevice
+
+        found = HostDevice()
+    yield found
+    assert (found.allocated, found.allocated_host) == (0, 0), "memory was left behind"

@@ -139,8 +139,8 @@ class DeviceExecutor(Executor):
 
     def _run(self, frames: Array, segments: int, outputs: Collection[str], start: float) -> ExecutorResult:
         batch = len(frames)
-        if batch > self._space.plan.max_batch:  # units without a limit: make room, once for each new largest batch
-            self._grow(batch)
+        if batch > self._space.plan.max_batch:  # units without a limit
+            self._grow(1 << (batch - 1).bit_length())  # seldom: addresses change, graphs are lost
         program = self._program(batch, segments)
         space, stream, device = self._space, self._stream, self._device
         frame = space.plan.places[FRAME]

@@ -1,0 +1,102 @@
+"""The calls made on cuda-core and cuda-bindings, held against the installed packages: none of them can run here."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import mge_runtime.device.cuda
+from mge_runtime.device.cuda import CudaDevice
+from mge_runtime.errors import BackendError
+
+core = pytest.importorskip("cuda.core")
+driver = pytest.importorskip("cuda.bindings.driver")
+graph = pytest.importorskip("cuda.core.graph")
+
+# What holds which object in mge_runtime/device/cuda.py: (class, expression) -> type. "" is any class.
+HOLDERS = {
+    ("", "self._core"): core,
+    ("", "self._driver"): driver,
+    ("CudaDevice", "self._device"): core.Device,
+    ("CudaDevice", "self._pinned"): core.LegacyPinnedMemoryResource,
+    ("CudaDevice", "builder"): graph.GraphBuilder,
+    ("CudaDevice", "buffer"): core.Buffer,
+    ("CudaDevice", "_native(stream)"): core.Stream,
+    ("_CudaStream", "self.native"): core.Stream,
+    ("_CudaStream", "stream"): core.Stream,
+    ("_CudaEvent", "self.native"): core.Event,
+    ("_CudaGraph", "self._graph"): graph.Graph,
+}
+
+
+def used():
+    """(holder, attribute) of every attribute that the module asks of CUDA's objects."""
+    tree = ast.parse(Path(mge_runtime.device.cuda.__file__).read_text())
+    for defined in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for node in ast.walk(defined):
+            if isinstance(node, ast.Attribute):
+                text = ast.unparse(node.value)
+                for key in ((defined.name, text), ("", text)):
+                    if key in HOLDERS:
+                        yield key, node.attr
+
+
+USED = sorted(set(used()))
+
+
+def test_every_holder_is_used():
+    assert {key for key, _ in USED} == set(HOLDERS), "the table above names what is not there any more"
+
+
+@pytest.mark.parametrize(("holder", "attribute"), USED)
+def test_every_attribute_that_is_used_exists(holder, attribute):
+    assert hasattr(HOLDERS[holder], attribute)
+
+
+def test_arguments_are_named_as_they_are_given():
+    assert core.StreamOptions(nonblocking=True).nonblocking is True
+    assert core.EventOptions(timing_enabled=True).timing_enabled is True
+    assert "mode" in graph.GraphBuilder.begin_building.__doc__
+    assert "thread_local" in graph.GraphBuilder.begin_building.__doc__
+    for function, arguments in {
+        "cuMemAlloc": "(size_t bytesize)",
+        "cuMemFree": "(dptr)",
+        "cuMemcpyHtoDAsync": "(dstDevice, srcHost, size_t ByteCount, hStream)",
+        "cuMemcpyDtoHAsync": "(dstHost, srcDevice, size_t ByteCount, hStream)",
+        "cuGetErrorString": "(error: CUresult)",
+    }.items():
+        assert getattr(driver, function).__doc__.startswith(function + arguments)
+
+
+def test_an_event_can_be_subtracted():
+    assert hasattr(core.Event, "__sub__")
+
+
+def test_a_status_is_one_line():
+    device = object.__new__(CudaDevice)  # a real one needs a GPU; reading a status does not
+    device.name, device._driver = "cuda:0", driver
+    assert device._check((driver.CUresult.CUDA_SUCCESS,), "free") is None
+    assert device._check((driver.CUresult.CUDA_SUCCESS, 7), "allocate") == 7
+
+
+def test_without_a_driver_opening_is_refused_in_one_line():
+    try:
+        driver.cuInit(0)
+    except RuntimeError:
+        with pytest.raises(BackendError, match=r"^cuda:0 cannot be opened: [^\n]+driver[^\n]+$"):
+            CudaDevice(0)
+    else:
+        pytest.skip("there is a driver here")
+
+
+def test_without_cuda_core_the_command_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(BackendError, match=r"cuda\.core cannot be imported: .*pip install"):
+        CudaDevice(0)
+
+
+def test_an_old_cuda_core_is_refused(monkeypatch):
+    monkeypatch.setattr(core, "__version__", "0.7.0")
+    with pytest.raises(BackendError, match=r"cuda-core 0\.7\.0 is too old; expected 1\.0"):
+        CudaDevice(0)

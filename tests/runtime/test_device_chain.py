@@ -1,0 +1,415 @@
+"""The chain on a device: real ONNX Runtime sessions over I/O binding, on the CPU and, where there is one, on a GPU."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import mge_runtime.pipeline
+from mge_runtime import Pipeline
+from mge_runtime.backends.base import Backend
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
+from mge_runtime.backends.ort_segment import OrtSegment, open_segments
+from mge_runtime.bundle import Bundle, write_bundle
+from mge_runtime.chain import Chain
+from mge_runtime.device import DeviceExecutor, Graph
+from mge_runtime.device.host import HostDevice
+from mge_runtime.errors import BackendError, BundleError
+
+EVERY = {
+    "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
+    "image_1", "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_session(request):
+    if "device" in request.fixturenames and request.getfixturevalue("device").kind == "cuda":
+        onnxruntime.preload_dlls()
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+
+
+@pytest.fixture
+def bundle(bundle_path):
+    with Bundle.open(bundle_path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def expected(bundle_path):
+    with Bundle.open(bundle_path) as bundle:
+        return Chain(bundle, OnnxRuntimeBackend(threads=1))
+
+
+def frames(count, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3))
+    return (noise * np.linspace(0.1, 1, count).reshape(-1, 1, 1, 1)).astype(np.uint8)
+
+
+def same(found, expected):
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("segments", [1, 2, 3])
+def test_every_tensor_equals_the_chain_on_the_cpu(device, bundle, expected, segments):
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    for batch in (1, 3, 8):
+        for seed in (1, 2, 3):  # plain, captured, launched
+            found = chain.run(frames(batch, seed), segments, EVERY)
+            same(found.tensors, expected.run(frames(batch, seed), segments=segments, outputs=EVERY).tensors)
+    assert list(found.times_ms) == ["upload", "chain", "download", "host"]
+    assert all(ms >= 0 for ms in found.times_ms.values())
+    chain.close()
+
+
+def test_results_outlive_the_next_run_and_the_chain(device, bundle, expected):
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    first = chain.run(frames(2, 1), 3, EVERY).tensors
+    chain.run(frames(2, 2), 3, EVERY)
+    chain.close()
+    same(first, expected.run(frames(2, 1), outputs=EVERY).tensors)
+
+
+def test_frames_need_not_be_contiguous(device, bundle, expected):
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    found = chain.run(frames(4)[::2], 3, {"logits"})
+    same(found.tensors, {"logits": expected.run(frames(4)[::2].copy()).tensors["logits"]})
+    chain.close()
+
+
+def test_two_chains_in_one_process_do_not_mix(device, bundle, expected):
+    chains = [open_ort_chain(onnxruntime, bundle, device) for _ in range(2)]
+    for seed in range(4):
+        for number, chain in enumerate(chains):
+            found = chain.run(frames(2, 10 * number + seed), 3, {"logits"}).tensors
+            same(found, {"logits": expected.run(frames(2, 10 * number + seed)).tensors["logits"]})
+    chains[0].close()
+    assert chains[1].run(frames(1), 3, {"logits"}).tensors["logits"].shape == (1, 5)
+    chains[1].close()
+
+
+# --- copies and memory --------------------------------------------------------------------------------------------
+
+
+def test_only_frames_go_in_and_only_what_is_asked_for_comes_out(device, bundle):
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    for run in range(1, 5):
+        chain.run(frames(3), 3, {"logits", "box_1"})
+        copies = device.counters
+        assert (copies.host_to_device, copies.host_to_device_bytes) == (run, run * 3 * 32 * 32 * 3)
+        assert (copies.device_to_host, copies.device_to_host_bytes) == (2 * run, run * 3 * (5 + 4) * 4)
+    assert chain.report()["copies"]["device_to_host"] == 8
+    chain.close()
+
+
+def test_memory_stays_as_it_is_after_the_largest_batch(device, bundle):
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    chain.run(frames(1), 3, EVERY)
+    small = device.allocated
+    chain.run(frames(12), 3, EVERY)
+    assert device.allocated > 8 * small
+    before = device.allocated, device.allocated_host
+    for run in range(60):
+        chain.run(frames(1 + run % 12), 1 + run % 3, EVERY)
+    assert (device.allocated, device.allocated_host) == before
+    assert len({program["batch"] for program in chain.report()["programs"]}) <= 8, "old batch sizes must go"
+    chain.close()
+
+
+@pytest.mark.gpu
+def test_the_gpu_has_as_much_free_memory_after_a_thousand_runs(cuda, bundle):
+    from cuda.bindings import driver
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+    chain = open_ort_chain(onnxruntime, bundle, cuda)
+    for batch in (1, 8):
+        for _ in range(10):
+            chain.run(frames(batch), 3, {"logits"})
+    _, free, _ = driver.cuMemGetInfo()
+    for run in range(1000):
+        chain.run(frames((1, 8)[run % 2]), 3, {"logits"})
+    _, after, _ = driver.cuMemGetInfo()
+    assert free - after < 2**20
+    chain.close()
+
+
+def test_closing_gives_everything_back_and_twice_is_once(device, bundle):
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    chain.run(frames(2), 3, EVERY)
+    assert device.allocated > 0
+    chain.close()
+    chain.close()
+    assert (device.allocated, device.allocated_host) == (0, 0)
+    with pytest.raises(BackendError, match="closed"):
+        chain.run(frames(1), 3, EVERY)
+
+
+def test_a_larger_batch_than_the_device_holds_leaves_the_chain_usable(bundle, expected, monkeypatch):
+    device = HostDevice()
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    allocate = device._allocate
+
+    def small(size):
+        if size > 4 * chain._space.plan.size:
+            raise BackendError("out of memory")
+        return allocate(size)
+
+    chain.run(frames(2), 3, EVERY)
+    monkeypatch.setattr(device, "_allocate", small)
+    with pytest.raises(BackendError, match="out of memory"):
+        chain.run(frames(64), 3, EVERY)
+    same(chain.run(frames(2), 3, EVERY).tensors, expected.run(frames(2), outputs=EVERY).tensors)
+    chain.close()
+    assert (device.allocated, device.allocated_host) == (0, 0)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_a_segment_that_fails_to_open_takes_the_others_with_it(device, tiny, tmp_path, monkeypatch):
+    graphs = tiny.make_stages()
+    models = {g.spec.name: g.model() for g in graphs}
+    models["gate"] = replace(models["gate"], graph=models["gate"].graph.replace(b"Softmax", b"Softmix"))
+    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
+    closed = []
+    monkeypatch.setattr(OrtSegment, "close", lambda unit: closed.append(unit.segment))
+    with (
+        Bundle.open(tmp_path / "mge.plan") as broken,
+        pytest.raises(BackendError, match=r"cannot open segment 3 \(expert_3, gate, mixture\): .*Softmix"),
+    ):
+        open_ort_chain(onnxruntime, broken, device)
+    assert closed == [1, 0]
+
+
+def test_memory_that_runs_out_while_opening_closes_the_units(bundle, monkeypatch):
+    device, closed = HostDevice(), []
+    monkeypatch.setattr(OrtSegment, "close", lambda unit: closed.append(unit.segment))
+
+    def none(size):
+        raise BackendError(f"no page-locked memory of {size} bytes")
+
+    monkeypatch.setattr(device, "_allocate_host", none)
+    with pytest.raises(BackendError, match="no page-locked memory"):
+        open_ort_chain(onnxruntime, bundle, device)
+    assert closed == [2, 1, 0]
+    assert device.allocated == 0
+
+
+def test_damaged_weights_never_answer_and_leave_nothing_open(bundle_path, device, tmp_path):
+    path = tmp_path / "mge.plan"
+    path.write_bytes(bundle_path.read_bytes())
+    with Bundle.open(path) as bundle:
+        offset = bundle.region("onnx/expert_2.weights").offset
+    with path.open("r+b") as stream:
+        stream.seek(offset + 100)
+        stream.write(b"\x55")
+    with Bundle.open(path) as bundle, pytest.raises(BundleError, match=r"onnx/expert_2\.weights do not match"):
+        open_ort_chain(onnxruntime, bundle, device)
+
+
+def test_a_run_that_fails_is_named_and_the_next_one_works(device, bundle, expected, monkeypatch):
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    chain.run(frames(2), 3, EVERY)
+    unit = chain._units[1]
+    session, before = unit.session, device.allocated
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(session, name)
+
+        def run_with_iobinding(self, *_):
+            raise RuntimeError("the kernel\nfailed")
+
+    monkeypatch.setattr(unit, "session", Failing())
+    with pytest.raises(BackendError, match=r"^ONNX Runtime failed in segment 2 \(expert_2\): the kernel failed$"):
+        chain.run(frames(2), 3, EVERY)
+    monkeypatch.setattr(unit, "session", session)
+    same(chain.run(frames(2), 3, EVERY).tensors, expected.run(frames(2), outputs=EVERY).tensors)
+    assert device.allocated == before
+    chain.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((1, 32, 32, 3), np.float32), np.zeros((1, 32, 31, 3), np.uint8), np.zeros((2, 32), np.uint8)]
+)
+def test_frames_of_another_kind_are_refused(device, bundle, wrong):
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    with pytest.raises(BackendError, match=r"expected uint8 \[\d, 32, 32, 3\]"):
+        chain.run(wrong, 3, EVERY)
+    assert device.counters.host_to_device == 0
+    chain.close()
+
+
+# --- graphs -------------------------------------------------------------------------------------------------------
+
+
+class _Replaying(HostDevice):
+    """A host whose graphs do again what was enqueued; or one that refuses, and notes how often it is asked."""
+
+    def __init__(self, refusal=None):
+        super().__init__()
+        self.refusal, self.log = refusal, []
+
+    def capture(self, stream, enqueue):
+        self.log.append("capture")
+        if self.refusal:
+            return super().capture(stream, enqueue)
+        log = self.log
+
+        class Replay(Graph):
+            def launch(self, stream):  # noqa: ARG002
+                log.append("launch")
+                enqueue()
+
+            def close(self):
+                log.append("close")
+
+        return Replay()
+
+
+def open_capturable(bundle, device, **options):
+    def open_units(device, stream):
+        for unit in open_segments(onnxruntime, bundle, device, stream):
+            prepare = unit.prepare
+
+            def capturable(addresses, stream, prepare=prepare):
+                launch = prepare(addresses, stream)
+                launch.why_not_captured = lambda _: None
+                return launch
+
+            unit.prepare = capturable
+            yield unit
+
+    return DeviceExecutor(bundle.manifest, device, open_units, **options)
+
+
+def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected):
+    device = _Replaying()
+    chain = open_capturable(bundle, device)
+    for run, log in enumerate(([], ["capture", "launch"], ["launch"], ["launch"])):
+        device.log.clear()
+        same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
+        assert device.log == log
+        program = chain.report()["programs"][0]
+        assert (program["graph"], program["runs"]) == (run > 0, run + 1)
+    device.log.clear()
+    chain.run(frames(2), 1, EVERY)
+    chain.run(frames(1), 3, EVERY)
+    assert device.log == [], "another batch size or number of segments is another program"
+    chain.close()
+    assert device.log == ["close"]
+
+
+def test_a_refused_capture_is_asked_for_once_and_its_reason_kept(bundle, expected):
+    device = _Replaying(refusal=True)
+    chain = open_capturable(bundle, device)
+    for run in range(4):
+        same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
+    assert device.log == ["capture"]
+    assert chain.report()["programs"] == [
+        {"batch": 2, "segments": 3, "graph": False, "why": "the host has no graphs", "runs": 4}
+    ]
+    chain.close()
+
+
+def test_graphs_can_be_turned_off_and_units_can_decline(bundle):
+    for options, open_chain, why in (
+        ({"graphs": False}, open_capturable, "graphs are turned off"),
+        ({}, lambda b, d: open_ort_chain(onnxruntime, b, d), "ONNX Runtime has graphs on CUDA alone"),
+    ):
+        device = _Replaying()
+        chain = open_chain(bundle, device, **options)
+        for _ in range(3):
+            chain.run(frames(1), 3, EVERY)
+        assert device.log == []
+        assert [(p["graph"], p["why"]) for p in chain.report()["programs"]] == [(False, why)]
+        chain.close()
+
+
+def test_graphs_of_a_batch_size_that_goes_are_closed(bundle):
+    device = _Replaying()
+    chain = open_capturable(bundle, device)
+    chain.run(frames(9), 1, {"logits_1"})
+    for batch in range(1, 9):
+        chain.run(frames(batch), 1, {"logits_1"})
+        chain.run(frames(batch), 1, {"logits_1"})
+    assert "close" not in device.log
+    chain.run(frames(9), 1, {"logits_1"})
+    assert device.log.count("close") == 1, "the least recently used batch size makes way"
+    chain.close()
+    assert device.log.count("close") == 8
+
+
+@pytest.mark.gpu
+def test_graphs_of_onnx_runtime_run_on_the_gpu(cuda, bundle):
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+    chain = open_ort_chain(onnxruntime, bundle, cuda)
+    plain = open_ort_chain(onnxruntime, bundle, cuda, graphs=False)
+    for seed in range(4):
+        same(chain.run(frames(2, seed), 3, EVERY).tensors, plain.run(frames(2, seed), 3, EVERY).tensors)
+    assert chain.report()["programs"][0]["graph"], chain.report()
+    assert not plain.report()["programs"][0]["graph"]
+    chain.close()
+    plain.close()
+
+
+# --- pipeline -----------------------------------------------------------------------------------------------------
+
+
+class _Limited(Backend):
+    """Runs on the host as if its engines had been built for a batch of at most two."""
+
+    name, device, version, streams = "onnxruntime", "host", "", 1
+
+    def open_chain(self, bundle):
+        chain = open_ort_chain(onnxruntime, bundle, HostDevice())
+        chain.max_batch = 2
+        return chain
+
+
+@pytest.fixture
+def limited(bundle_path, monkeypatch):
+    monkeypatch.setattr(mge_runtime.pipeline, "open_backend", lambda *_, **__: _Limited())
+    with Pipeline.open(bundle_path) as pipeline:
+        yield pipeline
+
+
+def test_a_pipeline_splits_what_is_larger_than_its_engines(limited, photos, bundle_path):
+    assert limited.max_batch == 2
+    with Pipeline.open(bundle_path, device="cpu", threads=1) as cpu:
+        wanted = [answer.logits for answer in cpu.predict_batch(photos)]
+    for answers in (
+        limited.predict_batch(photos),
+        [answer for _, answer in limited.predict_iter(photos, batch=5)],
+    ):
+        np.testing.assert_allclose([answer.logits for answer in answers], wanted, rtol=1e-4, atol=1e-5)
+    assert {program["batch"] for program in limited.report()["programs"]} == {1, 2}
+    timings = dict(answers[0].timings_ms)
+    total = timings.pop("total")
+    assert list(timings) == ["decode", "preprocess", "upload", "chain", "download", "host"]
+    assert total == pytest.approx(sum(timings.values()))
+
+
+def test_frames_that_are_too_many_are_refused_with_the_command(limited):
+    with pytest.raises(BackendError, match=r"5 frames at once; .* at most 2: .*`mge-build --batch 1,1,5`"):
+        limited.run(frames(5))
+    assert limited.run(frames(2))["logits"].shape == (2, 5)
+
+
+def test_a_cpu_pipeline_has_no_limit_and_nothing_to_report(bundle_path):
+    with Pipeline.open(bundle_path, device="cpu") as pipeline:
+        assert pipeline.max_batch is None
+        assert pipeline.report() == {}
+    with pytest.raises(BackendError, match="closed"):
+        pipeline.report()
