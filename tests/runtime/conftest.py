@@ -34,7 +34,8 @@ def photos():
     return [np.kron(c, np.ones((9, 9, 1), np.uint8)) for c in coarse]
 
 
-def _no_gpu():
+@pytest.fixture(scope="session")
+def no_gpu():
     """Why CUDA cannot be used here; None where a driver is installed."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
@@ -45,10 +46,10 @@ def _no_gpu():
 
 
 @pytest.fixture
-def cuda():
+def cuda(no_gpu):
     """The first GPU as a `CudaDevice`; where there is no driver the test is skipped, with that reason."""
-    if reason := _no_gpu():
-        pytest.skip(reason)
+    if no_gpu:
+        pytest.skip(no_gpu)
     from mge_runtime.device.cuda import CudaDevice
 
     return CudaDevice(0)

@@ -1,73 +1,31 @@
-"""The calls that run an engine, held against the real modules; pyright holds them against the stubs of 10.13.
+"""What runs an engine and is TensorRT-RTX's alone, or is reached by name: `test_trt_contract` holds all the rest.
 
-An engine cannot even be deserialised without a driver, so nothing is called here. `tensorrt_rtx` has everything that is
-used; full TensorRT's runtime classes are those of `tensorrt_lean`, less what only TensorRT-RTX has.
+An engine cannot even be deserialised without a driver, so nothing is called here.
 """
-
-import ast
-from pathlib import Path
 
 import pytest
 
-import mge_runtime.backends.trt_stage
 from mge_runtime.backends.tensorrt import TensorRTBackend
 from mge_runtime.backends.trt_stage import DTYPES
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
 from mge_runtime.wiring import DTYPES as CHAIN_DTYPES
 
-HOLDERS = {
-    "engine": "ICudaEngine",
-    "context": "IExecutionContext",
-    "self._context": "IExecutionContext",
-    "runtime": "Runtime",
-    "config": "IRuntimeConfig",
-    "self.vendor.api": "",
-    "api": "",
-}
 RTX_ALONE = {
-    ("IRuntimeConfig", "create_runtime_cache"),
-    ("IRuntimeConfig", "cuda_graph_strategy"),
-    ("IRuntimeConfig", "dynamic_shapes_kernel_specialization_strategy"),
-    ("IRuntimeConfig", "set_runtime_cache"),
-    ("IExecutionContext", "is_stream_capturable"),
-    ("", "CudaGraphStrategy"),
-    ("CudaGraphStrategy", "DISABLED"),
-    ("", "DynamicShapesKernelSpecializationStrategy"),
-    ("DynamicShapesKernelSpecializationStrategy", "EAGER"),
+    "CudaGraphStrategy": "DISABLED",
+    "DynamicShapesKernelSpecializationStrategy": "EAGER",
+    "IExecutionContext": "is_stream_capturable",
+    "IRuntimeConfig": "create_runtime_cache set_runtime_cache cuda_graph_strategy "
+    "dynamic_shapes_kernel_specialization_strategy",
 }
 
 
-def used():
-    """(class, attribute) of everything that the module asks of TensorRT's objects."""
-    tree = ast.parse(Path(mge_runtime.backends.trt_stage.__file__).read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            text = ast.unparse(node.value)
-            if text in HOLDERS:
-                yield HOLDERS[text], node.attr
-            elif text.rpartition(".")[0] in ("api", "self.vendor.api"):
-                yield text.rpartition(".")[2], node.attr
-    yield "IExecutionContext", "is_stream_capturable"  # asked for by name, since only TensorRT-RTX has it
-
-
-USED = sorted(set(used()))
-
-
-def test_every_class_is_used():
-    assert {"ICudaEngine", "IExecutionContext", "Runtime", "IRuntimeConfig"} <= {kind for kind, _ in USED}
-    assert set(USED) >= RTX_ALONE
-    assert ("ExecutionContextAllocationStrategy", "USER_MANAGED") in USED
-
-
-@pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt_lean"])
-@pytest.mark.parametrize(("kind", "attribute"), USED)
-def test_every_attribute_that_is_used_exists(name, kind, attribute):
-    module = pytest.importorskip(name)
-    if name == "tensorrt_lean" and (kind, attribute) in RTX_ALONE:
-        assert not hasattr(getattr(module, kind, None) if kind else module, attribute), "full TensorRT has it too now"
-        return
-    assert hasattr(getattr(module, kind) if kind else module, attribute)
+@pytest.mark.parametrize(("kind", "names"), RTX_ALONE.items())
+def test_what_is_asked_of_tensorrt_rtx_alone(kind, names):
+    rtx, full = pytest.importorskip("tensorrt_rtx"), pytest.importorskip("tensorrt_lean")
+    for name in names.split():
+        assert hasattr(getattr(rtx, kind), name)
+        assert not hasattr(getattr(full, kind, None), name), "full TensorRT has it too now: use it there"
 
 
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt_lean"])
