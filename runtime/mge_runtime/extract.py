@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
 from mge_runtime.bundle import Bundle
+from mge_runtime.errors import BundleError
 from mge_runtime.files import atomic_path
 from mge_runtime.manifest import Manifest
 from mge_runtime.spec import BATCH, StageSpec, TensorSpec
@@ -34,7 +36,10 @@ def extract_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> list[Path]
         OutputError: the folder cannot be written.
     """
     written = bundle.extract(folder)
-    batches = [BundleEngines(bundle, target).details.batch for target in bundle.targets]
+    batches: list[BatchRange] = []
+    for target in bundle.targets:
+        with suppress(BundleError):  # of another version of mge: the graphs come out all the same
+            batches.append(BundleEngines(bundle, target).details.batch)
     script = Path(folder) / SCRIPT
     with atomic_path(script) as temporary:
         temporary.write_text(trtexec_script(bundle.manifest, batches[0] if batches else BatchRange()))

@@ -243,7 +243,7 @@ def test_engines_that_are_ready_go_before_engines_to_build(make):
         (
             THOR,
             "tensorrt-rtx",
-            "(tensorrt-rtx on cuda:0: TensorRT-RTX does not serve sm110 (Thor); full TensorRT does); "
+            "(tensorrt-rtx on cuda:0: TensorRT-RTX does not serve sm110 (Jetson Thor); full TensorRT does); "
             "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
             "this device is NVIDIA Thor (sm110), linux aarch64; "
             "build for it with full TensorRT: mge-build mge.plan (on this device)",

@@ -156,10 +156,10 @@ def test_extract_and_verify(bundle_path, tmp_path):
     result = run(bundle_path, "--verify", "--extract", tmp_path / "out")
     assert result.exit_code == 0
     assert "every entry matches its hash" in result.output
-    assert "extracted  11 files" in result.output
+    assert "extracted  12 files" in result.output
     assert (tmp_path / "out" / "onnx" / "expert_1.weights").is_file()
     values = json.loads(run(bundle_path, "--json", "--extract", tmp_path / "more").output)
-    assert len(values["extracted"]) == 11
+    assert len(values["extracted"]) == 12
 
 
 PARITY = {

@@ -77,8 +77,14 @@ def main(
                 "--into-bundle"
             )
         options = build_options(batch, opt_level, workspace, timing_cache)
+        done: list[str] = []
+
+        def kept(target: str, place: str) -> None:
+            done.append(f"{target}: {place}")
+            interrupt.consequence = f"it is finished for {len(done)} of the targets; run it again for the others"
+
         with shown_progress(interrupt) as progress:
-            kept = build_targets(
+            build_targets(
                 bundle,
                 requests,
                 into_bundle=into_bundle,
@@ -88,9 +94,10 @@ def main(
                 say=lambda line: click.echo(line, err=True),
                 progress=progress,
                 log=(lambda line: click.echo(line, err=True)) if verbose else None,
+                kept=kept,
             )
-    for target, place in kept:
-        click.echo(f"{target}: {place}")
+    for line in done:
+        click.echo(line)
     click.echo(
         "TensorRT execution is experimental: not yet run; mge-bench --selfcheck checks it on the device", err=True
     )

@@ -25,7 +25,7 @@ UNTRIED = "experimental: not yet run"
 @click.option(
     "--extract",
     metavar="DIR",
-    help="Write every entry to this folder: plain ONNX files with their weights, engines, manifest.",
+    help="Write plain files to this folder: ONNX with weights, engines, manifest, and trtexec.sh, which rebuilds them.",
 )
 @click.option(
     "--machine",
@@ -58,7 +58,11 @@ def main(
         if verify:
             opened.verify()
             facts["verified"] = True
-        written = opened.extract(extract) if extract is not None else []
+        written: list[Path] = []
+        if extract is not None:
+            from mge_runtime.extract import extract_bundle
+
+            written = extract_bundle(opened, extract)
         if as_json:
             if extract is not None:
                 facts["extracted"] = [str(path) for path in written]

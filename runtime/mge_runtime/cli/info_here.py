@@ -68,6 +68,10 @@ def _engine(name: str, engine: dict[str, Any]) -> Iterator[str]:
         yield f"  built by version {version}, {place}"
     if precision := _precision(_table(details.get("precision"))):
         yield f"  {precision}"
+    scratch = [size for size in _table(_table(details.get("options")).get("scratch")).values() if isinstance(size, int)]
+    if scratch:
+        shared, apart = format_bytes(max(scratch)), format_bytes(sum(scratch))
+        yield f"  activations: {shared} shared by all stages, which run in turn; {apart} if each had its own"
     yield "  fits the machine" if engine["misfit"] is None else f"  does not fit: {engine['misfit']}"
 
 

@@ -106,6 +106,7 @@ def build_engines(
     timing = _read(options.timing_cache)
     precision: dict[str, Mapping[str, JsonValue]] = {}
     seconds: dict[str, float] = {}
+    scratch: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="mge-build-") as name:
         plans: dict[str, Path] = {}
         for stage in manifest.stages:
@@ -125,6 +126,8 @@ def build_engines(
             plans[stage.name] = Path(name) / f"{stage.name}.plan"
             plans[stage.name].write_bytes(built.data)
             seconds[stage.name] = round(time.perf_counter() - start, 3)
+            if built.scratch is not None:
+                scratch[stage.name] = built.scratch
             kind = str(plan.get("type", "unknown"))
             precision[stage.name] = {"type": kind, "attested": built.attested, "layers": built.layers}
             say(
@@ -141,6 +144,7 @@ def build_engines(
             "optimization_level": options.optimization_level,
             "workspace": options.workspace,
             "seconds": seconds,
+            "scratch": scratch,
         }
         yield NewEngines(
             target,

@@ -48,6 +48,7 @@ class BuiltEngine:
     data: memoryview
     attested: str  # "network", or "engine" where the engine itself was read back
     layers: Mapping[str, Mapping[str, int]]  # layer type -> floating type -> layers, of what was attested
+    scratch: int | None  # bytes of device memory for activations, at the largest batch; None: known on the device alone
 
 
 def build_engine(
@@ -96,11 +97,12 @@ def build_engine(
             f"{vendor.name} {vendor.version} cannot build stage {stage.name}: {said or 'it gave no reason'}"
         )
     data = memoryview(host)  # pyright: ignore[reportArgumentType] - IHostMemory is a buffer
-    attested = "network"
+    attested, scratch = "network", None
     if capabilities is None:
-        layers = attest_engine(stage.name, _inspect(vendor, stage.name, data), plan)
+        information, scratch = _inspect(vendor, stage.name, data)
+        layers = attest_engine(stage.name, information, plan)
         attested = "engine"
-    return BuiltEngine(data, attested, layers), b"" if cache is None else bytes(cache.serialize())  # pyright: ignore
+    return BuiltEngine(data, attested, layers, scratch), b"" if cache is None else bytes(cache.serialize())  # pyright: ignore
 
 
 def _configure(
@@ -145,9 +147,11 @@ def _configure_rtx(api: Any, config: Any, capabilities: Sequence[str] | None) ->
     config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
-def _inspect(vendor: Vendor, stage: str, data: memoryview) -> str:
+def _inspect(vendor: Vendor, stage: str, data: memoryview) -> tuple[str, int]:
+    """What the engine says of its layers, as JSON, and the memory it wants."""
     runtime = vendor.api.Runtime(vendor.logger)
     engine = runtime.deserialize_cuda_engine(data)  # pyright: ignore[reportUnknownMemberType] - a buffer
     if engine is None:  # pyright: ignore[reportUnnecessaryComparison] - the stubs do not know failure
         raise BuildError(f"the engine of stage {stage} cannot be opened after its build: {vendor.messages.take()}")
-    return engine.create_engine_inspector().get_engine_information(vendor.api.LayerInformationFormat.JSON)
+    information = engine.create_engine_inspector().get_engine_information(vendor.api.LayerInformationFormat.JSON)
+    return information, engine.get_device_memory_size_for_profile_v2(0)

@@ -31,7 +31,9 @@ class EngineDetails:
     batch: BatchRange
     # By stage: "type" ("fp32", "fp16", ...), "attested" ("network" or "engine": by what check), counts of layers.
     precision: Mapping[str, Mapping[str, JsonValue]]
-    options: Mapping[str, JsonValue]  # of the build: optimisation level, workspace, seconds
+    # Of the build: "optimization_level", "workspace" in bytes, "seconds" by stage, "scratch": bytes by stage that
+    # activations take, where the engines were built on their device.
+    options: Mapping[str, JsonValue]
     built_by: str  # "mge 0.1.0"
 
     def to_dict(self) -> dict[str, JsonValue]:

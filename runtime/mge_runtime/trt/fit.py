@@ -9,13 +9,10 @@ from pathlib import Path
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.manifest import Manifest
 from mge_runtime.trt.engines import EngineDetails
-from mge_runtime.trt.target import RTX_CAPABILITIES, Target
+from mge_runtime.trt.target import NOT_RTX, RTX_CAPABILITIES, Target
 from mge_runtime.trt.turing import TURING, turing_refusal
 
 __all__ = ["build_command", "rtx_refusal", "why_not"]
-
-# GPUs that people bring to TensorRT-RTX and that it does not serve.
-_NOT_RTX = {"sm87": "Jetson Orin", "sm90": "Hopper", "sm100": "Blackwell for data centres", "sm110": "Thor"}
 
 
 def why_not(
@@ -66,7 +63,7 @@ def why_not(
 def rtx_refusal(gpu: Gpu, manifest: Manifest | None) -> str | None:
     """Why TensorRT-RTX can run nothing on a GPU, or not this model; None: it can."""
     if gpu.capability not in RTX_CAPABILITIES:
-        kind = f" ({_NOT_RTX[gpu.capability]})" if gpu.capability in _NOT_RTX else ""
+        kind = f" ({NOT_RTX[gpu.capability]})" if gpu.capability in NOT_RTX else ""
         return f"TensorRT-RTX does not serve {gpu.capability}{kind}; full TensorRT does"
     if gpu.capability == TURING and manifest is not None:
         refusals = (turing_refusal(stage.name, manifest.precision.get(stage.name, {})) for stage in manifest.stages)

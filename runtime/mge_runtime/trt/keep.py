@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mge_runtime.bundle import Bundle
@@ -38,7 +38,8 @@ def build_targets(
     say: Say = lambda _line: None,
     progress: StageProgress = lambda _stage, _share, _phase: True,
     log: Say | None = None,
-) -> list[tuple[str, str]]:
+    kept: Callable[[str, str], None] = lambda _target, _place: None,
+) -> None:
     """Build the engines of every target that was asked for.
 
     Args:
@@ -52,9 +53,7 @@ def build_targets(
         say: shows a line for each stage.
         progress: is told of every step and may stop the build.
         log: shows what the library says.
-
-    Returns:
-        (target, where it is kept) of each.
+        kept: is told of each target that is kept, and where.
 
     Raises:
         BackendError: no library or no GPU for it.
@@ -63,7 +62,6 @@ def build_targets(
         OutputError: the engines cannot be kept.
     """
     options = options or BuildOptions()
-    kept: list[tuple[str, str]] = []
     for request in requests:
         if request.capabilities is not None:
             vendor = _vendor("tensorrt-rtx", log)
@@ -75,7 +73,7 @@ def build_targets(
                     build_engines(bundle, vendor, target, gpu=None, options=options, say=say, progress=progress) as new,
                 ):
                     build_into_bundle(bundle.path, new, bundle.manifest_sha256)
-                kept.append((target.name, f"in {path}"))
+                kept(target.name, f"in {path}")
             continue
         machine = machine or describe_machine()
         index = _gpu_index(device)
@@ -90,8 +88,7 @@ def build_targets(
             else:
                 gpu = machine.gpus[index]
                 place = store_engines(bundle.manifest_sha256, new.target, gpu, new.plans, new.details).place
-            kept.append((new.target.name, place))
-    return kept
+            kept(new.target.name, place)
 
 
 def _gpu_index(device: str) -> int:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mge_runtime.errors import BackendError
-from mge_runtime.trt.target import RTX_CAPABILITIES
+from mge_runtime.trt.target import NOT_RTX, RTX_CAPABILITIES
 
 __all__ = ["NATIVE", "TargetRequest"]
 
 NATIVE = "native"
 _PREFIX = "rtx:"
-# Compute capabilities that people ask for and TensorRT-RTX does not know, with the reason.
-_FULL_ALONE = {"sm87": "Jetson Orin", "sm90": "Hopper", "sm100": "Blackwell in data centres", "sm110": "Jetson Thor"}
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,9 @@ class TargetRequest:
         if not text.startswith(_PREFIX) or not all(names):
             raise BackendError(f"the target is {text!r}; expected {NATIVE}, or rtx:sm86,sm89,sm120")
         for name in names:
-            if name in _FULL_ALONE:
+            if name in NOT_RTX:
                 raise BackendError(
-                    f"the target is {text!r}; {name} ({_FULL_ALONE[name]}) has no TensorRT-RTX: run mge-build on that "
+                    f"the target is {text!r}; {name} ({NOT_RTX[name]}) has no TensorRT-RTX: run mge-build on that "
                     "device, which has TensorRT"
                 )
             if name not in RTX_CAPABILITIES:

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from mge_runtime.errors import BundleError
 
-__all__ = ["RTX_CAPABILITIES", "Target"]
+__all__ = ["NOT_RTX", "RTX_CAPABILITIES", "Target"]
 
 # `tensorrt_rtx.ComputeCapability` of 1.7; no SM87 (Orin), SM90 (Hopper) or SM110 (Thor), which have full TensorRT.
 RTX_CAPABILITIES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+
+# GPUs that people bring to TensorRT-RTX and that it does not serve; TensorRT does.
+NOT_RTX = {"sm87": "Jetson Orin", "sm90": "Hopper", "sm100": "Blackwell for data centres", "sm110": "Jetson Thor"}
 
 _NAME = re.compile(
     r"(?P<backend>tensorrt|tensorrt-rtx)-(?P<version>\d+\.\d+)(?P<capabilities>(-sm\d{2,3})+)"

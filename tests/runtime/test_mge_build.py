@@ -1,0 +1,158 @@
+"""`mge-build`, as a user types it."""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from mge_runtime.bundle import Bundle
+from mge_runtime.cli.build import main
+from mge_runtime.trt.engines import BundleEngines
+from mge_runtime.trt.target import Target
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
+
+
+@pytest.fixture
+def path(bundle_path, tmp_path):
+    return shutil.copy(bundle_path, tmp_path / "mge.plan")
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_engines_go_into_the_bundle_beside_those_of_other_targets(path):
+    first = run(path, "--target", "rtx:sm86", "--into-bundle", "--batch", "1,2,4")
+    assert first.exit_code == 0, first.stderr
+    assert "experimental: not yet run" in first.stderr
+    second = run(path, "--target", "rtx:sm120,sm89", "--target", "rtx:sm86", "--into-bundle", "--opt-level", 0)
+    assert second.exit_code == 0, second.stderr
+    with Bundle.open(path) as bundle:
+        bundle.verify()
+        targets = {Target.parse(name).capabilities: name for name in bundle.targets}
+        assert set(targets) == {("sm86",), ("sm89", "sm120")}
+        engines = BundleEngines(bundle, targets["sm86",])
+        assert engines.details.batch.sizes == (1, 1, 8)  # built again, with the default
+        assert engines.details.options["optimization_level"] == 0
+        assert engines.plan("expert_1")[4:8] != b""
+        assert {facts["attested"] for facts in engines.details.precision.values()} == {"network"}
+    assert second.output.count(": in ") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "rtx:sm86"], "engines that are built ahead of time are for other machines"),
+        (["--target", "rtx:sm87", "--into-bundle"], "sm87 (Jetson Orin) has no TensorRT-RTX: run mge-build on that"),
+        (["--target", "rtx:sm42", "--into-bundle"], "'sm42' is no compute capability of TensorRT-RTX: sm75, sm80"),
+        (["--target", "rtx:", "--into-bundle"], "the target is 'rtx:'; expected native, or rtx:sm86,sm89,sm120"),
+        (["--target", "cuda", "--into-bundle"], "the target is 'cuda'; expected native"),
+        (["--batch", "8,1"], "the batch range is 8,8,1; expected MIN <= OPT <= MAX"),
+        (["--device", "gpu"], "the device is 'gpu'; engines are built for a GPU: expected cuda:0"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_and_changes_nothing(path, arguments, message):
+    before = digest(path)
+    result = run(path, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert digest(path) == before
+
+
+def test_without_a_gpu_native_says_why_and_what_to_do(path):
+    # The description of this machine decides; with a GPU the gpu tests build here.
+    from mge_runtime.machine_probe import describe_machine
+
+    if describe_machine().gpus:
+        pytest.skip("there is a GPU here")
+    result = run(path)
+    assert result.exit_code == 1
+    assert "there is no GPU cuda:0 here to build for (" in result.stderr
+    assert "--target rtx:sm86 --into-bundle" in result.stderr
+
+
+def test_a_missing_or_foreign_bundle_is_one_line(tmp_path):
+    missing = run(tmp_path / "none.plan", "--target", "rtx:sm86", "--into-bundle")
+    assert missing.exit_code == 1
+    assert missing.stderr.splitlines()[-1].startswith("error: no bundle at ")
+    (tmp_path / "foreign.plan").write_bytes(b"ftrt" + bytes(100))
+    foreign = run(tmp_path / "foreign.plan", "--target", "rtx:sm86", "--into-bundle")
+    assert foreign.exit_code == 1
+    assert "Traceback" not in foreign.stderr
+
+
+def test_fp32_heads_for_turing_are_refused_with_the_reason(path):
+    with Bundle.open(path) as bundle:
+        stages = dict(bundle.manifest.precision)
+    assert all("operators" not in facts for facts in stages.values())  # hand-made: it tells no operators
+    result = run(path, "--target", "rtx:sm75", "--into-bundle")
+    assert result.exit_code == 1
+    assert "FP32 GEMM is not supported" in result.stderr
+
+
+# Builds for several targets one after the other, so that a signal finds it busy.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from mge_runtime.cli.build import main
+main()
+"""
+
+
+def started(path, temporary):
+    targets = [part for sm in ("sm80", "sm86", "sm89", "sm120", "sm121") for part in ("--target", f"rtx:{sm}")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, path, "--into-bundle", *targets],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("expert_1: "):
+            break
+    assert lines[-1].startswith("expert_1: "), lines
+    return process, lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_build_says_so_and_leaves_the_bundle(path, tmp_path, number):
+    before, work = digest(path), tmp_path / "work"
+    work.mkdir()
+    process, lines = started(path, work)
+    with process:
+        process.send_signal(number)
+        lines += process.stderr
+        assert process.wait(60) == 1
+    assert lines[-1] == f"error: the build was interrupted ({number.name}): {path} is as it was; run it again\n"
+    assert not [line for line in lines if "Traceback" in line]
+    assert digest(path) == before
+    assert not list(work.iterdir())
+    assert [p.name for p in tmp_path.iterdir() if p.name != "work"] == ["mge.plan"]
+
+
+def test_a_killed_build_leaves_the_bundle(path, tmp_path):
+    before = digest(path)
+    process, _ = started(path, tmp_path)
+    with process:
+        time.sleep(0.1)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert digest(path) == before
+    with Bundle.open(path) as bundle:
+        bundle.verify()
+        assert bundle.targets == ()

@@ -1,0 +1,106 @@
+import json
+
+import pytest
+
+from mge_runtime.errors import BundleError, OutputError
+from mge_runtime.machine import Gpu
+from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt.cache import cache_folder, cached_engines, store_engines, timing_cache_path
+from mge_runtime.trt.engines import EngineDetails
+from mge_runtime.trt.target import Target
+
+MANIFEST = "a" * 64
+ORIN = Gpu("Orin", "sm87", 32 << 30, 16, integrated=True)
+NANO = Gpu("Orin", "sm87", 8 << 30, 8, integrated=True)
+TARGET = Target("tensorrt", "10.3", ("sm87",), "linux", "aarch64")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MGE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def details(gpu=ORIN):
+    return EngineDetails("10.3.0.30", gpu, BatchRange(), {"gate": {"type": "fp16", "attested": "engine"}}, {}, "mge 1")
+
+
+def store(tmp_path, content, gpu=ORIN, manifest=MANIFEST):
+    plan = tmp_path / "gate.plan"
+    plan.write_bytes(content)
+    return store_engines(manifest, TARGET, gpu, {"gate": plan}, details(gpu))
+
+
+def test_what_is_stored_is_found_again(tmp_path):
+    store(tmp_path, b"engine")
+    (found,) = cached_engines(MANIFEST)
+    assert bytes(found.plan("gate")) == b"engine"
+    assert found.details == details()
+    assert found.target == TARGET
+    assert cached_engines("b" * 64) == []
+
+
+def test_every_device_has_its_own_and_a_new_one_replaces_the_old(tmp_path, cache):
+    store(tmp_path, b"one")
+    store(tmp_path, b"two")
+    store(tmp_path, b"nano", NANO)
+    assert {bytes(found.plan("gate")) for found in cached_engines(MANIFEST)} == {b"two", b"nano"}
+    assert len([path for path in cache.rglob("*") if path.is_dir()]) == 4  # engines, the manifest, two devices
+    assert timing_cache_path(TARGET, ORIN) != timing_cache_path(TARGET, NANO)
+
+
+def test_damage_is_told_when_the_engine_is_read(tmp_path, cache):
+    found = store(tmp_path, b"engine")
+    (plan,) = cache.rglob("gate.plan")
+    plan.write_bytes(b"engins")
+    with pytest.raises(BundleError, match=r"gate.plan was damaged after it was built; delete the folder and run mge-b"):
+        found.plan("gate")
+    plan.unlink()
+    with pytest.raises(BundleError, match=r"cannot read .*gate.plan: "):
+        found.plan("gate")
+    with pytest.raises(BundleError, match=r"was damaged after it was built|cannot read"):
+        found.plan("mixture")
+
+
+@pytest.mark.parametrize("text", ["", "{}", json.dumps({"manifest_sha256": "b" * 64})])
+def test_a_description_that_cannot_be_read_is_passed_over(tmp_path, cache, text):
+    store(tmp_path, b"engine")
+    (description,) = cache.rglob("engine.json")
+    description.write_text(text)
+    assert cached_engines(MANIFEST) == []
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, cache):
+    cache.write_text("a file is in the way")
+    with pytest.raises(
+        OutputError, match=r"cannot keep the engines in .*: .*set MGE_CACHE_DIR to one, or build with --into"
+    ):
+        store(tmp_path, b"engine")
+
+
+def test_the_cache_lies_where_the_user_or_the_system_says(monkeypatch, tmp_path):
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("MGE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(cache_folder()) == "/somewhere/mge"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/bird")
+    assert str(cache_folder()) == "/home/bird/.cache/mge"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tensorrt-10.3-sm87-linux-aarch64",
+        "tensorrt-rtx-1.7-sm86-sm120-linux-x86_64",
+        "tensorrt-11.4-sm90-windows-x86_64",
+    ],
+)
+def test_target_names_are_read_as_they_are_written(name):
+    assert Target.parse(name).name == str(Target.parse(name)) == name
+
+
+@pytest.mark.parametrize("name", ["tensorrt-10.3-linux-x86_64", "openvino-1.0-sm86-linux-x86_64", "tensorrt-10.3-sm87"])
+def test_what_names_no_target_is_refused(name):
+    with pytest.raises(BundleError, match=f"the bundle has engines for '{name}', which is no target"):
+        Target.parse(name)
