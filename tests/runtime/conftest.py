@@ -1,5 +1,6 @@
 import ctypes
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -66,3 +67,9 @@ def device(request):
         found = HostDevice()
     yield found
     assert (found.allocated, found.allocated_host) == (0, 0), "memory was left behind"
+
+
+@pytest.fixture
+def copy(bundle_path, tmp_path):
+    """A copy of the tiny bundle, to change."""
+    return Path(shutil.copy(bundle_path, tmp_path / "mge.plan"))

@@ -280,11 +280,18 @@ class Bundle:
         buffer = memoryview(bytearray(min(_CHUNK, max(entry.size, 1))))
         position, end = entry.offset, entry.offset + entry.size
         while position < end:
-            count = os.preadv(self._descriptor, [buffer[: end - position]], position)
+            count = self._read_at(position, buffer[: end - position])
             if count == 0:
                 raise self._damaged(entry.name)
             yield buffer[:count]
             position += count
+
+    def _read_at(self, position: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [buffer], position)
+        part = self._view[position : position + len(buffer)]  # Windows has no read at a position
+        buffer[: len(part)] = part
+        return len(part)
 
     def _expected(self, name: str) -> Entry | None:
         """What the manifest or an engine's description says of an entry; None for those held by CRC-32 alone."""

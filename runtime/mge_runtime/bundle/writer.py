@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +152,7 @@ def _locked(path: str | os.PathLike[str]) -> Generator[Bundle]:
     while True:
         with Bundle.open(path) as bundle, bundle.path.open("rb") as handle:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                _lock(handle.fileno())
             except OSError as error:
                 reason = error.strerror or error
                 raise OutputError(f"cannot lock {bundle.path}: {reason}; expected a file on a local disk") from error
@@ -161,6 +161,13 @@ def _locked(path: str | os.PathLike[str]) -> Generator[Bundle]:
                 continue
             yield bundle
             return
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform != "win32":  # whose locks keep readers out, too; there nothing guards against a second writer
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _copy(bundle: Bundle, archive: ArchiveWriter, names: Iterable[str]) -> None:
