@@ -204,12 +204,24 @@ def test_a_built_engine_is_read_back(single, half, eleven):
         attest_engine("s", full, {"type": "fp16"})
     with pytest.raises(BuildError, match=r"stage s: 1 convolutions compute in float16; expected float32"):
         attest_engine("s", mixed, {"type": "fp32"})
+    # What cannot be told is not attested: the network's attestation stands.
     fused = inspected(layer("Myelin", single, single, eleven=eleven))
-    with pytest.raises(BuildError, match="no layer of the engine is in float16"):
-        attest_engine("s", fused, {"type": "fp16"})
+    assert attest_engine("s", fused, {"type": "fp16", "operators": {"Conv": {"float16": 1}}}) is None
+    assert attest_engine("s", fused, {"type": "fp32", "operators": {"Mul": {"float32": 1}}}) is not None
+    # A kernel that casts what it puts out computes in half all the same; one with weights in FP32 does not.
+    casting = layer("CaskConvolution", half, single, eleven=eleven)
+    assert attest_engine("s", inspected(casting), {"type": "fp16"}) is not None
+    weighted = layer("Convolution", single, half, eleven=eleven) | {"Weights": {"Type": "Float", "Count": 9}}
+    with pytest.raises(BuildError, match=r"1 convolutions compute in float32; expected float16"):
+        attest_engine("s", inspected(weighted), {"type": "fp16"})
 
 
-@pytest.mark.parametrize("information", ["", "[", inspected(), inspected("conv1", "conv2")])
-def test_an_engine_that_does_not_tell_is_refused(information):
-    with pytest.raises(BuildError, match=r"stage s: the engine"):
+def test_an_engine_that_does_not_tell_is_not_attested():
+    assert attest_engine("s", inspected(), {"type": "fp32"}) is None
+    assert attest_engine("s", inspected("conv1", "conv2"), {"type": "fp32"}) is None
+
+
+@pytest.mark.parametrize("information", ["", "["])
+def test_an_answer_of_the_inspector_that_is_no_json_is_one_line(information):
+    with pytest.raises(BuildError, match=r"stage s: the engine inspector's answer is no JSON"):
         attest_engine("s", information, {"type": "fp32"})

@@ -74,11 +74,11 @@ def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, pl
     return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
 
 
-def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -> Counts:
+def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -> Counts | None:
     """Hold a built engine to the stage's precision plan, from what its inspector says.
 
-    Layers may be fused beyond recognition, so this asks for less than `attest_network`: where layers name convolutions
-    they must not be of another type than the plan's, and where the plan is half precision some layer must be.
+    TensorRT may fuse layers beyond recognition, TensorRT-RTX usually does. Where convolutions can be told, each must
+    compute in the plan's type; where none can, the engine says nothing, and the network's attestation stands.
 
     Args:
         stage: its name, for errors.
@@ -86,28 +86,26 @@ def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -
         plan: `Manifest.precision` of the stage.
 
     Returns:
-        Layer type -> floating type -> layers with a tensor or weights of that type.
+        Layer type -> floating type -> layers with a tensor or weights of that type; None: the engine does not tell.
 
     Raises:
-        BuildError: the engine is not of the plan's precision, or says nothing about its types.
+        BuildError: a convolution is not of the plan's precision, or the answer cannot be read.
     """
     counts: dict[str, Counter[str]] = {}
+    wanted = _WANTED.get(str(plan.get("type")))
     convolutions: Counter[str] = Counter()
     for layer in _layers(stage, information):
-        kinds = set(_tensor_types(layer))
+        kinds = set(_types(layer))
         name = str(layer.get("LayerType", "unknown"))
         for kind in kinds:
             counts.setdefault(name, Counter())[kind] += 1
-        if "conv" in name.lower():
-            convolutions.update({_compute_type(layer, kinds): 1})
-    if not counts:
-        raise BuildError(
-            f"stage {stage}: the engine says nothing about its types; expected detailed layers: build again"
-        )
+        if kinds and "conv" in f"{name} {layer.get('ParameterType', '')}".lower():
+            # Its output may be cast in the same kernel; its weights and what it reads cannot.
+            types = set(_compute_types(layer)) or kinds
+            convolutions[wanted if wanted in types else min(types)] += 1
     _check_convolutions(stage, convolutions, plan)
-    wanted = _WANTED.get(str(plan.get("type")))
-    if wanted == "float16" and not any(wanted in kinds for kinds in counts.values()):
-        raise BuildError(f"stage {stage}: no layer of the engine is in float16, as asked for; it was not kept")
+    if not counts or (not convolutions and "Conv" in _planned(plan)):
+        return None
     return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
 
 
@@ -136,23 +134,23 @@ def _layers(stage: str, information: str) -> Iterator[dict[str, Any]]:
     yield from (layer for layer in document.get("Layers", ()) if isinstance(layer, dict))
 
 
-def _tensor_types(layer: dict[str, Any]) -> Iterator[str]:
-    for tensor in (*layer.get("Inputs", ()), *layer.get("Outputs", ())):
+def _types(layer: dict[str, Any]) -> Iterator[str]:
+    for tensor in (*layer.get("Inputs", ()), *layer.get("Outputs", ()), layer.get("Weights")):
         yield from _float_type(tensor)
 
 
-def _float_type(tensor: dict[str, Any]) -> Iterator[str]:
+def _compute_types(layer: dict[str, Any]) -> Iterator[str]:
+    for tensor in (*layer.get("Inputs", ())[:1], layer.get("Weights")):
+        yield from _float_type(tensor)
+
+
+def _float_type(tensor: Any) -> Iterator[str]:
+    if not isinstance(tensor, dict):
+        return
     # 10: "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"; 11: "DataType": "Half".
-    text = str(tensor.get("DataType") or tensor.get("Format/Datatype") or "").lower()
+    found = cast("dict[str, Any]", tensor)
+    text = str(found.get("DataType") or found.get("Format/Datatype") or found.get("Type") or "").lower()
     for kind, words in (("float16", ("fp16", "half")), ("bfloat16", ("bf16",)), ("float32", ("fp32", "float"))):
         if any(word in text for word in words):
             yield kind
             return
-
-
-def _compute_type(layer: dict[str, Any], kinds: set[str]) -> str:
-    """The type a convolution computes in: that of its first input; its output may be cast in the same kernel."""
-    for tensor in layer.get("Inputs", ())[:1]:
-        for kind in _float_type(tensor):
-            return kind
-    return min(kinds, default="unknown")

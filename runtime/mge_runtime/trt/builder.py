@@ -100,8 +100,8 @@ def build_engine(
     attested, scratch = "network", None
     if capabilities is None:
         information, scratch = _inspect(vendor, stage.name, data)
-        layers = attest_engine(stage.name, information, plan)
-        attested = "engine"
+        if (read := attest_engine(stage.name, information, plan)) is not None:
+            attested, layers = "engine", read
     return BuiltEngine(data, attested, layers, scratch), b"" if cache is None else bytes(cache.serialize())  # pyright: ignore
 
 
