@@ -55,9 +55,16 @@ def test_every_attribute_that_is_used_exists(holder, attribute):
 
 
 def test_arguments_are_named_as_they_are_given():
-    assert core.StreamOptions(nonblocking=True).nonblocking is True
-    assert core.EventOptions(timing_enabled=True).timing_enabled is True
-    assert "mode" in graph.GraphBuilder.begin_building.__doc__
+    tree = ast.parse(Path(mge_runtime.device.cuda.__file__).read_text())
+    named = set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.keywords):
+        if isinstance(call.func, ast.Attribute):
+            holders = [kind for (_, text), kind in HOLDERS.items() if text == ast.unparse(call.func.value)]
+            for keyword in call.keywords if holders else ():
+                signature = getattr(holders[0], call.func.attr).__doc__.split("\n\n")[0]
+                assert keyword.arg in signature
+                named.add(keyword.arg)
+    assert named == {"nonblocking", "options", "timing_enabled", "mode"}
     assert "thread_local" in graph.GraphBuilder.begin_building.__doc__
     for function, arguments in {
         "cuMemAlloc": "(size_t bytesize)",

@@ -71,6 +71,35 @@ def test_every_tensor_equals_the_chain_on_the_cpu(device, bundle, expected, segm
     chain.close()
 
 
+def test_only_the_segments_that_are_asked_for_run(bundle, monkeypatch):
+    chain = open_ort_chain(onnxruntime, bundle, HostDevice())
+    monkeypatch.setattr(chain._units[2], "prepare", lambda *_: pytest.fail("segment 3 was not asked for"))
+    assert set(chain.run(frames(1), 2, EVERY).tensors) == EVERY - {
+        "logits_3", "answer_3", "heatmap_3", "gate", "logits"
+    }  # fmt: skip
+    chain.close()
+
+
+def test_units_share_scratch_memory_and_know_how_much(device, bundle):
+    seen = []
+
+    def open_units(device, stream):
+        for unit, size in zip(open_segments(onnxruntime, bundle, device, stream), (100, 3000, 0), strict=True):
+            unit.scratch_bytes = size
+            prepare = unit.prepare
+            unit.prepare = lambda a, s, prepare=prepare: (seen.append((a.scratch, a.scratch_bytes)), prepare(a, s))[1]
+            yield unit
+
+    chain = DeviceExecutor(bundle.manifest, device, open_units)
+    chain.run(frames(2), 3, EVERY)
+    report = chain.report()
+    assert (report["scratch_bytes"], report["scratch_bytes_if_not_shared"]) == (3072, 3072 + 256)
+    assert seen == [(seen[0][0], 3072)] * 3
+    assert seen[0][0] % 256 == 0
+    assert device.allocated == report["tensor_bytes"] + 3072
+    chain.close()
+
+
 def test_results_outlive_the_next_run_and_the_chain(device, bundle, expected):
     chain = open_ort_chain(onnxruntime, bundle, device)
     first = chain.run(frames(2, 1), 3, EVERY).tensors
@@ -111,12 +140,13 @@ def test_only_frames_go_in_and_only_what_is_asked_for_comes_out(device, bundle):
     chain.close()
 
 
-def test_memory_stays_as_it_is_after_the_largest_batch(device, bundle):
+def test_memory_stays_as_it_is_after_the_largest_batch(device, bundle, expected):
     chain = open_ort_chain(onnxruntime, bundle, device)
     chain.run(frames(1), 3, EVERY)
     small = device.allocated
     chain.run(frames(12), 3, EVERY)
     assert device.allocated > 8 * small
+    same(chain.run(frames(1, 5), 3, EVERY).tensors, expected.run(frames(1, 5), outputs=EVERY).tensors)
     before = device.allocated, device.allocated_host
     for run in range(60):
         chain.run(frames(1 + run % 12), 1 + run % 3, EVERY)
@@ -344,8 +374,11 @@ def test_graphs_of_a_batch_size_that_goes_are_closed(bundle):
         chain.run(frames(batch), 1, {"logits_1"})
         chain.run(frames(batch), 1, {"logits_1"})
     assert "close" not in device.log
+    chain.run(frames(1), 1, {"logits_1"})
     chain.run(frames(9), 1, {"logits_1"})
-    assert device.log.count("close") == 1, "the least recently used batch size makes way"
+    assert device.log.count("close") == 1
+    left = [program["batch"] for program in chain.report()["programs"]]
+    assert left == [3, 4, 5, 6, 7, 8, 1, 9], "the least recently used batch size makes way"
     chain.close()
     assert device.log.count("close") == 8
 
@@ -391,10 +424,11 @@ def test_a_pipeline_splits_what_is_larger_than_its_engines(limited, photos, bund
         wanted = [answer.logits for answer in cpu.predict_batch(photos)]
     for answers in (
         limited.predict_batch(photos),
-        [answer for _, answer in limited.predict_iter(photos, batch=5)],
+        [answer for _, answer in limited.predict_iter(photos, batch=3)],
     ):
         np.testing.assert_allclose([answer.logits for answer in answers], wanted, rtol=1e-4, atol=1e-5)
-    assert {program["batch"] for program in limited.report()["programs"]} == {1, 2}
+    runs = {program["batch"]: program["runs"] for program in limited.report()["programs"]}
+    assert runs == {2: 6, 1: 2}, "seven pictures, twice, in as few runs as there can be"
     timings = dict(answers[0].timings_ms)
     total = timings.pop("total")
     assert list(timings) == ["decode", "preprocess", "upload", "chain", "download", "host"]

@@ -3,8 +3,12 @@
 An engine cannot even be deserialised without a driver, so nothing is called here.
 """
 
+import ast
+from pathlib import Path
+
 import pytest
 
+import mge_runtime.backends.trt_stage
 from mge_runtime.backends.tensorrt import TensorRTBackend
 from mge_runtime.backends.trt_stage import DTYPES
 from mge_runtime.bundle import Bundle
@@ -26,6 +30,14 @@ def test_what_is_asked_of_tensorrt_rtx_alone(kind, names):
     for name in names.split():
         assert hasattr(getattr(rtx, kind), name)
         assert not hasattr(getattr(full, kind, None), name), "full TensorRT has it too now: use it there"
+
+
+def test_a_runtime_configuration_has_what_is_set():
+    rtx = pytest.importorskip("tensorrt_rtx")
+    tree = ast.parse(Path(mge_runtime.backends.trt_stage.__file__).read_text())
+    asked = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "config"}
+    assert asked > set(RTX_ALONE["IRuntimeConfig"].split())
+    assert asked <= set(dir(rtx.IRuntimeConfig))
 
 
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt_lean"])

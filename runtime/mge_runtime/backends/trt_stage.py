@@ -60,8 +60,8 @@ class TensorRTStage(Unit):
         self._profiles = [_batch_range(engine, stage, index) for index in range(engine.num_optimization_profiles)]
         self.min_batch = min(least for least, _ in self._profiles)
         self.max_batch = max(most for _, most in self._profiles)
-        sizes = range(len(self._profiles))
-        self.scratch_bytes = max(engine.get_device_memory_size_for_profile_v2(index) for index in sizes)
+        sizes = [engine.get_device_memory_size_for_profile_v2(index) for index in range(len(self._profiles))]
+        self.scratch_bytes = max(1, *sizes)  # an engine that needs none is given an address all the same
         self._config: Any = self._rtx_config(engine) if vendor.is_rtx else None
 
     def prepare(self, addresses: Addresses, stream: Stream) -> Launch:

@@ -79,7 +79,8 @@ class CudaDevice(Device):
         Raises:
             CaptureRefusedError: CUDA or a library cannot capture it; the stream is as it was.
         """
-        builder: Any = _native(stream).create_graph_builder()
+        with self.reported("create a graph"):
+            builder: Any = _native(stream).create_graph_builder()
         try:
             # Other threads may have pipelines of their own, which allocate and synchronise as they like.
             builder.begin_building(mode="thread_local")
