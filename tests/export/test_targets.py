@@ -1,0 +1,106 @@
+"""`mge-export --target`: engines in the bundle before it is published."""
+
+import hashlib
+
+import pytest
+from click.testing import CliRunner
+
+from mge.checkpoint import save_checkpoint
+from mge_export.cli import main
+from mge_runtime.bundle import Bundle
+from mge_runtime.machine_probe import describe_machine
+from mge_runtime.pipeline import Pipeline
+from mge_runtime.trt.builder import build_engine
+from mge_runtime.trt.engines import BundleEngines
+from mge_runtime.trt.vendor import load_vendor
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
+
+WITHOUT_GPU = pytest.mark.skipif(bool(describe_machine().gpus), reason="there is a GPU here: native engines are built")
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, tiny.make_model(1, size=32))
+    return path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_engines_travel_in_a_bundle_that_still_opens_on_a_bare_cpu(checkpoint, photographs, tmp_path):
+    arguments = ("--fp16", "--target", "rtx:sm75,sm86,sm120", "--batch", "1,2,4", "--extract", tmp_path / "plain")
+    result = invoke("--ckpt", checkpoint, *arguments, "--verify-data", photographs, "--allow-mismatch")
+    assert result.exit_code == 0, result.stderr
+    assert "the linear heads are in FP16 for every target, because of sm75" in result.stderr
+    assert "expert_1: fp16, attested: network" in result.stderr
+    path = tmp_path / "mge.plan"
+    with Bundle.open(path) as bundle:
+        bundle.verify()
+        turing, others = (BundleEngines(bundle, name) for name in bundle.targets)
+        assert (turing.target.capabilities, others.target.capabilities) == (("sm75",), ("sm86", "sm120"))
+        assert others.details.batch.sizes == (1, 2, 4)
+        assert others.details.gpu is None
+        assert set(turing.details.precision["expert_1"]["layers"]["MATRIX_MULTIPLY"]) == {"float16"}
+        for name in bundle.targets:
+            assert name in result.stdout
+            extracted = tmp_path / f"plain/engines/{name}/expert_1.plan"
+            assert extracted.read_bytes() == bundle.read(f"engines/{name}/expert_1.plan")
+    assert (tmp_path / "plain/trtexec.sh").is_file()
+    with Pipeline.open(path, device="cpu") as pipeline:
+        assert pipeline.predict(next(photographs.iterdir())).class_name in "abcde"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"best.pt", "mge.plan", "plain"}
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_the_default_is_onnx_alone_and_says_so(checkpoint):
+    result = invoke("--ckpt", checkpoint, "--verify-images", 2)
+    assert result.exit_code == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("no engines, ONNX alone: ")]
+    assert "there is no GPU cuda:0 here to build for" in line
+    with Bundle.open(checkpoint.parent / "mge.plan") as bundle:
+        assert bundle.targets == ()
+
+
+def test_nobody_is_told_of_engines_that_were_not_wanted(checkpoint):
+    result = invoke("--ckpt", checkpoint, "--verify-images", 2, "--target", "onnx")
+    assert result.exit_code == 0, result.stderr
+    assert "engine" not in result.stderr.replace("--engine", "")
+
+
+REFUSED = [
+    (["--target", "rtx:sm75"], "the target sm75 (Turing) was asked for in FP32; TensorRT-RTX has no FP32 matrix"),
+    (["--target", "rtx:sm90"], "sm90 (Hopper) has no TensorRT-RTX: run mge-build on that device"),
+    (["--target", "jetson"], "the target is 'jetson'; expected native, or rtx:sm86,sm89,sm120"),
+    (["--target", "rtx:sm86", "--batch", "9,8,1"], "the batch range is 9,8,1"),
+    pytest.param(["--target", "native"], "there is no GPU cuda:0 here to build for", marks=WITHOUT_GPU),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_cannot_be_built_is_said_before_the_work(checkpoint, arguments, message):
+    result = invoke("--ckpt", checkpoint, *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["best.pt"]
+
+
+def test_where_an_engine_fails_the_bundle_before_stays(checkpoint, monkeypatch):
+    old = checkpoint.parent / "mge.plan"
+    old.write_bytes(b"the bundle before")
+    vendor = load_vendor("tensorrt-rtx")
+
+    def stopped(*arguments, progress, **options):
+        del progress
+        return build_engine(*arguments, **options, progress=lambda share, _: share < 0.2)
+
+    monkeypatch.setattr("mge_runtime.trt.build.build_engine", stopped)
+    result = invoke("--ckpt", checkpoint, "--verify-images", 2, "--target", "rtx:sm86")
+    assert result.exit_code == 1
+    assert f"error: tensorrt-rtx {vendor.version} cannot build stage ingest" in result.stderr
+    assert hashlib.sha256(old.read_bytes()).digest() == hashlib.sha256(b"the bundle before").digest()
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"best.pt", "mge.plan"}
