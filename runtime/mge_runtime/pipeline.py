@@ -52,7 +52,8 @@ class Pipeline:
     refused); for several threads open one pipeline in each. Only decoding uses threads of its own, in `predict_iter`.
 
     Opened with several streams it may be used from that many threads at a time (further calls wait), and `predict_iter`
-    computes that many batches at once in threads of its own.
+    computes that many batches at once in threads of its own. On a GPU a pipeline has one stream: one run fills the
+    device, and its memory and graphs belong to one run at a time. Close it there, since device memory is not Python's.
     """
 
     def __init__(self, bundle: Bundle, choice: Choice, *, threads: int | None = None, streams: Streams = 1) -> None:

@@ -4,6 +4,7 @@ memory    owned and borrowed device memory, host buffers
 base      `Device`, `Stream`, `Event`, `Graph`: what a device can do; counts what it copies
 host      `HostDevice`: the CPU          cuda   `CudaDevice`: cuda-core and cuda-bindings
 plan      where each tensor of a chain lies in one slab
+space     that slab, and the host buffers beside it
 arena     scratch memory that units share which run in turn
 unit      `Unit`: what a backend puts in: it enqueues work over given addresses
 program   some units for one batch size, as a CUDA graph where that is possible

@@ -84,17 +84,13 @@ class CudaDevice(Device):
         try:
             # Other threads may have pipelines of their own, which allocate and synchronise as they like.
             builder.begin_building(mode="thread_local")
-            try:
-                enqueue()
-            except BaseException:
-                with suppress(Exception):
-                    builder.end_building()
-                raise
+            enqueue()
             builder.end_building()
             return _CudaGraph(self, builder.complete())
         except Exception as error:
             raise CaptureRefusedError(f"{self.name} cannot capture a graph: {_line(error)}") from error
         finally:
+            # Ends a capture that went wrong, too, which `end_building` refuses to; then it raises.
             with suppress(Exception):
                 builder.close()
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from mge_runtime.backends.base import Executor, ExecutorResult
 from mge_runtime.device.arena import Arena
-from mge_runtime.device.memory import HostBuffer, OwnedMemory
-from mge_runtime.device.plan import TensorPlan, aligned
+from mge_runtime.device.plan import aligned
 from mge_runtime.device.program import Program
+from mge_runtime.device.space import Space
 from mge_runtime.device.unit import Addresses, Launch, Unit
 from mge_runtime.errors import BackendError
 from mge_runtime.manifest import FRAME, Manifest
@@ -75,7 +75,7 @@ class DeviceExecutor(Executor):
             self._events = [device.create_event() for _ in range(4)]
             for event in self._events:
                 stack.callback(event.close)
-            self._space = _Space(device, manifest, self.max_batch or 1)
+            self._space = Space(device, manifest, self.max_batch or 1)
             stack.callback(lambda: self._space.close())
             self._batches: OrderedDict[int, _Batch] = OrderedDict()
             stack.callback(self._close_batches)
@@ -170,9 +170,9 @@ class DeviceExecutor(Executor):
         self._close_batches()
         self._space.close()
         try:
-            self._space = _Space(self._device, self._manifest, batch)
+            self._space = Space(self._device, self._manifest, batch)
         except BaseException:  # too large for the device: what ran before runs again
-            self._space = _Space(self._device, self._manifest, before)
+            self._space = Space(self._device, self._manifest, before)
             raise
 
     def _fetch(self, batch: int, segments: int, outputs: Collection[str]) -> dict[str, Array]:
@@ -251,35 +251,3 @@ class _Batch:
     def close(self) -> None:
         """Release them, the last first: a graph goes before what it was captured from."""
         self.resources.close()
-
-
-class _Space:
-    """Memory for tensors: the slab on the device, host buffers for frames and answers."""
-
-    def __init__(self, device: Device, manifest: Manifest, max_batch: int) -> None:
-        self._device = device
-        self.plan = TensorPlan(manifest, max_batch)
-        with ExitStack() as stack:
-            self.slab: OwnedMemory = device.allocate(self.plan.size)
-            stack.callback(self.slab.close)
-            self.frames: HostBuffer = device.allocate_host(self.plan.places[FRAME].size(max_batch))
-            stack.callback(self.frames.close)
-            self._resources = stack.pop_all()
-        self._answers: HostBuffer | None = None
-
-    def answers(self, size: int) -> HostBuffer:
-        """A host buffer of at least `size` bytes; what the last one held is gone."""
-        if self._answers is None or self._answers.size < size:
-            self._close_answers()
-            self._answers = self._device.allocate_host(max(size, 1))
-        return self._answers
-
-    def close(self) -> None:
-        """Release everything; closing twice does nothing."""
-        with self._resources:
-            self._close_answers()
-
-    def _close_answers(self) -> None:
-        if self._answers is not None:
-            self._answers.close()
-            self._answers = None
