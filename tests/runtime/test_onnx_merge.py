@@ -6,8 +6,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from mge_runtime.backends.ort import located_graph
 from mge_runtime.bundle import Bundle
+from mge_runtime.bundle.located import located_graph
 from mge_runtime.bundle.onnx_merge import merge_stages
 from mge_runtime.errors import BundleError
 from mge_runtime.spec import StageSpec, TensorSpec

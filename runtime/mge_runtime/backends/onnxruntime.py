@@ -9,12 +9,12 @@ from mge_runtime.backends.base import Buffer, StageRunner, Streams
 from mge_runtime.backends.ort import (
     check_border,
     import_onnxruntime,
-    located_graph,
     one_line,
     session_options,
     weights_checked,
 )
 from mge_runtime.backends.staged import StagedBackend
+from mge_runtime.bundle.located import located_graph
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError
 from mge_runtime.spec import StageSpec

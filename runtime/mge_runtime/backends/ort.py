@@ -14,15 +14,14 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mge_runtime.bundle.layout import stage_graph, stage_weights
-from mge_runtime.bundle.onnx_graph import relocate
+from mge_runtime.bundle.layout import stage_weights
 from mge_runtime.errors import BackendError, BundleError
 from mge_runtime.spec import TensorSpec
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
 
-__all__ = ["check_border", "import_onnxruntime", "located_graph", "one_line", "session_options", "weights_checked"]
+__all__ = ["check_border", "import_onnxruntime", "one_line", "session_options", "weights_checked"]
 
 # The first release with `session.model_external_initializers_file_folder_path` (microsoft/onnxruntime #23557).
 OLDEST = (1, 22)
@@ -62,20 +61,6 @@ def session_options(ort: Any, bundle: Bundle) -> Any:
     folder = str(bundle.path.parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     return options
-
-
-def located_graph(bundle: Bundle, stage: str) -> bytes:
-    """A stage's graph, whose weights refer to their place inside the bundle's file.
-
-    Raises:
-        BundleError: the graph is damaged, or refers to anything but the stage's own weights.
-    """
-    graph = bundle.read(stage_graph(stage))
-    location, start, size = "", 0, 0
-    if stage_weights(stage) in bundle.sizes:
-        region = bundle.region(stage_weights(stage))
-        location, start, size = region.path.name, region.offset, region.size
-    return relocate(graph, expected=f"{stage}.weights", size=size, location=location, start=start)
 
 
 @contextmanager

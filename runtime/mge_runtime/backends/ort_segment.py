@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.backends.ort import check_border, located_graph, one_line, session_options
+from mge_runtime.backends.ort import check_border, one_line, session_options
+from mge_runtime.bundle.located import located_graph
 from mge_runtime.bundle.onnx_merge import merge_stages
 from mge_runtime.device.unit import Addresses, Launch, Unit
 from mge_runtime.errors import BackendError

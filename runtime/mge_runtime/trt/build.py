@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mge_runtime.bundle import Bundle, add_engine
-from mge_runtime.bundle.layout import stage_graph, stage_weights
-from mge_runtime.bundle.onnx_graph import relocate
+from mge_runtime.bundle.layout import stage_weights
+from mge_runtime.bundle.located import located_graph
 from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import atomic_path
 from mge_runtime.trt.builder import BuildOptions, build_engine
@@ -103,6 +103,7 @@ def build_engines(
         for stage in manifest.stages:
             if refusal := turing_refusal(stage.name, manifest.precision.get(stage.name, {})):
                 raise BuildError(refusal)
+    bundle.verify([name for stage in manifest.stages if (name := stage_weights(stage.name)) in bundle.sizes])
     timing = _read(options.timing_cache)
     precision: dict[str, Mapping[str, JsonValue]] = {}
     seconds: dict[str, float] = {}
@@ -115,7 +116,7 @@ def build_engines(
             built, timing = build_engine(
                 vendor,
                 stage,
-                _graph(bundle, stage.name),
+                located_graph(bundle, stage.name),
                 bundle.path,
                 plan=plan,
                 capabilities=target.capabilities if gpu is None else None,
@@ -231,18 +232,6 @@ def build_into_cache(
     vendor = load_vendor(backend)
     with build_native(bundle, machine, index, vendor, options=options, say=say, progress=progress) as new:
         return store_engines(bundle.manifest_sha256, new.target, machine.gpus[index], new.plans, new.details)
-
-
-def _graph(bundle: Bundle, stage: str) -> bytes:
-    """The stage's graph, its weights referred to inside the bundle file and checked against their hash."""
-    graph = bundle.read(stage_graph(stage))
-    weights = stage_weights(stage)
-    if weights not in bundle.sizes:
-        return graph
-    bundle.verify([weights])
-    region = bundle.region(weights)
-    expected = f"{stage}.weights"
-    return relocate(graph, expected=expected, size=region.size, location=region.path.name, start=region.offset)
 
 
 def _read(path: Path | None) -> bytes:
