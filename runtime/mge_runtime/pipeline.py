@@ -56,10 +56,19 @@ class Pipeline:
     device, and its memory and graphs belong to one run at a time. Close it there, since device memory is not Python's.
     """
 
-    def __init__(self, bundle: Bundle, choice: Choice, *, threads: int | None = None, streams: Streams = 1) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        choice: Choice,
+        *,
+        threads: int | None = None,
+        streams: Streams = 1,
+        graphs: bool = True,
+    ) -> None:
         self.manifest: Manifest = bundle.manifest
         self.choice: Choice = choice  # the backend and device that run, and why not others
-        self._chain: Chain | None = Chain(bundle, open_backend(choice, bundle, threads=threads, streams=streams))
+        backend = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
+        self._chain: Chain | None = Chain(bundle, backend)
         self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
         self.max_batch: int | None = self._chain.max_batch  # most frames in one run of the chain; None: no limit
         self._free = threading.Semaphore(self.streams)
@@ -74,6 +83,7 @@ class Pipeline:
         backend: str = "auto",
         threads: int | None = None,
         streams: Streams = 1,
+        graphs: bool = True,
     ) -> Pipeline:
         """Open a bundle and make its chain ready to run.
 
@@ -84,6 +94,7 @@ class Pipeline:
             threads: processors to compute with; None: all that this process may use.
             streams: pictures (or batches) computed at once by `predict_iter`, sharing the processors. 1 answers one
                 picture soonest; "auto" answers the most pictures a second, at the price of several runs' memory.
+            graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
 
         Raises:
             BundleError: the file is missing, no bundle, damaged or of a newer schema.
@@ -94,7 +105,8 @@ class Pipeline:
         if streams != "auto" and streams < 1:
             raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
         with Bundle.open(path) as bundle:
-            return cls(bundle, choose(device, backend, bundle=bundle), threads=threads, streams=streams)
+            choice = choose(device, backend, bundle=bundle)
+            return cls(bundle, choice, threads=threads, streams=streams, graphs=graphs)
 
     def __enter__(self) -> Pipeline:
         return self

@@ -23,6 +23,7 @@ def open_backend(
     *,
     threads: int | None = None,
     streams: Streams = 1,
+    graphs: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> Backend:
     """The backend that was chosen; engines that `choice.build` asks for are built first, which can take minutes.
@@ -32,6 +33,7 @@ def open_backend(
         bundle: what it was made for, open; the TensorRT backends need it.
         threads: processors to compute with on the CPU; None: all that this process may use.
         streams: runs of the chain that may be in flight at once; they share the processors. A GPU has one.
+        graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
         say: is told what a build does, line by line; None: the logger "mge_runtime" is, as a warning.
 
     Raises:
@@ -47,13 +49,13 @@ def open_backend(
     if choice.backend == "onnxruntime":
         from mge_runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
-        return OnnxRuntimeCudaBackend(choice.device_index)
+        return OnnxRuntimeCudaBackend(choice.device_index, graphs=graphs)
     if bundle is None:
         raise BackendError(f"{choice} was to be opened without a bundle; expected the one it was chosen for")
-    return _open_tensorrt(choice, bundle, say or _warn)
+    return _open_tensorrt(choice, bundle, graphs, say or _warn)
 
 
-def _open_tensorrt(choice: Choice, bundle: Bundle, say: Callable[[str], None]) -> Backend:
+def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool, say: Callable[[str], None]) -> Backend:
     from mge_runtime.trt.build import build_into_cache
     from mge_runtime.trt.fit import build_command, why_not
     from mge_runtime.trt.vendor import load_vendor
@@ -72,7 +74,7 @@ def _open_tensorrt(choice: Choice, bundle: Bundle, say: Callable[[str], None]) -
         raise BackendError(f"{engines.target} {engines.place} {problem}; build again: {command}")
     from mge_runtime.backends.tensorrt import TensorRTBackend
 
-    return TensorRTBackend(vendor, engines, choice.device_index)
+    return TensorRTBackend(vendor, engines, choice.device_index, graphs=graphs)
 
 
 def _warn(line: str) -> None:

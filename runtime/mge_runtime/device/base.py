@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,8 @@ class Stream(ABC):
 
 class Graph(ABC):
     """Captured work that is launched as one."""
+
+    nodes: Mapping[str, int] | None = None  # how many it has by kind, copies by direction; None: not known
 
     @abstractmethod
     def launch(self, stream: Stream) -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mge_runtime.device.base import CaptureRefusedError, Device, Event, Graph, Stream
+from mge_runtime.device.cuda_nodes import count_nodes
 from mge_runtime.errors import BackendError, MGEError
 
 if TYPE_CHECKING:
@@ -86,13 +87,19 @@ class CudaDevice(Device):
             builder.begin_building(mode="thread_local")
             enqueue()
             builder.end_building()
-            return _CudaGraph(self, builder.complete())
+            return _CudaGraph(self, builder.complete(), self._nodes(builder))
         except Exception as error:
             raise CaptureRefusedError(f"{self.name} cannot capture a graph: {_line(error)}") from error
         finally:
             # Ends a capture that went wrong, too, which `end_building` refuses to; then it raises.
             with suppress(Exception):
                 builder.close()
+
+    def _nodes(self, builder: Any) -> dict[str, int] | None:
+        """The nodes of what was built. cuda-core 1.0 cannot tell, and no graph is refused for that."""
+        with suppress(Exception):
+            return count_nodes(self._driver, builder.graph_definition.handle)
+        return None
 
     def _allocate(self, size: int) -> tuple[int, Callable[[], None]]:
         what = f"allocate {size} bytes"
@@ -180,9 +187,10 @@ class _CudaEvent(Event):
 
 
 class _CudaGraph(Graph):
-    def __init__(self, device: CudaDevice, graph: Any) -> None:
+    def __init__(self, device: CudaDevice, graph: Any, nodes: dict[str, int] | None) -> None:
         self._device = device
         self._graph: Any = graph
+        self.nodes = nodes
 
     def launch(self, stream: Stream) -> None:
         with self._device.reported("launch a graph"):

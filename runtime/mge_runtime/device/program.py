@@ -53,12 +53,14 @@ class Program:
         self._runs += 1
 
     def report(self) -> dict[str, JsonValue]:
-        """Whether it is a graph, why not, and how often it ran."""
+        """Whether it is a graph, why not, how often it ran, and the nodes of the graph by kind where they are known."""
         own = all(launch.has_graph for launch in self._launches)
         why = self._why_plain
         if why is None and self._graph is None and not own:
             why = "captured at its second run"
-        return {"graph": self._graph is not None or own, "why": why, "runs": self._runs}
+        nodes = None if self._graph is None else self._graph.nodes
+        told: dict[str, JsonValue] = {} if nodes is None else {"nodes": dict(nodes)}
+        return {"graph": self._graph is not None or own, "why": why, "runs": self._runs, **told}
 
     def close(self) -> None:
         """Release the graph; the launches belong to others. Closing twice does nothing."""
