@@ -1,0 +1,119 @@
+"""That memory does not grow from run to run: the device's by the driver, the process's by the system."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mge_runtime.fields import JsonValue
+from mge_runtime.selfcheck.answers import BATCH
+from mge_runtime.selfcheck.check import Check, judged, not_run
+from mge_runtime.selfcheck.subject import Subject
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = ["HOST_LIMIT", "check_memory", "device_memory", "host_memory"]
+
+HOST_LIMIT = 2**20  # bytes: measured on the CPU, 1,000 runs move it by some 20 kB, the interpreter's own
+_DEVICE_LIMIT = 2**21 - 1  # bytes: the driver gives memory away in pages of 2 MiB, and none may go
+_WARM_UP = 20  # runs: allocators find their size, graphs are captured
+_SAMPLES = 20
+_STATM = Path("/proc/self/statm")
+
+Say = Callable[[str], None]
+
+
+def check_memory(
+    subject: Subject,
+    frames: NDArray[np.uint8],
+    runs: int,
+    *,
+    say: Say = lambda _line: None,
+    meters: Sequence[tuple[str, Callable[[], int | None], int]] | None = None,
+) -> Check:
+    """Memory in use over many runs, mostly one frame at a time, every tenth a batch.
+
+    Growth is the least that was in use in the second half of the runs less the least in the first half: what other
+    processes take for a while does not count, and what every run leaves behind does.
+
+    Args:
+        subject: what runs.
+        frames: to run, [N, S, S, 3].
+        runs: how many, at least 2.
+        say: shows how far it is.
+        meters: name, bytes in use now (None: unknown), and the growth that is allowed; None: those of this machine.
+
+    Raises:
+        BackendError: a run failed.
+    """
+    if meters is None:
+        meters = [("host", host_memory, HOST_LIMIT)]
+        if subject.device.startswith("cuda:"):
+            index = int(subject.device.partition(":")[2])
+            meters = [("device", lambda: device_memory(index), _DEVICE_LIMIT), *meters]
+    name = f"no memory grows over {runs} runs"
+    limits = ", ".join(f"{meter} memory grows by at most {limit} bytes" for meter, _, limit in meters)
+    series: dict[str, list[int]] = {}
+    with closing(subject.open(True)) as opened:
+        batch = frames[: min(BATCH, opened.max_batch or BATCH)]
+        for _ in range(_WARM_UP):
+            opened.run(frames[:1])
+            opened.run(batch)
+        step = max(1, runs // _SAMPLES)
+        for run in range(runs + 1):
+            if run % step == 0:
+                gc.collect()
+                for meter, used, _ in meters:
+                    if (value := used()) is not None:
+                        series.setdefault(meter, []).append(value)
+                if run % (5 * step) == 0:
+                    say(f"{run} of {runs} runs")
+            opened.run(batch if run % 10 == 9 else frames[run % len(frames)][None])
+    if not series:
+        return not_run(name, "this system does not tell how much memory is in use", limits)
+    failures: list[str] = []
+    found: list[str] = []
+    numbers: dict[str, JsonValue] = {"runs": runs}
+    for meter, _, limit in meters:
+        if (values := series.get(meter)) is None:
+            found.append(f"{meter} memory is not known here")
+            continue
+        half = len(values) // 2
+        growth = min(values[half:]) - min(values[:half])
+        numbers |= {f"{meter}_growth": growth, f"{meter}_series": list(values)}
+        line = f"{meter} memory grew by {growth} bytes"
+        found.append(line)
+        if growth > limit:
+            failures.append(line)
+    return judged(name, failures, ", ".join(found), limits, numbers)
+
+
+def host_memory() -> int | None:
+    """Bytes of this process that are resident; None where the system does not say it as Linux does."""
+    try:
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def device_memory(index: int) -> int | None:
+    """Bytes in use on a GPU, by all processes; on a Jetson the memory that it shares with the CPU.
+
+    Args:
+        index: as CUDA numbers devices, from 0.
+
+    Returns:
+        None where the driver does not answer.
+    """
+    core: Any = importlib.import_module("cuda.core")
+    driver: Any = importlib.import_module("cuda.bindings.driver")
+    core.Device(index).set_current()
+    status, free, total = driver.cuMemGetInfo()
+    return int(total) - int(free) if int(status) == 0 else None

@@ -1,0 +1,89 @@
+"""All checks, in turn."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mge_runtime.bundle import Bundle
+from mge_runtime.errors import MGEError
+from mge_runtime.selfcheck.answers import check_batches, check_graphs, check_parity
+from mge_runtime.selfcheck.check import Check
+from mge_runtime.selfcheck.copies import check_copies, check_graph_copies
+from mge_runtime.selfcheck.engines import check_attested, check_refused
+from mge_runtime.selfcheck.memory import check_memory
+from mge_runtime.selfcheck.report import Report
+from mge_runtime.selfcheck.together import check_together
+
+if TYPE_CHECKING:
+    from mge_runtime.selfcheck.pictures import Frames
+    from mge_runtime.selfcheck.subject import Subject
+
+__all__ = ["RUNS", "run_checks"]
+
+RUNS = 1000  # of the memory check
+
+
+def run_checks(
+    subject: Subject, frames: Frames, *, runs: int = RUNS, say: Callable[[str], None] = lambda _line: None
+) -> Report:
+    """Check a bundle on one backend. A check that ends in an error has failed; the others go on.
+
+    Args:
+        subject: what is checked.
+        frames: what it is checked with.
+        runs: of the memory check.
+        say: is told what is being done.
+
+    Raises:
+        BundleError: the bundle has been replaced by something else meanwhile.
+    """
+    images = frames.frames
+
+    def memory(subject: Subject) -> Check:
+        return check_memory(subject, images, runs, say=lambda line: say(f"memory: {line}"))
+
+    steps: list[tuple[str, Callable[[Subject], Check]]] = [
+        ("the same answers as ONNX Runtime on the CPU", lambda s: check_parity(s, images)),
+        ("the same answers in batches", lambda s: check_batches(s, images)),
+        ("the same answers with CUDA graphs as without", lambda s: check_graphs(s, images)),
+        ("one copy in, one out for each wanted tensor", lambda s: check_copies(s, images)),
+        ("no copy to or from the host between stages", lambda s: check_graph_copies(s, images)),
+        ("two pipelines in one process", lambda s: check_together(s, images)),
+        ("engines that do not fit are refused", check_refused),
+        ("the precision of every engine is attested", check_attested),
+        ("no memory grows", memory),
+    ]
+    checks: list[Check] = []
+    for name, step in steps:
+        say(name)
+        try:
+            checks.append(step(subject))
+        except MGEError as error:
+            checks.append(Check(name, "failed", " ".join(str(error).split()), "no error"))
+        except Exception as error:  # a defect, and the other checks may tell more about it
+            checks.append(Check(name, "failed", _defect(error), "no error"))
+    with Bundle.open(subject.path) as bundle:
+        targets = bundle.targets
+    kinds = {str(plan.get("type", "unknown")) for plan in subject.manifest.precision.values()}
+    return Report.now(
+        bundle=subject.path.name,
+        manifest_sha256=subject.manifest_sha256,
+        targets=targets,
+        precision=" and ".join(sorted(kinds)) or "unknown precision",
+        backend=subject.backend,
+        device=subject.device,
+        images=frames.source,
+        limits=subject.limits.source,
+        machine=subject.machine,
+        checks=tuple(checks),
+    )
+
+
+def _defect(error: Exception) -> str:
+    """The error and where it was raised, without the folders of this machine."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
