@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types unit format wheel check-bare check-jetson check-tensorrt clean
+.PHONY: help setup demo test lint types unit format wheel check-bare check-jetson check-tensorrt check-python clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -72,6 +72,9 @@ check-jetson: wheel ## would pip find everything on JetPack 6 (Python 3.10, aarc
 
 check-tensorrt: $(READY) ## do the bindings of TensorRT 10.3, 10.16 and 11.4 hold every name that we use?
 	benchmarks/check_tensorrt.sh $(BIN)/python
+
+check-python: wheel ## the runtime's tests on another Python: make check-python OTHER=python3.10, as on JetPack 6
+	benchmarks/check_python.sh $(OTHER)
 
 clean: ## remove what the other targets made, the environment too
 	rm -rf .venv dist build $(DEMO) runs .pytest_cache .ruff_cache

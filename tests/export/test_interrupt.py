@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from mge.checkpoint import save_checkpoint
-from mge_runtime.interrupt import interruptible
 from mge_runtime.errors import ExportError
+from mge_runtime.interrupt import interruptible
 
 # A shell that starts the tests in the background may have set SIGINT to be ignored, which a child inherits.
 PROGRAM = """
