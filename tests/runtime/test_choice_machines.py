@@ -17,6 +17,7 @@ from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.cache import store_engines
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.found import find_engines
+from mge_runtime.trt.keep import native_library
 from mge_runtime.trt.target import Target
 
 FOLDER = Path(__file__).with_name("machines")
@@ -391,3 +392,49 @@ def test_a_damaged_engine_is_no_engine(make):
         assert bytes(engines.plan("ingest")) == NO_PLAN
         with pytest.raises(BundleError, match=r"gate\.plan do not match"):
             engines.plan("gate")
+
+
+@pytest.mark.parametrize(
+    ("machine", "library"),
+    [
+        (ORIN, "tensorrt"),
+        (THOR, "tensorrt"),
+        (H100, "tensorrt"),
+        (T4, "tensorrt"),
+        (RTX3060, "tensorrt-rtx"),
+        (RTX4090, "tensorrt-rtx"),
+    ],
+)
+def test_a_machine_builds_with_the_library_it_has(machine, library):
+    assert native_library(machine, 0) == library
+    assert native_library(machine, 0, library) == library
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend", "line"),
+    [
+        (ORIN, "tensorrt-rtx", "TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does"),
+        (
+            replace(ORIN, libraries={"cuda-core": "1.2.2"}),
+            "auto",
+            "tensorrt is not installed: TensorRT comes with JetPack: sudo apt install nvidia-jetpack",
+        ),
+        (replace(H100, libraries=H100.libraries | {"tensorrt": "12.0.1"}), "tensorrt", "tensorrt 12.0.1 is not served"),
+        (replace(ORIN, libraries=ORIN.libraries | {"tensorrt": "8.6.2"}), "auto", "tensorrt 8.6.2 is not served"),
+        (replace(RTX3060, broken={"tensorrt-rtx": "libcuda"}), "tensorrt-rtx", "cannot be imported (libcuda)"),
+        (CPU, "auto", "there is no GPU cuda:0 here to build for (no NVIDIA driver is installed"),
+        (RTX5090, "auto", "cuda-core is not installed"),
+    ],
+)
+def test_where_nothing_can_build_one_line_says_why(machine, backend, line):
+    with pytest.raises(BackendError) as caught:
+        native_library(machine, 0, backend)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert ("mge[rtx]" in str(caught.value)) == (backend == "tensorrt-rtx" and machine.gpus[0].name != "Orin")
+
+
+def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it():
+    choice = choose(machine=replace(ORIN, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.23.2"}))
+    (reason,) = (other.reason for other in choice.passed_over if other.backend == "onnxruntime")
+    assert (choice.device, reason) == ("cpu", "onnxruntime-gpu has no wheel for the GPU of a Jetson")

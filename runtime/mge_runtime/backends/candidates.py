@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["Candidate", "candidates"]
 
 _CUDA_PROVIDER = "CUDAExecutionProvider"
-_JETPACK = "TensorRT comes with JetPack: sudo apt install nvidia-jetpack, in an environment with --system-site-packages"
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,13 @@ def _cuda_core(machine: Machine) -> str:
 
 
 def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *, cache: bool) -> Iterator[Candidate]:
+    from mge_runtime.trt.fit import library_refusal
     from mge_runtime.trt.found import find_engines
 
     found = [] if bundle is None else find_engines(bundle, machine, gpu, cache=cache)
     for name in ("tensorrt", "tensorrt-rtx"):
         theirs = [engines for engines in found if engines.backend == name]
-        if (reason := _refusal(name, machine, gpu)) is not None:
+        if (reason := library_refusal(name, machine, gpu)) is not None:
             yield Candidate(name, device, False, reason)
             continue
         fitting = next((f.engines for f in theirs if f.engines is not None and f.problem is None), None)
@@ -88,22 +88,6 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *,
             yield Candidate(name, device, True, reason, fitting)
             continue
         yield _to_build(name, device, machine, gpu, bundle, theirs)
-
-
-def _refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
-    """Why one of the two libraries cannot run anything on this GPU; None: it can."""
-    from mge_runtime.trt.fit import rtx_refusal
-    from mge_runtime.trt.vendor import LIBRARIES
-
-    library = LIBRARIES[name]
-    if name == "tensorrt-rtx" and (refusal := rtx_refusal(gpu, None)) is not None:
-        return refusal
-    if (error := machine.broken.get(name)) is not None:
-        return f"{library.module} cannot be imported ({error}); install it again: {library.install}"
-    if (version := machine.libraries.get(name)) is None:
-        install = _JETPACK if name == "tensorrt" and machine.is_jetson else library.install
-        return f"{library.module} is not installed: {install}"
-    return library.refusal(version)
 
 
 def _to_build(
@@ -124,6 +108,8 @@ def _to_build(
 
 
 def _onnxruntime_cuda(machine: Machine, device: str) -> Candidate:
+    if machine.is_jetson and _CUDA_PROVIDER not in machine.providers:
+        return Candidate("onnxruntime", device, False, "onnxruntime-gpu has no wheel for the GPU of a Jetson")
     missing = _onnxruntime_missing(machine, "gpu")
     if missing is not None:
         return Candidate("onnxruntime", device, False, missing)

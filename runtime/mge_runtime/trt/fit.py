@@ -11,8 +11,11 @@ from mge_runtime.manifest import Manifest
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import NOT_RTX, RTX_CAPABILITIES, Target
 from mge_runtime.trt.turing import TURING, turing_refusal
+from mge_runtime.trt.vendor import LIBRARIES
 
-__all__ = ["build_command", "rtx_refusal", "why_not"]
+__all__ = ["build_command", "library_refusal", "rtx_refusal", "why_not"]
+
+_JETPACK = "TensorRT comes with JetPack: sudo apt install nvidia-jetpack, in an environment with --system-site-packages"
 
 
 def why_not(
@@ -58,6 +61,25 @@ def why_not(
     if missing := [stage.name for stage in manifest.stages if stage.name not in built]:
         return f"has no engine for the stage {missing[0]}"
     return None
+
+
+def library_refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
+    """Why one of the two libraries can do nothing on a GPU of a machine; None: it can.
+
+    Args:
+        name: "tensorrt" or "tensorrt-rtx".
+        machine: the machine.
+        gpu: its GPU.
+    """
+    library = LIBRARIES[name]
+    if name == "tensorrt-rtx" and (refusal := rtx_refusal(gpu, None)) is not None:
+        return refusal
+    if (error := machine.broken.get(name)) is not None:
+        return f"{library.module} cannot be imported ({error}); install it again: {library.install}"
+    if (version := machine.libraries.get(name)) is None:
+        install = _JETPACK if name == "tensorrt" and machine.is_jetson else library.install
+        return f"{library.module} is not installed: {install}"
+    return library.refusal(version)
 
 
 def rtx_refusal(gpu: Gpu, manifest: Manifest | None) -> str | None:

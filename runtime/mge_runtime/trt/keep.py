@@ -19,8 +19,8 @@ from mge_runtime.trt.build import (
 )
 from mge_runtime.trt.builder import BuildOptions
 from mge_runtime.trt.cache import store_engines
+from mge_runtime.trt.fit import library_refusal
 from mge_runtime.trt.request import TargetRequest
-from mge_runtime.trt.target import RTX_CAPABILITIES
 from mge_runtime.trt.vendor import LIBRARIES, Vendor, load_vendor
 
 __all__ = ["build_targets", "native_library"]
@@ -112,24 +112,11 @@ def native_library(machine: Machine, index: int, backend: str = "auto") -> str:
     gpu = machine.gpus[index]
     reasons: list[str] = []
     for name in LIBRARIES if backend == "auto" else (backend,):
-        reason = _refusal(machine, name, gpu.capability)
+        reason = library_refusal(name, machine, gpu)
         if reason is None:
             return name
         reasons.append(reason)
     raise BackendError(f"nothing can build for {gpu.name} ({gpu.capability}): {'; '.join(reasons)}")
-
-
-def _refusal(machine: Machine, name: str, capability: str) -> str | None:
-    library = LIBRARIES[name]
-    if name in machine.broken:
-        return f"{name} is broken: {machine.broken[name]}"
-    if name not in machine.libraries:
-        return f"{name} is not installed: {library.install}"
-    if "cuda-core" not in machine.libraries:
-        return f"{name} needs cuda-core: {library.install}"
-    if name == "tensorrt-rtx" and capability not in RTX_CAPABILITIES:
-        return f"{name} does not serve {capability}"
-    return library.refusal(machine.libraries[name])
 
 
 def _vendor(name: str, log: Say | None) -> Vendor:
