@@ -51,8 +51,8 @@ def check_batches(subject: Subject, frames: NDArray[np.uint8]) -> Check:
         batch = _batch(opened)
         if batch == 1:
             return not_run(name, "the engines were built for a batch of 1 alone", expected)
-        count = max(len(frames), batch + 1)
-        count += count % batch == 0  # there is a remainder
+        remainder = (batch + 1) // 2  # of more than one image: those alone are in batches of one already
+        count = batch * max(1, -(-(len(frames) - remainder) // batch)) + remainder
         every = frames[np.arange(count) % len(frames)]
         alone = run_all(opened, every, outputs, 1)
         together = run_all(opened, every, outputs, batch)
@@ -93,11 +93,11 @@ def check_graphs(subject: Subject, frames: NDArray[np.uint8]) -> Check:
                 f"batch {batch}: no graph: {program.get('why')}" for program in used if not program.get("graph")
             ]
             failures += [f"batch {batch}: no run was reported"] if not used else []
+            if any(program.get("graph") for program in programs(plain)):
+                failures.append(f"batch {batch}: a graph was used where graphs were turned off")
             failures += [f"batch {batch}: {failure}" for failure in compared.failures]
             numbers |= {f"batch_{batch}_{key}": value for key, value in compared.numbers.items()}
             found.append(f"batch {batch}: {compared.summary}")
-        if any(program.get("graph") for program in programs(plain)):
-            failures.append("a graph was used where graphs were turned off")
     return judged(name, failures, "; ".join(found), expected, numbers)
 
 

@@ -18,12 +18,41 @@ from mge_runtime.selfcheck.report import Report
 from mge_runtime.selfcheck.together import check_together
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from mge_runtime.selfcheck.pictures import Frames
     from mge_runtime.selfcheck.subject import Subject
 
-__all__ = ["RUNS", "run_checks"]
+__all__ = ["RUNS", "all_checks", "run_checks"]
 
 RUNS = 1000  # of the memory check
+
+
+def all_checks(
+    frames: NDArray[np.uint8], runs: int = RUNS, say: Callable[[str], None] = lambda _line: None
+) -> list[tuple[str, Callable[[Subject], Check]]]:
+    """Every check by name, in the order of a report; the one that takes longest comes last.
+
+    Args:
+        frames: what is checked with, [N, S, S, 3].
+        runs: of the memory check.
+        say: is told how far that is.
+    """
+    return [
+        ("the same answers as ONNX Runtime on the CPU", lambda subject: check_parity(subject, frames)),
+        ("the same answers in batches", lambda subject: check_batches(subject, frames)),
+        ("the same answers with CUDA graphs as without", lambda subject: check_graphs(subject, frames)),
+        ("one copy in, one out for each wanted tensor", lambda subject: check_copies(subject, frames)),
+        ("no copy to or from the host between stages", lambda subject: check_graph_copies(subject, frames)),
+        ("two pipelines in one process", lambda subject: check_together(subject, frames)),
+        ("engines that do not fit are refused", check_refused),
+        ("the precision of every engine is attested", check_attested),
+        (
+            "no memory grows",
+            lambda subject: check_memory(subject, frames, runs, say=lambda line: say(f"memory: {line}")),
+        ),
+    ]
 
 
 def run_checks(
@@ -40,27 +69,11 @@ def run_checks(
     Raises:
         BundleError: the bundle has been replaced by something else meanwhile.
     """
-    images = frames.frames
-
-    def memory(subject: Subject) -> Check:
-        return check_memory(subject, images, runs, say=lambda line: say(f"memory: {line}"))
-
-    steps: list[tuple[str, Callable[[Subject], Check]]] = [
-        ("the same answers as ONNX Runtime on the CPU", lambda s: check_parity(s, images)),
-        ("the same answers in batches", lambda s: check_batches(s, images)),
-        ("the same answers with CUDA graphs as without", lambda s: check_graphs(s, images)),
-        ("one copy in, one out for each wanted tensor", lambda s: check_copies(s, images)),
-        ("no copy to or from the host between stages", lambda s: check_graph_copies(s, images)),
-        ("two pipelines in one process", lambda s: check_together(s, images)),
-        ("engines that do not fit are refused", check_refused),
-        ("the precision of every engine is attested", check_attested),
-        ("no memory grows", memory),
-    ]
     checks: list[Check] = []
-    for name, step in steps:
+    for name, check in all_checks(frames.frames, runs, say):
         say(name)
         try:
-            checks.append(step(subject))
+            checks.append(check(subject))
         except MGEError as error:
             checks.append(Check(name, "failed", " ".join(str(error).split()), "no error"))
         except Exception as error:  # a defect, and the other checks may tell more about it
