@@ -438,3 +438,19 @@ def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it():
     choice = choose(machine=replace(ORIN, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.23.2"}))
     (reason,) = (other.reason for other in choice.passed_over if other.backend == "onnxruntime")
     assert (choice.device, reason) == ("cpu", "onnxruntime-gpu has no wheel for the GPU of a Jetson")
+
+
+def test_engines_are_built_on_opening_and_what_fails_there_is_one_line(make):
+    """Without a GPU the build ends where it would begin: at the device."""
+    vendor = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
+    if describe_machine().gpus:
+        pytest.skip("there is a GPU here")
+    machine = replace(RTX3060, libraries=RTX3060.libraries | {"tensorrt-rtx": vendor.__version__})
+    said = []
+    with Bundle.open(make()) as bundle:
+        choice = choose(bundle=bundle, machine=machine)
+        assert (choice.backend, choice.build) == ("tensorrt-rtx", True)
+        with pytest.raises(BackendError, match=r"^cuda:0 cannot be opened: .*") as caught:
+            open_backend(choice, bundle, say=said.append)
+    assert "\n" not in str(caught.value)
+    assert "no engines are ready for NVIDIA GeForce RTX 3060 (sm86)" in said[0]

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from mge_runtime.backends.base import Backend, Buffer, StageRunner, Streams
 from mge_runtime.backends.choice import BACKENDS, Candidate, Choice, choose
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, BuildError
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
+    from mge_runtime.machine import Machine
+    from mge_runtime.trt.engines import EngineSet
 
 __all__ = ["BACKENDS", "Backend", "Buffer", "Candidate", "Choice", "StageRunner", "Streams", "choose", "open_backend"]
 
@@ -56,7 +58,6 @@ def open_backend(
 
 
 def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool, say: Callable[[str], None]) -> Backend:
-    from mge_runtime.trt.build import build_into_cache
     from mge_runtime.trt.fit import build_command, why_not
     from mge_runtime.trt.vendor import load_vendor
 
@@ -65,7 +66,7 @@ def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool, say: Callable[[
         raise BackendError(f"{choice} names no machine or no engines; expected what `choose` returned")
     if engines is None:
         say(f"{choice}: {choice.reason}")
-        engines = build_into_cache(bundle, machine, choice.device_index, choice.backend, say=say)
+        engines = _build(choice, machine, bundle, say)
     # Package metadata chose the engines; the library itself has the last word, before anything is deserialised.
     here = replace(machine, libraries={**machine.libraries, vendor.name: vendor.version})
     built = engines.description.plans
@@ -75,6 +76,28 @@ def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool, say: Callable[[
     from mge_runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend(vendor, engines, choice.device_index, graphs=graphs)
+
+
+def _build(choice: Choice, machine: Machine, bundle: Bundle, say: Callable[[str], None]) -> EngineSet:
+    from mge_runtime.interrupt import interruptible
+    from mge_runtime.trt.build import build_into_cache
+
+    other = "run mge-build first, or choose the backend onnxruntime, which needs no engines"
+    try:
+        # TensorRT calls back in the middle of foreign code, which a KeyboardInterrupt must not pass.
+        with interruptible("building the engines", other, BuildError) as interrupt, interrupt.held():
+            return build_into_cache(
+                bundle,
+                machine,
+                choice.device_index,
+                choice.backend,
+                say=say,
+                progress=lambda _stage, _share, _phase: not interrupt.requested,
+            )
+    except BuildError as error:
+        if other in str(error):
+            raise
+        raise BuildError(f"{error}; {other}") from error
 
 
 def _warn(line: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import platform
 import tempfile
 import time
@@ -11,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.bundle.layout import stage_weights
 from mge_runtime.bundle.located import located_graph
+from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import atomic_path
 from mge_runtime.trt.builder import BuildOptions, build_engine
@@ -187,6 +187,7 @@ def build_native(
         progress: is told of every step and may stop the build.
 
     Raises:
+        BackendError: the device cannot be opened.
         BuildError: a stage cannot be built, or is not of its precision.
         BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
@@ -195,9 +196,7 @@ def build_native(
     options = options or BuildOptions()
     if options.timing_cache is None and not vendor.is_rtx:
         options = replace(options, timing_cache=timing_cache_path(target, gpu))
-    # TensorRT builds for the current CUDA device of the thread.
-    core: Any = importlib.import_module("cuda.core")
-    core.Device(index).set_current()
+    CudaDevice(index).activate()  # TensorRT builds for the thread's current device
     say(f"building for {gpu.name} ({target}) with {vendor.name} {vendor.version}, batch {options.batch}")
     with build_engines(bundle, vendor, target, gpu=gpu, options=options, say=say, progress=progress) as new:
         yield new
@@ -225,7 +224,7 @@ def build_into_cache(
         progress: is told of every step and may stop the build.
 
     Raises:
-        BackendError: the library is missing.
+        BackendError: the library is missing, or the device cannot be opened.
         BuildError: a stage cannot be built.
         OutputError: the cache cannot be written.
     """
