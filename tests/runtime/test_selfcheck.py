@@ -448,6 +448,7 @@ def test_engines_that_do_not_fit_are_refused_and_the_bundle_stays_as_it_was(cpu)
     assert check.outcome == "passed", check
     assert set(check.numbers) == {"another GPU", "another version", "another operating system"}
     assert all("mge-build mge.plan" in line for line in check.numbers.values())
+    assert cpu.machine.gpus or "there is no GPU here" in check.found
     assert "is for sm87, this GPU is NVIDIA GeForce RTX 3060 (sm86)" in check.found
     assert cpu.path.read_bytes() == before
 

@@ -40,26 +40,32 @@ def count_nodes(driver: Any, graph: Any) -> dict[str, int]:
             counts.update(count_nodes(driver, child))
         elif int(kind) == _MEMCPY:
             (copy,) = _values(driver.cuGraphMemcpyNodeGetParams(node))
-            source = _place(driver, copy.srcMemoryType, copy.srcDevice)
-            target = _place(driver, copy.dstMemoryType, copy.dstDevice)
+            source = _place(driver, _memory_type(copy, "srcMemoryType"), copy.srcDevice)
+            target = _place(driver, _memory_type(copy, "dstMemoryType"), copy.dstDevice)
             counts[f"copy_{source}_to_{target}"] += 1
         else:
             counts[kind.name.removeprefix("CU_GRAPH_NODE_TYPE_").lower()] += 1
     return dict(sorted(counts.items()))
 
 
-def _place(driver: Any, kind: Any, address: Any) -> str:
+def _memory_type(copy: Any, name: str) -> int | None:
+    """What a copy says of one end; None where it says nothing, which cuda-bindings refuses to read."""
+    try:
+        return int(getattr(copy, name))
+    except (TypeError, ValueError):
+        return None
+
+
+def _place(driver: Any, kind: int | None, address: Any) -> str:
     """Where one end of a copy lies. With unified addresses the node may not know it, so the pointer is asked."""
-    if kind is None:
-        return "unknown"
-    if int(kind) in (_HOST, _ARRAY):
-        return "host" if int(kind) == _HOST else "device"
+    if kind in (_HOST, _ARRAY):
+        return "host" if kind == _HOST else "device"
     attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
     status, *found = driver.cuPointerGetAttribute(attribute, address)
     if int(status) == 0:
         return {_HOST: "host", _DEVICE: "device"}.get(int(found[0]), "unknown")
     # CUDA does not know the pointer: ordinary host memory, unless the node itself says that it is the device's.
-    return "host" if int(kind) == _UNIFIED else "device"
+    return {_UNIFIED: "host", _DEVICE: "device"}.get(kind or 0, "unknown")
 
 
 def _values(result: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -68,6 +68,8 @@ def check_refused(subject: Subject) -> Check:
             if not line or "\n" in line or target.name not in line:
                 failures.append(f"engines for {what}: {line or 'not refused'}")
     found = "; ".join(f"{what}: {line}" for what, line in lines.items())
+    if not subject.machine.gpus:
+        found = f"there is no GPU here, so the device is a described one, {gpu}: {found}"
     if version is None:
         found += " (by description; neither tensorrt nor tensorrt_rtx is here to open them with)"
     return judged("engines that do not fit are refused", failures, found, expected, lines)

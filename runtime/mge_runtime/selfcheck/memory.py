@@ -88,11 +88,17 @@ def check_memory(
         half = len(values) // 2
         growth = min(values[half:]) - min(values[:half])
         numbers |= {f"{meter}_growth": growth, f"{meter}_series": list(values)}
-        line = f"{meter} memory grew by {growth} bytes"
+        shared = " (shared with the CPU and everything that runs)" if meter == "device" and _integrated(subject) else ""
+        line = f"{meter} memory{shared} grew by {growth} bytes"
         found.append(line)
         if growth > limit:
             failures.append(line)
     return judged(name, failures, ", ".join(found), limits, numbers)
+
+
+def _integrated(subject: Subject) -> bool:
+    index = int(subject.device.partition(":")[2] or 0)
+    return index < len(subject.machine.gpus) and subject.machine.gpus[index].integrated
 
 
 def host_memory() -> int | None:
