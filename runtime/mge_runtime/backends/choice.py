@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from mge_runtime.backends.candidates import Candidate, candidates
@@ -105,7 +106,9 @@ def _index(device: str) -> int:
 
 
 def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle | None) -> str:
-    reasons = "; ".join(f"{c}: {c.reason}" for c in wanted) or f"{backend} runs on NVIDIA GPUs alone"
+    shared = groupby(wanted, lambda c: (c.device, c.reason))  # what several share is said once
+    reasons = "; ".join(f"{', '.join(c.backend for c in same)} on {on}: {why}" for (on, why), same in shared)
+    reasons = reasons or f"{backend} runs on NVIDIA GPUs alone"
     asked = f"nothing can run device {device!r} and backend {backend!r} ({reasons})"
     index = _index(device)
     gpu = machine.gpus[index] if device != "cpu" and index < len(machine.gpus) else None
