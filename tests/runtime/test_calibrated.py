@@ -1,0 +1,131 @@
+"""What a calibration says, read and checked."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from mge_runtime.calibrated import Calibrated, ExitPoint, Promise, confidence
+from mge_runtime.errors import BackendError, BundleError
+
+VALUES = {
+    "temperatures": {"answer_1": 1.31, "answer_2": 1, "logits": 1.07},
+    "exits": {"epsilon": 0.01, "delta": 0.05, "thresholds": {"answer_1": 0.93, "answer_2": 0.88}},
+    "data": {"temperatures": {"images": 500, "sha256": "0" * 64}, "exits": {"images": 2000, "sha256": "1" * 64}},
+    "seed": 0,
+    "made_by": "mge 0.1.0",
+    "report": {"anything": [1, 2]},
+}
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny):
+    return tiny.make_manifest(tiny.make_stages())
+
+
+def changed(path, value):
+    values = copy.deepcopy(VALUES)
+    *parents, last = path.split(".")
+    place = values
+    for name in parents:
+        place = place[name]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return values
+
+
+def test_values_are_read(manifest):
+    found = Calibrated.from_values(json.loads(json.dumps(VALUES)), manifest)
+    assert found.temperatures == {"answer_1": 1.31, "answer_2": 1.0, "logits": 1.07}
+    assert found.exits == {"answer_1": 0.93, "answer_2": 0.88}
+    assert found.promise == Promise(0.01, 0.05)
+    assert found.images == {"temperatures": 500, "exits": 2000}
+    assert found.fitted
+    assert found.has_exits
+    assert found.exit_points(manifest) == (ExitPoint(1, "answer_1", 1.31, 0.93), ExitPoint(2, "answer_2", 1.0, 0.88))
+
+
+def test_without_a_calibration_temperatures_are_one_and_nothing_stops(manifest):
+    found = Calibrated.none(manifest)
+    assert found.temperatures == {"answer_1": 1.0, "answer_2": 1.0, "logits": 1.0}
+    assert (found.exits, found.fitted, found.has_exits) == (None, False, False)
+    with pytest.raises(BackendError, match=r"^asked for calibrated exits, but .* no calibration; .*mge-calibrate"):
+        found.exit_points(manifest)
+
+
+@pytest.mark.parametrize(
+    "exits", [None, ..., {"epsilon": 0.01, "delta": 0.05, "thresholds": {}},
+              {"epsilon": 0.01, "delta": 0.05, "thresholds": {"answer_1": None, "answer_2": None}}]
+)  # fmt: skip
+def test_a_calibration_without_exits_says_so(manifest, exits):
+    found = Calibrated.from_values(changed("exits", exits), manifest)
+    assert found.fitted
+    assert not found.has_exits
+    with pytest.raises(BackendError, match=r"found none that keep its promise; .*more images"):
+        found.exit_points(manifest)
+
+
+def test_an_answer_that_is_null_or_missing_stops_nothing(manifest):
+    for thresholds in ({"answer_1": None, "answer_2": 0.5}, {"answer_2": 0.5}):
+        found = Calibrated.from_values(changed("exits.thresholds", thresholds), manifest)
+        assert [point.segments for point in found.exit_points(manifest)] == [2]
+
+
+def test_what_the_data_do_not_tell_stays_out(manifest):
+    for data, images in ((..., {}), (None, {}), ({"exits": None, "temperatures": {"images": 7}}, {"temperatures": 7})):
+        assert Calibrated.from_values(changed("data", data), manifest).images == images
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("temperatures", ..., r"temperatures is null; expected an object"),
+        ("temperatures.logits", ..., r"temperatures\.logits is null; expected this field, which is missing"),
+        ("temperatures.logits", 0, r"temperatures\.logits is 0; expected a number above 0"),
+        ("temperatures.answer_1", -1.5, r"temperatures\.answer_1 is -1\.5; expected a number above 0"),
+        ("temperatures.answer_1", True, r"temperatures\.answer_1 is true; expected a finite number"),
+        ("temperatures.answer_9", 1.0, r"temperatures\.answer_9 is 1\.0; expected no field of this name"),
+        ("exits", 3, r"exits is 3; expected an object"),
+        ("exits.delta", ..., r"exits\.delta is null; expected this field, which is missing"),
+        ("exits.epsilon", 0, r"exits\.epsilon is 0; expected a number between 0 and 1"),
+        ("exits.delta", 1.0, r"exits\.delta is 1\.0; expected a number between 0 and 1"),
+        ("exits.thresholds.answer_1", 1.01, r"answer_1 is 1\.01; expected a confidence from 0 to 1, or null"),
+        ("exits.thresholds.answer_1", -0.1, r"answer_1 is -0\.1; expected a confidence from 0 to 1, or null"),
+        ("exits.thresholds.answer_2", "high", r"answer_2 is \"high\"; expected a finite number"),
+        ("exits.thresholds.logits", 0.5, r"logits is 0\.5; expected thresholds of answer_1, answer_2 alone"),
+        ("data.exits.images", 1.5, r"data\.exits\.images is 1\.5; expected a whole number"),
+    ],
+)
+def test_values_that_are_wrong_are_one_line(manifest, path, value, message):
+    with pytest.raises(BundleError, match=message) as caught:
+        Calibrated.from_values(changed(path, value), manifest)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("calibration.json: ")
+    assert str(caught.value).endswith(": calibrate again with mge-calibrate")
+
+
+def test_confidence_is_the_largest_of_the_softmax():
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]], np.float32))
+    np.testing.assert_allclose(confidence(logits, 1.0), [0.7, 0.8], rtol=1e-6)
+    squares = np.sqrt(np.exp(logits.astype(np.float64)))
+    np.testing.assert_allclose(confidence(logits, 2.0), (squares / squares.sum(1, keepdims=True)).max(1), rtol=1e-12)
+    assert confidence(np.array([1e4, -1e4, 0], np.float32), 0.01) == 1.0
+
+
+def test_the_confidence_of_a_row_does_not_depend_on_the_others():
+    logits = np.random.default_rng(0).standard_normal((64, 37)).astype(np.float32) * 5
+    together = confidence(logits, 1.3)
+    assert [float(confidence(row, 1.3)) for row in logits] == together.tolist()
+    assert confidence(logits[::3], 1.3).tolist() == together[::3].tolist()
+
+
+def test_an_image_stops_at_its_threshold_and_never_where_its_answer_is_not_finite():
+    logits = np.array([[2, 0], [1, 0], [np.nan, 0], [np.inf, 0], [np.inf, np.inf], [0, 0]], np.float32)
+    threshold = float(confidence(logits, 1.5)[1])
+    found = ExitPoint(1, "answer_1", 1.5, threshold).stops(logits)
+    assert found.tolist() == [True, True, False, False, False, False]
+    above = ExitPoint(1, "answer_1", 1.5, float(np.nextafter(threshold, 1))).stops(logits)
+    assert above.tolist() == [True, False, False, False, False, False]
