@@ -6,13 +6,14 @@ A machine is plain data, so that choosing can be tested against descriptions of 
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from mge_runtime.errors import BundleError, InputError
 from mge_runtime.fields import Field, parse_json
 
-__all__ = ["Gpu", "Machine"]
+__all__ = ["Gpu", "Machine", "this_platform"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,9 @@ _FIELDS = tuple(Machine.__dataclass_fields__)
 
 def _texts(f: Field) -> dict[str, str]:
     return {name: value.text() for name, value in f.table().items()}
+
+
+def this_platform() -> tuple[str, str]:
+    """The operating system and the architecture of this machine, as targets name them: ("linux", "x86_64")."""
+    arch = platform.machine().lower()
+    return platform.system().lower(), {"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch)

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mge_runtime.machine import Gpu, Machine
+from mge_runtime.machine import Gpu, Machine, this_platform
 
 __all__ = ["describe_machine"]
 
@@ -45,7 +45,7 @@ def describe_machine(
     Returns:
         The description. What is missing or broken is said in it; nothing is raised.
     """
-    system, arch = platform.system().lower(), platform.machine().lower()
+    system, arch = this_platform()
     libraries = {name: _UNKNOWN for name, (module, _) in _LIBRARIES.items() if _has_module(module)}
     broken: dict[str, str] = {}
     cuda, problem = _driver_cuda() if gpus else (None, "not asked for")
@@ -59,7 +59,7 @@ def describe_machine(
             _import(name, libraries, broken)
     return Machine(
         system=system,
-        arch={"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch),
+        arch=arch,
         python=platform.python_version(),
         gpus=devices,
         gpu_problem=problem,

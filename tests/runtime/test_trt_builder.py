@@ -12,7 +12,8 @@ from mge_runtime.spec import StageSpec, TensorSpec
 from mge_runtime.trt.attest import attest_engine
 from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.build import ahead_of_time, build_engines
-from mge_runtime.trt.builder import BuildOptions, build_engine
+from mge_runtime.trt.builder import BuildOptions, _configure, _profile, build_engine
+from mge_runtime.trt.network import parse_stage
 from mge_runtime.trt.vendor import load_vendor
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
@@ -123,16 +124,90 @@ def test_a_build_can_be_stopped_and_its_callback_may_fail(rtx, tmp_path):
         build(rtx, *graph(RELU), tmp_path, progress=fail)
 
 
-def test_options_reach_the_builder(rtx, tmp_path):
-    options = BuildOptions(BatchRange(2, 4, 6), optimization_level=0, workspace=1 << 24)
+@pytest.fixture
+def configured(rtx, tmp_path):
+    """Configure a build of `relu`; the configuration is read back from the library."""
+
+    def configure(options=None, capabilities=("sm86", "sm120")):
+        parsed = parse_stage(rtx, *graph(RELU), tmp_path)
+        config, _ = _configure(rtx, parsed, options or BuildOptions(), capabilities, b"")
+        return parsed, config  # the configuration lives no longer than its builder
+
+    return configure
+
+
+def test_every_option_reaches_the_library(rtx, configured):
+    trt = rtx.api
+    options = BuildOptions(BatchRange(2, 4, 6), optimization_level=1, workspace=1 << 24)
+    parsed, config = configured(options)
+    assert config.builder_optimization_level == 1
+    assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 24
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+    assert config.num_compute_capabilities == 2
+    assert [config.get_compute_capability(n) for n in range(2)] == [
+        trt.ComputeCapability.SM86,
+        trt.ComputeCapability.SM120,
+    ]
+    assert config.num_optimization_profiles == 1
+    del parsed
+
+
+def test_what_is_not_said_is_left_to_the_library(rtx, configured):
+    parsed, config = configured()
+    untouched = parsed.builder.create_builder_config()
+    assert untouched.get_flag(rtx.api.BuilderFlag.TF32)  # it is on unless it is cleared
+    assert config.builder_optimization_level == untouched.builder_optimization_level
+    workspace = rtx.api.MemoryPoolType.WORKSPACE
+    assert config.get_memory_pool_limit(workspace) == untouched.get_memory_pool_limit(workspace)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 4, 6), (3, 3, 3)])
+def test_the_batch_range_becomes_the_profile(configured, sizes):
+    parsed, _ = configured()
+    profile = _profile(parsed, BatchRange(*sizes))
+    assert [tuple(shape) for shape in profile.get_shape("x")] == [(size, 3, 8, 8) for size in sizes]
+
+
+def test_what_the_library_says_can_be_shown(rtx, tmp_path):
     said = []
     rtx.messages.say = said.append
     try:
-        built, cache = build(rtx, *graph(RELU), tmp_path, options=options)
+        built, cache = build(rtx, *graph(RELU), tmp_path, plan={"type": "fp32"})
     finally:
         rtx.messages.say = None
     assert said
     assert (built.attested, cache) == ("network", b"")
+
+
+def test_without_a_type_nothing_is_attested(rtx, tmp_path):
+    built, _ = build(rtx, *graph(RELU), tmp_path)
+    assert built.attested == "no"
+
+
+def product(kind):
+    """A stage of one matrix product, in `kind` between casts."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x.cast"], name="in", to=kind),
+        helper.make_node("MatMul", ["x.cast", "w"], ["y.cast"], name="product"),
+        helper.make_node("Cast", ["y.cast"], ["y"], name="out", to=TensorProto.FLOAT),
+    ]
+    return graph(nodes, [helper.make_tensor("w", kind, [8, 8], [0.5] * 64)])
+
+
+def test_products_in_another_type_than_the_plan_are_refused(rtx, tmp_path):
+    half, single = product(TensorProto.FLOAT16), product(TensorProto.FLOAT)
+    with pytest.raises(BuildError, match="1 matrix products compute in float32; expected float16"):
+        build(rtx, *single, tmp_path, plan={"type": "fp16"})
+    with pytest.raises(BuildError, match="1 matrix products compute in float16; expected float32"):
+        build(rtx, *half, tmp_path, plan={"type": "fp32"})
+    with pytest.raises(
+        BuildError, match=r"node 'product' \(MatMul\) computes in float32; the precision plan has float16"
+    ):
+        build(rtx, *single, tmp_path, plan={"type": "fp16", "operators": {"MatMul": {"float16": 1}}})
+    built, _ = build(rtx, *half, tmp_path, plan={"type": "fp16"})
+    assert built.layers["MATRIX_MULTIPLY"] == {"float16": 1}
 
 
 @pytest.mark.parametrize(
@@ -144,6 +219,7 @@ def test_options_reach_the_builder(rtx, tmp_path):
         (lambda: BatchRange.parse(""), "the batch range is ''"),
         (lambda: BuildOptions(optimization_level=6), "the optimisation level is 6; expected 0 to 5"),
         (lambda: BuildOptions(workspace=5), "the workspace is 5 bytes"),
+        (lambda: BuildOptions(workspace=10**17), "the workspace is 1000000000000"),
     ],
 )
 def test_options_out_of_range_are_refused(make, message):
@@ -208,10 +284,12 @@ def test_a_built_engine_is_read_back(single, half, eleven):
     fused = inspected(layer("Myelin", single, single, eleven=eleven))
     assert attest_engine("s", fused, {"type": "fp16", "operators": {"Conv": {"float16": 1}}}) is None
     assert attest_engine("s", fused, {"type": "fp32", "operators": {"Mul": {"float32": 1}}}) is not None
-    # A kernel that casts what it puts out computes in half all the same; one with weights in FP32 does not.
+    two = {"type": "fp16", "operators": {"Conv": {"float16": 2}}}
+    assert attest_engine("s", mixed, two) is None  # one of two tells too little
+    # A kernel that casts what it puts out computes in half all the same; one that reads or holds FP32 does not.
     casting = layer("CaskConvolution", half, single, eleven=eleven)
     assert attest_engine("s", inspected(casting), {"type": "fp16"}) is not None
-    weighted = layer("Convolution", single, half, eleven=eleven) | {"Weights": {"Type": "Float", "Count": 9}}
+    weighted = layer("Convolution", half, half, eleven=eleven) | {"Weights": {"Type": "Float", "Count": 9}}
     with pytest.raises(BuildError, match=r"1 convolutions compute in float32; expected float16"):
         attest_engine("s", inspected(weighted), {"type": "fp16"})
 
@@ -221,7 +299,7 @@ def test_an_engine_that_does_not_tell_is_not_attested():
     assert attest_engine("s", inspected("conv1", "conv2"), {"type": "fp32"}) is None
 
 
-@pytest.mark.parametrize("information", ["", "["])
-def test_an_answer_of_the_inspector_that_is_no_json_is_one_line(information):
-    with pytest.raises(BuildError, match=r"stage s: the engine inspector's answer is no JSON"):
+@pytest.mark.parametrize("information", ["", "[", "null", "[]", '{"Layers": null}', '{"Bindings": []}'])
+def test_an_answer_of_the_inspector_that_cannot_be_read_is_one_line(information):
+    with pytest.raises(BuildError, match=r"stage s: the engine inspector's answer (is no JSON|has no list of layers)"):
         attest_engine("s", information, {"type": "fp32"})

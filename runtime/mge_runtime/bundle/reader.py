@@ -338,9 +338,11 @@ class Bundle:
         return entry
 
     def _damaged(self, name: str) -> BundleError:
+        engine = target_of(name) is not None
+        advice = "copy it again, or build these engines again with mge-build" if engine else "copy or export it again"
         return BundleError(
             f"{self.path}: the bytes of entry {name} do not match their hash; "
-            "the file was damaged after it was written: copy or export it again"
+            f"the file was damaged after it was written: {advice}"
         )
 
 

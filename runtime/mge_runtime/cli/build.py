@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.progress import shown_progress
 from mge_runtime.errors import BackendError, BuildError
-from mge_runtime.interrupt import Interrupt, interruptible
+from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
-    from mge_runtime.trt.build import StageProgress
     from mge_runtime.trt.builder import BuildOptions
 
-__all__ = ["build_options", "main", "shown_progress"]
+__all__ = ["build_options", "main"]
 
 _MEGABYTE = 1_000_000
 
@@ -77,11 +74,10 @@ def main(
                 "--into-bundle"
             )
         options = build_options(batch, opt_level, workspace, timing_cache)
-        done: list[str] = []
 
         def kept(target: str, place: str) -> None:
-            done.append(f"{target}: {place}")
-            interrupt.consequence = f"it is finished for {len(done)} of the targets; run it again for the others"
+            click.echo(f"{target}: {place}")
+            interrupt.consequence = "it is finished for the targets that were printed; run it again for the others"
 
         with shown_progress(interrupt) as progress:
             build_targets(
@@ -96,8 +92,6 @@ def main(
                 log=(lambda line: click.echo(line, err=True)) if verbose else None,
                 kept=kept,
             )
-    for line in done:
-        click.echo(line)
     click.echo(
         "TensorRT execution is experimental: not yet run; mge-bench --selfcheck checks it on the device", err=True
     )
@@ -111,22 +105,3 @@ def build_options(batch: str, opt_level: int | None, workspace: int | None, timi
     return BuildOptions(
         BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE, timing_cache
     )
-
-
-@contextmanager
-def shown_progress(interrupt: Interrupt) -> Generator[StageProgress]:
-    """Yield what shows the progress of a build on a terminal, and stops the build where a signal asks for it."""
-    terminal = sys.stderr.isatty()
-    shown = ""
-
-    def progress(stage: str, share: float, phase: str) -> bool:
-        nonlocal shown
-        text = f"{stage}: {share:4.0%} {phase}"[:79]
-        if terminal and text != shown:
-            shown = text
-            click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
-        return not interrupt.requested
-
-    # TensorRT calls back in the middle of foreign code, which an exception must not pass.
-    with interrupt.held():
-        yield progress

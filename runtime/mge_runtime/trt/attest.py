@@ -24,6 +24,7 @@ __all__ = ["attest_engine", "attest_network"]
 
 FLOATS = ("float16", "float32", "bfloat16", "fp8")
 _WANTED = {"fp32": "float32", "fp16": "float16"}  # what a stage's convolutions compute in, by its precision plan's type
+_PRODUCTS = ("Gemm", "MatMul", "Einsum")  # ONNX operators that become matrix products
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 Counts = Mapping[str, Mapping[str, int]]  # operator or layer type -> floating type -> how many
@@ -33,7 +34,8 @@ def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, pl
     """Hold every layer of a parsed network to the stage's precision plan.
 
     Every convolution must compute in the plan's type and all of the plan's must be there; every layer that came from an
-    ONNX node may put out only floating types that the plan lists for that operator.
+    ONNX node may put out only floating types that the plan lists for that operator. A plan that lists no operators
+    holds convolutions, and matrix products where it has no convolutions or is FP32, to its type.
 
     Args:
         stage: its name, for errors.
@@ -56,16 +58,25 @@ def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, pl
         for kind in kinds:
             counts.setdefault(layer.type.name, Counter())[kind] += 1
         node = _NODE.search(layer.metadata)
-        operator = operators.get(node[1]) if node else None
+        name = node[1] if node else layer.name  # which begins as the node's does, should metadata be missing
+        operator = operators.get(name)
         if operator is not None and planned:
             allowed = {part for kind in planned.get(operator, {}) for part in kind.split("/")}
             if wrong := kinds - allowed:
                 raise BuildError(
-                    f"stage {stage}: node {node[1] if node else ''!r} ({operator}) computes in {sorted(wrong)[0]}; the "
+                    f"stage {stage}: node {name!r} ({operator}) computes in {sorted(wrong)[0]}; the "
                     f"precision plan has {' and '.join(sorted(allowed)) or 'no floating type'} there: export again"
                 )
     found = counts.get("CONVOLUTION", Counter[str]())
-    _check_convolutions(stage, found, plan)
+    products = counts.get("MATRIX_MULTIPLY", Counter[str]())
+    _check(stage, "convolutions", found, plan)
+    if not planned and (plan.get("type") == "fp32" or not found):
+        _check(stage, "matrix products", products, plan)  # nothing says that the heads are of another type
+    if planned and not set(products) <= {kind for name in _PRODUCTS for kind in planned.get(name, ())}:
+        raise BuildError(
+            f"stage {stage}: the parsed network has the matrix products {dict(products)}; the precision plan has "
+            f"{ {name: dict(planned[name]) for name in _PRODUCTS if name in planned} }: export again"
+        )
     if planned and found != Counter(planned.get("Conv", {})):
         raise BuildError(
             f"stage {stage}: the parsed network has the convolutions {dict(found)}; the precision plan has "
@@ -78,7 +89,7 @@ def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -
     """Hold a built engine to the stage's precision plan, from what its inspector says.
 
     TensorRT may fuse layers beyond recognition, TensorRT-RTX usually does. Where convolutions can be told, each must
-    compute in the plan's type; where none can, the engine says nothing, and the network's attestation stands.
+    compute in the plan's type; where some cannot, the engine does not tell, and the network's attestation stands.
 
     Args:
         stage: its name, for errors.
@@ -102,9 +113,9 @@ def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -
         if kinds and "conv" in f"{name} {layer.get('ParameterType', '')}".lower():
             # Its output may be cast in the same kernel; its weights and what it reads cannot.
             types = set(_compute_types(layer)) or kinds
-            convolutions[wanted if wanted in types else min(types)] += 1
-    _check_convolutions(stage, convolutions, plan)
-    if not counts or (not convolutions and "Conv" in _planned(plan)):
+            convolutions.update(types - {wanted} or types)
+    _check(stage, "convolutions", convolutions, plan)
+    if not counts or convolutions.total() < sum(_planned(plan).get("Conv", {}).values()):
         return None
     return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
 
@@ -113,14 +124,14 @@ def _planned(plan: Mapping[str, JsonValue]) -> Counts:
     return cast("Counts", plan.get("operators") or {})
 
 
-def _check_convolutions(stage: str, found: Counter[str], plan: Mapping[str, JsonValue]) -> None:
+def _check(stage: str, what: str, found: Counter[str], plan: Mapping[str, JsonValue]) -> None:
     wanted = _WANTED.get(str(plan.get("type")))
     if wanted is None:
         return
     for kind, number in found.items():
         if kind != wanted:
             raise BuildError(
-                f"stage {stage}: {number} convolutions compute in {kind}; expected {wanted}, as the bundle says: "
+                f"stage {stage}: {number} {what} compute in {kind}; expected {wanted}, as the bundle says: "
                 "export it again"
             )
 
@@ -130,8 +141,11 @@ def _layers(stage: str, information: str) -> Iterator[dict[str, Any]]:
         document = json.loads(information)
     except ValueError as error:
         raise BuildError(f"stage {stage}: the engine inspector's answer is no JSON ({error})") from error
+    layers: Any = cast("dict[str, Any]", document).get("Layers") if isinstance(document, dict) else None
+    if not isinstance(layers, list):
+        raise BuildError(f"stage {stage}: the engine inspector's answer has no list of layers; expected one")
     # Without detail a layer is its name alone.
-    yield from (layer for layer in document.get("Layers", ()) if isinstance(layer, dict))
+    yield from (cast("dict[str, Any]", layer) for layer in cast("list[Any]", layers) if isinstance(layer, dict))
 
 
 def _types(layer: dict[str, Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mge_runtime.errors import BackendError
 
-__all__ = ["BatchRange"]
+__all__ = ["LARGEST", "BatchRange"]
 
 LARGEST = 1024  # a frame batch of this size is 600 MB at 448 pixels; more is a typing error
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,18 +15,20 @@ from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.bundle.layout import stage_weights
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.device.cuda import CudaDevice
-from mge_runtime.errors import BuildError, BundleError
-from mge_runtime.files import atomic_path
+from mge_runtime.errors import BuildError, BundleError, OutputError
+from mge_runtime.machine import this_platform
 from mge_runtime.trt.builder import BuildOptions, build_engine
 from mge_runtime.trt.cache import store_engines, timing_cache_path
 from mge_runtime.trt.engines import CachedEngines, EngineDetails
 from mge_runtime.trt.target import Target
+from mge_runtime.trt.timing import TimingCache
 from mge_runtime.trt.turing import TURING, turing_refusal
 from mge_runtime.trt.vendor import Vendor, load_vendor
 
 if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
     from mge_runtime.machine import Gpu, Machine
+    from mge_runtime.manifest import Manifest
 
 __all__ = [
     "NewEngines",
@@ -38,6 +39,7 @@ __all__ = [
     "build_into_bundle",
     "build_into_cache",
     "build_native",
+    "check_target",
     "native_target",
 ]
 
@@ -61,7 +63,7 @@ def ahead_of_time(vendor: Vendor, capabilities: Sequence[str]) -> list[Target]:
         vendor: TensorRT-RTX; TensorRT builds on the device alone.
         capabilities: such as ("sm86", "sm120").
     """
-    system, arch = platform.system().lower(), platform.machine().lower().replace("amd64", "x86_64")
+    system, arch = this_platform()
     ordered = sorted(set(capabilities), key=lambda name: int(name[2:]))
     groups = [tuple(name for name in ordered if (name == TURING) is turing) for turing in (True, False)]
     return [Target(vendor.name, vendor.short_version, group, system, arch) for group in groups if group]
@@ -72,6 +74,18 @@ def native_target(vendor: Vendor, machine: Machine, gpu: Gpu) -> Target:
     return Target(vendor.name, vendor.short_version, (gpu.capability,), machine.system, machine.arch)
 
 
+def check_target(manifest: Manifest, target: Target) -> None:
+    """Find out before a build what it would end in.
+
+    Raises:
+        BuildError: TensorRT-RTX cannot build this model for this target.
+    """
+    if TURING in target.capabilities and target.backend == "tensorrt-rtx":
+        for stage in manifest.stages:
+            if refusal := turing_refusal(stage.name, manifest.precision.get(stage.name, {})):
+                raise BuildError(refusal)
+
+
 @contextmanager
 def build_engines(
     bundle: Bundle,
@@ -80,6 +94,7 @@ def build_engines(
     *,
     gpu: Gpu | None,
     options: BuildOptions,
+    timing: TimingCache | None = None,
     say: Say = lambda _line: None,
     progress: StageProgress = lambda _stage, _share, _phase: True,
 ) -> Generator[NewEngines]:
@@ -91,41 +106,46 @@ def build_engines(
         target: what to build for.
         gpu: the current CUDA device, to build on and for; None: ahead of time for the target's compute capabilities.
         options: how.
+        timing: measurements to begin with and to add to; TensorRT-RTX has none.
         say: shows a line for each stage.
         progress: is told of every step and may stop the build.
 
     Raises:
         BuildError: a stage cannot be built for this target, or is not of its precision.
         BundleError: an entry is damaged, or the file was replaced meanwhile.
+        OutputError: the temporary folder or the timing cache cannot be written.
     """
     manifest = bundle.manifest
-    if TURING in target.capabilities and vendor.is_rtx:
-        for stage in manifest.stages:
-            if refusal := turing_refusal(stage.name, manifest.precision.get(stage.name, {})):
-                raise BuildError(refusal)
+    check_target(manifest, target)
     bundle.verify([name for stage in manifest.stages if (name := stage_weights(stage.name)) in bundle.sizes])
-    timing = _read(options.timing_cache)
     precision: dict[str, Mapping[str, JsonValue]] = {}
     seconds: dict[str, float] = {}
     scratch: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(prefix="mge-build-") as name:
+    with _temporary_folder() as folder:
         plans: dict[str, Path] = {}
         for stage in manifest.stages:
             start = time.perf_counter()
             plan = manifest.precision.get(stage.name, {})
-            built, timing = build_engine(
-                vendor,
-                stage,
-                located_graph(bundle, stage.name),
-                bundle.path,
-                plan=plan,
-                capabilities=target.capabilities if gpu is None else None,
-                options=options,
-                timing_cache=timing,
-                progress=lambda share, phase, stage=stage.name: progress(stage, share, phase),
-            )
-            plans[stage.name] = Path(name) / f"{stage.name}.plan"
-            plans[stage.name].write_bytes(built.data)
+            try:
+                built, measured = build_engine(
+                    vendor,
+                    stage,
+                    located_graph(bundle, stage.name),
+                    bundle.path,
+                    plan=plan,
+                    capabilities=target.capabilities if gpu is None else None,
+                    options=options,
+                    timing_cache=timing.content if timing else b"",
+                    progress=lambda share, phase, stage=stage.name: progress(stage, share, phase),
+                )
+            except BuildError as error:
+                if not bundle.in_place():  # the likely reason: weights are read from the file by its name
+                    raise _replaced(bundle) from error
+                raise
+            plans[stage.name] = folder / f"{stage.name}.plan"
+            _write(plans[stage.name], built.data)
+            if timing:
+                timing.store(measured)
             seconds[stage.name] = round(time.perf_counter() - start, 3)
             if built.scratch is not None:
                 scratch[stage.name] = built.scratch
@@ -136,11 +156,7 @@ def build_engines(
                 f"{seconds[stage.name]:.1f} s"
             )
         if not bundle.in_place():
-            raise BundleError(f"{bundle.path} was replaced while engines were built from it; build them again")
-        if options.timing_cache is not None and timing:
-            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(options.timing_cache) as temporary:
-                temporary.write_bytes(timing)
+            raise _replaced(bundle)
         facts = {
             "optimization_level": options.optimization_level,
             "workspace": options.workspace,
@@ -182,7 +198,7 @@ def build_native(
         machine: this one.
         index: of the CUDA device.
         vendor: the library.
-        options: how; the timing cache defaults to the one of this device.
+        options: how; the timing cache defaults to the one of this device, which saves time where it can be written.
         say: shows a line for each stage.
         progress: is told of every step and may stop the build.
 
@@ -194,11 +210,17 @@ def build_native(
     gpu = machine.gpus[index]
     target = native_target(vendor, machine, gpu)
     options = options or BuildOptions()
-    if options.timing_cache is None and not vendor.is_rtx:
-        options = replace(options, timing_cache=timing_cache_path(target, gpu))
+    named = options.timing_cache
+    timing = (
+        None
+        if vendor.is_rtx
+        else TimingCache(named or timing_cache_path(target, gpu), named=named is not None, say=say)
+    )
     CudaDevice(index).activate()  # TensorRT builds for the thread's current device
     say(f"building for {gpu.name} ({target}) with {vendor.name} {vendor.version}, batch {options.batch}")
-    with build_engines(bundle, vendor, target, gpu=gpu, options=options, say=say, progress=progress) as new:
+    with build_engines(
+        bundle, vendor, target, gpu=gpu, options=options, timing=timing, say=say, progress=progress
+    ) as new:
         yield new
 
 
@@ -233,10 +255,29 @@ def build_into_cache(
         return store_engines(bundle.manifest_sha256, new.target, machine.gpus[index], new.plans, new.details)
 
 
-def _read(path: Path | None) -> bytes:
-    if path is None or not path.exists():
-        return b""
+@contextmanager
+def _temporary_folder() -> Generator[Path]:
     try:
-        return path.read_bytes()
+        folder = tempfile.TemporaryDirectory(prefix="mge-build-")
     except OSError as error:
-        raise BuildError(f"cannot read the timing cache {path}: {error.strerror}; name another file") from error
+        raise _no_room(error, tempfile.gettempdir()) from error
+    with folder as name:
+        yield Path(name)
+
+
+def _write(path: Path, data: memoryview) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise _no_room(error, path.parent) from error
+
+
+def _no_room(error: OSError, folder: str | Path) -> OutputError:
+    return OutputError(
+        f"cannot write engines to {folder}: {error.strerror or error}; expected a temporary folder with room for them: "
+        "set TMPDIR to another"
+    )
+
+
+def _replaced(bundle: Bundle) -> BundleError:
+    return BundleError(f"{bundle.path} was replaced or removed while engines were built from it; build them again")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["BuildOptions", "BuiltEngine", "build_engine"]
 
 LEVELS = range(6)  # of optimisation; 3 is TensorRT's default
-SMALLEST_WORKSPACE = 1 << 20  # bytes
+SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 1 << 20, 1 << 40  # bytes
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class BuildOptions:
     def __post_init__(self) -> None:
         if self.optimization_level is not None and self.optimization_level not in LEVELS:
             raise BackendError(f"the optimisation level is {self.optimization_level}; expected 0 to {LEVELS[-1]}")
-        if self.workspace is not None and self.workspace < SMALLEST_WORKSPACE:
-            raise BackendError(f"the workspace is {self.workspace} bytes; expected at least {SMALLEST_WORKSPACE}")
+        if self.workspace is not None and not SMALLEST_WORKSPACE <= self.workspace <= LARGEST_WORKSPACE:
+            raise BackendError(
+                f"the workspace is {self.workspace} bytes; expected {SMALLEST_WORKSPACE} to {LARGEST_WORKSPACE}"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class BuiltEngine:
     """A serialised engine."""
 
     data: memoryview
-    attested: str  # "network", or "engine" where the engine itself was read back
+    attested: str  # "network", or "engine" where the engine itself was read back; "no" where the plan names no type
     layers: Mapping[str, Mapping[str, int]]  # layer type -> floating type -> layers, of what was attested
     scratch: int | None  # bytes of device memory for activations, at the largest batch; None: known on the device alone
 
@@ -97,10 +99,10 @@ def build_engine(
             f"{vendor.name} {vendor.version} cannot build stage {stage.name}: {said or 'it gave no reason'}"
         )
     data = memoryview(host)  # pyright: ignore[reportArgumentType] - IHostMemory is a buffer
-    attested, scratch = "network", None
+    attested, scratch = "network" if plan.get("type") else "no", None
     if capabilities is None:
         information, scratch = _inspect(vendor, stage.name, data)
-        if (read := attest_engine(stage.name, information, plan)) is not None:
+        if (read := attest_engine(stage.name, information, plan)) is not None and plan.get("type"):
             attested, layers = "engine", read
     return BuiltEngine(data, attested, layers, scratch), b"" if cache is None else bytes(cache.serialize())  # pyright: ignore
 
@@ -108,25 +110,29 @@ def build_engine(
 def _configure(
     vendor: Vendor, parsed: Parsed, options: BuildOptions, capabilities: Sequence[str] | None, timing_cache: bytes
 ) -> tuple[trt.IBuilderConfig, trt.ITimingCache | None]:
-    api, builder, network = vendor.api, parsed.builder, parsed.network
-    config = builder.create_builder_config()
+    api = vendor.api
+    config = parsed.builder.create_builder_config()
     config.clear_flag(api.BuilderFlag.TF32)  # on by default: FP32 would mean ten bits of mantissa
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED  # lets the inspector read types back
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
     if options.workspace is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shape = [tensor.shape[axis] for axis in range(1, len(tensor.shape))]
-        least, usual, most = ((size, *shape) for size in options.batch.sizes)
-        profile.set_shape(tensor.name, least, usual, most)  # pyright: ignore[reportArgumentType] - tuples are taken
-    config.add_optimization_profile(profile)
+    config.add_optimization_profile(_profile(parsed, options.batch))
     if vendor.is_rtx:
         _configure_rtx(api, config, capabilities)
         return config, None
     return config, _set_timing_cache(config, timing_cache)
+
+
+def _profile(parsed: Parsed, batch: BatchRange) -> trt.IOptimizationProfile:
+    profile = parsed.builder.create_optimization_profile()
+    for index in range(parsed.network.num_inputs):
+        tensor = parsed.network.get_input(index)
+        shape = [tensor.shape[axis] for axis in range(1, len(tensor.shape))]
+        least, usual, most = ((size, *shape) for size in batch.sizes)
+        profile.set_shape(tensor.name, least, usual, most)  # pyright: ignore[reportArgumentType] - tuples are taken
+    return profile
 
 
 def _set_timing_cache(config: Any, content: bytes) -> trt.ITimingCache:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -31,9 +32,12 @@ def cache_folder() -> Path:
     """Where mge keeps what can be made again: $MGE_CACHE_DIR, else the user's cache folder."""
     if chosen := os.environ.get("MGE_CACHE_DIR"):
         return Path(chosen)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local")) / "mge" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mge"
+    if chosen := os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"):
+        return Path(chosen) / "mge"
+    try:
+        return Path.home() / ".cache" / "mge"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"mge-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def timing_cache_path(target: Target, gpu: Gpu) -> Path:
@@ -42,19 +46,18 @@ def timing_cache_path(target: Target, gpu: Gpu) -> Path:
 
 
 def cached_engines(manifest_sha256: str) -> list[CachedEngines]:
-    """The engines that were built for a bundle and can be read; what is damaged or half removed is passed over."""
+    """The engines that were built for a bundle and can be read, the newest first; what is damaged is passed over."""
     found: list[CachedEngines] = []
-    folder = _manifest_folder(manifest_sha256)
-    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for place in _folders(_manifest_folder(manifest_sha256)):
         with suppress(BundleError):
-            found.append(CachedEngines(place, place.name.rpartition("-")[0], manifest_sha256))
+            found.append(CachedEngines(place, place.name.rsplit("-", 2)[0], manifest_sha256))
     return found
 
 
 def store_engines(
     manifest_sha256: str, target: Target, gpu: Gpu, plans: Mapping[str, Path], details: EngineDetails
 ) -> CachedEngines:
-    """Move built engines into the cache, whole or not at all; older ones for the same device are replaced.
+    """Copy built engines into the cache, whole or not at all; older ones for the same device go afterwards.
 
     Args:
         manifest_sha256: of the bundle they were built from.
@@ -66,12 +69,13 @@ def store_engines(
     Raises:
         OutputError: the cache cannot be written.
     """
-    place = _manifest_folder(manifest_sha256) / f"{target.name}-{_device_hash(gpu)}"
+    prefix = f"{target.name}-{_device_hash(gpu)}-"
+    place = _manifest_folder(manifest_sha256) / f"{prefix}{secrets.token_hex(4)}"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        # A folder cannot be replaced by one rename: the new one is made beside it, then the old one makes way.
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as name:
-            fresh = Path(name) / "fresh"
+        older = [path for path in _folders(place.parent) if path.name.startswith(prefix)]
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as name:
+            fresh = Path(name) / "engines"
             fresh.mkdir()
             entries: dict[str, Entry] = {}
             for stage, path in plans.items():
@@ -83,15 +87,25 @@ def store_engines(
                 entries[stage] = Entry(digest.hexdigest(), path.stat().st_size)
             description = EngineDescription(manifest_sha256, target.name, entries, details.to_dict())
             (fresh / DESCRIPTION).write_bytes(description.to_json())
-            if place.exists():
-                place.rename(Path(name) / "old")
             fresh.rename(place)
     except OSError as error:
         raise OutputError(
             f"cannot keep the engines in {place}: {error.strerror or error}; expected a writable folder with room, "
             "set MGE_CACHE_DIR to one, or build with --into-bundle"
         ) from error
-    return CachedEngines(place, target.name, manifest_sha256)
+    stored = CachedEngines(place, target.name, manifest_sha256)
+    for path in older:
+        shutil.rmtree(path, ignore_errors=True)
+    return stored
+
+
+def _folders(parent: Path) -> list[Path]:
+    """The folders of engines below one, the newest first; none where it cannot be read."""
+    try:
+        found = [(path.stat().st_mtime_ns, path) for path in parent.iterdir() if not path.name.startswith(".")]
+    except OSError:
+        return []
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def _manifest_folder(manifest_sha256: str) -> Path:

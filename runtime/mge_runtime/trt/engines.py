@@ -14,12 +14,13 @@ from mge_runtime.bundle.layout import engine_plan
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import Field, JsonValue
 from mge_runtime.machine import Gpu
-from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt.batch import LARGEST, BatchRange
 from mge_runtime.trt.target import Target
 
 __all__ = ["BundleEngines", "CachedEngines", "EngineDetails", "EngineSet"]
 
 DESCRIPTION = "engine.json"
+_ADVICE = "these engines are damaged or of another version of mge: build them again with mge-build"
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class EngineDetails:
         Raises:
             BundleError: another version of mge, or something else, wrote them.
         """
-        root = Field(dict(description.details), "details", f"engines/{description.target}/{DESCRIPTION}")
+        document = f"engines/{description.target}/{DESCRIPTION}"
+        root = Field(dict(description.details), "details", document, _ADVICE)
         fields = root.members(("version", "gpu", "batch", "precision", "options", "built_by"))
-        sizes = [size.integer(1) for size in fields["batch"].items()]
+        sizes = [size.integer(1, LARGEST) for size in fields["batch"].items()]
         if len(sizes) != 3 or sizes != sorted(sizes):
             fields["batch"].fail("three batch sizes, [least, usual, most]")
         return cls(

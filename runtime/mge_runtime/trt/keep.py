@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mge_runtime.bundle import Bundle
-from mge_runtime.errors import BackendError
+from mge_runtime.bundle.layout import target_of
+from mge_runtime.errors import BackendError, OutputError
 from mge_runtime.machine import Machine
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.trt.build import (
+    NewEngines,
     Say,
     StageProgress,
     ahead_of_time,
     build_engines,
     build_into_bundle,
     build_native,
+    check_target,
+    native_target,
 )
 from mge_runtime.trt.builder import BuildOptions
 from mge_runtime.trt.cache import store_engines
 from mge_runtime.trt.fit import library_refusal
 from mge_runtime.trt.request import TargetRequest
+from mge_runtime.trt.target import Target
 from mge_runtime.trt.vendor import LIBRARIES, Vendor, load_vendor
 
 __all__ = ["build_targets", "native_library"]
@@ -62,33 +70,73 @@ def build_targets(
         OutputError: the engines cannot be kept.
     """
     options = options or BuildOptions()
+    # Everything that can be found out before a build is found out before the first one.
+    index = _gpu_index(device)
+    jobs: list[_Job] = []
     for request in requests:
         if request.capabilities is not None:
-            vendor = _vendor("tensorrt-rtx", log)
-            for target in ahead_of_time(vendor, request.capabilities):
-                say(f"building for {target} with {vendor.name} {vendor.version}, batch {options.batch}")
-                # Opened for each target: the one before has put a new file in this one's place.
-                with (
-                    Bundle.open(path) as bundle,
-                    build_engines(bundle, vendor, target, gpu=None, options=options, say=say, progress=progress) as new,
-                ):
-                    build_into_bundle(bundle.path, new, bundle.manifest_sha256)
-                kept(target.name, f"in {path}")
-            continue
-        machine = machine or describe_machine()
-        index = _gpu_index(device)
-        vendor = _vendor(native_library(machine, index, backend), log)
-        with (
-            Bundle.open(path) as bundle,
-            build_native(bundle, machine, index, vendor, options=options, say=say, progress=progress) as new,
-        ):
-            if into_bundle:
+            if backend == "tensorrt":
+                raise BackendError("engines are built ahead of time by tensorrt-rtx alone; leave --backend out")
+            rtx = _vendor("tensorrt-rtx", log)
+            jobs += [_Job(rtx, target, None) for target in ahead_of_time(rtx, request.capabilities)]
+    with Bundle.open(path) as bundle:
+        if any(request.capabilities is None for request in requests):
+            machine = machine or describe_machine()
+            vendor = _vendor(native_library(machine, index, backend), log)
+            jobs.append(_Job(vendor, native_target(vendor, machine, machine.gpus[index]), machine))
+        for job in jobs:
+            check_target(bundle.manifest, job.target)
+        if into_bundle:
+            _check_writable(bundle, [job.target.name for job in jobs])
+    for job in jobs:
+        # Opened for each target: the one before has put a new file in this one's place.
+        with Bundle.open(path) as bundle, _built(job, bundle, index, options, say, progress) as new:
+            if into_bundle or job.machine is None:
+                if job.target.name in bundle.targets:
+                    say(f"replaces the engines for {job.target} that {path} has")
                 build_into_bundle(bundle.path, new, bundle.manifest_sha256)
                 place = f"in {path}"
             else:
-                gpu = machine.gpus[index]
+                gpu = job.machine.gpus[index]
                 place = store_engines(bundle.manifest_sha256, new.target, gpu, new.plans, new.details).place
             kept(new.target.name, place)
+
+
+@dataclass(frozen=True)
+class _Job:
+    vendor: Vendor
+    target: Target
+    machine: Machine | None  # to build on; None: ahead of time
+
+
+@contextmanager
+def _built(
+    job: _Job, bundle: Bundle, index: int, options: BuildOptions, say: Say, progress: StageProgress
+) -> Generator[NewEngines]:
+    if job.machine is not None:
+        with build_native(bundle, job.machine, index, job.vendor, options=options, say=say, progress=progress) as new:
+            yield new
+        return
+    say(f"building for {job.target} with {job.vendor.name} {job.vendor.version}, batch {options.batch}")
+    with build_engines(bundle, job.vendor, job.target, gpu=None, options=options, say=say, progress=progress) as new:
+        yield new
+
+
+def _check_writable(bundle: Bundle, targets: Sequence[str]) -> None:
+    """Engines go into a copy of the bundle beside it: everything else in it must be whole, and the folder writable.
+
+    Raises:
+        BundleError: an entry is damaged.
+        OutputError: the folder cannot be written.
+    """
+    bundle.verify([name for name in bundle.sizes if target_of(name) not in targets])
+    try:
+        with tempfile.NamedTemporaryFile(dir=bundle.path.parent, prefix=f".{bundle.path.name}.", suffix=".part"):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {bundle.path}: {error.strerror or error}; expected a writable folder: copy the bundle to one"
+        ) from error
 
 
 def _gpu_index(device: str) -> int:

@@ -1,0 +1,36 @@
+"""The progress of a build on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from mge_runtime.interrupt import Interrupt
+
+if TYPE_CHECKING:
+    from mge_runtime.trt.build import StageProgress
+
+__all__ = ["shown_progress"]
+
+
+@contextmanager
+def shown_progress(interrupt: Interrupt) -> Generator[StageProgress]:
+    """Yield what shows the progress of a build on a terminal, and stops the build where a signal asks for it."""
+    terminal = sys.stderr.isatty()
+    shown = ""
+
+    def progress(stage: str, share: float, phase: str) -> bool:
+        nonlocal shown
+        text = f"{stage}: {share:4.0%} {phase}"[:79]
+        if terminal and text != shown:
+            shown = text
+            click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
+        return not interrupt.requested
+
+    # TensorRT calls back in the middle of foreign code, which an exception must not pass.
+    with interrupt.held():
+        yield progress
