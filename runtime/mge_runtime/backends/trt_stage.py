@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from mge_runtime.device.unit import Addresses, Launch, Unit
-from mge_runtime.errors import BackendError, BundleError
+from mge_runtime.errors import BackendError, BundleError, MGEError
 from mge_runtime.spec import StageSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -51,18 +53,30 @@ class TensorRTStage(Unit):
         self.stage = stage
         self.vendor = vendor
         self._runtime: trt.Runtime | None = runtime
+        self._config: Any = None  # TensorRT-RTX's settings for contexts, and its compiled kernels
+        self._cache: Any = None
+        self._profiles: list[tuple[int, int]] = []
         vendor.messages.take()  # what was said before is not about this engine
-        engine = cast("trt.ICudaEngine | None", runtime.deserialize_cuda_engine(plan))
-        if engine is None:
+        self._engine = cast("trt.ICudaEngine | None", runtime.deserialize_cuda_engine(plan))
+        try:
+            with self.translated():
+                self._open()
+        except BaseException:
+            self.close()  # the error's traceback would keep the engine's memory
+            raise
+
+    def _open(self) -> None:
+        if self._engine is None:
             self.fail("does not accept its engine; build it again with mge-build")
-        self._engine: trt.ICudaEngine | None = engine
-        _check_border(engine, stage)
-        self._profiles = [_batch_range(engine, stage, index) for index in range(engine.num_optimization_profiles)]
+        _check_border(self._engine, self.stage)
+        count = self._engine.num_optimization_profiles
+        self._profiles = [_batch_range(self._engine, self.stage, index) for index in range(count)]
         self.min_batch = min(least for least, _ in self._profiles)
         self.max_batch = max(most for _, most in self._profiles)
-        sizes = [engine.get_device_memory_size_for_profile_v2(index) for index in range(len(self._profiles))]
+        sizes = [self._engine.get_device_memory_size_for_profile_v2(index) for index in range(count)]
         self.scratch_bytes = max(1, *sizes)  # an engine that needs none is given an address all the same
-        self._config: Any = self._rtx_config(engine) if vendor.is_rtx else None
+        if self.vendor.is_rtx:
+            self._configure_rtx(self._engine)
 
     def prepare(self, addresses: Addresses, stream: Stream) -> Launch:
         """Create a context for a batch size, over the arena's memory.
@@ -74,9 +88,13 @@ class TensorRTStage(Unit):
         fitting = [index for index, (least, most) in enumerate(self._profiles) if least <= batch <= most]
         if not fitting:
             self.fail(f"has no profile for a batch of {batch}, only {self._profiles}; build it with mge-build --batch")
-        context = self._context()
-        if context.active_optimization_profile != fitting[0]:
-            self.check(context.set_optimization_profile_async(fitting[0], stream.handle), f"profile {fitting[0]}")
+        with self.translated():
+            return self._launch(addresses, stream, fitting[0])
+
+    def _launch(self, addresses: Addresses, stream: Stream, profile: int) -> Launch:
+        batch, context = addresses.batch, self._context()
+        if context.active_optimization_profile != profile:
+            self.check(context.set_optimization_profile_async(profile, stream.handle), f"profile {profile}")
             stream.synchronize()
         context.set_device_memory(addresses.scratch, addresses.scratch_bytes)
         for tensor in self.stage.inputs:
@@ -95,7 +113,11 @@ class TensorRTStage(Unit):
 
     def close(self) -> None:
         """Release the engine."""
-        self._config = self._engine = self._runtime = None  # in the order in which TensorRT wants them gone
+        # In the order in which TensorRT wants them gone.
+        self._config = None
+        self._cache = None
+        self._engine = None
+        self._runtime = None
 
     def check(self, done: bool, what: str) -> None:
         """Every call that answers with True or False passes here.
@@ -128,19 +150,28 @@ class TensorRTStage(Unit):
             self.fail("gets no execution context; is there memory left on the GPU?")
         return context
 
-    def _rtx_config(self, engine: trt.ICudaEngine) -> Any:
+    def _configure_rtx(self, engine: trt.ICudaEngine) -> None:
         """What TensorRT-RTX, which compiles kernels on the device, is told; contexts of all batch sizes share it."""
-        config: Any = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(
-            self.vendor.api.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+        api: Any = self.vendor.api
+        self._config = config = cast("Any", engine.create_runtime_config())
+        config.set_execution_context_allocation_strategy(api.ExecutionContextAllocationStrategy.USER_MANAGED)
         # A batch size keeps its shapes: compile for them at once, so that the graph captured at the second run holds
         # the final kernels. Its own graphs stay off, since the chain captures whole segments.
-        api: Any = self.vendor.api
         config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED
-        config.set_runtime_cache(config.create_runtime_cache())  # one context's kernels serve the next
-        return config
+        # One context's kernels serve the next. Kept here: contexts use it, and nothing says that they keep it alive.
+        self._cache = config.create_runtime_cache()
+        self.check(config.set_runtime_cache(self._cache) is not False, "a cache of kernels")
+
+    @contextmanager
+    def translated(self) -> Generator[None]:
+        """Turn what the binding raises (wrong types, inference that fails) into one line."""
+        try:
+            yield
+        except MGEError:
+            raise
+        except Exception as error:
+            self.fail(f"failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
 
 
 class _TensorRTLaunch(Launch):

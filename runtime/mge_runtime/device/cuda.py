@@ -59,9 +59,15 @@ class CudaDevice(Device):
             self._pinned: Any = self._core.LegacyPinnedMemoryResource()
 
     def activate(self) -> None:
-        """Make the primary context this thread's."""
+        """Make the primary context this thread's, and let it allocate while other threads capture.
+
+        ONNX Runtime captures in CUDA's global mode, which forbids other threads to allocate unless they say that
+        captures elsewhere are none of theirs (CUDA driver API, `cuThreadExchangeStreamCaptureMode`).
+        """
         with self.reported("be made current"):
             self._device.set_current()
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._check(self._driver.cuThreadExchangeStreamCaptureMode(mode), "let threads capture side by side")
 
     def create_stream(self) -> Stream:
         """A stream that does not wait for the default stream."""
