@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mge_runtime.errors import BackendError, BundleError, InputError, MGEError, OutputError
     from mge_runtime.manifest import Manifest
     from mge_runtime.pipeline import Pipeline
+    from mge_runtime.pool import PipelinePool
     from mge_runtime.prediction import Prediction
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Manifest",
     "OutputError",
     "Pipeline",
+    "PipelinePool",
     "Prediction",
     "write_bundle",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "Manifest": "manifest",
     "OutputError": "errors",
     "Pipeline": "pipeline",
+    "PipelinePool": "pool",
     "Prediction": "prediction",
     "write_bundle": "bundle",
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BundleError
+from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path
 from mge_runtime.manifest import Manifest
 from mge_runtime.spec import BATCH, StageSpec, TensorSpec
@@ -21,7 +23,7 @@ SCRIPT = "trtexec.sh"
 
 
 def extract_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write every entry as an ordinary file, and the commands that would rebuild the engines with trtexec.
+    """Write every entry as an ordinary file, and the commands that would rebuild engines with trtexec.
 
     Args:
         bundle: open.
@@ -29,54 +31,79 @@ def extract_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> list[Path]
 
     Returns:
         The files that were written: `onnx/<stage>.onnx` with `<stage>.weights` beside it, `engines/<target>/...`,
-        `manifest.json`, `trtexec.sh`.
+        `manifest.json`, `trtexec.sh` for the default batch sizes, and one beside the engines of each TensorRT target
+        with the options that they were built with.
 
     Raises:
         BundleError: an entry was damaged.
         OutputError: the folder cannot be written.
     """
     written = bundle.extract(folder)
-    batches: list[BatchRange] = []
+    scripts = {Path(folder) / SCRIPT: trtexec_script(bundle.manifest, BatchRange())}
     for target in bundle.targets:
         with suppress(BundleError):  # of another version of mge: the graphs come out all the same
-            batches.append(BundleEngines(bundle, target).details.batch)
-    script = Path(folder) / SCRIPT
-    with atomic_path(script) as temporary:
-        temporary.write_text(trtexec_script(bundle.manifest, batches[0] if batches else BatchRange()))
-    script.chmod(script.stat().st_mode | 0o111)
-    return [*written, script]
+            engines = BundleEngines(bundle, target)
+            if engines.target.backend == "tensorrt":
+                place = Path(folder) / "engines" / target / SCRIPT
+                options = engines.details.options
+                scripts[place] = trtexec_script(
+                    bundle.manifest,
+                    engines.details.batch,
+                    level=options.get("optimization_level"),
+                    workspace=options.get("workspace"),
+                    top="../..",
+                )
+    for script, text in scripts.items():
+        with atomic_path(script) as temporary:
+            temporary.write_text(text)
+        script.chmod(script.stat().st_mode | 0o111)
+    return [*written, *scripts]
 
 
-def trtexec_script(manifest: Manifest, batch: BatchRange) -> str:
-    """A shell script that builds each stage's engine with trtexec, beside the extracted `onnx` folder.
+def trtexec_script(
+    manifest: Manifest,
+    batch: BatchRange,
+    *,
+    level: JsonValue = None,
+    workspace: JsonValue = None,
+    top: str = ".",
+) -> str:
+    """A shell script that builds each stage's engine with trtexec, from the extracted `onnx` folder.
 
     Args:
         manifest: of the bundle.
         batch: what to build for.
+        level: optimisation level, 0 to 5; None: trtexec's default.
+        workspace: bytes that a layer may use beside its tensors; None: all of the device's.
+        top: the folder with `onnx`, from the script's.
     """
+    extra = [] if level is None else [f"--builderOptimizationLevel={level}"]
+    extra += [] if workspace is None else [f"--memPoolSize=workspace:{workspace}B"]
     lines = [
         "#!/bin/sh",
-        "# Rebuilds the engines of every stage with TensorRT's own tool (10.3 or newer), for the GPU of this machine.",
+        "# Builds the engine of every stage with full TensorRT's own tool (10.3 or newer), for this machine's GPU.",
         "# Precision is in the graphs: --fp16 and its like are neither needed nor known to TensorRT 11. Not yet run.",
+        "# Engines of TensorRT-RTX are built with mge-build --target rtx:..., which needs no GPU.",
         "set -e",
         'cd "$(dirname "$0")"',
         "mkdir -p built",
-        *(_command(stage, batch) for stage in manifest.stages),
+        *(_command(stage, batch, extra, top) for stage in manifest.stages),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _command(stage: StageSpec, batch: BatchRange) -> str:
+def _command(stage: StageSpec, batch: BatchRange, extra: Sequence[str], top: str) -> str:
     shapes = {
         option: ",".join(_shape(tensor, size) for tensor in stage.inputs)
         for option, size in zip(("minShapes", "optShapes", "maxShapes"), batch.sizes, strict=True)
     }
     options = [
-        f"--onnx=onnx/{stage.name}.onnx",
+        f"--onnx={top}/onnx/{stage.name}.onnx",
         f"--saveEngine=built/{stage.name}.plan",
         "--stronglyTyped",
         "--noTF32",
         *(f"--{option}={value}" for option, value in shapes.items()),
+        *extra,
         "--skipInference",
     ]
     return " \\\n  ".join(["trtexec", *map(shlex.quote, options)])

@@ -70,6 +70,7 @@ def test_arguments_are_named_as_they_are_given():
         "cuMemAlloc": "(size_t bytesize)",
         "cuMemFree": "(dptr)",
         "cuMemcpyHtoDAsync": "(dstDevice, srcHost, size_t ByteCount, hStream)",
+        "cuThreadExchangeStreamCaptureMode": "(mode: CUstreamCaptureMode)",
         "cuMemcpyDtoHAsync": "(dstHost, srcDevice, size_t ByteCount, hStream)",
         "cuGetErrorString": "(error: CUresult)",
     }.items():

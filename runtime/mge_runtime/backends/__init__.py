@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mge_runtime.backends.base import Backend, Buffer, StageRunner, Streams
 from mge_runtime.backends.choice import BACKENDS, Candidate, Choice, choose
-from mge_runtime.errors import BackendError, BuildError
+from mge_runtime.errors import BackendError, BuildError, OutputError
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -83,9 +83,9 @@ def _build(choice: Choice, machine: Machine, bundle: Bundle, say: Callable[[str]
     from mge_runtime.trt.build import build_into_cache
 
     other = "run mge-build first, or choose the backend onnxruntime, which needs no engines"
-    try:
-        # TensorRT calls back in the middle of foreign code, which a KeyboardInterrupt must not pass.
-        with interruptible("building the engines", other, BuildError) as interrupt, interrupt.held():
+    # TensorRT calls back in the middle of foreign code, which a KeyboardInterrupt must not pass.
+    with interruptible("building the engines", other, BuildError) as interrupt, interrupt.held():
+        try:
             return build_into_cache(
                 bundle,
                 machine,
@@ -94,10 +94,8 @@ def _build(choice: Choice, machine: Machine, bundle: Bundle, say: Callable[[str]
                 say=say,
                 progress=lambda _stage, _share, _phase: not interrupt.requested,
             )
-    except BuildError as error:
-        if other in str(error):
-            raise
-        raise BuildError(f"{error}; {other}") from error
+        except (BuildError, OutputError) as error:
+            raise type(error)(f"{error}; {other}") from error
 
 
 def _warn(line: str) -> None:
