@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mge_runtime.backends.base import Backend, Executor
 from mge_runtime.errors import BackendError
@@ -13,19 +15,53 @@ from mge_runtime.manifest import Manifest
 from mge_runtime.spec import SegmentSpec
 
 if TYPE_CHECKING:
-    from mge_runtime.backends.base import Array
-    from mge_runtime.bundle import Bundle
+    from numpy.typing import NDArray
 
-__all__ = ["Chain", "ChainResult"]
+    from mge_runtime.backends.base import Array, ExecutorResult
+    from mge_runtime.bundle import Bundle
+    from mge_runtime.calibrated import ExitPoint
+
+__all__ = ["Chain", "ChainResult", "ImageResult", "first_segments"]
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What one run of the chain put out for one image."""
+
+    tensors: Mapping[str, Array]  # by name, without the batch; those of stages that ran for it
+    answer: str  # the tensor [C] that answers
+    step_ms: Mapping[str, float]  # its share of the steps that it took part in, in their order
 
 
 @dataclass(frozen=True)
 class ChainResult:
     """What one run of the chain put out."""
 
-    tensors: Mapping[str, Array]  # by name, on the host; the first axis is the batch
-    answer: str  # the tensor [B, C] that answers
-    stage_ms: Mapping[str, float]  # milliseconds for the whole batch, by step: the stages, or what a device can tell
+    # By name, on the host. The first axis is the batch, or what of it ran so far where images stopped early: a tensor
+    # has one row for each image that ran the segment which put it out, in the order of the frames.
+    tensors: Mapping[str, Array]
+    answer: str  # the tensor [B, C] that answers what did not stop early
+    stage_ms: Mapping[str, float]  # milliseconds for all images, by step: the stages, or what a device can tell
+    segments_run: NDArray[np.intp]  # [B]: how many segments each image ran
+    _manifest: Manifest
+    _step_segments: Mapping[str, int]  # with which a step begins, from 0
+
+    def images(self) -> list[ImageResult]:
+        """The same for each image, in the order of the frames."""
+        tensors: list[dict[str, Array]] = [{} for _ in self.segments_run]
+        for number, segment in enumerate(self._manifest.segments):
+            ran = np.flatnonzero(self.segments_run > number).tolist()
+            made = {tensor.name for name in segment.stages for tensor in self._manifest.stage(name).outputs}
+            for name in made & self.tensors.keys():
+                for row, image in enumerate(ran):
+                    tensors[image][name] = self.tensors[name][row]
+        step_ms: list[dict[str, float]] = [{} for _ in self.segments_run]
+        for step, ms in self.stage_ms.items():
+            ran = np.flatnonzero(self.segments_run > self._step_segments.get(step, 0)).tolist()
+            for image in ran:
+                step_ms[image][step] = ms / len(ran)
+        answers = [self._manifest.segments[int(count) - 1].answer for count in self.segments_run]
+        return [ImageResult(*parts) for parts in zip(tensors, answers, step_ms, strict=True)]
 
 
 class Chain:
@@ -42,30 +78,39 @@ class Chain:
         self.streams = backend.streams  # how many runs may be in flight at once
         self.max_batch = self._executor.max_batch  # most frames in one run; None: no limit but memory
 
-    def run(self, frames: Array, *, segments: int | None = None, outputs: Collection[str] | None = None) -> ChainResult:
+    def run(
+        self,
+        frames: Array,
+        *,
+        segments: int | None = None,
+        outputs: Collection[str] | None = None,
+        exits: Sequence[ExitPoint] = (),
+    ) -> ChainResult:
         """Run the chain on a batch.
 
         Args:
             frames: uint8 RGB [B, S, S, 3].
             segments: stop after this many; None: run all of them.
-            outputs: names of the tensors to return beside the answer; default: those of the views and the gate.
+            outputs: names of the tensors to return beside the answers; default: those of the views and the gate.
                 Tensors of stages that did not run are left out.
+            exits: where images that are sure enough stop; the others go on.
 
         Raises:
             BackendError: a stage failed, the batch is larger than `max_batch`, or `segments` or an output does not
                 exist.
         """
         manifest = self._manifest
-        run = _first(manifest, segments)
+        run = first_segments(manifest, segments)
         answer = run[-1].answer
-        wanted = {answer, *(_reported(manifest) if outputs is None else self._checked(outputs))}
+        answers = {answer, *(point.answer for point in exits)}
+        wanted = answers | (_reported(manifest) if outputs is None else set(self._checked(outputs)))
         if self.max_batch is not None and len(frames) > self.max_batch:
             raise BackendError(
                 f"asked to run {len(frames)} frames at once; the engines were built for at most {self.max_batch}: "
                 f"run fewer, or build for more with `mge-build --batch 1,1,{len(frames)}`"
             )
-        result = self._executor.run(frames, len(run), wanted)
-        return ChainResult(result.tensors, answer, result.times_ms)
+        result: ExecutorResult = self._executor.run(frames, len(run), wanted, exits)
+        return ChainResult(result.tensors, answer, result.times_ms, result.segments_run, manifest, result.step_segments)
 
     def report(self) -> dict[str, JsonValue]:
         """What the executor says of its memory and graphs; empty on a CPU."""
@@ -82,7 +127,12 @@ class Chain:
         return outputs
 
 
-def _first(manifest: Manifest, count: int | None) -> tuple[SegmentSpec, ...]:
+def first_segments(manifest: Manifest, count: int | None) -> tuple[SegmentSpec, ...]:
+    """The first `count` segments of a chain; None: all.
+
+    Raises:
+        BackendError: it has fewer.
+    """
     if count is None:
         return manifest.segments
     if not 1 <= count <= len(manifest.segments):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 import time
@@ -10,16 +9,18 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, 
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from mge_runtime.ahead import batches, map_ahead
 from mge_runtime.backends import Choice, Streams, choose, open_backend
 from mge_runtime.bundle import Bundle
-from mge_runtime.chain import Chain, ChainResult
+from mge_runtime.calibrated import Calibrated
+from mge_runtime.chain import Chain, ChainResult, ImageResult
 from mge_runtime.decode import ImageSource, decode_picture, load_decoders
-from mge_runtime.errors import BackendError, InputError
+from mge_runtime.errors import BackendError, BundleError, InputError
+from mge_runtime.exits import Exit, Stops, resolve_exit
 from mge_runtime.fields import JsonValue
 from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.manifest import Manifest
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from mge_runtime.backends.base import Array
 
 __all__ = ["Exit", "Pipeline"]
-
-Exit: TypeAlias = "Literal['never'] | int"  # "never": the whole chain; N: stop after segment N, from 1
 
 _Source = TypeVar("_Source", bound=ImageSource)
 
@@ -64,8 +63,12 @@ class Pipeline:
         threads: int | None = None,
         streams: Streams = 1,
         graphs: bool = True,
+        exit: Exit = "never",
     ) -> None:
         self.manifest: Manifest = bundle.manifest
+        self.calibrated: Calibrated = _calibrated(bundle)  # temperatures and exits
+        self.exit: Exit = exit  # of predictions that name none
+        self._stops(exit)
         self.choice: Choice = choice  # the backend and device that run, and why not others
         backend = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
         self._chain: Chain | None = Chain(bundle, backend)
@@ -84,6 +87,7 @@ class Pipeline:
         threads: int | None = None,
         streams: Streams = 1,
         graphs: bool = True,
+        exit: Exit = "never",
     ) -> Pipeline:
         """Open a bundle and make its chain ready to run.
 
@@ -95,10 +99,13 @@ class Pipeline:
             streams: pictures (or batches) computed at once by `predict_iter`, sharing the processors. 1 answers one
                 picture soonest; "auto" answers the most pictures a second, at the price of several runs' memory.
             graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
+            exit: where predictions stop that do not say it themselves: "never" for the whole chain, "calibrated" to
+                stop each picture as soon as its answer is as sure as the calibration asks for, or the number of the
+                segment to stop after, from 1.
 
         Raises:
             BundleError: the file is missing, no bundle, damaged or of a newer schema.
-            BackendError: the device or the backend is unknown or cannot run here.
+            BackendError: the device or the backend is unknown or cannot run here, or there is no such exit.
         """
         if threads is not None and threads < 1:
             raise BackendError(f"asked to compute with {threads} threads; expected at least 1, or None for all")
@@ -106,7 +113,7 @@ class Pipeline:
             raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
         with Bundle.open(path) as bundle:
             choice = choose(device, backend, bundle=bundle)
-            return cls(bundle, choice, threads=threads, streams=streams, graphs=graphs)
+            return cls(bundle, choice, threads=threads, streams=streams, graphs=graphs, exit=exit)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -128,33 +135,35 @@ class Pipeline:
                 chains[0].close()
                 self._chain = None
 
-    def predict(self, source: ImageSource, *, exit: Exit = "never") -> Prediction:
+    def predict(self, source: ImageSource, *, exit: Exit | None = None) -> Prediction:
         """Answer one picture.
 
         Args:
             source: a path, the bytes of a picture file, a binary file object, a Pillow image, or a uint8 RGB array
                 [H, W, 3].
-            exit: "never" for the whole chain, or the number of the segment to stop after.
+            exit: as for `open`; None: what was said there.
 
         Raises:
             InputError: the picture cannot be read.
-            BackendError: the pipeline is closed or in use, `exit` is out of range, or a stage failed.
+            BackendError: the pipeline is closed or in use, there is no such exit, or a stage failed.
         """
         return self.predict_batch([source], exit=exit)[0]
 
-    def predict_batch(self, sources: Sequence[ImageSource], *, exit: Exit = "never") -> list[Prediction]:
+    def predict_batch(self, sources: Sequence[ImageSource], *, exit: Exit | None = None) -> list[Prediction]:
         """Answer several pictures in one run of the chain, in their order; in several where they exceed `max_batch`.
+
+        With calibrated exits pictures that are done leave the run, the others go on.
 
         Raises:
             InputError: one of the pictures cannot be read; none is answered then.
             BackendError: as for `predict`.
         """
         self._require_open()
-        _segments(exit)
-        return self._answer([self._prepare(source) for source in sources], exit) if sources else []
+        stops = self._stops(self.exit if exit is None else exit)
+        return self._answer([self._prepare(source) for source in sources], stops) if sources else []
 
     def predict_iter(
-        self, sources: Iterable[_Source], *, batch: int = 1, workers: int = 2, exit: Exit = "never"
+        self, sources: Iterable[_Source], *, batch: int = 1, workers: int = 2, exit: Exit | None = None
     ) -> Iterator[tuple[_Source, Prediction | InputError]]:
         """Answer many pictures, decoding the next ones while the chain computes.
 
@@ -176,11 +185,11 @@ class Pipeline:
         if batch < 1 or workers < 1:
             raise BackendError(f"asked for batches of {batch} and {workers} workers; expected at least 1 of each")
         self._require_open()
-        _segments(exit)
+        stops = self._stops(self.exit if exit is None else exit)
         batch = min(batch, self.max_batch or batch)
         if self.streams > 1:
-            return self._iterate_in_streams(sources, batch, exit)
-        return self._iterate(sources, batch, workers, exit)
+            return self._iterate_in_streams(sources, batch, stops)
+        return self._iterate(sources, batch, workers, stops)
 
     def run(
         self, frames: Array, *, exit: Exit = "never", outputs: Collection[str] | None = None
@@ -189,11 +198,12 @@ class Pipeline:
 
         Args:
             frames: uint8 RGB [B, S, S, 3], C-contiguous.
-            exit: as for `predict`.
+            exit: as for `open`.
             outputs: tensors to return beside the answer; default: those that a prediction reports.
 
         Returns:
-            Tensors by name, float32, the first axis is the batch; those of stages that did not run are left out.
+            Tensors by name, float32, the first axis is the batch; those of stages that did not run are left out. With
+            calibrated exits a tensor has one row for each frame that ran so far, in order.
 
         Raises:
             InputError: `frames` has another type or shape.
@@ -206,7 +216,7 @@ class Pipeline:
                 f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
                 f"expected uint8 [B, {size}, {size}, 3]"
             )
-        return self._run(frames, exit, outputs).tensors
+        return self._run(frames, self._stops(exit), outputs).tensors
 
     def report(self) -> dict[str, JsonValue]:
         """Memory, graphs and copies of a chain on a GPU, as plain values; empty on a CPU.
@@ -216,9 +226,12 @@ class Pipeline:
         """
         return self._require_open().report()
 
-    def _run(self, frames: Array, exit: Exit, outputs: Collection[str] | None = None) -> ChainResult:
+    def _run(self, frames: Array, stops: Stops, outputs: Collection[str] | None = None) -> ChainResult:
         with self._opened() as chain:
-            return chain.run(frames, segments=_segments(exit), outputs=outputs)
+            return chain.run(frames, segments=stops.segments, outputs=outputs, exits=stops.exits)
+
+    def _stops(self, exit: object) -> Stops:
+        return resolve_exit(exit, self.calibrated, self.manifest)
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
@@ -229,34 +242,35 @@ class Pipeline:
         timings = {"decode": (decoded - start) * 1e3, "preprocess": (done - decoded) * 1e3}
         return _Prepared(frame, viewport, timings)
 
-    def _answer(self, prepared: Sequence[_Prepared], exit: Exit) -> list[Prediction]:
+    def _answer(self, prepared: Sequence[_Prepared], stops: Stops) -> list[Prediction]:
         answers: list[Prediction] = []
         for group in batches(prepared, self.max_batch or len(prepared)):
-            result = self._run(np.stack([item.frame for item in group]), exit)
-            share = {name: ms / len(group) for name, ms in result.stage_ms.items()}
-            answers += [self._prediction(result, row, item, share) for row, item in enumerate(group)]
+            images = self._run(np.stack([item.frame for item in group]), stops).images()
+            answers += [self._prediction(image, item) for image, item in zip(images, group, strict=True)]
         return answers
 
-    def _prediction(self, result: ChainResult, row: int, item: _Prepared, share: Mapping[str, float]) -> Prediction:
-        manifest, tensors = self.manifest, result.tensors
+    def _prediction(self, image: ImageResult, item: _Prepared) -> Prediction:
+        manifest, tensors = self.manifest, image.tensors
         views = [view for view in manifest.views if view.logits in tensors]
-        cuts: list[Array] = [tensors[view.box][row] for view in views if view.box is not None]
+        cuts: list[Array] = [tensors[view.box] for view in views if view.box is not None]
         boxes = np.array(cuts, np.float32).reshape(-1, 4)
-        timings = {**item.timings_ms, **share}
+        timings = {**item.timings_ms, **image.step_ms}
         gate: Any = tensors.get(manifest.gate) if manifest.gate is not None else None
         return Prediction.from_logits(
-            tensors[result.answer][row],
+            tensors[image.answer],
             class_names=manifest.class_names,
-            expert_logits=np.stack([tensors[view.logits][row] for view in views]),
-            gate=None if gate is None else gate[row],
+            expert_logits=np.stack([tensors[view.logits] for view in views]),
+            gate=gate,
             boxes=compose_boxes(boxes, item.viewport, manifest.preprocess.size),
-            heatmaps=tuple(tensors[view.heatmap][row] for view in views),
+            heatmaps=tuple(tensors[view.heatmap] for view in views),
             size=(item.viewport.width, item.viewport.height),
             timings_ms={**timings, "total": sum(timings.values())},
+            temperature=self.calibrated.temperatures[image.answer],
+            calibrated=self.calibrated.fitted,
         )
 
     def _iterate(
-        self, sources: Iterable[_Source], batch: int, workers: int, exit: Exit
+        self, sources: Iterable[_Source], batch: int, workers: int, stops: Stops
     ) -> Generator[tuple[_Source, Prediction | InputError]]:
         group: list[tuple[_Source, _Prepared | InputError]] = []
         ready = map_ahead(self._try_prepare, sources, threads=workers, ahead=2 * workers + batch)
@@ -264,15 +278,15 @@ class Pipeline:
             for source, item in ready:
                 group.append((source, item))
                 if sum(isinstance(item, _Prepared) for _, item in group) == batch:
-                    yield from self._answer_group(group, exit)
+                    yield from self._answer_group(group, stops)
                     group = []
-            yield from self._answer_group(group, exit)
+            yield from self._answer_group(group, stops)
 
     def _iterate_in_streams(
-        self, sources: Iterable[_Source], batch: int, exit: Exit
+        self, sources: Iterable[_Source], batch: int, stops: Stops
     ) -> Generator[tuple[_Source, Prediction | InputError]]:
         def answer(group: list[_Source]) -> list[tuple[_Source, Prediction | InputError]]:
-            return self._answer_group([(source, self._try_prepare(source)) for source in group], exit)
+            return self._answer_group([(source, self._try_prepare(source)) for source in group], stops)
 
         streams = self.streams
         with closing(map_ahead(answer, batches(sources, batch), threads=streams, ahead=2 * streams)) as answered:
@@ -287,10 +301,10 @@ class Pipeline:
             return error.with_traceback(None)
 
     def _answer_group(
-        self, group: list[tuple[_Source, _Prepared | InputError]], exit: Exit
+        self, group: list[tuple[_Source, _Prepared | InputError]], stops: Stops
     ) -> list[tuple[_Source, Prediction | InputError]]:
         good = [item for _, item in group if isinstance(item, _Prepared)]
-        answers = iter(self._answer(good, exit) if good else [])
+        answers = iter(self._answer(good, stops) if good else [])
         return [(source, item if isinstance(item, InputError) else next(answers)) for source, item in group]
 
     @contextmanager
@@ -314,10 +328,11 @@ def _require_array(frames: object, expected: str) -> None:
         raise InputError(f"cannot run frames of type {type(frames).__name__}; expected {expected}")
 
 
-def _segments(exit: object) -> int | None:
-    """How many segments an `Exit` lets run; None: all. Whether the chain has as many is checked where it runs."""
-    if isinstance(exit, str) and exit == "never":
-        return None
-    if isinstance(exit, SupportsIndex) and not isinstance(exit, bool):
-        return operator.index(exit)
-    raise BackendError(f'asked to stop after segment {exit!r}; expected the number of a segment, from 1, or "never"')
+def _calibrated(bundle: Bundle) -> Calibrated:
+    calibration = bundle.calibration()
+    if calibration is None:
+        return Calibrated.none(bundle.manifest)
+    try:
+        return Calibrated.from_values(calibration.values, bundle.manifest)
+    except BundleError as error:
+        raise BundleError(f"{bundle.path}: {error}") from error

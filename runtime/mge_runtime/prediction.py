@@ -31,7 +31,7 @@ class Prediction:
 
     class_index: int  # of the likeliest class
     class_name: str
-    probability: float  # of that class, softmax of `logits`
+    probability: float  # of that class, softmax of `logits` / `temperature`
     top: tuple[TopClass, ...]  # the five likeliest classes (all, where there are fewer), likeliest first
     logits: NDArray[np.float32] = field(repr=False)  # [C], the answer
     expert_logits: NDArray[np.float32] = field(repr=False)  # [K, C], each expert alone
@@ -47,6 +47,8 @@ class Prediction:
     # their sum; where decoding overlaps computing the wall time is less.
     timings_ms: Mapping[str, float]
     class_names: tuple[str, ...] = field(repr=False)  # of the model, by class index
+    temperature: float = 1.0  # of the answer, > 0
+    calibrated: bool = False  # whether that temperature was learned; else `probability` is the model's own, as it is
 
     @classmethod
     def from_logits(
@@ -60,6 +62,8 @@ class Prediction:
         heatmaps: tuple[NDArray[Any], ...],
         size: tuple[int, int],
         timings_ms: Mapping[str, float],
+        temperature: float = 1.0,
+        calibrated: bool = False,
     ) -> Prediction:
         """Derive class, probability and the likeliest classes.
 
@@ -72,6 +76,8 @@ class Prediction:
             heatmaps: K arrays [h, w].
             size: width and height of the source image in pixels.
             timings_ms: milliseconds by step.
+            temperature: of the answer, > 0; probabilities are the softmax of logits / temperature.
+            calibrated: whether the temperature was learned.
 
         Raises:
             BackendError: a logit is not a finite number.
@@ -82,7 +88,7 @@ class Prediction:
                 "its activations overflow here, export it again in FP32"
             )
         index = int(logits.argmax())
-        top = _likeliest(logits, class_names, TOP)
+        top = _likeliest(logits, class_names, TOP, temperature)
         return cls(
             class_index=index,
             class_name=class_names[index],
@@ -98,18 +104,24 @@ class Prediction:
             height=size[1],
             timings_ms=timings_ms,
             class_names=class_names,
+            temperature=temperature,
+            calibrated=calibrated,
         )
 
     def top_k(self, k: int) -> tuple[TopClass, ...]:
         """The `k` likeliest classes (all, where there are fewer), likeliest first; ties by class index."""
-        return _likeliest(self.logits, self.class_names, k)
+        return _likeliest(self.logits, self.class_names, k, self.temperature)
 
     def to_dict(self, *, top_k: int = TOP) -> dict[str, Any]:
-        """Plain values for JSON: everything but logits and heat maps, numbers rounded for reading."""
+        """Plain values for JSON: everything but logits and heat maps, numbers rounded for reading.
+
+        "calibrated" is about the answer's probabilities; those of single experts are the model's own.
+        """
         return {
             "class_index": self.class_index,
             "class_name": self.class_name,
             "probability": round(self.probability, 6),
+            "calibrated": self.calibrated,
             "top": [{"class_name": t.name, "probability": round(t.probability, 6)} for t in self.top_k(top_k)],
             "experts_used": self.experts_used,
             "experts": [self._expert(k) for k in range(self.experts_used)],
@@ -131,7 +143,9 @@ def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     return shifted / shifted.sum(-1, keepdims=True)
 
 
-def _likeliest(logits: NDArray[Any], class_names: tuple[str, ...], k: int) -> tuple[TopClass, ...]:
-    probabilities = softmax(logits)
+def _likeliest(
+    logits: NDArray[Any], class_names: tuple[str, ...], k: int, temperature: float = 1.0
+) -> tuple[TopClass, ...]:
+    probabilities = softmax(logits.astype(np.float64) / temperature)
     order = np.argsort(-probabilities, kind="stable")[:k]
     return tuple(TopClass(class_names[i], float(probabilities[i])) for i in order.tolist())

@@ -74,7 +74,7 @@ class CsvTable:
         numbers = range(1, experts + 1)
         header = ["image", "class_index", "class_name", "probability"]
         header += [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("class_name", "probability")]
-        header += ["experts_used", *(f"gate_{k}" for k in numbers)]
+        header += ["calibrated", "experts_used", *(f"gate_{k}" for k in numbers)]
         header += [f"box_{k}_{edge}" for k in numbers for edge in ("x0", "y0", "x1", "y1")]
         self._writer.writerow([*header, "width", "height", "total_ms"])
 
@@ -85,6 +85,7 @@ class CsvTable:
         row = [image, values["class_index"], values["class_name"], values["probability"]]
         row += [best[rank][field] for rank in range(1, self._top_k) for field in ("class_name", "probability")]
         missing = self._experts - prediction.experts_used
+        row += ["yes" if prediction.calibrated else "no"]
         row += [prediction.experts_used, *(values["gate"] or [""] * self._experts)]
         row += [edge for box in values["boxes"] for edge in box] + [""] * (4 * missing)
         self._writer.writerow([*row, prediction.width, prediction.height, values["timings_ms"]["total"]])

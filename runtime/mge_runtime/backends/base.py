@@ -8,7 +8,7 @@ host, `mge_runtime.device` runs segments on a device, where no tensor visits the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mge_runtime.bundle import Bundle
+    from mge_runtime.calibrated import ExitPoint
 
     Array: TypeAlias = NDArray[np.generic]
 
-__all__ = ["Backend", "Buffer", "Executor", "ExecutorResult", "StageRunner", "Streams"]
+__all__ = ["Backend", "Buffer", "Executor", "ExecutorResult", "Span", "StageRunner", "Streams", "split"]
 
 Buffer: TypeAlias = Any  # what one backend keeps a tensor in; nobody else looks inside
 Streams: TypeAlias = "int | Literal['auto']"  # runs in flight at once; "auto": as many as give the most images a second
@@ -53,10 +54,39 @@ class StageRunner(ABC):
 
 @dataclass(frozen=True)
 class ExecutorResult:
-    """What one run put out."""
+    """What one run put out.
 
-    tensors: Mapping[str, Array]  # by name, on the host; the first axis is the batch
-    times_ms: Mapping[str, float]  # milliseconds for the whole batch, by step, in the order of the steps
+    Images may stop early, so a tensor has one row for each image that ran the segment which put it out, in the order of
+    the frames; rows that did not run are absent. Without exits that is every image.
+    """
+
+    tensors: Mapping[str, Array]  # by name, on the host
+    times_ms: Mapping[str, float]  # milliseconds for all images together, by step, in the order of the steps
+    segments_run: NDArray[np.intp]  # [B]: how many segments each image ran; the last of them answers it
+    # The segment, from 0, with which a step begins: images that stopped before it took no part. A step that is missing
+    # here was for every image.
+    step_segments: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Segments that run without a look at their answers."""
+
+    first: int  # segment, from 0
+    last: int  # one after the last segment
+    point: ExitPoint | None  # what is asked after them; None: the run ends there
+
+
+def split(segments: int, exits: Sequence[ExitPoint]) -> list[Span]:
+    """Cut the first segments of a chain behind each exit point, except at their end, where the run stops anyway.
+
+    Args:
+        segments: how many there are to run.
+        exits: in any order, at most one for each segment.
+    """
+    points = sorted((point for point in exits if point.segments < segments), key=lambda point: point.segments)
+    cuts = [0, *(point.segments for point in points), segments]
+    return [Span(*ends) for ends in zip(cuts[:-1], cuts[1:], [*points, None], strict=True)]
 
 
 class Executor(ABC):
@@ -65,13 +95,16 @@ class Executor(ABC):
     max_batch: int | None = None  # most frames in one run; None: no limit but memory
 
     @abstractmethod
-    def run(self, frames: Array, segments: int, outputs: Collection[str]) -> ExecutorResult:
+    def run(
+        self, frames: Array, segments: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
+    ) -> ExecutorResult:
         """Run the chain on a batch.
 
         Args:
             frames: uint8 RGB [B, S, S, 3].
             segments: run this many, from the first on; at least 1.
-            outputs: names of the tensors to return; those of stages that do not run are left out.
+            outputs: names of the tensors to return; those of stages that run for no image are left out.
+            exits: where images that are sure enough leave the batch; the others go on.
 
         Raises:
             BackendError: a stage failed, or the batch is too large.

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from mge_runtime.backends.base import Backend, Buffer, Executor, ExecutorResult, StageRunner
+import numpy as np
+
+from mge_runtime.backends.base import Backend, Buffer, Executor, ExecutorResult, StageRunner, split
 from mge_runtime.manifest import FRAME
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mge_runtime.backends.base import Array
     from mge_runtime.bundle import Bundle
+    from mge_runtime.calibrated import ExitPoint
 
 __all__ = ["StagedBackend", "StagedExecutor"]
 
@@ -46,6 +51,15 @@ class StagedBackend(Backend):
     def download(self, buffer: Buffer) -> Array:
         """The buffer's values as an array, after everything that writes to it has run."""
 
+    def select(self, buffer: Buffer, rows: NDArray[np.intp]) -> Buffer:
+        """A buffer with some of the rows alone, in this order; here by way of the host.
+
+        Args:
+            buffer: its first axis is the batch.
+            rows: their numbers.
+        """
+        return self.upload(self.download(buffer)[rows])
+
     @abstractmethod
     def synchronize(self) -> None:
         """Wait until everything that was started has run."""
@@ -64,27 +78,49 @@ class StagedExecutor(Executor):
         self._backend = backend
         self._runners: dict[str, StageRunner] = backend.open_stages(bundle)
 
-    def run(self, frames: Array, segments: int, outputs: Collection[str]) -> ExecutorResult:
+    def run(
+        self, frames: Array, segments: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
+    ) -> ExecutorResult:
         """As `Executor.run`; the steps that are timed are the stages.
 
         Raises:
             BackendError: a stage failed.
         """
         manifest, backend = self._manifest, self._backend
-        stages = [manifest.stage(name) for segment in manifest.segments[:segments] for name in segment.stages]
+        order = [name for segment in manifest.segments[:segments] for name in segment.stages]
         # After its last reader a tensor is dropped: a batch of pictures for every expert is most of the memory.
-        last_use = {tensor.name: number for number, stage in enumerate(stages) for tensor in stage.inputs}
+        last_use = {t.name: number for number, name in enumerate(order) for t in manifest.stage(name).inputs}
+        asked = {point.answer for point in exits}
         buffers: dict[str, Buffer] = {FRAME: backend.upload(frames)}
+        tensors: dict[str, Array] = {}
         times_ms: dict[str, float] = {}
-        for number, stage in enumerate(stages):
-            start = time.perf_counter()
-            buffers.update(self._runners[stage.name].run(buffers))
-            backend.synchronize()
-            times_ms[stage.name] = (time.perf_counter() - start) * 1e3
-            for name in [n for n in buffers if n not in outputs and last_use.get(n, -1) <= number]:
-                del buffers[name]
-        tensors = {name: backend.download(buffer) for name, buffer in buffers.items() if name in outputs}
-        return ExecutorResult(tensors, times_ms)
+        step_segments: dict[str, int] = {}
+        running = np.arange(len(frames))  # images that have not stopped, by row
+        segments_run = np.full(len(frames), segments)
+        for span in split(segments, exits):
+            for number, segment in enumerate(manifest.segments[span.first : span.last], span.first):
+                for name in segment.stages:
+                    start = time.perf_counter()
+                    made = self._runners[name].run(buffers)
+                    backend.synchronize()
+                    times_ms[name] = (time.perf_counter() - start) * 1e3
+                    step_segments[name] = number
+                    # Rows leave the buffers of later stages; what was asked for keeps the rows that it was made with.
+                    tensors.update({n: backend.download(buffer) for n, buffer in made.items() if n in outputs})
+                    buffers.update(made)
+                    for n in [n for n in buffers if n not in asked and last_use.get(n, -1) < len(times_ms)]:
+                        del buffers[n]
+            if span.point is None:
+                break
+            stops = span.point.stops(backend.download(buffers[span.point.answer]))
+            segments_run[running[stops]] = span.last
+            running = running[~stops]
+            if not len(running):
+                break
+            if stops.any():
+                for n in buffers:
+                    buffers[n] = backend.select(buffers[n], np.flatnonzero(~stops))
+        return ExecutorResult(tensors, times_ms, segments_run, step_segments)
 
     def close(self) -> None:
         """Release every stage."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,18 +17,21 @@ from mge_runtime.errors import InputError, OutputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mge_runtime.exits import Exit
     from mge_runtime.sources import NamedImage
 
 _TOP = 5
 _MANY = 8  # images; from here on they are answered several at once, and a terminal gets a progress bar
 
 
-def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Literal["never"] | int:
-    """Read the word "never" or the number of a segment."""
-    if value == "never":
-        return "never"
+def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exit:
+    """Read "calibrated", "never" or the number of a segment."""
+    if value == "never" or value == "calibrated":
+        return value
     if not value.isdecimal() or int(value) < 1:
-        raise click.BadParameter(f'{value!r} is neither "never" nor a number from 1 on', context, parameter)
+        raise click.BadParameter(
+            f'{value!r} is neither "calibrated" nor "never" nor a number from 1 on', context, parameter
+        )
     return int(value)
 
 
@@ -58,7 +61,15 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Lit
     type=click.IntRange(min=1),
     help=f"Images (or batches) computed side by side.  [default: 1; from {_MANY} images on: one for each processor]",
 )
-@click.option("--exit", "exit_at", callback=_exit, default="never", metavar="N", help="Stop early, after segment N.")
+@click.option(
+    "--exit",
+    "exit_at",
+    callback=_exit,
+    default="never",
+    show_default=True,
+    metavar="calibrated|never|N",
+    help="Stop early: as soon as an answer is sure enough (mge-calibrate learns when), or after segment N.",
+)
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
@@ -73,7 +84,7 @@ def main(
     batch: int,
     threads: int | None,
     streams: int | None,
-    exit_at: Literal["never"] | int,
+    exit_at: Exit,
 ) -> None:
     """Answer IMAGES: files, folders (with their subfolders), quoted patterns, or - for one image on standard input.
 
@@ -95,12 +106,12 @@ def main(
     with ExitStack() as stack:
         pictures = stack.enter_context(picture_folder(save_to, found))
         streams_wanted = streams or (1 if len(found) < _MANY else "auto")
-        pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads, streams_wanted))
+        pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at))
         manifest = pipeline.manifest
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
         step = stack.enter_context(_progress(found))
-        answers = pipeline.predict_iter((image.source() for image in found), batch=batch, exit=exit_at)
+        answers = pipeline.predict_iter((image.source() for image in found), batch=batch)
         for image, (source, answer) in zip(found, answers, strict=True):
             try:
                 if isinstance(answer, InputError):

@@ -8,6 +8,8 @@ space     that slab, and the host buffers beside it
 arena     scratch memory that units share which run in turn
 unit      `Unit`: what a backend puts in: it enqueues work over given addresses
 program   some units for one batch size, as a CUDA graph where that is possible
+programs  those that are ready, by batch size
+rows      which image lies in which row, where images leave a batch early
 executor  `DeviceExecutor`: the chain on a device
 
 Nothing here knows a backend; nothing but `cuda` knows CUDA.

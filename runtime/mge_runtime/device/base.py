@@ -1,4 +1,4 @@
-"""What a device can do: memory, streams, copies between host and device, graphs. Every copy is counted."""
+"""What a device can do: memory, streams, copies, graphs. Every copy is counted."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ class CaptureRefusedError(BackendError):
 
 @dataclass
 class CopyCounters:
-    """Copies between host and device since the device was opened. Copies inside a library do not pass here."""
+    """Copies since the device was opened. Copies inside a library do not pass here."""
 
     host_to_device: int = 0
     host_to_device_bytes: int = 0
     device_to_host: int = 0
     device_to_host_bytes: int = 0
+    on_device: int = 0
+    on_device_bytes: int = 0
 
 
 class Event(ABC):
@@ -161,6 +163,13 @@ class Device(ABC):
         self.counters.device_to_host_bytes += size
         self._download(target.array.ctypes.data + offset, source.address, size, stream)
 
+    def copy_device(self, target: Memory, source: Memory, size: int, stream: Stream) -> None:
+        """Enqueue a copy of the memory's first `size` bytes to another place on the device; they do not overlap."""
+        _check_size(size, target.size, source.size)
+        self.counters.on_device += 1
+        self.counters.on_device_bytes += size
+        self._copy_device(target.address, source.address, size, stream)
+
     @abstractmethod
     def _allocate(self, size: int) -> tuple[int, Callable[[], None]]:
         """The address, and what frees it."""
@@ -174,6 +183,9 @@ class Device(ABC):
 
     @abstractmethod
     def _download(self, target: int, source: int, size: int, stream: Stream) -> None: ...
+
+    @abstractmethod
+    def _copy_device(self, target: int, source: int, size: int, stream: Stream) -> None: ...
 
 
 def _check_size(size: int, *rooms: int) -> None:

@@ -135,6 +135,10 @@ class CudaDevice(Device):
         result = self._driver.cuMemcpyDtoHAsync(target, source, size, _native(stream).handle)
         self._check(result, f"copy {size} bytes from the device")
 
+    def _copy_device(self, target: int, source: int, size: int, stream: Stream) -> None:
+        result = self._driver.cuMemcpyDtoDAsync(target, source, size, _native(stream).handle)
+        self._check(result, f"copy {size} bytes on the device")
+
     def _check(self, result: tuple[Any, ...], what: str) -> Any:
         """The value that a call of cuda-bindings returned beside its status, if any.
 

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mge_runtime.backends.base import Executor, ExecutorResult
+from mge_runtime.backends.base import Executor, ExecutorResult, Span, split
 from mge_runtime.device.arena import Arena
-from mge_runtime.device.plan import aligned
-from mge_runtime.device.program import Program
+from mge_runtime.device.plan import aligned, made_in, read_after
+from mge_runtime.device.programs import MOST_BATCHES, Programs
+from mge_runtime.device.rows import Rows
 from mge_runtime.device.space import Space
-from mge_runtime.device.unit import Addresses, Launch, Unit
+from mge_runtime.device.unit import Unit
 from mge_runtime.errors import BackendError
 from mge_runtime.manifest import FRAME, Manifest
 
 if TYPE_CHECKING:
     from mge_runtime.backends.base import Array
-    from mge_runtime.device.base import Device, Stream
+    from mge_runtime.calibrated import ExitPoint
+    from mge_runtime.device.base import Device, Event, Stream
     from mge_runtime.fields import JsonValue
 
 __all__ = ["DeviceExecutor"]
-
-_MOST_BATCHES = 8  # batch sizes that are kept ready; each has contexts and graphs of its own
 
 
 class DeviceExecutor(Executor):
     """Runs units in turn on one stream of one device.
 
     One run copies the frames in, launches the units of the first segments and copies the wanted tensors out, then waits
-    once. It is used from one thread at a time.
+    once. Where images may stop early it waits after each exit point too, for the answer there; images that go on are
+    moved together on the device, and all results are copied out at the end. It is used from one thread at a time.
 
     Args:
         manifest: of the chain.
@@ -56,7 +56,6 @@ class DeviceExecutor(Executor):
     ) -> None:
         self._manifest = manifest
         self._device = device
-        self._graphs = graphs
         device.activate()
         with ExitStack() as stack:
             self._stream = device.create_stream()
@@ -77,13 +76,17 @@ class DeviceExecutor(Executor):
                 stack.callback(event.close)
             self._space = Space(device, manifest, self.max_batch or 1)
             stack.callback(lambda: self._space.close())
-            self._batches: OrderedDict[int, _Batch] = OrderedDict()
-            stack.callback(self._close_batches)
+            self._programs = Programs(device, self._stream, self._units, self._arena, graphs=graphs)
+            stack.callback(self._programs.close)
             self._resources = stack.pop_all()
         self._open = True
 
-    def run(self, frames: Array, segments: int, outputs: Collection[str]) -> ExecutorResult:
+    def run(
+        self, frames: Array, segments: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
+    ) -> ExecutorResult:
         """As `Executor.run`; the steps are upload, chain and download on the device, and the host's part.
+
+        Where images may stop early, "segment_1" (or "segments_1_to_2") and so on stand for "chain".
 
         Raises:
             BackendError: a unit failed, or the engines were not built for this batch. The executor stays usable unless
@@ -93,24 +96,22 @@ class DeviceExecutor(Executor):
         self._check(frames)
         self._device.activate()
         try:
-            return self._run(frames, segments, outputs, start)
+            return self._run(frames, split(segments, exits), set(outputs), start)
         except BaseException:
             # Nothing may still run over memory that the caller now thinks is free; the error that led here is the
             # one worth telling.
             with suppress(Exception):
                 self._stream.synchronize()
             with suppress(Exception):
-                self._close_batches()
+                self._programs.close()
             raise
 
     def report(self) -> dict[str, JsonValue]:
-        """Bytes of device memory and host buffers, whether graphs run and why not, copies so far."""
+        """Bytes of device memory and host buffers, whether graphs run and why not, copies so far.
+
+        "copies" are those between host and device, "row_copies" those that move images together on the device.
+        """
         copies = self._device.counters
-        programs = [
-            {"batch": size, "segments": segments, **program.report()}
-            for size, batch in self._batches.items()
-            for segments, program in batch.programs.items()
-        ]
         return {
             "device": self._device.name,
             "units": len(self._units),
@@ -119,13 +120,14 @@ class DeviceExecutor(Executor):
             "scratch_bytes_if_not_shared": self._arena.unshared,
             "tensor_bytes": self._space.plan.size,
             "host_buffer_bytes": self._device.allocated_host,
-            "programs": cast("list[JsonValue]", programs),
+            "programs": self._programs.report(),
             "copies": {
                 "host_to_device": copies.host_to_device,
                 "host_to_device_bytes": copies.host_to_device_bytes,
                 "device_to_host": copies.device_to_host,
                 "device_to_host_bytes": copies.device_to_host_bytes,
             },
+            "row_copies": {"on_device": copies.on_device, "on_device_bytes": copies.on_device_bytes},
         }
 
     def close(self) -> None:
@@ -137,37 +139,71 @@ class DeviceExecutor(Executor):
         with self._resources:
             self._stream.synchronize()
 
-    def _run(self, frames: Array, segments: int, outputs: Collection[str], start: float) -> ExecutorResult:
+    def _run(self, frames: Array, spans: Sequence[Span], outputs: set[str], start: float) -> ExecutorResult:
         batch = len(frames)
         if batch > self._space.plan.max_batch:  # units without a limit
             self._grow(1 << (batch - 1).bit_length())  # seldom: addresses change, graphs are lost
-        program = self._program(batch, segments)
-        space, stream, device = self._space, self._stream, self._device
-        frame = space.plan.places[FRAME]
-        size = frame.size(batch)
-        space.frames.array[:size].reshape(frames.shape)[...] = frames
-        before_upload, before_chain, after_chain, after_download = self._events
-        stream.record(before_upload)
-        device.upload(space.slab.borrow(frame.offset, size), space.frames, size, stream)
-        stream.record(before_chain)
-        program.enqueue()
-        stream.record(after_chain)
-        fetched = self._fetch(batch, segments, outputs)
-        stream.record(after_download)
-        stream.synchronize()
-        program.done()
-        tensors = {name: view.copy() for name, view in fetched.items()}
-        on_device = {
-            "upload": before_chain.ms_since(before_upload),
-            "chain": after_chain.ms_since(before_chain),
-            "download": after_download.ms_since(after_chain),
-        }
+        space, stream, manifest = self._space, self._stream, self._manifest
+        before_upload, before_span, after_span, after_download = self._events
+        rows = Rows(batch, outputs)
+        segments_run = np.full(batch, spans[-1].last)
+        times_ms: dict[str, float] = {}
+        fetched: dict[str, Array] = {}
+        for span in spans:
+            program = self._programs.get(self._fitting(len(rows.running), batch), span.first, span.last, space)
+            if span is spans[0]:
+                self._upload(frames, before_upload)
+            stream.record(before_span)
+            program.enqueue()
+            stream.record(after_span)
+            rows.add(made_in(manifest, span.first, span.last))
+            # What is wanted is copied out once, behind the last span.
+            fetched = self._fetch(rows) if span.point is None else self._fetch_answer(span.point.answer, rows)
+            stream.record(after_download)
+            stream.synchronize()
+            program.done()
+            if span is spans[0]:
+                times_ms["upload"] = before_span.ms_since(before_upload)
+            times_ms[_step(span, spans)] = after_span.ms_since(before_span)
+            if span.point is None:
+                break
+            stops = span.point.stops(fetched[span.point.answer])
+            segments_run[rows.running[stops]] = span.last
+            if stops.all():
+                stream.record(after_span)
+                fetched = self._fetch(rows)
+                stream.record(after_download)
+                stream.synchronize()
+                break
+            if stops.any():
+                rows.leave(stops, read_after(manifest, span.last, spans[-1].last), self._device, space, stream)
+        times_ms["download"] = after_download.ms_since(after_span)
+        # Rows go back to the order of the frames.
+        tensors = {name: view[np.argsort(rows.images(name))] for name, view in fetched.items()}
         passed = (time.perf_counter() - start) * 1e3
-        return ExecutorResult(tensors, {**on_device, "host": max(0.0, passed - sum(on_device.values()))})
+        times_ms["host"] = max(0.0, passed - sum(times_ms.values()))
+        step_segments = {_step(span, spans): span.first for span in spans}
+        return ExecutorResult(tensors, times_ms, segments_run, step_segments)
+
+    def _upload(self, frames: Array, before: Event) -> None:
+        place = self._space.plan.places[FRAME]
+        size = place.size(len(frames))
+        buffer = self._space.frames
+        buffer.array[:size].reshape(frames.shape)[...] = frames
+        self._stream.record(before)
+        self._device.upload(self._space.slab.borrow(place.offset, size), buffer, size, self._stream)
+
+    def _fitting(self, running: int, batch: int) -> int:
+        """Rows to compute for the images that still run: some more, where that keeps the number of batch sizes small.
+
+        The rows beyond hold images that have left; what comes out of them is not looked at.
+        """
+        step = -(-batch // MOST_BATCHES)
+        return min(batch, max(self._min_batch, -(-running // step) * step))
 
     def _grow(self, batch: int) -> None:
         before = self._space.plan.max_batch
-        self._close_batches()
+        self._programs.close()
         self._space.close()
         try:
             self._space = Space(self._device, self._manifest, batch)
@@ -175,49 +211,27 @@ class DeviceExecutor(Executor):
             self._space = Space(self._device, self._manifest, before)
             raise
 
-    def _fetch(self, batch: int, segments: int, outputs: Collection[str]) -> dict[str, Array]:
+    def _fetch(self, rows: Rows) -> dict[str, Array]:
         """Enqueue the copies of the wanted tensors; the views are filled after the stream has been waited for."""
-        ran = {name for segment in self._manifest.segments[:segments] for name in segment.stages}
-        made = {t.name for stage in self._manifest.stages if stage.name in ran for t in stage.outputs}
-        places = [self._space.plan.places[name] for name in sorted(made & set(outputs))]
-        buffer = self._space.answers(sum(aligned(place.size(batch)) for place in places))
+        return self._download({name: len(rows.images(name)) for name in rows.made})
+
+    def _fetch_answer(self, name: str, rows: Rows) -> dict[str, Array]:
+        return self._download({name: len(rows.running)})
+
+    def _download(self, counts: dict[str, int]) -> dict[str, Array]:
+        """Enqueue the copies of so many rows of each tensor."""
+        places = [(self._space.plan.places[name], count) for name, count in counts.items()]
+        buffer = self._space.answers(sum(aligned(place.size(count)) for place, count in places))
         views: dict[str, Array] = {}
         offset = 0
-        for place in places:
-            size = place.size(batch)
+        for place, count in places:
+            size = place.size(count)
             source = self._space.slab.borrow(place.offset, size)
             self._device.download(buffer, offset, source, size, self._stream)
             array = buffer.array[offset : offset + size].view(np.dtype(place.spec.dtype))
-            views[place.spec.name] = array.reshape(place.shape(batch))
+            views[place.spec.name] = array.reshape(place.shape(count))
             offset += aligned(size)
         return views
-
-    def _program(self, batch: int, segments: int) -> Program:
-        ready = self._batches.get(batch)
-        if ready is None:
-            while len(self._batches) >= _MOST_BATCHES:
-                _, oldest = self._batches.popitem(last=False)
-                oldest.close()
-            ready = self._batches[batch] = _Batch()
-        self._batches.move_to_end(batch)
-        if segments not in ready.programs:
-            wanted = [unit for unit in self._units if unit.segment < segments]
-            places = self._space.plan.places.values()
-            base = self._space.slab.address
-            tensors = {place.spec.name: base + place.offset for place in places}
-            addresses = Addresses(batch, tensors, self._arena.address, self._arena.shared)
-            while len(ready.launches) < len(wanted):
-                ready.add(wanted[len(ready.launches)].prepare(addresses, self._stream))
-            launches = ready.launches[: len(wanted)]
-            program = Program(self._device, self._stream, launches, graphs=self._graphs)
-            ready.resources.callback(program.close)
-            ready.programs[segments] = program
-        return ready.programs[segments]
-
-    def _close_batches(self) -> None:
-        with ExitStack() as stack:
-            while self._batches:
-                stack.callback(self._batches.popitem()[1].close)
 
     def _check(self, frames: Array) -> None:
         if not self._open:
@@ -236,18 +250,9 @@ class DeviceExecutor(Executor):
             )
 
 
-class _Batch:
-    """What is ready for one batch size: launches by unit, programs by number of segments."""
-
-    def __init__(self) -> None:
-        self.launches: list[Launch] = []
-        self.programs: dict[int, Program] = {}
-        self.resources = ExitStack()
-
-    def add(self, launch: Launch) -> None:
-        self.resources.callback(launch.close)
-        self.launches.append(launch)
-
-    def close(self) -> None:
-        """Release them, the last first: a graph goes before what it was captured from."""
-        self.resources.close()
+def _step(span: Span, spans: Sequence[Span]) -> str:
+    """What the time of a span is called."""
+    if len(spans) == 1:
+        return "chain"
+    first, last = span.first + 1, span.last
+    return f"segment_{first}" if first == last else f"segments_{first}_to_{last}"

@@ -64,6 +64,9 @@ class HostDevice(Device):
     def _download(self, target: int, source: int, size: int, stream: Stream) -> None:  # noqa: ARG002
         ctypes.memmove(target, source, size)
 
+    def _copy_device(self, target: int, source: int, size: int, stream: Stream) -> None:  # noqa: ARG002
+        ctypes.memmove(target, source, size)
+
 
 class _HostStream(Stream):
     handle = 0

@@ -14,7 +14,7 @@ from mge_runtime.spec import TensorSpec
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ALIGNMENT", "Place", "TensorPlan", "aligned"]
+__all__ = ["ALIGNMENT", "Place", "TensorPlan", "aligned", "made_in", "read_after"]
 
 ALIGNMENT = 256  # bytes: what TensorRT asks of device memory
 
@@ -61,3 +61,15 @@ class TensorPlan:
         self.max_batch = max_batch
         self.places: Mapping[str, Place] = places
         self.size = offset  # bytes of the whole slab
+
+
+def made_in(manifest: Manifest, first: int, last: int) -> set[str]:
+    """Tensors that segments `first` to `last` - 1 put out, counted from 0."""
+    stages = [manifest.stage(name) for segment in manifest.segments[first:last] for name in segment.stages]
+    return {tensor.name for stage in stages for tensor in stage.outputs}
+
+
+def read_after(manifest: Manifest, first: int, last: int) -> list[str]:
+    """Tensors from before segment `first` that it and those up to `last` - 1 take in, by name."""
+    stages = [manifest.stage(name) for segment in manifest.segments[first:last] for name in segment.stages]
+    return sorted({tensor.name for stage in stages for tensor in stage.inputs} - made_in(manifest, first, last))

@@ -1,4 +1,4 @@
-"""The first segments of the chain for one batch size, as one graph where that is possible."""
+"""Segments of the chain that run without a break, for one batch size, as one graph where that is possible."""
 
 from __future__ import annotations
 

@@ -37,6 +37,14 @@ class Space:
             stack.callback(self.frames.close)
             self._resources = stack.pop_all()
         self._answers: HostBuffer | None = None
+        self._spare: OwnedMemory | None = None
+
+    def spare(self, size: int) -> OwnedMemory:
+        """Device memory of at least `size` bytes for a moment, as where two rows change places; seldom allocated."""
+        if self._spare is None or self._spare.size < size:
+            self._close_spare()
+            self._spare = self._device.allocate(max(size, 1))
+        return self._spare
 
     def answers(self, size: int) -> HostBuffer:
         """A host buffer of at least `size` bytes; what the last one held is gone."""
@@ -49,8 +57,14 @@ class Space:
         """Release everything; closing twice does nothing."""
         with self._resources:
             self._close_answers()
+            self._close_spare()
 
     def _close_answers(self) -> None:
         if self._answers is not None:
             self._answers.close()
             self._answers = None
+
+    def _close_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
