@@ -72,6 +72,7 @@ def test_arguments_are_named_as_they_are_given():
         "cuMemcpyHtoDAsync": "(dstDevice, srcHost, size_t ByteCount, hStream)",
         "cuThreadExchangeStreamCaptureMode": "(mode: CUstreamCaptureMode)",
         "cuMemcpyDtoHAsync": "(dstHost, srcDevice, size_t ByteCount, hStream)",
+        "cuMemcpyDtoDAsync": "(dstDevice, srcDevice, size_t ByteCount, hStream)",
         "cuGetErrorString": "(error: CUresult)",
     }.items():
         assert getattr(driver, function).__doc__.startswith(function + arguments)

@@ -57,13 +57,41 @@ def test_json_holds_the_whole_manifest(bundle_path):
     assert values["size"] == bundle_path.stat().st_size
 
 
+def test_it_shows_temperatures_and_exits_in_words(bundle_path, tmp_path):
+    assert "calibrated no: probabilities are the model's own and there are no calibrated exits" in flat(
+        run(bundle_path)
+    )
+    path = shutil.copy(bundle_path, tmp_path / "mge.plan")
+    values = {
+        "temperatures": {"answer_1": 1.3125, "answer_2": 1.5, "logits": 1.07},
+        "exits": {"epsilon": 0.01, "delta": 0.05, "thresholds": {"answer_1": 0.93, "answer_2": 0.99997}},
+        "data": {"temperatures": {"images": 500, "sha256": "0" * 64}, "exits": {"images": 2000, "sha256": "1" * 64}},
+    }
+    add_calibration(path, values)
+    output = flat(run(path))
+    for text in (
+        "calibrated temperatures: answer_1 1.312, answer_2 1.5, logits 1.07 (from 500 images)",
+        "exits (--exit calibrated): after segment 1 where answer_1 has a confidence of at least 0.93, "
+        "after segment 2 where answer_2 has a confidence of at least 0.99997 (from 2000 images)",
+        "with probability 95% at most 1% of answers differ from the whole chain's",
+    ):
+        assert text in output
+    assert json.loads(run(path, "--json").output)["calibration"] == values
+    values["exits"]["thresholds"]["answer_1"] = None
+    add_calibration(path, values)
+    assert "exits (--exit calibrated): after segment 2 where answer_2" in flat(run(path))
+    add_calibration(path, {**values, "temperatures": {}})
+    assert "calibrated cannot be read: calibration.json: temperatures.answer_1 is null; expected" in flat(run(path))
+
+
 def test_it_shows_additions(bundle_path, tmp_path):
     path = shutil.copy(bundle_path, tmp_path / "mge.plan")
-    add_calibration(path, {"temperature": 1.5})
+    temperatures = {"answer_1": 1.5, "answer_2": 1.25, "logits": 1}
+    add_calibration(path, {"temperatures": temperatures})
     target = add(path)
     output = flat(run(path))
     for text in (
-        "temperature 1.5",
+        "calibrated temperatures: answer_1 1.5, answer_2 1.25, logits 1 no early exits: none was found that keeps",
         f"engines {target}: 6 stages, 12 B, batch 1 to 8, experimental: not yet run",
         "built by version 10.3.0, on Orin (sm87, 16 multiprocessors)",
         "fp32 (attested: engine): ingest, mixture; fp16 (attested: network): expert_1; fp16 (not attested): expert_2",

@@ -18,7 +18,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mge_runtime import Pipeline
+from mge_runtime.bundle import add_calibration
 from mge_runtime.cli.run import main
+from mge_runtime.prediction import softmax
 from mge_runtime.sources import SAVED_SUFFIX
 
 COMMAND = [sys.executable, "-c", "from mge_runtime.cli.run import main; main(prog_name='mge-run')"]
@@ -108,6 +110,26 @@ def test_an_early_exit_leaves_out_what_did_not_run():
     assert float(row["total_ms"]) > 0
     assert "counts" not in run("in/1.png", "--exit", 1).stdout
     assert "this chain has 3" in run("in", "--exit", 4, code=1).stderr
+
+
+def test_calibrated_exits_and_probabilities(folder, bundle_path, expected):
+    assert "no calibration; learn them with `mge-calibrate" in run("in", "--exit", "calibrated", code=1).stderr
+    path = shutil.copy(bundle_path, folder / "calibrated.plan")
+    exits = {"epsilon": 0.01, "delta": 0.05, "thresholds": {"answer_1": None, "answer_2": 0.0}}
+    add_calibration(path, {"temperatures": {"answer_1": 4.0, "answer_2": 3.0, "logits": 2.0}, "exits": exits})
+    records = {}
+    for exit, experts, extra in (("calibrated", 2, ["--batch", 3]), ("never", 3, []), (1, 1, [])):
+        lines = run("in", "--json", "--csv", "table.csv", "--engine", path, "--exit", exit, *extra).stdout.splitlines()
+        records[exit] = [json.loads(line) for line in lines]
+        assert [(r["experts_used"], r["calibrated"]) for r in records[exit]] == [(experts, True)] * len(ORDER)
+        rows = list(csv.DictReader(Path("table.csv").read_text().splitlines()))
+        assert [(row["experts_used"], row["calibrated"]) for row in rows] == [(str(experts), "yes")] * len(ORDER)
+    for record, name in zip(records["never"], ORDER, strict=True):
+        logits = expected[name].logits
+        assert record["probability"] == pytest.approx(float(softmax(logits / 2.0).max()), abs=1e-5)
+    records = [json.loads(line) for line in run("in", "--json", "--csv", "table.csv").stdout.splitlines()]
+    assert not any(record["calibrated"] for record in records)
+    assert {row["calibrated"] for row in csv.DictReader(Path("table.csv").read_text().splitlines())} == {"no"}
 
 
 def test_save_draws_every_image_and_overwrites_none(folder):
@@ -206,7 +228,7 @@ def test_what_cannot_work_is_said_before_computing(folder, monkeypatch, options,
     assert sorted(path.name for path in folder.iterdir()) == ["in", "mge.plan"]
 
 
-@pytest.mark.parametrize("options", [["--exit", "0"], ["--exit", "soon"], ["--top-k", "0"], ["--batch", "x"], []])
+@pytest.mark.parametrize("options", [["--exit", "0"], ["--exit", "calibrate"], ["--top-k", "0"], ["--batch", "x"], []])
 @pytest.mark.usefixtures("folder")
 def test_usage_errors_exit_with_2(options):
     run(*options, *(["in"] if options else []), code=2)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from mge_runtime.bundle.layout import stage_graph, stage_weights
 from mge_runtime.cli.common import format_bytes
+from mge_runtime.cli.info_calibration import calibration_lines
 from mge_runtime.cli.info_here import engine_lines, here_lines, machine_line
 from mge_runtime.cli.info_parity import parity_lines
 
@@ -39,8 +40,8 @@ def info_lines(facts: dict[str, Any]) -> Iterator[str]:
         yield from _row("" if number else "parity", line)
     for number, line in enumerate(engine_lines(facts)):
         yield from _row("" if number else "engines", line)
-    calibration = facts["calibration"]
-    yield from _row("calibrated", "no" if calibration is None else _pairs(calibration))
+    for number, line in enumerate(calibration_lines(facts["calibration"], manifest)):
+        yield from _row("" if number else "calibrated", line)
     yield from _row("machine", machine_line(facts["machine"]))
     label = "runs there" if facts["here"]["recorded"] else "runs here"
     for number, line in enumerate(here_lines(facts["here"])):
