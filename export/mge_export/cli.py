@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mge_runtime.cli.common import reports_errors
-from mge_runtime.errors import ExportError
+from mge_runtime.errors import ExportError, InputError
 from mge_runtime.interrupt import interruptible
 
 __all__ = ["main"]
@@ -22,6 +22,23 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.command(context_settings=SETTINGS)
 @click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
 @click.option("--fp16", is_flag=True, help="Trunks and part convolutions in half precision, the rest in FP32.")
+@click.option("--int8", is_flag=True, help="Trunks in INT8 with --calib-data, FP16 around it. Implies --fp16.")
+@click.option("--calib-data", type=PATH, default=None, help="Folder of photographs that INT8 ranges are learned from.")
+@click.option("--calib-images", type=click.IntRange(0), default=256, help="How many of them, drawn by seed; 0: all.")
+@click.option(
+    "--calib-method",
+    type=click.Choice(["max", "entropy", "percentile", "mse"]),
+    default="mse",
+    help="How far the activations' ranges reach.",
+)
+@click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100, max_open=True),
+    default=0.5,
+    help="Percent of calibration images whose class INT8 may change in a stage; its worst layers stay FP16.",
+)
+@click.option("--calib-seed", type=click.IntRange(0), default=0, help="Of the draw from --calib-data.")
+@click.option("--force-few-images", is_flag=True, help="Calibrate on fewer than 100 images, too.")
 @click.option(
     "--target",
     "targets",
@@ -50,6 +67,13 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 def main(
     ckpt: Path,
     fp16: bool,
+    int8: bool,
+    calib_data: Path | None,
+    calib_images: int,
+    calib_method: str,
+    max_drop: float,
+    calib_seed: int,
+    force_few_images: bool,
     targets: tuple[str, ...],
     batch: str,
     extract: Path | None,
@@ -71,8 +95,11 @@ def main(
     # The imports take seconds, too.
     with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
         from mge.checkpoint import load_checkpoint
+        from mge_calibration.int8.images import read_calibration_images
+        from mge_calibration.int8.stage import Int8Options
         from mge_export.export import check_output, export_bundle, file_sha256
         from mge_export.images import find_verify_images, generated_images
+        from mge_export.int8 import Int8Request
         from mge_export.precision import Precision
         from mge_export.targets import EnginePlan
         from mge_runtime.bundle import Bundle
@@ -83,7 +110,13 @@ def main(
             click.echo(line, err=True)
 
         plan = EnginePlan.parse(targets, batch)
-        plan.check(fp16=fp16)
+        plan.check(fp16=fp16 or int8)
+        if int8 is not (calib_data is not None):
+            raise InputError(
+                "--int8 learns ranges from photographs and none were named: add --calib-data DIR"
+                if int8
+                else "--calib-data is for --int8, which was not asked for: add --int8, or leave --calib-data out"
+            )
         check_output(path)
         model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
         preprocess = model.config.preprocess
@@ -91,12 +124,19 @@ def main(
             images = generated_images(preprocess, verify_images or 16)
         else:
             images = find_verify_images(verify_data, preprocess, verify_images, say)
+        request = None
+        if calib_data is not None:
+            frames = read_calibration_images(
+                calib_data, preprocess, limit=calib_images, seed=calib_seed, few=force_few_images, say=say
+            )
+            request = Int8Request(frames, Int8Options(calib_method, max_drop / 100, calib_seed))
         result = export_bundle(
             model,
             path,
-            Precision.FP16 if fp16 else Precision.FP32,
+            Precision.INT8 if int8 else Precision.FP16 if fp16 else Precision.FP32,
             images,
             half_linear=plan.turing,
+            int8=request,
             checkpoint_sha256=file_sha256(ckpt),
             allow_mismatch=allow_mismatch,
             finish=lambda finished: plan.build(finished, interrupt, say),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from mge.model import MGENet
 from mge_export.bundle_check import check_bundle
-from mge_export.graph import export_graph, weights_name
+from mge_export.graph import StageGraph, export_graph, weights_name
 from mge_export.images import VerifyImages
+from mge_export.int8 import Int8Request, check_quantization, quantize_graphs
 from mge_export.parity import ParityReport, measure_parity
 from mge_export.precision import Precision, check_precision
 from mge_export.report import format_report
@@ -48,6 +50,7 @@ def export_bundle(
     images: VerifyImages,
     *,
     half_linear: bool = False,
+    int8: Int8Request | None = None,
     checkpoint_sha256: str | None = None,
     allow_mismatch: bool = False,
     finish: Callable[[Path], None] = lambda _: None,
@@ -65,6 +68,7 @@ def export_bundle(
         precision: of trunks and part convolutions.
         images: to verify on, at least one.
         half_linear: compute linear heads in half too, as TensorRT-RTX on Turing needs.
+        int8: images to learn ranges from and how, for `Precision.INT8` and for it alone.
         checkpoint_sha256: of the file that the model came from.
         allow_mismatch: publish even if the report is out of tolerance; the bundle's report then says so.
         finish: is called with the finished bundle before it takes its place, and may add engines to it; what it raises
@@ -76,14 +80,20 @@ def export_bundle(
             does not answer as its graphs did.
         OutputError: `path` cannot be written.
         InputError: an image to verify on cannot be decoded.
+        ValueError: INT8 without `int8`, or the other way round.
     """
+    if (precision is Precision.INT8) is not (int8 is not None):
+        raise ValueError(f"{precision.value} was asked for; images to calibrate on belong to int8, and int8 needs them")
     check_output(path)
     config = model.config
     with tempfile.TemporaryDirectory(prefix="mge-export-") as name:
         folder = Path(name)
         say(f"splitting {config.experts} x {config.arch} into stages, {precision.value}")
         stages = build_stages(model, precision, half_linear=half_linear)
-        plans = {stage.spec.name: _write_stage(stage, folder, say) for stage in stages}
+        plans = {
+            stage.spec.name: _write_stage(stage, graph, learned, folder, say)
+            for stage, graph, learned in _graphs(stages, int8, say)
+        }
         step = max(images.count // 10, 1)
 
         def progress(done: int) -> None:
@@ -111,7 +121,7 @@ def export_bundle(
                     "type": stage.precision.value,
                     "heads": "fp16" if half_linear and stage.has_trunk else "fp32",
                     "attested": ATTESTED,
-                    "operators": plans[stage.spec.name],
+                    **plans[stage.spec.name],
                     "weights_underflowed": stage.underflowed,
                 }
                 for stage in stages
@@ -164,11 +174,26 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _write_stage(stage: Stage, folder: Path, say: Say) -> dict[str, dict[str, int]]:
-    """Write `<stage>.onnx` and its weights, check both; return the precision plan that was read back."""
+def _graphs(
+    stages: Sequence[Stage], int8: Int8Request | None, say: Say
+) -> Iterator[tuple[Stage, StageGraph, dict[str, Any]]]:
+    """Each stage's graph, and of a quantised one what was measured; one at a time, unless INT8 needs the chain."""
+    if int8 is None:
+        for stage in stages:
+            yield stage, export_graph(stage), {}
+        return
+    say(f"calibrating INT8 ({int8.options.method}) on {int8.images.source}")
+    graphs = {stage.spec.name: export_graph(stage) for stage in stages}
+    quantised = quantize_graphs(stages, graphs, int8, say)
+    for stage in stages:
+        yield stage, *quantised.get(stage.spec.name, (graphs[stage.spec.name], {}))
+
+
+def _write_stage(stage: Stage, graph: StageGraph, learned: dict[str, Any], folder: Path, say: Say) -> dict[str, Any]:
+    """Write `<stage>.onnx` and its weights, check both; return what was read back and learned, for the manifest."""
     name = stage.spec.name
-    graph = export_graph(stage)
     plan = check_precision(name, graph.model, stage.precision, has_trunk=stage.has_trunk)
+    check_quantization(name, graph.model, learned.get("convolutions", 0))
     path = folder / f"{name}.onnx"
     if graph.weights:
         (folder / weights_name(name)).write_bytes(graph.weights)
@@ -180,8 +205,10 @@ def _write_stage(stage: Stage, folder: Path, say: Say) -> dict[str, dict[str, in
     convolutions = sum(plan.get("Conv", {}).values())
     trunk = f", {convolutions} convolutions in {stage.precision.onnx_name}" if convolutions else ""
     small = f", {stage.underflowed} weights underflowed to 0" if stage.underflowed else ""
-    say(f"{name}: {len(graph.model.graph.node)} nodes{trunk}, weights {len(graph.weights) / 1e6:.1f} MB{small}")
-    return plan
+    quantised = f", {learned['convolutions']} of them and {learned['adds']} sums in INT8" if learned else ""
+    size = f"weights {len(graph.weights) / 1e6:.1f} MB"
+    say(f"{name}: {len(graph.model.graph.node)} nodes{trunk}{quantised}, {size}{small}")
+    return {"operators": plan} | ({"quantized": learned} if learned else {})
 
 
 def _stage_model(stage: Stage, folder: Path) -> StageModel:

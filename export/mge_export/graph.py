@@ -15,7 +15,7 @@ from mge_export.stages import Stage
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import BATCH, StageSpec, TensorSpec
 
-__all__ = ["OPSET", "StageGraph", "export_graph", "weights_name"]
+__all__ = ["OPSET", "StageGraph", "export_graph", "externalize", "inlined", "weights_name"]
 
 # What PyTorch's exporter writes without converting, and old enough for every parser in use: TensorRT 10.3 of JetPack 6
 # knows 9 to 20, ONNX Runtime knows 18 since 1.14.
@@ -65,7 +65,7 @@ def export_graph(stage: Stage) -> StageGraph:
     model = program.model_proto
     _strip(model)
     _check_border(spec, model)
-    weights = _externalize(model, weights_name(spec.name))
+    weights = externalize(model, weights_name(spec.name))
     return StageGraph(spec, model, weights)
 
 
@@ -117,8 +117,30 @@ def _tensor_spec(proto: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(proto.name, dtype, shape)
 
 
-def _externalize(model: onnx.ModelProto, location: str) -> bytes:
-    """Move large initializers into one block and leave their place, offset and length in the graph."""
+def inlined(graph: StageGraph) -> onnx.ModelProto:
+    """A copy of a stage's model with its weights inside."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.model)
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            start = int(place["offset"])
+            tensor.raw_data = graph.weights[start : start + int(place["length"])]
+            tensor.ClearField("external_data")
+            tensor.ClearField("data_location")
+    return model
+
+
+def externalize(model: onnx.ModelProto, location: str) -> bytes:
+    """Move large initializers into one block and leave their place, offset and length in the graph.
+
+    Args:
+        model: with its weights; changed in place.
+        location: file name that the graph will refer to.
+
+    Returns:
+        The block, each tensor at a multiple of `ALIGNMENT`.
+    """
     block = bytearray()
     for tensor in model.graph.initializer:
         data = onnx.numpy_helper.to_array(tensor).tobytes()

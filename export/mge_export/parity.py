@@ -27,7 +27,7 @@ HEADROOM = 10  # an activation above 65504 / HEADROOM is called out: other photo
 class Check:
     """One way of computing the chain, compared with the checkpoint's own model in FP32."""
 
-    name: str  # "torch" or "onnx"
+    name: str  # "torch", "onnx", or "int8"
     label: str  # what this check does and does not show
     stages: dict[str, StageDifferences]
     chain: ChainDifferences
@@ -50,7 +50,7 @@ class ParityReport:
         """Everything out of tolerance, one line each; empty: the export may be published."""
         found = [line for check in self.checks for line in _stage_failures(check, self.tolerances)]
         found += [line for check in self.checks for line in _chain_failures(check, self.tolerances)]
-        if self.precision is Precision.FP16:
+        if self.precision is not Precision.FP32:
             for stage, peak in self.peaks.items():
                 if not peak.value < FP16_MAX:
                     found.append(f"{stage}: an activation ({peak.operator}) overflows FP16: {peak.value:g}")
@@ -67,10 +67,10 @@ class ParityReport:
         ]
         if not self.images.photographs:
             found.append("verified on generated pictures only; name photographs with --verify-data")
-        if self.precision is Precision.FP16 and self.images.count < FEW_IMAGES:
+        if self.precision is not Precision.FP32 and self.images.count < FEW_IMAGES:
             found.append(
                 f"class agreement on {self.images.count} images says little; "
-                f"verify FP16 on at least {FEW_IMAGES} with --verify-data and --verify-images"
+                f"verify {self.precision.name} on at least {FEW_IMAGES} with --verify-data and --verify-images"
             )
         return found
 
@@ -120,14 +120,20 @@ def measure_parity(
     """
     specs = [stage.spec for stage in stages]
     watches = {stage.spec.name: ActivationWatch(stage.precision.dtype) for stage in stages if stage.has_trunk}
-    half = precision is Precision.FP16
-    checks = [
-        _check(
-            model, stages, "torch", "typed stages in PyTorch" + (", every activation rounded to FP16" if half else "")
-        ),
-        _check(model, stages, "onnx", "ONNX Runtime, CPU" + (", weights rounded only" if half else "")),
-    ]
-    runners = [torch_runner(stages, watches), onnx_runner(folder, specs)]
+    half = precision is not Precision.FP32
+    rounded = ", every activation rounded to FP16" if half else ""
+    unquantised = ", before quantisation" if precision is Precision.INT8 else ""
+    checks = [_check(model, stages, "torch", f"typed stages in PyTorch{rounded}{unquantised}")]
+    runners = [torch_runner(stages, watches)]
+    if precision is Precision.INT8:
+        checks += [
+            _check(model, stages, "int8", "INT8 as TensorRT computes it, FP32 around, ONNX Runtime, CPU"),
+            _check(model, stages, "onnx", "INT8 as a CPU computes it, ONNX Runtime's integer kernels"),
+        ]
+        runners += [onnx_runner(folder, specs, int8="exact"), onnx_runner(folder, specs, int8="fast")]
+    else:
+        checks.append(_check(model, stages, "onnx", "ONNX Runtime, CPU" + (", weights rounded only" if half else "")))
+        runners.append(onnx_runner(folder, specs))
     area: dict[str, list[float]] = {name: [] for name in checks[0].chain.boxes}
     verified: list[Tensors] = []
     done = 0

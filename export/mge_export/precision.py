@@ -25,20 +25,21 @@ _ISLANDS = frozenset({"ArgMax", "GatherElements", "GatherND", "GridSample", "Red
 
 
 class Precision(Enum):
-    """What trunks and part convolutions compute in; everything else is FP32."""
+    """What trunks compute in, and part convolutions (of INT8: in FP16); everything else is FP32."""
 
     FP32 = "fp32"
     FP16 = "fp16"
+    INT8 = "int8"  # Q/DQ in the trunk; what is not quantised there is FP16
 
     @property
     def dtype(self) -> torch.dtype:
-        """PyTorch's type."""
-        return torch.float16 if self is Precision.FP16 else torch.float32
+        """PyTorch's type, of INT8 that around its Q/DQ."""
+        return torch.float32 if self is Precision.FP32 else torch.float16
 
     @property
     def onnx_name(self) -> str:
         """The type's name in a precision plan."""
-        return "float16" if self is Precision.FP16 else "float32"
+        return "float32" if self is Precision.FP32 else "float16"
 
 
 def read_precision(model: onnx.ModelProto) -> dict[str, dict[str, int]]:

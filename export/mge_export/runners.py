@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -15,6 +16,7 @@ from mge.model import MGENet
 from mge_export.activations import ActivationWatch
 from mge_export.half_kernels import HalfKernels
 from mge_export.stages import Stage
+from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import StageSpec
 
@@ -64,20 +66,30 @@ def torch_runner(stages: Sequence[Stage], watches: Mapping[str, ActivationWatch]
     return run
 
 
-def onnx_runner(folder: Path, specs: Sequence[StageSpec]) -> Runner:
+def onnx_runner(folder: Path, specs: Sequence[StageSpec], int8: Literal["exact", "fast"] | None = None) -> Runner:
     """Run `<stage>.onnx` files of a folder with ONNX Runtime on the CPU.
+
+    Args:
+        folder: with `<stage>.onnx` of each.
+        specs: the chain.
+        int8: re-encode the graphs as `cpu_graph` does: "exact" computes as TensorRT does, "fast" as the runtime's
+            backend does on a CPU. None: as they are.
 
     Raises:
         ExportError: ONNX Runtime refuses a graph.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    if int8 is not None:  # read from bytes, so their weights must be told where they lie
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options.add_session_config_entry("session.x64quantprecision", "1")
     sessions: dict[str, onnxruntime.InferenceSession] = {}
     for spec in specs:
         try:
-            sessions[spec.name] = onnxruntime.InferenceSession(
-                folder / f"{spec.name}.onnx", options, providers=["CPUExecutionProvider"]
-            )
+            path = folder / f"{spec.name}.onnx"
+            graph = path if int8 is None else cpu_graph(path.read_bytes(), fast=int8 == "fast")
+            sessions[spec.name] = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ExportError(f"{spec.name}: ONNX Runtime refuses the graph: {error}") from error
 

@@ -64,4 +64,15 @@ TOLERANCES = {
         "about 1e-2, and an edge of a box moves where the map is nearly level; in the chain one pixel there resamples "
         "the whole next view, so its boxes are reported and its answers are held",
     ),
+    Precision.INT8: Tolerances(
+        relative=1.0,
+        classes=0.02,
+        classes_of_few=2,
+        box_iou_median=0.9,
+        box_iou_p1=0.0,
+        outliers=1.0,
+        chain_boxes=True,
+        reason="INT8 keeps 127 magnitudes of each activation; logits and maps of single images may move by a tenth of "
+        "their largest value and more, so classes and the median box are held, in stages and chain, no single image",
+    ),
 }

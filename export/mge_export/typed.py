@@ -136,5 +136,9 @@ def _check_finite(module: nn.Module, precision: Precision) -> None:
             raise ExportError(
                 f"weight {name} is not finite in {precision.value}; "
                 f"expected numbers within {torch.finfo(tensor.dtype).max:g}: "
-                + ("export without --fp16" if precision is Precision.FP16 else "train again from a finite checkpoint")
+                + (
+                    "train again from a finite checkpoint"
+                    if precision is Precision.FP32
+                    else f"export without --{precision.value}"
+                )
             )

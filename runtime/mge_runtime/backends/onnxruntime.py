@@ -14,6 +14,7 @@ from mge_runtime.backends.ort import (
     weights_checked,
 )
 from mge_runtime.backends.staged import StagedBackend
+from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError
@@ -79,6 +80,10 @@ class OnnxRuntimeBackend(StagedBackend):
         # The stages run in turn, each with threads of its own: those of the last must not spin while the next computes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         graph = located_graph(bundle, stage.name)
+        if bundle.manifest.precision.get(stage.name, {}).get("type") == "int8":
+            graph = cpu_graph(graph, fast=True)
+            # Without VNNI products of uint8 and int8 overflow 16 bits; this takes kernels that do not.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         try:
             session = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception

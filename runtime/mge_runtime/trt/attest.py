@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["attest_engine", "attest_network"]
 
 FLOATS = ("float16", "float32", "bfloat16", "fp8")
-_WANTED = {"fp32": "float32", "fp16": "float16"}  # what a stage's convolutions compute in, by its precision plan's type
+# What a stage's convolutions compute in, by its precision plan's type. In a parsed network a quantised one reads what
+# its DEQUANTIZE layers put out, so there INT8 is FP16, too; in an engine it may be either.
+_WANTED = {"fp32": "float32", "fp16": "float16", "int8": "float16"}
 _PRODUCTS = ("Gemm", "MatMul", "Einsum")  # ONNX operators that become matrix products
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
@@ -41,7 +43,8 @@ def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, pl
         stage: its name, for errors.
         network: as parsed, strongly typed.
         graph: the ONNX bytes it was parsed from.
-        plan: `Manifest.precision` of the stage: "type" and, as mge-export writes it, "operators".
+        plan: `Manifest.precision` of the stage: "type" and, as mge-export writes it, "operators"; of INT8 also
+            "quantized", whose "convolutions" must each read two DEQUANTIZE layers.
 
     Returns:
         Layer type -> floating type -> layers.
@@ -82,6 +85,8 @@ def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, pl
             f"stage {stage}: the parsed network has the convolutions {dict(found)}; the precision plan has "
             f"{dict(planned.get('Conv', {}))}: export again"
         )
+    if plan.get("type") == "int8":
+        _check_quantized(stage, network, plan)
     return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
 
 
@@ -113,11 +118,30 @@ def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -
         if kinds and "conv" in f"{name} {layer.get('ParameterType', '')}".lower():
             # Its output may be cast in the same kernel; its weights and what it reads cannot.
             types = set(_compute_types(layer)) or kinds
+            if plan.get("type") == "int8" and "int8" in types:  # its scales or bias may be floats
+                types = {"int8"}
             convolutions.update(types - {wanted} or types)
     _check(stage, "convolutions", convolutions, plan)
     if not counts or convolutions.total() < sum(_planned(plan).get("Conv", {}).values()):
         return None
     return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
+
+
+def _check_quantized(stage: str, network: trt.INetworkDefinition, plan: Mapping[str, JsonValue]) -> None:
+    """Count the convolutions whose input and weights both come from a DEQUANTIZE layer."""
+    quantized = cast("Mapping[str, JsonValue]", plan.get("quantized") or {})
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    dequantized = {layer.get_output(0).name for layer in layers if layer.type.name == "DEQUANTIZE"}
+    found = 0
+    for layer in layers:
+        # A convolution whose weights are no tensor but the layer's own has one input.
+        if layer.type.name == "CONVOLUTION" and layer.num_inputs >= 2:
+            found += all(layer.get_input(index).name in dequantized for index in (0, 1))
+    if found == 0 or found != quantized.get("convolutions", found):
+        raise BuildError(
+            f"stage {stage}: {found} convolutions read two DequantizeLinear; expected "
+            f"{quantized.get('convolutions', 'some')}, as the bundle says: export it again"
+        )
 
 
 def _planned(plan: Mapping[str, JsonValue]) -> Counts:
@@ -129,7 +153,7 @@ def _check(stage: str, what: str, found: Counter[str], plan: Mapping[str, JsonVa
     if wanted is None:
         return
     for kind, number in found.items():
-        if kind != wanted:
+        if kind not in (wanted, plan.get("type")):  # "int8" is the name of a type, too
             raise BuildError(
                 f"stage {stage}: {number} {what} compute in {kind}; expected {wanted}, as the bundle says: "
                 "export it again"
@@ -164,7 +188,14 @@ def _float_type(tensor: Any) -> Iterator[str]:
     # 10: "Format/Datatype": "Channel major FP16 format where channel % 8 == 0"; 11: "DataType": "Half".
     found = cast("dict[str, Any]", tensor)
     text = str(found.get("DataType") or found.get("Format/Datatype") or found.get("Type") or "").lower()
-    for kind, words in (("float16", ("fp16", "half")), ("bfloat16", ("bf16",)), ("float32", ("fp32", "float"))):
+    kinds = (
+        ("float16", ("fp16", "half")),
+        ("bfloat16", ("bf16",)),
+        ("float32", ("fp32", "float")),
+        ("int8", ("int8",)),
+    )
+    text = text.replace("uint8", "")
+    for kind, words in kinds:
         if any(word in text for word in words):
             yield kind
             return

@@ -1,0 +1,82 @@
+"""The images that INT8 ranges are learned from: which ones, and what is recorded of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mge_runtime.decode import decode_image
+from mge_runtime.errors import InputError
+from mge_runtime.preprocess import to_frame
+from mge_runtime.sources import find_images
+from mge_runtime.spec import Preprocess
+
+__all__ = ["MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
+
+MIN_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Frames of a folder, and the hash of the files they came from."""
+
+    frames: np.ndarray  # uint8 [N, S, S, 3]
+    sha256: str  # over the names within the folder and the bytes of the images taken, in order
+    source: str  # for people; no path of this machine
+
+
+def read_calibration_images(
+    folder: Path,
+    preprocess: Preprocess,
+    *,
+    limit: int,
+    seed: int,
+    few: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> CalibrationImages:
+    """Read images of a folder, drawn by seed from its sorted list; labels are of no use here.
+
+    Args:
+        folder: searched with its subfolders.
+        preprocess: what the runtime will do to them.
+        limit: the most to take; 0: all.
+        seed: of the draw, where the folder has more than `limit`.
+        few: take fewer than `MIN_IMAGES`, too.
+        say: is told of each image that cannot be decoded; it is left out.
+
+    Raises:
+        InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
+    """
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "nothing"
+        raise InputError(
+            f"{folder} is {found}; expected a folder of images to calibrate on: name one with --calib-data"
+        )
+    images, problems = find_images([str(folder)])
+    if problems:
+        raise problems[0]
+    order = np.random.default_rng(seed).permutation(len(images)).tolist()
+    chosen = sorted(order[: limit or None])
+    frames: list[np.ndarray] = []
+    digest = hashlib.sha256()
+    for index in chosen:
+        source = images[index].source()
+        try:
+            frames.append(to_frame(decode_image(source), preprocess)[0])
+            content = source if isinstance(source, bytes) else source.read_bytes()
+        except (InputError, OSError) as problem:
+            say(f"left out of the calibration: {problem}")
+            continue
+        name = source.relative_to(folder).as_posix() if isinstance(source, Path) else ""
+        digest.update(name.encode(errors="surrogateescape") + b"\0" + hashlib.sha256(content).digest())
+    if not frames or (len(frames) < MIN_IMAGES and not few):
+        raise InputError(
+            f"{folder} gave {len(frames)} images to calibrate on; expected at least {MIN_IMAGES}, since fewer do not "
+            "show how far activations go: name a folder with more" + (", or add --force-few-images" if frames else "")
+        )
+    text = f"{len(frames)} of {len(images)} images in {folder.resolve().name}"
+    return CalibrationImages(np.stack(frames), digest.hexdigest(), text)

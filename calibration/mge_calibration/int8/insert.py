@@ -1,0 +1,150 @@
+"""Write QuantizeLinear and DequantizeLinear around chosen layers of a graph, as TensorRT takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from mge_calibration.int8.ranges import LEVELS
+from mge_calibration.int8.sites import Layer
+from mge_runtime.bundle.cpu_graph import POSITIVE_ZERO, SIGNED_ZERO
+
+__all__ = ["OPSET", "insert_quantization", "quantize_weight"]
+
+# DequantizeLinear puts out FP16 from opset 19 on; TensorRT 10.3 of JetPack 6 knows up to 20.
+OPSET = 19
+
+
+def insert_quantization(
+    model: onnx.ModelProto, layers: Iterable[Layer], ranges: Mapping[str, float]
+) -> onnx.ModelProto:
+    """Quantise layers: each reads its activations through one Q/DQ pair a tensor, its weight through a DQ.
+
+    Everything is symmetric int8 with a zero point of 0, weights by output channel; scales have the type of the weights,
+    so that what stays float stays in that type. Only the chosen layers read the dequantised tensors: whatever else
+    reads the same tensor, as the crop reads the image, still reads the original. Biases stay float.
+
+    Args:
+        model: a stage with its weights; left as it is.
+        layers: of `find_layers`.
+        ranges: tensor name -> magnitude of code 127, for every activation of the layers.
+
+    Returns:
+        Another model, with its weights; the same nodes in the same order, and the new ones before their readers.
+    """
+    chosen = {layer.node: layer for layer in layers}
+    if not chosen:
+        return _copy(model)
+    graph = model.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    # A residual sum has no weight of its own: its scales are of the type of the convolutions around it.
+    weight_name = next(n.input[1] for n in graph.node if n.op_type == "Conv" and n.input[1] in constants)
+    kind = numpy_helper.to_array(constants[weight_name]).dtype
+    added: dict[str, onnx.TensorProto] = {}
+    nodes: list[onnx.NodeProto] = []
+    written: set[str] = set()
+
+    def activation(tensor: str) -> str:
+        scale, coded, result = f"{tensor}_scale", f"{tensor}_quantized", f"{tensor}_dequantized"
+        if result not in written:
+            written.add(result)
+            bound = _positive_bound(tensor, producers, constants)
+            zero = SIGNED_ZERO if bound is None else POSITIVE_ZERO
+            added[zero] = numpy_helper.from_array(np.zeros((), np.int8), zero)
+            added[scale] = numpy_helper.from_array(_scale(ranges[tensor], bound, kind), scale)
+            nodes.append(_pair_node("QuantizeLinear", tensor, scale, zero, coded))
+            nodes.append(_pair_node("DequantizeLinear", coded, scale, zero, result))
+        return result
+
+    def weight(name: str) -> str:
+        scale, zero, coded, result = (f"{name}_{part}" for part in ("scale", "zero_point", "quantized", "dequantized"))
+        if result not in written:
+            written.add(result)
+            codes, scales = quantize_weight(numpy_helper.to_array(constants[name]))
+            added[coded] = numpy_helper.from_array(codes, coded)
+            added[scale] = numpy_helper.from_array(scales, scale)
+            added[zero] = numpy_helper.from_array(np.zeros(len(scales), np.int8), zero)
+            nodes.append(_pair_node("DequantizeLinear", coded, scale, zero, result, axis=0))
+        return result
+
+    for node in graph.node:
+        if (layer := chosen.get(node.name)) is None:
+            nodes.append(node)
+            continue
+        inputs = [activation(name) if name in layer.activations else name for name in node.input]
+        if layer.weight is not None:
+            inputs[1] = weight(layer.weight)
+        changed = onnx.NodeProto()
+        changed.CopyFrom(node)
+        del changed.input[:]
+        changed.input.extend(inputs)
+        nodes.append(changed)
+    read = {name for node in nodes for name in node.input}
+    initializers = [tensor for tensor in graph.initializer if tensor.name in read]
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for field, parts in (("node", nodes), ("initializer", [*initializers, *added.values()])):
+        result.graph.ClearField(field)
+        getattr(result.graph, field).extend(parts)
+    result.graph.ClearField("value_info")
+    for opset in result.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            opset.version = max(opset.version, OPSET)
+    return result
+
+
+def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Code a convolution's weight [O, I, h, w] as int8, each output channel with its own scale.
+
+    Returns:
+        Codes in [-127, 127], and scales [O] in the weight's type.
+    """
+    wide = weight.astype(np.float32)
+    magnitude = np.abs(wide).reshape(len(wide), -1).max(1)
+    # A channel of zeros needs a scale all the same; below its smallest normal number FP16 has few digits.
+    scales = np.maximum(magnitude / LEVELS, np.finfo(weight.dtype).tiny).astype(weight.dtype)
+    codes = np.rint(wide / scales.astype(np.float32).reshape(-1, *[1] * (wide.ndim - 1)))
+    return np.clip(codes, -LEVELS, LEVELS).astype(np.int8), scales
+
+
+def _positive_bound(
+    tensor: str, producers: Mapping[str, onnx.NodeProto], constants: Mapping[str, onnx.TensorProto]
+) -> float | None:
+    """The largest value that a ReLU or a clip from 0 on lets pass; None: the tensor may be negative."""
+    node = producers.get(tensor)
+    if node is not None and node.op_type == "Relu":
+        return float("inf")
+    if node is None or node.op_type != "Clip" or len(node.input) < 2 or node.input[1] not in constants:
+        return None
+    if float(numpy_helper.to_array(constants[node.input[1]])) != 0:
+        return None
+    if len(node.input) < 3 or not node.input[2]:
+        return float("inf")
+    return float(numpy_helper.to_array(constants[node.input[2]])) if node.input[2] in constants else None
+
+
+def _scale(largest: float, bound: float | None, kind: np.dtype) -> np.ndarray:
+    """The step of a code; with a bound, the highest code stays below it, so that the clip can be dropped."""
+    scale = np.asarray(max(largest / LEVELS, float(np.finfo(kind).tiny)), kind)
+    if bound is not None and float(scale) * LEVELS >= bound:
+        scale = np.asarray(np.nextafter(np.asarray(bound / LEVELS, kind), np.asarray(0, kind)), kind)
+    return scale
+
+
+def _pair_node(
+    operator: str, source: str, scale: str, zero: str, result: str, axis: int | None = None
+) -> onnx.NodeProto:
+    node = helper.make_node(operator, [source, scale, zero], [result], name=f"node_{result}")
+    if axis is not None:
+        node.attribute.append(helper.make_attribute("axis", axis))
+    return node
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result

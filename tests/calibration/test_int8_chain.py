@@ -1,0 +1,230 @@
+"""Two small stages: each a trunk of a stem, a residual block and a head; the first makes the image of the second."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from mge_calibration.int8.chain import quantize_chain
+from mge_calibration.int8.insert import insert_quantization, quantize_weight
+from mge_calibration.int8.sessions import open_graph, run_batches
+from mge_calibration.int8.sites import find_layers
+from mge_calibration.int8.stage import Int8Options, quantize_stage
+from mge_runtime.bundle.cpu_graph import cpu_graph
+from mge_runtime.spec import StageSpec, TensorSpec
+
+SIZE, WIDTH, CLASSES = 16, 8, 4
+HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT
+
+
+def is_trunk(name):
+    return name.startswith("trunk.")
+
+
+def make_stage(k, *, last, loud=1.0):
+    """Image [B, 3, S, S] to logits [B, C] and, unless it is the last, a dimmed middle of the image as the next one.
+
+    Args:
+        k: stage number.
+        last: whether it puts out no image.
+        loud: one output channel's weight of the block is so much larger than the others.
+    """
+    random = np.random.default_rng(k)
+    half = lambda *shape: random.normal(0, 0.4, shape).astype(np.float16)  # noqa: E731
+    block = half(WIDTH, WIDTH, 3, 3) * np.float16(0.5)
+    block[0] *= np.float16(loud)
+    constants = {
+        "trunk.stem.weight": half(WIDTH, 3, 3, 3),
+        "trunk.stem.bias": half(WIDTH),
+        "trunk.block.weight": block,
+        "part.weight": half(WIDTH, WIDTH, 1, 1),
+        "head": random.normal(0, 1, (WIDTH, CLASSES)).astype(np.float32),
+        "zero": np.zeros((), np.float16),
+        "six": np.full((), 6, np.float16),
+        "low": np.array([4, 4], np.int64),
+        "high": np.array([12, 12], np.int64),
+        "axes": np.array([2, 3], np.int64),
+        "sizes": np.array([1, 1, 2, 2], np.float32),
+    }
+    same = {"pads": [1, 1, 1, 1]}
+    node = helper.make_node
+    nodes = [
+        node("Cast", [f"image_{k}"], ["half"], name="n_cast", to=HALF),
+        node("Conv", ["half", "trunk.stem.weight", "trunk.stem.bias"], ["stem"], name="n_stem", **same),
+        node("Clip", ["stem", "zero", "six"], ["clipped"], name="n_clip"),
+        node("Conv", ["clipped", "trunk.block.weight"], ["block"], name="n_block", **same),
+        node("Add", ["clipped", "block"], ["sum"], name="n_add"),
+        node("Relu", ["sum"], ["features"], name="n_relu"),
+        node("Conv", ["features", "part.weight"], ["parts"], name="n_part"),
+        node("Cast", ["parts"], ["wide"], name="n_wide", to=FULL),
+        node("ReduceMean", ["wide", "axes"], ["pooled"], name="n_pool", keepdims=0),
+        node("MatMul", ["pooled", "head"], [f"logits_{k}"], name="n_head"),
+    ]
+    outputs = [helper.make_tensor_value_info(f"logits_{k}", FULL, ["batch", CLASSES])]
+    specs = [TensorSpec(f"logits_{k}", "float32", ("batch", CLASSES))]
+    if not last:
+        nodes += [
+            node("ReduceMax", ["wide", "axes"], ["peak"], name="n_peak"),
+            node("Reshape", ["peak", "shape"], ["flat"], name="n_flat"),
+            node("ReduceMax", ["flat", "one"], ["top"], name="n_top"),
+            node("Slice", [f"image_{k}", "low", "high", "axes"], ["middle"], name="n_slice"),
+            node("Resize", ["middle", "", "sizes"], ["large"], name="n_resize", mode="linear"),
+            node("Mul", ["large", "top"], [f"image_{k + 1}"], name="n_mul"),  # so it depends on the trunk, as a crop
+        ]
+        constants |= {"shape": np.array([0, WIDTH, 1, 1], np.int64), "one": np.array([1], np.int64)}
+        outputs.append(helper.make_tensor_value_info(f"image_{k + 1}", FULL, ["batch", 3, SIZE, SIZE]))
+        specs.append(TensorSpec(f"image_{k + 1}", "float32", ("batch", 3, SIZE, SIZE)))
+    image = helper.make_tensor_value_info(f"image_{k}", FULL, ["batch", 3, SIZE, SIZE])
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, f"stage_{k}", [image], outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model, full_check=True)
+    return StageSpec(
+        f"expert_{k}", (TensorSpec(f"image_{k}", "float32", ("batch", 3, SIZE, SIZE)),), tuple(specs)
+    ), model
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(9).normal(0, 1, (40, 3, SIZE, SIZE)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return make_stage(1, last=False)
+
+
+def quantise(model, images, **options):
+    return quantize_stage(
+        model, is_trunk, {"image_1": images}, lambda out: out["logits_1"].argmax(1), Int8Options(**options)
+    )
+
+
+def test_layers_are_the_trunks_convolutions_and_its_residual_sum(stage):
+    layers = find_layers(stage[1], is_trunk)
+    assert [layer.node for layer in layers] == ["n_stem", "n_block", "n_add"]
+    assert layers[2].activations == ("clipped", "block")
+
+
+@pytest.fixture(scope="module")
+def quantised(stage, images):
+    return quantise(stage[1], images, max_drop=0.2)
+
+
+def test_everything_is_symmetric_int8_with_scales_in_half(quantised):
+    model = quantised.model
+    onnx.checker.check_model(model, full_check=True)
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(pairs) == 2 * 3 + 2  # of half, clipped (read by two layers) and block; and two weights
+    for node in pairs:
+        assert values[node.input[2]].dtype == np.int8
+        assert not values[node.input[2]].any()
+        assert values[node.input[1]].dtype == np.float16
+    assert values["trunk.block.weight_scale"].shape == (WIDTH,)
+    assert values["trunk.stem.bias"].dtype == np.float16  # biases are not quantised
+    assert "trunk.block.weight" not in values  # its codes alone are kept
+
+
+def test_what_is_not_of_the_trunk_reads_what_it_read(stage, quantised):
+    chosen = {layer.node for layer in quantised.layers}
+    for node in quantised.model.graph.node:
+        before = next((other for other in stage[1].graph.node if other.name == node.name), None)
+        if before is not None and node.name not in chosen:
+            assert list(node.input) == list(before.input)
+
+
+def test_the_quantised_stage_answers_nearly_as_before(stage, images, quantised):
+    found, wanted = (run_batches(model, [{"image_1": images}]) for model in (quantised.model, stage[1]))
+    difference = np.abs(found["logits_1"] - wanted["logits_1"]).max() / np.abs(wanted["logits_1"]).max()
+    assert 1e-4 < difference < 0.05
+    assert np.array_equal(found["logits_1"], np.concatenate([quantised.outputs["logits_1"]]))
+
+
+def test_a_weight_is_coded_by_channel():
+    weight = np.array([[1.0, -0.5], [0.001, 0.0005], [0, 0]], np.float32).reshape(3, 2, 1, 1)
+    codes, scales = quantize_weight(weight)
+    assert codes.reshape(3, 2).tolist() == [[127, -64], [127, 64], [0, 0]]
+    assert scales.shape == (3,)
+    assert (scales > 0).all()
+
+
+def test_the_worst_layer_stays_float_and_is_named(images):
+    # One channel of the block dwarfs the others, which lose their digits where its sum is quantised.
+    _, model = make_stage(1, last=False, loud=300)
+
+    def fine_classes(outputs):
+        """Steps of a hundredth of the largest logit: they change where an answer's class would not."""
+        return np.rint(outputs["logits_1"][:, 0] * 100 / np.abs(outputs["logits_1"]).max())
+
+    found = quantize_stage(model, is_trunk, {"image_1": images}, fine_classes, Int8Options("max", max_drop=0.1))
+    assert found.all_layers.same_class < 0.9
+    assert found.agreement.same_class >= 0.9
+    assert [layer.name for layer in found.left] == list(found.sensitivity)[: len(found.left)]
+    assert found.left[0].name == max(found.sensitivity, key=found.sensitivity.get)
+    assert found.to_dict()["left_float"] == [layer.name for layer in found.left]
+    assert {layer.node for layer in (*found.left, *found.layers)} == {"n_stem", "n_block", "n_add"}
+    assert len(found.layers) > 0
+
+
+def test_twice_the_same_images_give_the_same_bytes(stage, images, quantised):
+    again = quantise(stage[1], images, max_drop=0.2)
+    assert again.model.SerializeToString(deterministic=True) == quantised.model.SerializeToString(deterministic=True)
+    other = quantise(stage[1], images * 1.5, max_drop=0.2)
+    assert other.model.SerializeToString(deterministic=True) != quantised.model.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("float_crops", [False, True], ids=["chained", "float-crops"])
+def test_the_second_stage_is_calibrated_on_what_the_first_one_really_makes(images, float_crops):
+    (first, model_1), (second, model_2) = make_stage(1, last=False), make_stage(2, last=True)
+    models = {"expert_1": model_1, "expert_2": model_2}
+    options = Int8Options(method="max", max_drop=0.5, float_crops=float_crops)
+    done = quantize_chain([first, second], models, is_trunk, images, options)
+    crops = {
+        name: open_graph(model)({"image_1": images})["image_2"]
+        for name, model in {"quantised": done["expert_1"].model, "float": model_1}.items()
+    }
+    assert not np.array_equal(crops["quantised"], crops["float"])
+    scale = next(t for t in done["expert_2"].model.graph.initializer if t.name == "half_scale")
+    # The range is that of the crop in half; a scale has eleven bits.
+    largest = np.abs(crops["float" if float_crops else "quantised"]).max()
+    assert float(numpy_helper.to_array(scale)) == np.float16(largest / 127)
+    assert np.float16(np.abs(crops["float"]).max() / 127) != np.float16(np.abs(crops["quantised"]).max() / 127)
+
+
+@pytest.mark.parametrize(("name", "value"), [("method", "random"), ("max_drop", 1.5)])
+def test_options_that_are_none_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        Int8Options(**{name: value})
+
+
+def test_on_a_cpu_the_trunk_is_integer_and_answers_alike(stage, images, quantised, tmp_path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    fast = cpu_graph(quantised.model.SerializeToString(), fast=True)
+    session = onnxruntime.InferenceSession(fast, options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    assert operators.count("QLinearConv") == 2
+    assert "Clip" not in operators  # its work is done by the codes' own end
+    (found, *_) = session.run(["logits_1"], {"image_1": images})
+    wanted = run_batches(stage[1], [{"image_1": images}])["logits_1"]
+    assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
+
+
+def test_a_graph_without_half_or_int8_stays_as_it_is():
+    _, model = make_stage(1, last=True)
+    wide = cpu_graph(model.SerializeToString(), fast=False)
+    assert cpu_graph(wide, fast=True) == wide
+    kinds = {tensor.data_type for tensor in onnx.load_from_string(wide).graph.initializer}
+    assert HALF not in kinds
+    assert FULL in kinds
+
+
+def test_only_layers_that_are_asked_for_are_quantised(stage):
+    layers = find_layers(stage[1], is_trunk)
+    assert insert_quantization(stage[1], [], {}).SerializeToString() == stage[1].SerializeToString()
+    alone = insert_quantization(stage[1], [layers[2]], {"clipped": 6, "block": 3})
+    assert sum(node.op_type == "DequantizeLinear" for node in alone.graph.node) == 2
