@@ -64,9 +64,11 @@ class Pipeline:
         streams: Streams = 1,
         graphs: bool = True,
         exit: Exit = "never",
+        calibration: bool = True,
     ) -> None:
         self.manifest: Manifest = bundle.manifest
-        self.calibrated: Calibrated = _calibrated(bundle)  # temperatures and exits
+        # Temperatures and exits.
+        self.calibrated: Calibrated = _calibrated(bundle) if calibration else Calibrated.none(bundle.manifest)
         self.exit: Exit = exit  # of predictions that name none
         self._stops(exit)
         self.choice: Choice = choice  # the backend and device that run, and why not others
@@ -88,6 +90,7 @@ class Pipeline:
         streams: Streams = 1,
         graphs: bool = True,
         exit: Exit = "never",
+        calibration: bool = True,
     ) -> Pipeline:
         """Open a bundle and make its chain ready to run.
 
@@ -102,9 +105,11 @@ class Pipeline:
             exit: where predictions stop that do not say it themselves: "never" for the whole chain, "calibrated" to
                 stop each picture as soon as its answer is as sure as the calibration asks for, or the number of the
                 segment to stop after, from 1.
+            calibration: whether to use the bundle's calibration; without, it is not even read, so that one which is
+                damaged can be made anew.
 
         Raises:
-            BundleError: the file is missing, no bundle, damaged or of a newer schema.
+            BundleError: the file is missing, no bundle, damaged or of a newer schema, or its calibration is damaged.
             BackendError: the device or the backend is unknown or cannot run here, or there is no such exit.
         """
         if threads is not None and threads < 1:
@@ -113,7 +118,9 @@ class Pipeline:
             raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
         with Bundle.open(path) as bundle:
             choice = choose(device, backend, bundle=bundle)
-            return cls(bundle, choice, threads=threads, streams=streams, graphs=graphs, exit=exit)
+            return cls(
+                bundle, choice, threads=threads, streams=streams, graphs=graphs, exit=exit, calibration=calibration
+            )
 
     def __enter__(self) -> Pipeline:
         return self

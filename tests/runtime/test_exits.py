@@ -12,7 +12,7 @@ from mge_runtime.backends.base import Span, split
 from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.backends.ort_segment import open_segments
-from mge_runtime.bundle import Bundle, add_calibration
+from mge_runtime.bundle import Bundle, add_calibration, write_bundle
 from mge_runtime.calibrated import ExitPoint, confidence
 from mge_runtime.chain import Chain
 from mge_runtime.device import DeviceExecutor
@@ -21,6 +21,7 @@ from mge_runtime.device.rows import Rows
 from mge_runtime.device.space import Space
 from mge_runtime.errors import BackendError, BundleError
 from mge_runtime.prediction import softmax
+from mge_runtime.spec import SegmentSpec
 
 TEMPERATURES = {"answer_1": 2.0, "answer_2": 1.5, "logits": 0.8}
 EVERY = {
@@ -260,6 +261,30 @@ def test_units_of_stages_work_as_units_of_segments(bundle, cpu, some):
     chain.close()
 
 
+def test_an_answer_that_no_stage_reads_decides_too(tiny, tmp_path, cpu):
+    """All experts in one segment, the gate in the next: the exit saves the gate's trunk alone."""
+    graphs = tiny.make_stages()
+    stages = ("ingest", "expert_1", "expert_2", "expert_3"), ("gate", "mixture")
+    segments = tuple(SegmentSpec(*pair) for pair in zip(stages, ("answer_3", "logits"), strict=True))
+    manifest = replace(tiny.make_manifest(graphs), segments=segments)
+    write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
+    full = cpu.run(frames(8), outputs=EVERY).tensors
+    sure = confidence(full["answer_3"], 3.0)
+    point = ExitPoint(1, "answer_3", 3.0, float(np.sort(sure)[4:6].mean()))
+    with Bundle.open(tmp_path / "mge.plan") as other:
+        on_device = open_ort_chain(onnxruntime, other, HostDevice())
+        on_host = Chain(other, OnnxRuntimeBackend(threads=1))
+        for run in (on_device.run, on_host._executor.run):
+            result = run(frames(8), 2, {"answer_3", "logits"}, (point,))
+            assert result.segments_run.tolist() == [1 if row >= point.threshold else 2 for row in sure]
+            goes_on = sure < point.threshold
+            np.testing.assert_allclose(result.tensors["logits"], full["logits"][goes_on], rtol=1e-4, atol=1e-5)
+            # Nobody asked for the answer itself here; it is looked at all the same.
+            assert set(run(frames(8), 2, {"logits"}, (point,)).tensors) == {"logits"}
+        on_device.close()
+        on_host.close()
+
+
 def test_rows_that_leave_change_places_with_those_that_stay(bundle):
     device = HostDevice()
     space, stream = Space(device, bundle.manifest, 6), device.create_stream()
@@ -439,7 +464,9 @@ def test_calibrated_exits_that_are_not_there_are_one_line(copy, photos):
                     ask()
 
 
-def test_a_calibration_that_cannot_be_read_names_the_file(copy):
+def test_a_calibration_that_cannot_be_read_names_the_file_and_can_be_passed_over(copy, photos):
     calibrate(copy, None, {"answer_1": 1.0, "answer_2": -1.0, "logits": 1.0})
     with pytest.raises(BundleError, match=r"mge\.plan: calibration\.json: temperatures\.answer_2 is -1\.0; expected"):
         Pipeline.open(copy, device="cpu")
+    with Pipeline.open(copy, device="cpu", threads=1, calibration=False) as pipeline:
+        assert not pipeline.predict(photos[0]).calibrated

@@ -100,14 +100,8 @@ class StagedExecutor(Executor):
         for span in split(segments, exits):
             for number, segment in enumerate(manifest.segments[span.first : span.last], span.first):
                 for name in segment.stages:
-                    start = time.perf_counter()
-                    made = self._runners[name].run(buffers)
-                    backend.synchronize()
-                    times_ms[name] = (time.perf_counter() - start) * 1e3
+                    times_ms[name] = self._run_stage(name, buffers, tensors, outputs)
                     step_segments[name] = number
-                    # Rows leave the buffers of later stages; what was asked for keeps the rows that it was made with.
-                    tensors.update({n: backend.download(buffer) for n, buffer in made.items() if n in outputs})
-                    buffers.update(made)
                     for n in [n for n in buffers if n not in asked and last_use.get(n, -1) < len(times_ms)]:
                         del buffers[n]
             if span.point is None:
@@ -121,6 +115,19 @@ class StagedExecutor(Executor):
                 for n in buffers:
                     buffers[n] = backend.select(buffers[n], np.flatnonzero(~stops))
         return ExecutorResult(tensors, times_ms, segments_run, step_segments)
+
+    def _run_stage(
+        self, name: str, buffers: dict[str, Buffer], tensors: dict[str, Array], outputs: Collection[str]
+    ) -> float:
+        """Add what a stage puts out to the buffers, and of it what is wanted to the tensors; the milliseconds."""
+        start = time.perf_counter()
+        made = self._runners[name].run(buffers)
+        self._backend.synchronize()
+        took = (time.perf_counter() - start) * 1e3
+        buffers.update(made)
+        # Rows leave the buffers of later stages; what is wanted keeps the rows that it was made with.
+        tensors.update({n: self._backend.download(buffer) for n, buffer in made.items() if n in outputs})
+        return took
 
     def close(self) -> None:
         """Release every stage."""
