@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,12 +90,14 @@ def learn(
     with Bundle.open(request.bundle) as bundle:
         manifest, manifest_sha256, cost = bundle.manifest, bundle.manifest_sha256, chain_cost(bundle)
     fitting, testing, folders = _choose(request, manifest, say)
-    with Pipeline.open(request.bundle, request.device, request.backend, request.threads, "auto") as pipeline:
+    # What is there already is about to be replaced; it may be damaged.
+    opened = functools.partial(Pipeline.open, request.bundle, request.device, request.backend, request.threads)
+    with opened("auto", calibration=False) as pipeline:
         step = progress(len(fitting) + len(testing))
         fitted = collect(pipeline, fitting, problem=problem, step=step)
         tested = collect(pipeline, testing, problem=problem, step=step) if testing else None
     _require_enough(len(fitted), folders[0], "could be read in")
-    with Pipeline.open(request.bundle, request.device, request.backend, request.threads) as pipeline:
+    with opened(calibration=False) as pipeline:
         runs_on = f"{pipeline.choice.backend} on {pipeline.choice.device}"
         times_ms = measure_times(pipeline, [load_frame(pipeline, image) for image in fitted.images[:_TIMED_FRAMES]])
     temperatures = learn_temperatures(fitted, tested or fitted, seed=request.seed)
