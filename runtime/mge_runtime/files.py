@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from mge_runtime.errors import OutputError
 
-__all__ = ["atomic_path"]
+__all__ = ["atomic_path", "lock"]
 
 
 @contextmanager
@@ -51,6 +52,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def lock(descriptor: int) -> None:
+    """Hold an open file for this process until the descriptor is closed; wait for whoever holds it.
+
+    Windows has no lock that lets others read meanwhile; there nothing is held.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _flush(path: Path) -> None:

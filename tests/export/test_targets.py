@@ -1,13 +1,20 @@
 """`mge-export --target`: engines in the bundle before it is published."""
 
 import hashlib
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from mge.checkpoint import save_checkpoint
 from mge_export.cli import main
+from mge_export.targets import EnginePlan
 from mge_runtime.bundle import Bundle
+from mge_runtime.errors import BackendError
+from mge_runtime.interrupt import Interrupt
+from mge_runtime.machine import Machine
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.trt.builder import build_engine
@@ -104,3 +111,54 @@ def test_where_an_engine_fails_the_bundle_before_stays(checkpoint, monkeypatch):
     assert f"error: tensorrt-rtx {vendor.version} cannot build stage ingest" in result.stderr
     assert hashlib.sha256(old.read_bytes()).digest() == hashlib.sha256(b"the bundle before").digest()
     assert {path.name for path in checkpoint.parent.iterdir()} == {"best.pt", "mge.plan"}
+
+
+MACHINES = Path(__file__).parents[1] / "runtime" / "machines"
+
+
+def described(name):
+    """The description of another machine, with the version of TensorRT-RTX that is installed here."""
+    machine = Machine.from_json((MACHINES / f"{name}.json").read_bytes(), name)
+    version = load_vendor("tensorrt-rtx").version
+    return replace(machine, libraries={**machine.libraries, "tensorrt-rtx": version})
+
+
+def test_native_on_turing_means_half_heads_and_fp32_is_refused_only_where_it_was_asked_for():
+    turing = described("t4-tensorrt-rtx-1.7")
+    asked, default = (EnginePlan.parse(targets, "1", turing) for targets in (["native"], []))
+    assert (asked.native, asked.turing, default.turing) == ("tensorrt-rtx", True, True)
+    asked.check(fp16=True)
+    default.check(fp16=False)
+    with pytest.raises(BackendError, match=r"the target sm75 \(Turing\) was asked for in FP32"):
+        asked.check(fp16=False)
+    assert not EnginePlan.parse([], "1", described("rtx-3060-linux-tensorrt-rtx-1.7")).turing
+    # Full TensorRT has products in FP32 for Turing.
+    full = Machine.from_json((MACHINES / "t4-tensorrt-10.13.json").read_bytes(), "t4")
+    assert (EnginePlan.parse([], "1", full).native, EnginePlan.parse([], "1", full).turing) == ("tensorrt", False)
+
+
+@pytest.fixture
+def bundle_path(tmp_path):
+    """A hand-made bundle: what is built does not matter here."""
+    location = Path(__file__).parents[1] / "runtime" / "tiny_chain.py"
+    spec = importlib.util.spec_from_file_location("mge_tests_tiny_chain_of_targets", location)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.write_tiny_bundle(tmp_path / "mge.plan")
+    return tmp_path / "mge.plan"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_engines_that_nobody_asked_for_do_not_keep_a_bundle_from_being_published(bundle_path, asked):
+    """On a machine that names a GPU which is not there, the build ends at the device."""
+    if describe_machine().gpus:
+        pytest.skip("there is a GPU here")
+    said = []
+    plan = EnginePlan.parse(["native"] if asked else [], "1", described("rtx-3060-linux-tensorrt-rtx-1.7"))
+    plan.check(fp16=True)
+    if asked:
+        with pytest.raises(BackendError, match="cuda:0 cannot be opened"):
+            plan.build(bundle_path, Interrupt(""), said.append)
+    else:
+        plan.build(bundle_path, Interrupt(""), said.append)
+        assert said[-1].startswith("no engines, ONNX alone: cuda:0 cannot be opened: ")

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
-from mge_runtime.bundle import Bundle
+from mge_runtime.bundle import Bundle, add_engine, write_bundle
 from mge_runtime.cli.build import main
 from mge_runtime.trt.engines import BundleEngines
 from mge_runtime.trt.target import Target
@@ -48,6 +49,7 @@ def test_engines_go_into_the_bundle_beside_those_of_other_targets(path):
         assert engines.plan("expert_1")[4:8] != b""
         assert {facts["attested"] for facts in engines.details.precision.values()} == {"network"}
     assert second.output.count(": in ") == 2
+    assert second.stderr.count("replaces the engines for tensorrt-rtx-") == 1
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,8 @@ def test_engines_go_into_the_bundle_beside_those_of_other_targets(path):
         (["--target", "rtx:", "--into-bundle"], "the target is 'rtx:'; expected native, or rtx:sm86,sm89,sm120"),
         (["--target", "cuda", "--into-bundle"], "the target is 'cuda'; expected native"),
         (["--batch", "8,1"], "the batch range is 8,8,1; expected MIN <= OPT <= MAX"),
+        (["--target", "rtx:sm86", "--into-bundle", "--backend", "tensorrt"], "ahead of time by tensorrt-rtx alone"),
+        (["--target", "rtx:sm86", "--into-bundle", "--workspace", "9999999999"], "the workspace is 9999999999000000 b"),
         (["--device", "gpu"], "the device is 'gpu'; engines are built for a GPU: expected cuda:0"),
     ],
 )
@@ -156,3 +160,52 @@ def test_a_killed_build_leaves_the_bundle(path, tmp_path):
     with Bundle.open(path) as bundle:
         bundle.verify()
         assert bundle.targets == ()
+
+
+def test_what_cannot_be_kept_is_found_out_before_anything_is_built(path, monkeypatch):
+    def built(*_, **__):
+        pytest.fail("a stage was built")
+
+    monkeypatch.setattr("mge_runtime.trt.build.build_engine", built)
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.NamedTemporaryFile", full)
+        result = run(path, "--target", "rtx:sm86", "--into-bundle")
+        assert result.exit_code == 1
+        assert f"cannot write {path}: No space left on device; expected a writable folder" in result.stderr
+    # Another target's engines that are damaged would be copied.
+    add_engine(path, "tensorrt-10.3-sm87-linux-aarch64", {"gate": b"engine"}, {}, manifest_sha256=manifest_of(path))
+    data = bytearray(path.read_bytes())
+    with Bundle.open(path) as bundle:
+        data[bundle.region("engines/tensorrt-10.3-sm87-linux-aarch64/gate.plan").offset] ^= 1
+    path.write_bytes(data)
+    result = run(path, "--target", "rtx:sm86", "--into-bundle")
+    assert result.exit_code == 1
+    assert "copy it again, or build these engines again with mge-build" in result.stderr
+
+
+def test_turing_is_refused_before_the_other_targets_are_built(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("mge_runtime.trt.build.build_engine", lambda *_, **__: pytest.fail("a stage was built"))
+    graphs = tiny.make_stages()
+    manifest = tiny.make_manifest(graphs)
+    plan = {"type": "fp16", "operators": {"MatMul": {"float32": 1}}}
+    manifest = replace(manifest, precision={**manifest.precision, "expert_2": plan})
+    write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
+    result = run(tmp_path / "mge.plan", "--target", "rtx:sm86", "--target", "rtx:sm75", "--into-bundle")
+    assert result.exit_code == 1
+    assert "stage expert_2 cannot run on sm75: its MatMul are in FP32" in result.stderr
+
+
+def test_a_full_temporary_folder_is_one_line(path, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    result = run(path, "--target", "rtx:sm86", "--into-bundle")
+    assert result.exit_code == 1
+    assert "No space left on device; expected a temporary folder with room for them: set TMPDIR" in result.stderr
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def manifest_of(path):
+    with Bundle.open(path) as bundle:
+        return bundle.manifest_sha256

@@ -1,13 +1,19 @@
 import json
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from mge_runtime.bundle import EngineDescription
 from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.machine import Gpu
 from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.cache import cache_folder, cached_engines, store_engines, timing_cache_path
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import Target
+from mge_runtime.trt.timing import TimingCache
 
 MANIFEST = "a" * 64
 ORIN = Gpu("Orin", "sm87", 32 << 30, 16, integrated=True)
@@ -46,6 +52,7 @@ def test_every_device_has_its_own_and_a_new_one_replaces_the_old(tmp_path, cache
     store(tmp_path, b"nano", NANO)
     assert {bytes(found.plan("gate")) for found in cached_engines(MANIFEST)} == {b"two", b"nano"}
     assert len([path for path in cache.rglob("*") if path.is_dir()]) == 4  # engines, the manifest, two devices
+    assert bytes(cached_engines(MANIFEST)[0].plan("gate")) == b"nano"  # the newest first
     assert timing_cache_path(TARGET, ORIN) != timing_cache_path(TARGET, NANO)
 
 
@@ -104,3 +111,70 @@ def test_target_names_are_read_as_they_are_written(name):
 def test_what_names_no_target_is_refused(name):
     with pytest.raises(BundleError, match=f"the bundle has engines for '{name}', which is no target"):
         Target.parse(name)
+
+
+def test_many_that_store_at_once_all_succeed_and_engines_are_found_all_the_while(tmp_path):
+    store(tmp_path, b"first")
+    (tmp_path / "plan").write_bytes(b"again")
+    missing = []
+
+    def look():
+        while not done.is_set():
+            if not cached_engines(MANIFEST):
+                missing.append(1)
+
+    done = threading.Event()
+    with ThreadPoolExecutor(5) as pool:
+        looking = pool.submit(look)
+        plans = {"gate": tmp_path / "plan"}
+        try:
+            stored = [pool.submit(store_engines, MANIFEST, TARGET, ORIN, plans, details()) for _ in range(40)]
+            for one in stored:
+                one.result()
+        finally:
+            done.set()
+        looking.result()
+    assert not missing
+    assert bytes(cached_engines(MANIFEST)[0].plan("gate")) == b"again"
+
+
+def test_a_user_without_a_home_has_a_cache_too(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MGE_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert cache_folder().parent == Path(tempfile.gettempdir())
+    assert cached_engines(MANIFEST) == []
+
+
+def test_a_timing_cache_is_read_and_added_to(tmp_path):
+    said = []
+    path = tmp_path / "deep" / "orin.cache"
+    first = TimingCache(path, named=False, say=said.append)
+    first.store(b"measured")
+    first.store(b"")  # TensorRT gave nothing back
+    assert TimingCache(path, named=True, say=said.append).content == b"measured"
+    assert said == []
+
+
+def test_a_timing_cache_that_cannot_be_used_stops_only_whoever_named_it(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    path, said = tmp_path / "file" / "orin.cache", []
+    default = TimingCache(path, named=False, say=said.append)
+    default.store(b"measured")
+    assert len(said) == 1
+    assert said[0].startswith("no timing cache, the next build measures anew: ")
+    with pytest.raises(OutputError, match=r"cannot use the timing cache .*orin.cache: .*; name another file"):
+        TimingCache(path, named=True, say=said.append)
+
+
+@pytest.mark.parametrize("batch", [[1, 1, 5000], [0, 1, 2], [2, 1, 8], [1, 8], "8"])
+def test_a_batch_range_of_another_version_is_told_with_its_target(batch):
+    facts = details().to_dict() | {"batch": batch}
+    description = EngineDescription(MANIFEST, TARGET.name, {}, facts)
+    with pytest.raises(
+        BundleError, match=r"engines/tensorrt-10.3-sm87-linux-aarch64/engine.json: details.batch.* build them"
+    ):
+        EngineDetails.from_description(description)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from mge_runtime.bundle.onnx_graph import relocate
 from mge_runtime.bundle.reader import Bundle
 from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.fields import JsonValue
-from mge_runtime.files import atomic_path
+from mge_runtime.files import atomic_path, lock
 from mge_runtime.manifest import Entry, Manifest
 
 __all__ = ["StageModel", "add_calibration", "add_engine", "write_bundle"]
@@ -152,7 +151,7 @@ def _locked(path: str | os.PathLike[str]) -> Generator[Bundle]:
     while True:
         with Bundle.open(path) as bundle, bundle.path.open("rb") as handle:
             try:
-                _lock(handle.fileno())
+                lock(handle.fileno())
             except OSError as error:
                 reason = error.strerror or error
                 raise OutputError(f"cannot lock {bundle.path}: {reason}; expected a file on a local disk") from error
@@ -161,13 +160,6 @@ def _locked(path: str | os.PathLike[str]) -> Generator[Bundle]:
                 continue
             yield bundle
             return
-
-
-def _lock(descriptor: int) -> None:
-    if sys.platform != "win32":  # whose locks keep readers out, too; there nothing guards against a second writer
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def _copy(bundle: Bundle, archive: ArchiveWriter, names: Iterable[str]) -> None:

@@ -15,17 +15,21 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mge_runtime.bundle import EngineDescription
 from mge_runtime.errors import BundleError, OutputError
+from mge_runtime.files import lock
 from mge_runtime.machine import Gpu
 from mge_runtime.manifest import Entry
 from mge_runtime.trt.engines import DESCRIPTION, CachedEngines, EngineDetails
 from mge_runtime.trt.target import Target
 
 __all__ = ["cache_folder", "cached_engines", "store_engines", "timing_cache_path"]
+
+
+_ATTEMPTS = 100  # to read while others replace what is read; each of them is a build
 
 
 def cache_folder() -> Path:
@@ -47,10 +51,16 @@ def timing_cache_path(target: Target, gpu: Gpu) -> Path:
 
 def cached_engines(manifest_sha256: str) -> list[CachedEngines]:
     """The engines that were built for a bundle and can be read, the newest first; what is damaged is passed over."""
+    folder = _manifest_folder(manifest_sha256)
     found: list[CachedEngines] = []
-    for place in _folders(_manifest_folder(manifest_sha256)):
-        with suppress(BundleError):
-            found.append(CachedEngines(place, place.name.rsplit("-", 2)[0], manifest_sha256))
+    for _ in range(_ATTEMPTS):
+        places = _folders(folder)
+        found = []
+        for place in places:
+            with suppress(BundleError):
+                found.append(CachedEngines(place, place.name.rsplit("-", 2)[0], manifest_sha256))
+        if places == _folders(folder):  # else somebody replaced what was read
+            break
     return found
 
 
@@ -73,38 +83,45 @@ def store_engines(
     place = _manifest_folder(manifest_sha256) / f"{prefix}{secrets.token_hex(4)}"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        older = [path for path in _folders(place.parent) if path.name.startswith(prefix)]
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as name:
-            fresh = Path(name) / "engines"
-            fresh.mkdir()
-            entries: dict[str, Entry] = {}
-            for stage, path in plans.items():
-                shutil.copyfile(path, fresh / f"{stage}.plan")
-                with path.open("rb") as stream:
-                    digest = hashlib.sha256()
-                    while chunk := stream.read(1 << 20):
-                        digest.update(chunk)
-                entries[stage] = Entry(digest.hexdigest(), path.stat().st_size)
-            description = EngineDescription(manifest_sha256, target.name, entries, details.to_dict())
-            (fresh / DESCRIPTION).write_bytes(description.to_json())
-            fresh.rename(place)
+        with (place.parent / ".lock").open("wb") as held:
+            lock(held.fileno())  # of two that store at once, the second waits, and replaces the first
+            older = [path for path in _folders(place.parent) if path.name.startswith(prefix)]
+            _write(place, plans, EngineDescription(manifest_sha256, target.name, {}, details.to_dict()))
+            stored = CachedEngines(place, target.name, manifest_sha256)
+            for path in older:
+                shutil.rmtree(path, ignore_errors=True)
+            return stored
     except OSError as error:
         raise OutputError(
             f"cannot keep the engines in {place}: {error.strerror or error}; expected a writable folder with room, "
             "set MGE_CACHE_DIR to one, or build with --into-bundle"
         ) from error
-    stored = CachedEngines(place, target.name, manifest_sha256)
-    for path in older:
-        shutil.rmtree(path, ignore_errors=True)
-    return stored
+
+
+def _write(place: Path, plans: Mapping[str, Path], description: EngineDescription) -> None:
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as name:
+        fresh = Path(name) / "engines"
+        fresh.mkdir()
+        entries: dict[str, Entry] = {}
+        for stage, path in plans.items():
+            shutil.copyfile(path, fresh / f"{stage}.plan")
+            digest = hashlib.sha256()
+            with path.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+            entries[stage] = Entry(digest.hexdigest(), path.stat().st_size)
+        (fresh / DESCRIPTION).write_bytes(replace(description, plans=entries).to_json())
+        fresh.rename(place)
 
 
 def _folders(parent: Path) -> list[Path]:
     """The folders of engines below one, the newest first; none where it cannot be read."""
-    try:
-        found = [(path.stat().st_mtime_ns, path) for path in parent.iterdir() if not path.name.startswith(".")]
-    except OSError:
-        return []
+    found: list[tuple[int, Path]] = []
+    with suppress(OSError):
+        for path in parent.iterdir():
+            if not path.name.startswith("."):
+                with suppress(FileNotFoundError):  # it went meanwhile
+                    found.append((path.stat().st_mtime_ns, path))
     return [path for _, path in sorted(found, reverse=True)]
 
 
