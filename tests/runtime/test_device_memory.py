@@ -51,6 +51,25 @@ def test_a_part_beyond_the_end_is_refused(offset, size):
         OwnedMemory(0, 100, lambda: None).borrow(offset, size)
 
 
+def test_a_copy_on_the_device_moves_its_bytes_alone_and_is_counted(device):
+    sent = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
+    memory, buffer, stream = device.allocate(2000), device.allocate_host(1000), device.create_stream()
+    buffer.array[:] = sent
+    device.upload(memory, buffer, 1000, stream)
+    device.upload(memory.borrow(1000), buffer, 1000, stream)
+    device.copy_device(memory.borrow(1100, 50), memory.borrow(300, 60), 50, stream)
+    device.download(buffer, 0, memory.borrow(1000), 1000, stream)
+    stream.synchronize()
+    sent[100:150] = sent[300:350]
+    np.testing.assert_array_equal(buffer.array, sent)
+    assert (device.counters.on_device, device.counters.on_device_bytes) == (1, 50)
+    for target, source in ((memory.borrow(0, 49), memory), (memory, memory.borrow(0, 49))):
+        with pytest.raises(BackendError, match=r"asked to copy 50 bytes between pieces of .*49"):
+            device.copy_device(target, source, 50, stream)
+    for owned in (memory, buffer, stream):
+        owned.close()
+
+
 def test_what_goes_up_comes_down_and_is_counted(device):
     sent = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
     memory, out, back, stream = (
