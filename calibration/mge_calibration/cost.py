@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mge_runtime.bundle import Bundle
-from mge_runtime.bundle.layout import stage_graph
-from mge_runtime.bundle.onnx_graph import node_operators
+from mge_runtime.bundle.layout import stage_graph, stage_weights
 from mge_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ class Cost:
 def chain_cost(bundle: Bundle) -> Cost:
     """Multiply-accumulates of convolutions and matrix products for one image, summed up to each segment.
 
-    Without the package `onnx`, or where a shape cannot be inferred, a stage with convolutions counts as one trunk.
+    Without the package `onnx`, or where a shape cannot be inferred, a stage with at least a tenth of the largest one's
+    weights counts as one trunk.
 
     Raises:
         BundleError: a stage's graph is damaged.
@@ -46,10 +46,9 @@ def chain_cost(bundle: Bundle) -> Cost:
     known = {name: count / _GIGA for name, count in macs.items() if count is not None}
     if len(known) == len(graphs):
         return Cost("GMACs", _summed(manifest, known))
-    trunks = {name: float("Conv" in node_operators(graph).values()) for name, graph in graphs.items()}
-    if not sum(trunks.values()):
-        trunks = dict.fromkeys(graphs, 1.0)
-    return Cost("trunks", _summed(manifest, trunks))
+    sizes = {name: bundle.sizes.get(stage_weights(name), 0) for name in graphs}
+    largest = max(sizes.values())
+    return Cost("trunks", _summed(manifest, {name: float(size >= largest / 10) for name, size in sizes.items()}))
 
 
 def measure_times(

@@ -1,0 +1,43 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mge_runtime.pipeline import Pipeline
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The module `tiny_chain` of the runtime's tests."""
+    path = Path(__file__).parents[1] / "runtime" / "tiny_chain.py"
+    spec = importlib.util.spec_from_file_location("mge_tests_tiny_chain", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tiny, tmp_path_factory):
+    """A tiny bundle; tests that change it work on a copy."""
+    path = tmp_path_factory.mktemp("bundle") / "mge.plan"
+    tiny.write_tiny_bundle(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def labelled(tiny_path, tmp_path_factory):
+    """240 seeded pictures in class folders, named after what the tiny chain sees in them, one in six after another."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(3)
+    with Pipeline.open(tiny_path, threads=1) as pipeline:
+        for number in range(240):
+            coarse = rng.integers(0, 256, (5, 6, 3), np.uint8)
+            picture = np.kron(coarse, np.ones((7, 7, 1), np.uint8))
+            seen = pipeline.predict(picture).class_index
+            label = rng.integers(5) if number % 6 == 0 else seen
+            place = folder / f"bird {label}"
+            place.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(place / f"{number}.png")
+    return folder

@@ -1,0 +1,276 @@
+"""`mge-calibrate` on the tiny chain."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from mge_calibration.cli import main
+from mge_calibration.exits import stops
+from mge_runtime.bundle import Bundle
+from mge_runtime.calibrated import Calibrated, confidence
+from mge_runtime.decode import decode_picture
+from mge_runtime.pipeline import Pipeline
+from mge_runtime.preprocess import to_frame
+
+EPSILON = ("--epsilon", "0.2")  # 14 images without a disagreement are the least
+
+
+@pytest.fixture
+def copy(tiny_path, tmp_path):
+    return Path(shutil.copy(tiny_path, tmp_path / "mge.plan"))
+
+
+@pytest.fixture
+def data(labelled, tmp_path):
+    """A copy of the labelled pictures, to change."""
+    return Path(shutil.copytree(labelled, tmp_path / "data"))
+
+
+def calibrate(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in (*arguments, "--threads", 1)])
+
+
+def values_of(path):
+    with Bundle.open(path) as bundle:
+        calibration = bundle.calibration()
+        return None if calibration is None else calibration.values
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_path, labelled, tmp_path_factory):
+    """A calibrated bundle, its report folder and what was printed."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    path = Path(shutil.copy(tiny_path, folder / "mge.plan"))
+    done = calibrate(path, "--data", labelled, *EPSILON, "--report", folder / "report")
+    assert done.exit_code == 0, done.output
+    return path, folder / "report", done.output
+
+
+def test_the_bundle_gets_what_the_runtime_reads(calibrated, tiny_path):
+    values = values_of(calibrated[0])
+    with Bundle.open(calibrated[0]) as bundle, Bundle.open(tiny_path) as before:
+        assert bundle.manifest_sha256 == before.manifest_sha256
+        read = Calibrated.from_values(values, bundle.manifest)
+    assert set(read.temperatures) == {"answer_1", "answer_2", "logits"}
+    assert read.exits
+    assert (values["seed"], values["made_by"].split()[0]) == (0, "mge")
+    assert (values["exits"]["epsilon"], values["exits"]["delta"]) == (0.2, 0.05)
+    assert [values["data"][part]["images"] for part in ("temperatures", "exits")] == [80, 160]
+    assert len({values["data"][part]["sha256"] for part in ("temperatures", "exits")}) == 2
+
+
+def test_the_figures_are_those_of_the_rule(calibrated, labelled):
+    """What the report says of the exits, once more from the bundle's own answers, and from the runtime's exits."""
+    from mge_calibration.folder import list_labelled, split_by_content
+
+    values = values_of(calibrated[0])
+    report, thresholds = values["report"]["exits"], values["exits"]["thresholds"]
+    with Pipeline.open(calibrated[0], threads=1) as pipeline:
+        images = split_by_content(list_labelled(labelled, pipeline.manifest.class_names)[1], 1 / 3, 0)[1]
+        frames = np.stack([to_frame(decode_picture(i.path), pipeline.manifest.preprocess)[0] for i in images])
+        tensors = pipeline.run(frames, exit="never", outputs=["answer_1", "answer_2", "logits"])
+        early = [pipeline.predict(image.path, exit="calibrated") for image in images]
+    names = ["answer_1", "answer_2"]
+    sure = np.column_stack([confidence(tensors[n], values["temperatures"][n]) for n in names])
+    limits = [np.inf if thresholds[n] is None else thresholds[n] for n in names]
+    stopped = stops(sure, limits)
+    classes = np.column_stack([tensors[n].argmax(1) for n in (*names, "logits")])
+    got = classes[np.arange(len(images)), stopped]
+    assert list(report["stopped"].values()) == np.bincount(stopped, minlength=3).tolist()
+    assert report["disagreements"] == (got != classes[:, 2]).sum()
+    assert report["accuracy"] == pytest.approx(np.mean(got == [i.label for i in images]))
+    assert [p.class_index for p in early] == got.tolist()
+    assert [p.experts_used - 1 for p in early] == stopped.tolist()
+    assert 0 < report["mean_cost_share"] < 1
+
+
+def test_the_report_folder_holds_two_pictures_and_the_values(calibrated):
+    path, folder, _ = calibrated
+    assert sorted(p.name for p in folder.iterdir()) == ["calibration.json", "exits.png", "reliability.png"]
+    assert json.loads((folder / "calibration.json").read_text()) == values_of(path)
+    for name in ("exits.png", "reliability.png"):
+        with Image.open(folder / name) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50  # something was drawn
+
+
+def test_people_are_told_what_was_learned(calibrated):
+    output = calibrated[2]
+    values = values_of(calibrated[0])
+    assert f"{values['temperatures']['logits']:.3f}" in output
+    assert "temperatures from 80 images" in output
+    assert "early exits from 160 images" in output
+    assert "with probability 95 % at most 20 % of new images" in output
+    assert "mge.plan: calibrated" in output
+
+
+def test_the_same_twice_gives_the_same_and_replaces_it(calibrated, copy, labelled):
+    for _ in range(2):
+        done = calibrate(copy, "--data", labelled, *EPSILON, "--json")
+        assert done.exit_code == 0
+        printed = json.loads(done.stdout)
+        assert printed == values_of(copy)
+        expected = values_of(calibrated[0])
+        for key in ("temperatures", "exits", "data"):
+            assert printed[key] == expected[key]
+        assert printed["report"]["probabilities"] == expected["report"]["probabilities"]
+    other = json.loads(calibrate(copy, "--data", labelled, *EPSILON, "--json", "--seed", 1).stdout)
+    assert other["data"] != expected["data"]
+
+
+def test_exits_may_have_a_folder_of_their_own(copy, data, tmp_path):
+    apart = tmp_path / "apart"
+    for number, path in enumerate(sorted(data.glob("*/*"))):
+        if number % 2:
+            (apart / path.parent.name).mkdir(parents=True, exist_ok=True)
+            path.rename(apart / path.parent.name / path.name)
+    some = next(apart.glob("*/*"))
+    shutil.copy(some, data / some.parent.name / "copy.png")
+    done = calibrate(copy, "--data", data, "--exit-data", apart, *EPSILON, "--json")
+    assert done.exit_code == 0
+    assert [part["images"] for part in json.loads(done.stdout)["data"].values()] == [121, 119]
+    assert "1 of 120 images" in done.stderr
+
+
+def test_too_few_images_for_the_promise_give_temperatures_alone(copy, labelled):
+    done = calibrate(copy, "--data", labelled, "--report", copy.parent / "report")
+    assert done.exit_code == 0
+    assert "no early exits: too few images for the promise: 240" in done.output
+    assert sorted(p.name for p in (copy.parent / "report").iterdir()) == ["calibration.json", "reliability.png"]
+    assert "need 299 beside those" in done.output
+    assert "449 in all" in done.output
+    values = values_of(copy)
+    assert values["exits"] is None
+    assert values["data"]["temperatures"]["images"] == 240
+    assert values["data"]["exits"] is None
+    with Bundle.open(copy) as bundle:
+        assert Calibrated.from_values(values, bundle.manifest).exits is None
+
+
+def test_a_separate_folder_may_be_too_small_too(copy, data, tmp_path):
+    (tmp_path / "few").mkdir()
+    (data / "bird 0").rename(tmp_path / "few" / "bird 0")
+    done = calibrate(copy, "--data", data, "--exit-data", tmp_path / "few")
+    assert done.exit_code == 0
+    assert "at least 299 are needed" in done.output
+    assert values_of(copy)["exits"] is None
+
+
+def test_an_image_that_cannot_be_read_is_passed_over(copy, data):
+    (data / "bird 1" / "broken.jpg").write_bytes(b"no picture")
+    done = calibrate(copy, "--data", data, *EPSILON)
+    assert done.exit_code == 1
+    assert "broken.jpg" in done.stderr
+    assert "1 images could not be read" in done.stderr
+    assert sum(part["images"] for part in values_of(copy)["data"].values()) == 240
+
+
+def keep(data, count):
+    for path in sorted(data.glob("*/*"))[count:]:
+        path.unlink()
+
+
+def loosen(data):
+    next(data.glob("*/*.png")).rename(data / "1.png")
+
+
+def spoil_all(data):
+    for path in data.glob("*/*"):
+        path.write_bytes(path.name.encode())
+
+
+def spoil_most(data):
+    for path in sorted(data.glob("*/*"))[20:]:
+        path.write_bytes(path.name.encode())
+
+
+BAD = {
+    "missing": (shutil.rmtree, "is nothing; expected a folder"),
+    "empty": (lambda data: keep(data, 0), "no image in the folder"),
+    "no picture": (spoil_all, "none of the "),
+    "few pictures": (spoil_most, "images could be read in"),
+    "few": (lambda data: keep(data, 49), "49 images are in"),
+    "no class folders": (loosen, "lies in no class folder"),
+    "another class": (
+        lambda data: (data / "bird 1").rename(data / "fish"),
+        "'fish', which is not among",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_images_are_one_line_and_leave_the_bundle_as_it_was(copy, data, case):
+    spoil, words = BAD[case]
+    spoil(data)
+    before = copy.read_bytes()
+    done = calibrate(copy, "--data", data, *EPSILON, "--report", copy.parent / "report")
+    assert done.exit_code == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert words in last
+    assert copy.read_bytes() == before
+    assert list((copy.parent / "report").iterdir()) == []
+
+
+def test_the_same_images_cannot_serve_both(copy, labelled):
+    before = copy.read_bytes()
+    done = calibrate(copy, "--data", labelled, "--exit-data", labelled, *EPSILON)
+    assert done.exit_code == 1
+    assert "exits need images other than those" in done.stderr
+    assert copy.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", [("--epsilon", "0"), ("--epsilon", "1"), ("--delta", "0"), ("--delta", "1.5")])
+def test_shares_outside_their_range_are_a_usage_error(copy, labelled, option):
+    assert calibrate(copy, "--data", labelled, *option).exit_code == 2
+
+
+def test_what_is_no_bundle_is_one_line(tmp_path, labelled):
+    done = calibrate(tmp_path / "none.plan", "--data", labelled)
+    assert done.exit_code == 1
+    assert "no bundle at" in done.stderr
+
+
+def test_a_report_that_cannot_be_written_leaves_the_bundle_as_it_was(copy, labelled):
+    before = copy.read_bytes()
+    (copy.parent / "report").write_text("a file")
+    done = calibrate(copy, "--data", labelled, *EPSILON, "--report", copy.parent / "report")
+    assert done.exit_code == 1
+    assert "cannot make the folder" in done.stderr
+    assert copy.read_bytes() == before
+
+
+def test_a_bundle_that_was_replaced_meanwhile_is_left_alone(tiny, copy, labelled, monkeypatch):
+    import mge_calibration.report
+
+    def replaced(learned):
+        tiny.write_tiny_bundle(copy, seed=1)
+        return original(learned)
+
+    original = mge_calibration.report.as_values
+    monkeypatch.setattr(mge_calibration.report, "as_values", replaced)
+    done = calibrate(copy, "--data", labelled, *EPSILON)
+    assert done.exit_code == 1
+    assert "was replaced while it was calibrated" in done.stderr
+    assert values_of(copy) is None
+
+
+def test_a_chain_with_one_answer_gets_its_temperature(tiny, labelled, tmp_path):
+    from dataclasses import replace
+
+    from mge_runtime.bundle import write_bundle
+    from mge_runtime.spec import SegmentSpec
+
+    graphs = tiny.make_stages()
+    manifest = tiny.make_manifest(graphs)
+    names = tuple(name for segment in manifest.segments for name in segment.stages)
+    whole = replace(manifest, segments=(SegmentSpec(names, "logits"),))
+    write_bundle(tmp_path / "one.plan", whole, {g.spec.name: g.model() for g in graphs})
+    done = calibrate(tmp_path / "one.plan", "--data", labelled, *EPSILON)
+    assert done.exit_code == 0
+    assert "no early exits: the chain has a single answer" in done.output
+    assert list(values_of(tmp_path / "one.plan")["temperatures"]) == ["logits"]
