@@ -454,3 +454,19 @@ def test_engines_are_built_on_opening_and_what_fails_there_is_one_line(make):
             open_backend(choice, bundle, say=said.append)
     assert "\n" not in str(caught.value)
     assert "no engines are ready for NVIDIA GeForce RTX 3060 (sm86)" in said[0]
+
+
+def test_a_gpu_that_is_not_used_is_remarked(make):
+    with Bundle.open(make(FOR_RTX)) as bundle:
+        without = replace(RTX3060, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.31.1"})
+        remark = choose(bundle=bundle, machine=without).remark
+        assert remark.startswith(
+            "running with onnxruntime on cpu; not with tensorrt on cuda:0: tensorrt is not installed"
+        )
+        assert 'tensorrt_rtx is not installed: pip install "mge[rtx]"' in remark
+        assert "\n" not in remark
+        assert "cuda-core is not installed" in choose(bundle=bundle, machine=RTX5090).remark
+        # What runs best, what was asked for, and a machine without a driver leave nothing to say.
+        assert choose(bundle=bundle, machine=RTX3060).remark is None
+        assert choose("cpu", bundle=bundle, machine=without).remark is None
+        assert choose(bundle=bundle, machine=CPU).remark is None

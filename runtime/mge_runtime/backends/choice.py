@@ -44,6 +44,16 @@ class Choice:
         return f"{self.backend} on {self.device}"
 
     @property
+    def remark(self) -> str | None:
+        """Why a GPU that is here is not used, or not by TensorRT; None: it is, or there is none."""
+        if self.machine is None or not (self.machine.gpus or self.machine.driver_cuda):
+            return None
+        if self.backend != "onnxruntime":
+            return None
+        better = [c for c in self.passed_over if c.device != "cpu"]
+        return f"running with {self}; not with {_grouped(better)}" if better else None
+
+    @property
     def device_index(self) -> int:
         """CUDA's number of the device; 0 on the CPU."""
         return _index(self.device)
@@ -106,9 +116,7 @@ def _index(device: str) -> int:
 
 
 def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle | None) -> str:
-    shared = groupby(wanted, lambda c: (c.device, c.reason))  # what several share is said once
-    reasons = "; ".join(f"{', '.join(c.backend for c in same)} on {on}: {why}" for (on, why), same in shared)
-    reasons = reasons or f"{backend} runs on NVIDIA GPUs alone"
+    reasons = _grouped(wanted) or f"{backend} runs on NVIDIA GPUs alone"
     asked = f"nothing can run device {device!r} and backend {backend!r} ({reasons})"
     index = _index(device)
     gpu = machine.gpus[index] if device != "cpu" and index < len(machine.gpus) else None
@@ -120,6 +128,12 @@ def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Ma
         return f"{asked}; {here}; {_AUTO}"
     found = f"engines for {', '.join(bundle.targets)}" if bundle.targets else "no engines"
     return f"{asked}; the bundle has {found}; {here}; {_build_advice(backend, machine, gpu, bundle)}"
+
+
+def _grouped(candidates: Sequence[Candidate]) -> str:
+    """Each candidate with its reason; what several share is said once."""
+    shared = groupby(candidates, lambda c: (c.device, c.reason))
+    return "; ".join(f"{', '.join(c.backend for c in same)} on {on}: {why}" for (on, why), same in shared)
 
 
 def _build_advice(backend: str, machine: Machine, gpu: Gpu, bundle: Bundle) -> str:

@@ -107,6 +107,8 @@ def main(
         pictures = stack.enter_context(picture_folder(save_to, found))
         streams_wanted = streams or (1 if len(found) < _MANY else "auto")
         pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at))
+        if pipeline.choice.remark:
+            click.echo(f"note: {pipeline.choice.remark}", err=True)
         manifest = pipeline.manifest
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
