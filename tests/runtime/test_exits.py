@@ -242,8 +242,7 @@ def test_a_segment_that_fails_for_those_that_are_left_is_named_and_the_next_run_
     chain.close()
 
 
-def test_units_of_stages_work_as_units_of_segments(bundle, cpu, some):
-    """TensorRT has a unit for each stage: a segment of several is one program."""
+def test_a_unit_is_prepared_once_for_each_batch_size_whatever_programs_it_is_in(bundle, cpu, some):
     seen = []
 
     def open_units(device, stream):
@@ -257,7 +256,9 @@ def test_units_of_stages_work_as_units_of_segments(bundle, cpu, some):
     for _ in range(2):
         check(chain.run(frames(8), 3, EVERY, exits), bundle.manifest, wanted(cpu, frames(8), exits))
     left = int(np.count_nonzero(chain.run(frames(8), 3, EVERY, exits).segments_run > 1))
-    assert seen == [(0, 8), (1, left), (2, left)], "each unit is prepared once, for the batch that it runs"
+    assert seen == [(0, 8), (1, left), (2, left)]
+    check(chain.run(frames(8), 3, EVERY), bundle.manifest, wanted(cpu, frames(8), ()))
+    assert seen[3:] == [(1, 8), (2, 8)], "the whole chain has the first unit ready"
     chain.close()
 
 
