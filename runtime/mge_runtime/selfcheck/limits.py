@@ -37,17 +37,20 @@ class Limits:
     @classmethod
     def of(cls, manifest: Manifest) -> Limits:
         """Those of a bundle: its own export's, else those of its precision."""
-        kind = "fp32" if all(plan.get("type") == "fp32" for plan in manifest.precision.values()) else "fp16"
+        kinds = {str(plan.get("type")) for plan in manifest.precision.values()}
+        kind = "int8" if "int8" in kinds else "fp32" if kinds <= {"fp32"} else "fp16"
         parity: Mapping[str, Any] = manifest.parity or {}
         return _stored(parity.get("tolerances")) or replace(LIMITS[kind], source=f"mge's for {kind}")
 
 
 # FP32: the same sums in another order differ by 1e-6 to 1e-5, and a box may flip by a pixel where a value lies on the
 # threshold. FP16: each activation is rounded by up to 2**-11 = 5e-4; through some fifty layers that adds up to about
-# 1e-2, and an edge of a box moves where the map is nearly level; one pixel there resamples the whole next view.
+# 1e-2, and an edge of a box moves where the map is nearly level; one pixel there resamples the whole next view. INT8
+# keeps 127 magnitudes of an activation: classes and the median box are held, no single image.
 LIMITS = {
     "fp32": Limits(1e-4, 1 / 538, 0, 1.0, 0.95, chain_boxes=True),
     "fp16": Limits(5e-2, 0.01, 1, 0.97, 0.80, chain_boxes=False),
+    "int8": Limits(1.0, 0.02, 2, 0.9, 0.0, chain_boxes=True),
 }
 
 
