@@ -202,6 +202,7 @@ def test_products_in_another_type_than_the_plan_are_refused(rtx, tmp_path):
         build(rtx, *single, tmp_path, plan={"type": "fp16"})
     with pytest.raises(BuildError, match="1 matrix products compute in float16; expected float32"):
         build(rtx, *half, tmp_path, plan={"type": "fp32"})
+    plan = {"type": "fp16", "operators": {"Cast": {"float32": 2}, "MatMul": {"float16": 1}}}
     with pytest.raises(
         BuildError, match=r"node 'product' \(MatMul\) computes in float32; the precision plan has float16"
     ):
