@@ -203,15 +203,8 @@ def test_products_in_another_type_than_the_plan_are_refused(rtx, tmp_path):
     with pytest.raises(BuildError, match="1 matrix products compute in float16; expected float32"):
         build(rtx, *half, tmp_path, plan={"type": "fp32"})
     plan = {"type": "fp16", "operators": {"Cast": {"float32": 2}, "MatMul": {"float16": 1}}}
-    with pytest.raises(
-        BuildError, match=r"node 'product' \(MatMul\) computes in float32; the precision plan has float16"
-    ):
-        build(
-            rtx,
-            *single,
-            tmp_path,
-            plan={"type": "fp16", "operators": {"Cast": {"float32": 2}, "MatMul": {"float16": 1}}},
-        )
+    with pytest.raises(BuildError, match=r"node 'product' \(MatMul\) computes in float32; the precision plan has fl"):
+        build(rtx, *single, tmp_path, plan=plan)
     built, _ = build(rtx, *half, tmp_path, plan={"type": "fp16"})
     assert built.layers["MATRIX_MULTIPLY"] == {"float16": 1}
 
