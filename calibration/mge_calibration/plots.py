@@ -21,6 +21,7 @@ __all__ = ["save_exits", "save_reliability"]
 # Okabe and Ito, "Color Universal Design" (2008): told apart by all kinds of colour vision.
 _BEFORE, _AFTER, _LIMIT, _MUTED = "#d55e00", "#0072b2", "#cc79a7", "#70777f"
 _DPI = 150
+_LEAST_RANGE = 4  # points of accuracy
 
 
 def save_reliability(path: Path, outcomes: Mapping[str, TemperatureOutcome], images: int) -> None:
@@ -97,6 +98,9 @@ def save_exits(path: Path, outcome: ExitOutcome, promise: Promise) -> None:
     left.plot(100 * outcome.cost_share, 100 * outcome.accuracy, "o", color=_BEFORE, markersize=8, label="chosen")
     left.set(xlabel="mean cost, % of the full chain", ylabel="top-1 %", title="accuracy")
     left.margins(y=0.15)
+    low, high = left.get_ylim()
+    if (missing := _LEAST_RANGE - (high - low)) > 0:  # where accuracy hardly changes, that is what should be seen
+        left.set_ylim(low - missing / 2, high + missing / 2)
     right.plot(
         cost[1:], 100 * curve.bound, color=_AFTER, linestyle="--", label=f"upper bound, {100 - 100 * promise.delta:g} %"
     )

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from mge_calibration.collect import Answers
 from mge_calibration.cost import Cost
@@ -39,7 +40,8 @@ def test_exits_are_what_their_figures_say(answers):
     classes = np.column_stack([v.argmax(1) for v in tested.logits.values()])
     got = classes[np.arange(1000), stopped]
     assert 0 < outcome.disagreements == (got != classes[:, 2]).sum()
-    assert outcome.disagreements / 1000 < outcome.bound <= 0.02
+    assert outcome.bound <= 0.02
+    assert binom.cdf(outcome.disagreements, 1000, outcome.bound) == pytest.approx(0.05)
     assert list(outcome.stopped.values()) == np.bincount(stopped, minlength=3).tolist()
     assert outcome.mean_cost == pytest.approx(np.array(COST.stops)[stopped].mean())
     assert outcome.cost_share == pytest.approx(outcome.mean_cost / 4)

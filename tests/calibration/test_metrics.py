@@ -81,3 +81,24 @@ def test_intervals_hold_their_estimate():
     quality = measure_quality(logits, logits.argmax(1), 1.0)
     for interval in (quality.nll, quality.ece):
         assert 0 <= interval.low <= interval.value <= interval.high
+
+
+def test_the_interval_of_a_true_model_s_error_reaches_down_to_none():
+    # Percentiles of resamples would begin near the floor: a resample's error is that of a resample of a resample.
+    rng = np.random.default_rng(7)
+    odds = rng.normal(0, 2, 400)
+    labels = (rng.random(400) < 1 / (1 + np.exp(-odds))).astype(int)
+    quality = measure_quality(np.column_stack([np.zeros(400), odds]), labels, 1.0)
+    assert quality.ece.value > 0.5 * quality.floor
+    assert quality.ece.low < 0.5 * quality.floor
+
+
+def test_resamples_are_binned_by_confidence():
+    # Too sure where it is sure, not sure enough where it is not: without bins, or with others, the gaps cancel.
+    rng = np.random.default_rng(8)
+    confidence = np.concatenate([np.full(500, 0.6), np.full(500, 0.9)]) + rng.uniform(-0.02, 0.02, 1000)
+    correct = rng.random(1000) < 0.75
+    logits = np.column_stack([np.zeros(1000), np.log(confidence / (1 - confidence))])
+    ece = measure_quality(logits, correct.astype(int), 1.0).ece
+    assert ece.value == pytest.approx(0.15, abs=0.03)
+    assert 0.1 < ece.low < ece.value < ece.high < 0.2
