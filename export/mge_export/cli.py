@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mge_runtime.cli.common import reports_errors
-from mge_runtime.errors import ExportError, InputError
+from mge_runtime.errors import ExportError
 from mge_runtime.interrupt import interruptible
 
 __all__ = ["main"]
@@ -91,6 +91,12 @@ def main(
     The bundle always holds ONNX graphs, which run anywhere; engines for TensorRT lie beside them, one set a target, and
     mge-build adds more on the device.
     """
+    if int8 is not (calib_data is not None):
+        raise click.UsageError(
+            "--int8 learns ranges from photographs and none were named: add --calib-data DIR"
+            if int8
+            else "--calib-data is for --int8, which was not asked for: add --int8, or leave --calib-data out"
+        )
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     # The imports take seconds, too.
     with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
@@ -111,12 +117,6 @@ def main(
 
         plan = EnginePlan.parse(targets, batch)
         plan.check(fp16=fp16 or int8)
-        if int8 is not (calib_data is not None):
-            raise InputError(
-                "--int8 learns ranges from photographs and none were named: add --calib-data DIR"
-                if int8
-                else "--calib-data is for --int8, which was not asked for: add --int8, or leave --calib-data out"
-            )
         check_output(path)
         model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
         preprocess = model.config.preprocess

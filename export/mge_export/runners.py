@@ -84,6 +84,7 @@ def onnx_runner(folder: Path, specs: Sequence[StageSpec], int8: Literal["exact",
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         options.add_session_config_entry("session.x64quantprecision", "1")
+        options.add_session_config_entry("session.disable_quant_qdq", "1" if int8 == "exact" else "0")
     sessions: dict[str, onnxruntime.InferenceSession] = {}
     for spec in specs:
         try:

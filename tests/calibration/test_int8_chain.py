@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mge_calibration.int8.chain import quantize_chain
 from mge_calibration.int8.insert import insert_quantization, quantize_weight
-from mge_calibration.int8.sessions import open_graph, run_batches
+from mge_calibration.int8.sessions import learn_ranges, open_graph, run_batches
 from mge_calibration.int8.sites import find_layers
 from mge_calibration.int8.stage import Int8Options, quantize_stage
 from mge_runtime.bundle.cpu_graph import cpu_graph
@@ -122,7 +122,7 @@ def test_everything_is_symmetric_int8_with_scales_in_half(quantised):
         assert not values[node.input[2]].any()
         assert values[node.input[1]].dtype == np.float16
     assert values["trunk.block.weight_scale"].shape == (WIDTH,)
-    assert values["trunk.stem.bias"].dtype == np.float16  # biases are not quantised
+    assert values["trunk.stem.weight_bias"].dtype == np.float16  # biases are not quantised
     assert "trunk.block.weight" not in values  # its codes alone are kept
 
 
@@ -228,3 +228,25 @@ def test_only_layers_that_are_asked_for_are_quantised(stage):
     assert insert_quantization(stage[1], [], {}).SerializeToString() == stage[1].SerializeToString()
     alone = insert_quantization(stage[1], [layers[2]], {"clipped": 6, "block": 3})
     assert sum(node.op_type == "DequantizeLinear" for node in alone.graph.node) == 2
+
+
+def test_a_bias_takes_up_what_rounding_its_weight_adds():
+    # Inputs of one sign and weights that all round down: the sum of nine products is off by as many halves of a step.
+    weight = np.full((1, 1, 3, 3), 0.4 / 127, np.float32)
+    weight[0, 0, 1, 1] = 1
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "trunk.weight"], ["y"], name="n_conv")],
+        "one",
+        [helper.make_tensor_value_info("x", FULL, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("y", FULL, ["batch", 1, 6, 6])],
+        [numpy_helper.from_array(weight, "trunk.weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    x = np.random.default_rng(0).uniform(1, 2, (8, 1, 8, 8)).astype(np.float32)
+    wanted = run_batches(model, [{"x": x}])["y"]
+    (layer,) = find_layers(model, is_trunk)
+    ranges, means = learn_ranges(model, ["x"], lambda: iter([{"x": x}]), "max")
+    plain = run_batches(insert_quantization(model, [layer], ranges), [{"x": x}])["y"] - wanted
+    corrected = run_batches(insert_quantization(model, [layer], ranges, means), [{"x": x}])["y"] - wanted
+    assert abs(plain.mean()) > 0.03
+    assert abs(corrected.mean()) < abs(plain.mean()) / 20

@@ -19,7 +19,10 @@ OPSET = 19
 
 
 def insert_quantization(
-    model: onnx.ModelProto, layers: Iterable[Layer], ranges: Mapping[str, float]
+    model: onnx.ModelProto,
+    layers: Iterable[Layer],
+    ranges: Mapping[str, float],
+    means: Mapping[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
     """Quantise layers: each reads its activations through one Q/DQ pair a tensor, its weight through a DQ.
 
@@ -27,10 +30,15 @@ def insert_quantization(
     so that what stays float stays in that type. Only the chosen layers read the dequantised tensors: whatever else
     reads the same tensor, as the crop reads the image, still reads the original. Biases stay float.
 
+    With `means`, the bias of a convolution takes up what rounding its weight adds to its sums on average: the missing
+    part of the weight, times the mean of what it is multiplied with (M. Nagel et al., "Data-Free Quantization Through
+    Weight Equalization and Bias Correction", ICCV 2019, section 4.2; here the means are measured).
+
     Args:
         model: a stage with its weights; left as it is.
         layers: of `find_layers`.
         ranges: tensor name -> magnitude of code 127, for every activation of the layers.
+        means: tensor name -> mean of each channel, [C], of the same; None: biases stay as they are.
 
     Returns:
         Another model, with its weights; the same nodes in the same order, and the new ones before their readers.
@@ -78,6 +86,13 @@ def insert_quantization(
         inputs = [activation(name) if name in layer.activations else name for name in node.input]
         if layer.weight is not None:
             inputs[1] = weight(layer.weight)
+            if means is not None:
+                name = f"{layer.weight}_bias"
+                bias = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 else np.zeros((), kind)
+                values = numpy_helper.to_array(constants[layer.weight])
+                lost = _lost(values, means[layer.activations[0]], _groups(node))
+                added[name] = numpy_helper.from_array((bias + lost).astype(kind), name)
+                inputs[2:] = [name]
         changed = onnx.NodeProto()
         changed.CopyFrom(node)
         del changed.input[:]
@@ -105,10 +120,24 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     wide = weight.astype(np.float32)
     magnitude = np.abs(wide).reshape(len(wide), -1).max(1)
-    # A channel of zeros needs a scale all the same; below its smallest normal number FP16 has few digits.
-    scales = np.maximum(magnitude / LEVELS, np.finfo(weight.dtype).tiny).astype(weight.dtype)
+    # BatchNorms folded into a depthwise convolution leave channels of a thousandth of the others' magnitude: their
+    # scales are among FP16's subnormal numbers and still have digits enough. A channel of zeros needs a scale, too.
+    scales = np.maximum(magnitude / LEVELS, np.finfo(weight.dtype).smallest_subnormal).astype(weight.dtype)
     codes = np.rint(wide / scales.astype(np.float32).reshape(-1, *[1] * (wide.ndim - 1)))
     return np.clip(codes, -LEVELS, LEVELS).astype(np.int8), scales
+
+
+def _lost(weight: np.ndarray, mean: np.ndarray, groups: int) -> np.ndarray:
+    """What rounding a weight takes from each output channel's mean, [O]; borders, where the map is padded, aside."""
+    codes, scales = quantize_weight(weight)
+    decoded = codes * scales.astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
+    missing = (weight - decoded).reshape(*weight.shape[:2], -1).sum(2)  # [O, I / groups]
+    inputs = np.repeat(mean.reshape(groups, -1), len(weight) // groups, axis=0)  # [O, I / groups]
+    return (missing * inputs).sum(1)
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
 
 
 def _positive_bound(
@@ -129,7 +158,7 @@ def _positive_bound(
 
 def _scale(largest: float, bound: float | None, kind: np.dtype) -> np.ndarray:
     """The step of a code; with a bound, the highest code stays below it, so that the clip can be dropped."""
-    scale = np.asarray(max(largest / LEVELS, float(np.finfo(kind).tiny)), kind)
+    scale = np.asarray(max(largest / LEVELS, float(np.finfo(kind).smallest_subnormal)), kind)
     if bound is not None and float(scale) * LEVELS >= bound:
         scale = np.asarray(np.nextafter(np.asarray(bound / LEVELS, kind), np.asarray(0, kind)), kind)
     return scale

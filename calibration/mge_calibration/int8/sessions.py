@@ -36,6 +36,8 @@ def open_graph(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    # Its fusions would also quantise weights and biases that the graph leaves float.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     graph = cpu_graph(watched.SerializeToString(), fast=False)
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in session.get_outputs()]
@@ -59,7 +61,7 @@ def run_batches(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarra
 
 def learn_ranges(
     model: onnx.ModelProto, tensors: Sequence[str], batches: Callable[[], Iterator[Mapping[str, np.ndarray]]], how: str
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Learn the range of each tensor: one pass for the largest magnitudes, for all but "max" another for histograms.
 
     Args:
@@ -69,13 +71,18 @@ def learn_ranges(
         how: a method of `ranges.METHODS`.
 
     Returns:
-        Tensor name -> the magnitude that becomes code 127. A tensor of zeros gets 1.
+        Tensor name -> the magnitude that becomes code 127 (a tensor of zeros gets 1), and tensor name -> the mean of
+        each channel, [C].
     """
     run = open_graph(model, tensors)
     largest = dict.fromkeys(tensors, 0.0)
+    sums: dict[str, np.ndarray] = {}
+    images = 0
     for batch in batches():
         found = run(batch)
+        images += len(next(iter(batch.values())))
         for name in tensors:
+            sums[name] = sums.get(name, 0) + found[name].mean((2, 3), dtype=np.float64).sum(0)
             largest[name] = max(largest[name], float(np.abs(found[name]).max()))
     magnitudes = {name: Magnitudes(value or 1.0) for name, value in largest.items()}
     if how != "max":
@@ -83,7 +90,8 @@ def learn_ranges(
             found = run(batch)
             for name in tensors:
                 magnitudes[name].add(found[name])
-    return {name: pick_range(seen, how) for name, seen in magnitudes.items()}
+    ranges = {name: pick_range(seen, how) for name, seen in magnitudes.items()}
+    return ranges, {name: total / images for name, total in sums.items()}
 
 
 def default_workers() -> int:

@@ -48,7 +48,7 @@ class QuantizedStage:
     model: onnx.ModelProto
     layers: tuple[Layer, ...]  # that are quantised
     left: tuple[Layer, ...]  # that stayed float, the worst first
-    sensitivity: Mapping[str, float]  # layer name -> relative error of the stage with that layer alone quantised
+    sensitivity: Mapping[str, float]  # layer name -> relative error with it alone quantised; empty: all could be
     all_layers: Agreement  # with every layer quantised
     agreement: Agreement  # as it is
     outputs: Tensors = field(repr=False)  # of the quantised stage over all images
@@ -90,40 +90,46 @@ def quantize_stage(
         for start in range(0, count if most is None else min(most, count), BATCH):
             yield {name: value[start : start + BATCH] for name, value in inputs.items()}
 
-    ranges = learn_ranges(model, tensors, batches, options.method)
+    ranges, means = learn_ranges(model, tensors, batches, options.method)
     reference = run_batches(model, batches())
     few = {name: value[:SENSITIVITY_IMAGES] for name, value in reference.items()}
 
     def error(layer: Layer) -> float:
-        found = run_batches(insert_quantization(model, [layer], ranges), batches(SENSITIVITY_IMAGES))
+        found = run_batches(insert_quantization(model, [layer], ranges, means), batches(SENSITIVITY_IMAGES))
         return relative_error(found, {name: value[: len(found[name])] for name, value in few.items()})
 
-    with ThreadPoolExecutor(default_workers()) as pool:
-        errors = list(pool.map(error, layers))
-    worst = sorted(range(len(layers)), key=lambda index: (-errors[index], index))
-    tried: list[Agreement] = []
-    left, quantised, outputs = 0, model, reference
-    for left in _steps(len(layers)):
-        quantised = insert_quantization(model, [layers[index] for index in sorted(worst[left:])], ranges)
-        outputs = run_batches(quantised, batches()) if left < len(layers) else reference
-        tried.append(compare(outputs, reference, classes))
-        if tried[-1].within(options.max_drop):
-            break
+    def attempt(chosen: Sequence[Layer]) -> tuple[onnx.ModelProto, Tensors, Agreement]:
+        changed = insert_quantization(model, chosen, ranges, means)
+        outputs = run_batches(changed, batches()) if chosen else reference
+        return changed, outputs, compare(outputs, reference, classes)
+
+    quantised, outputs, agreement = attempt(layers)
+    everything, left, sensitivity = agreement, (), {}
+    if not agreement.within(options.max_drop):
+        with ThreadPoolExecutor(default_workers()) as pool:
+            errors = dict(zip(layers, pool.map(error, layers), strict=True))
+        worst = sorted(layers, key=lambda layer: -errors[layer])
+        sensitivity = {layer.name: errors[layer] for layer in worst}
+        for count in _steps(len(layers)):
+            left = tuple(worst[:count])
+            quantised, outputs, agreement = attempt([layer for layer in layers if layer not in left])
+            if agreement.within(options.max_drop):
+                break
     return QuantizedStage(
         quantised,
-        tuple(layers[index] for index in sorted(worst[left:])),
-        tuple(layers[index] for index in worst[:left]),
-        {layers[index].name: errors[index] for index in worst},
-        tried[0],
-        tried[-1],
+        tuple(layer for layer in layers if layer not in left),
+        left,
+        sensitivity,
+        everything,
+        agreement,
         outputs,
         reference,
     )
 
 
 def _steps(layers: int) -> Sequence[int]:
-    """How many layers to leave float, one attempt after the other: each by one, later by an eighth more."""
-    found = [0]
+    """How many layers to leave float, one attempt after the other: one more each time, later an eighth more."""
+    found = [1]
     while found[-1] < layers:
         found.append(min(layers, found[-1] + max(1, found[-1] // 8)))
     return found
