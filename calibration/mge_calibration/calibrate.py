@@ -20,7 +20,7 @@ from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
 from mge_runtime.pipeline import Pipeline
 
-__all__ = ["FEWEST", "Learned", "Part", "Request", "learn", "publish"]
+__all__ = ["FEWEST", "Learned", "Part", "Request", "bundle_values", "learn", "publish"]
 
 FEWEST = 50  # images that may set temperatures
 _TEMPERATURE_SHARE = 1 / 3  # of one folder's images; thresholds need more of them than a temperature does
@@ -119,23 +119,11 @@ def learn(
     )
 
 
-def publish(learned: Learned, report: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Write the calibration into the bundle; on any failure the bundle is unchanged.
-
-    Args:
-        learned: by `learn`.
-        report: free figures to keep with it.
-
-    Returns:
-        The values of `calibration.json`.
-
-    Raises:
-        BundleError: the file holds another model by now.
-        OutputError: it cannot be written.
-    """
-    path, promise, exits = learned.request.bundle, learned.request.promise, learned.exits
+def bundle_values(learned: Learned, report: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """The values of the bundle's `calibration.json`, with free figures to keep beside them."""
+    promise, exits = learned.request.promise, learned.exits
     parts = {"temperatures": learned.temperature_part, "exits": learned.exit_part}
-    values: dict[str, JsonValue] = {
+    return {
         "temperatures": {name: outcome.fit.temperature for name, outcome in learned.temperatures.items()},
         "exits": None
         if isinstance(exits, str)
@@ -145,6 +133,20 @@ def publish(learned: Learned, report: Mapping[str, JsonValue]) -> dict[str, Json
         "made_by": f"mge {version('mge')}",
         "report": report,
     }
+
+
+def publish(learned: Learned, values: Mapping[str, JsonValue]) -> None:
+    """Write the calibration into the bundle; on any failure the bundle is unchanged.
+
+    Args:
+        learned: by `learn`.
+        values: by `bundle_values`.
+
+    Raises:
+        BundleError: the file holds another model by now.
+        OutputError: it cannot be written.
+    """
+    path = learned.request.bundle
     with Bundle.open(path) as bundle:
         if bundle.manifest_sha256 != learned.manifest_sha256:
             raise BundleError(
@@ -152,7 +154,6 @@ def publish(learned: Learned, report: Mapping[str, JsonValue]) -> dict[str, Json
                 f"{learned.manifest_sha256[:12]}, which the images were answered with; calibrate it again"
             )
     add_calibration(path, values)
-    return values
 
 
 def _choose(

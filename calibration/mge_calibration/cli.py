@@ -92,23 +92,22 @@ def main(
 
     _require_libraries()
     with interruptible("the calibration", f"{bundle} is as it was; run it again", MGEError):
-        from mge_calibration.calibrate import Request, learn, publish
+        from mge_calibration.calibrate import Request, bundle_values, learn, publish
         from mge_calibration.judge import Promise
         from mge_calibration.report import as_text, as_values
+        from mge_runtime.files import atomic_path
 
         request = Request(bundle, data, exit_data, Promise(epsilon, delta), seed, device, backend, threads)
         if report_to is not None:
             _make_folder(report_to)
         learned = learn(request, say=lambda line: click.echo(line, err=True), problem=_report, progress=_progress)
-        values = as_values(learned)
+        values = bundle_values(learned, as_values(learned))
+        written = json.dumps(values, indent=1, ensure_ascii=False)
         if report_to is not None:
             _draw(learned, report_to)
-        written = json.dumps(publish(learned, values), indent=1, ensure_ascii=False)
-    if report_to is not None:
-        from mge_runtime.files import atomic_path
-
-        with atomic_path(report_to / _REPORT) as part:
-            part.write_text(written + "\n", encoding="utf-8")
+            with atomic_path(report_to / _REPORT) as part:
+                part.write_text(written + "\n", encoding="utf-8")
+        publish(learned, values)  # last: where a report cannot be written the bundle stays as it was
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="replace")  # a name that the terminal's encoding lacks is no reason to stop
     click.echo(written if as_json else as_text(learned) + f"\n{bundle}: calibrated")

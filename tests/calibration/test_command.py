@@ -244,6 +244,15 @@ def test_a_report_that_cannot_be_written_leaves_the_bundle_as_it_was(copy, label
     assert copy.read_bytes() == before
 
 
+def test_a_report_that_fails_at_its_end_does_too(copy, labelled):
+    before = copy.read_bytes()
+    (copy.parent / "report" / "calibration.json").mkdir(parents=True)
+    done = calibrate(copy, "--data", labelled, *EPSILON, "--report", copy.parent / "report")
+    assert done.exit_code == 1
+    assert "cannot write" in done.stderr
+    assert copy.read_bytes() == before
+
+
 def test_a_bundle_that_was_replaced_meanwhile_is_left_alone(tiny, copy, labelled, monkeypatch):
     import mge_calibration.report
 
