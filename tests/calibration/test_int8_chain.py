@@ -11,6 +11,7 @@ from mge_calibration.int8.sessions import learn_ranges, open_graph, run_batches
 from mge_calibration.int8.sites import find_layers
 from mge_calibration.int8.stage import Int8Options, quantize_stage
 from mge_runtime.bundle.cpu_graph import cpu_graph
+from mge_runtime.errors import BundleError
 from mge_runtime.spec import StageSpec, TensorSpec
 
 SIZE, WIDTH, CLASSES = 16, 8, 4
@@ -250,3 +251,9 @@ def test_a_bias_takes_up_what_rounding_its_weight_adds():
     corrected = run_batches(insert_quantization(model, [layer], ranges, means), [{"x": x}])["y"] - wanted
     assert abs(plain.mean()) > 0.03
     assert abs(corrected.mean()) < abs(plain.mean()) / 20
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xff\xff", b"\x3a\x7f\x01"], ids=["no-message", "cut"])
+def test_bytes_that_are_no_graph_are_refused(damage):
+    with pytest.raises(BundleError, match="no ONNX model"):
+        cpu_graph(damage, fast=True)
