@@ -16,7 +16,7 @@ from mge.model import MGENet
 from mge_export.activations import ActivationWatch
 from mge_export.half_kernels import HalfKernels
 from mge_export.stages import Stage
-from mge_runtime.bundle.cpu_graph import cpu_graph
+from mge_runtime.bundle.cpu_graph import cpu_graph, integer_entries
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import StageSpec
 
@@ -83,8 +83,8 @@ def onnx_runner(folder: Path, specs: Sequence[StageSpec], int8: Literal["exact",
     if int8 is not None:  # read from bytes, so their weights must be told where they lie
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        options.add_session_config_entry("session.x64quantprecision", "1")
-        options.add_session_config_entry("session.disable_quant_qdq", "1" if int8 == "exact" else "0")
+        for key, value in (integer_entries() if int8 == "fast" else {"session.disable_quant_qdq": "1"}).items():
+            options.add_session_config_entry(key, value)
     sessions: dict[str, onnxruntime.InferenceSession] = {}
     for spec in specs:
         try:

@@ -14,7 +14,7 @@ from mge_runtime.backends.ort import (
     weights_checked,
 )
 from mge_runtime.backends.staged import StagedBackend
-from mge_runtime.bundle.cpu_graph import cpu_graph
+from mge_runtime.bundle.cpu_graph import cpu_graph, integer_entries
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError
@@ -82,8 +82,8 @@ class OnnxRuntimeBackend(StagedBackend):
         graph = located_graph(bundle, stage.name)
         if bundle.manifest.precision.get(stage.name, {}).get("type") == "int8":
             graph = cpu_graph(graph, fast=True)
-            # Without VNNI products of uint8 and int8 overflow 16 bits; this takes kernels that do not.
-            options.add_session_config_entry("session.x64quantprecision", "1")
+            for key, value in integer_entries().items():
+                options.add_session_config_entry(key, value)
         try:
             session = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception
