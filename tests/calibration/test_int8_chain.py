@@ -59,7 +59,9 @@ def make_stage(k, *, last, loud=1.0):
         node("Conv", ["features", "part.weight"], ["parts"], name="n_part"),
         node("Cast", ["parts"], ["wide"], name="n_wide", to=FULL),
         node("ReduceMean", ["wide", "axes"], ["pooled"], name="n_pool", keepdims=0),
-        node("MatMul", ["pooled", "head"], [f"logits_{k}"], name="n_head"),
+        node("MatMul", ["pooled", "head"], ["seen"], name="n_head"),
+        node("Tanh", ["seen"], ["bent"], name="n_bend"),
+        node("Add", ["seen", "bent"], [f"logits_{k}"], name="n_sum_of_the_head"),  # no residual sum
     ]
     outputs = [helper.make_tensor_value_info(f"logits_{k}", FULL, ["batch", CLASSES])]
     specs = [TensorSpec(f"logits_{k}", "float32", ("batch", CLASSES))]
@@ -227,8 +229,11 @@ def test_a_graph_without_half_or_int8_stays_as_it_is():
 def test_only_layers_that_are_asked_for_are_quantised(stage):
     layers = find_layers(stage[1], is_trunk)
     assert insert_quantization(stage[1], [], {}).SerializeToString() == stage[1].SerializeToString()
-    alone = insert_quantization(stage[1], [layers[2]], {"clipped": 6, "block": 3})
+    alone = insert_quantization(stage[1], [layers[2]], {"clipped": 7, "block": 3})
     assert sum(node.op_type == "DequantizeLinear" for node in alone.graph.node) == 2
+    scales = {t.name: float(numpy_helper.to_array(t)) for t in alone.graph.initializer if t.name.endswith("_scale")}
+    assert 5.98 < scales["clipped_scale"] * 127 < 6  # no code beyond the clip's end, so that a CPU may drop the clip
+    assert scales["block_scale"] == pytest.approx(3 / 127, rel=1e-3)
 
 
 def test_a_bias_takes_up_what_rounding_its_weight_adds():
