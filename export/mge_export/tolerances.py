@@ -71,8 +71,9 @@ TOLERANCES = {
         box_iou_median=0.9,
         box_iou_p1=0.0,
         outliers=1.0,
-        chain_boxes=True,
+        chain_boxes=False,
         reason="INT8 keeps 127 magnitudes of each activation; logits and maps of single images may move by a tenth of "
-        "their largest value and more, so classes and the median box are held, in stages and chain, no single image",
+        "their largest value and more, so classes and each stage's median box are held, no single image; a box in a "
+        "crop that moved itself moves twice, so those of the chain are reported",
     ),
 }

@@ -50,7 +50,7 @@ class Limits:
 LIMITS = {
     "fp32": Limits(1e-4, 1 / 538, 0, 1.0, 0.95, chain_boxes=True),
     "fp16": Limits(5e-2, 0.01, 1, 0.97, 0.80, chain_boxes=False),
-    "int8": Limits(1.0, 0.02, 2, 0.9, 0.0, chain_boxes=True),
+    "int8": Limits(1.0, 0.02, 2, 0.9, 0.0, chain_boxes=False),
 }
 
 
