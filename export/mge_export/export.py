@@ -193,7 +193,8 @@ def _write_stage(stage: Stage, graph: StageGraph, learned: dict[str, Any], folde
     """Write `<stage>.onnx` and its weights, check both; return what was read back and learned, for the manifest."""
     name = stage.spec.name
     plan = check_precision(name, graph.model, stage.precision, has_trunk=stage.has_trunk)
-    check_quantization(name, graph.model, learned.get("convolutions", 0))
+    quantised = learned.get("quantized", {"convolutions": 0, "adds": 0})
+    check_quantization(name, graph.model, quantised["convolutions"])
     path = folder / f"{name}.onnx"
     if graph.weights:
         (folder / weights_name(name)).write_bytes(graph.weights)
@@ -205,10 +206,10 @@ def _write_stage(stage: Stage, graph: StageGraph, learned: dict[str, Any], folde
     convolutions = sum(plan.get("Conv", {}).values())
     trunk = f", {convolutions} convolutions in {stage.precision.onnx_name}" if convolutions else ""
     small = f", {stage.underflowed} weights underflowed to 0" if stage.underflowed else ""
-    quantised = f", {learned['convolutions']} of them and {learned['adds']} sums in INT8" if learned else ""
+    integer = f", {quantised['convolutions']} of them and {quantised['adds']} sums in INT8" if learned else ""
     size = f"weights {len(graph.weights) / 1e6:.1f} MB"
-    say(f"{name}: {len(graph.model.graph.node)} nodes{trunk}{quantised}, {size}{small}")
-    return {"operators": plan} | ({"quantized": learned} if learned else {})
+    say(f"{name}: {len(graph.model.graph.node)} nodes{trunk}{integer}, {size}{small}")
+    return {"operators": plan, **learned}
 
 
 def _stage_model(stage: Stage, folder: Path) -> StageModel:

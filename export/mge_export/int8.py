@@ -78,7 +78,7 @@ def quantize_graphs(
         weights = externalize(result.model, weights_name(name))
         done[name] = (
             StageGraph(stage.spec, result.model, weights),
-            result.to_dict() | {"calibration": request.to_dict()},
+            {"quantized": result.to_dict(), "calibration": request.to_dict()},
         )
     return done
 

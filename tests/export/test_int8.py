@@ -157,7 +157,7 @@ def test_the_manifest_tells_how_it_was_learned(quantised):
         plan = manifest.precision[stage]
         assert plan["type"] == "int8"
         assert plan["operators"]["Conv"].keys() == {"float16"}
-        learned = plan["quantized"]["calibration"]
+        learned = plan["calibration"]
         assert learned["method"] == "max"
         assert learned["images"] == 10
         assert learned["seed"] == 0
