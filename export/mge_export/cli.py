@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
 
 from mge_runtime.cli.common import reports_errors
-from mge_runtime.errors import ExportError
+from mge_runtime.errors import ExportError, OutputError
 from mge_runtime.interrupt import interruptible
 
 __all__ = ["main"]
@@ -144,8 +145,11 @@ def main(
         )
         interrupt.consequence = f"{path} was written before"
         if extract is not None:
-            with Bundle.open(path) as bundle:
-                say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+            try:
+                with Bundle.open(path) as bundle:
+                    say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+            except OutputError as error:
+                raise OutputError(f"{error}; {path} was written before") from error
     if result.report.failures:
         click.echo(f"warning: {len(result.report.failures)} values are out of tolerance; the bundle says so", err=True)
     weights = sum(entry.size for name, entry in result.manifest.entries.items() if name.endswith(".weights"))
@@ -155,7 +159,7 @@ def main(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.stages)} stages, "
         f"weights {weights / 1e6:.1f} MB{engines}"
     )
-    click.echo(f"run it: mge-run --engine {path} IMAGES...")
+    click.echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,18 @@ def test_nobody_is_told_of_engines_that_were_not_wanted(checkpoint):
     assert "engine" not in result.stderr.replace("--engine", "")
 
 
+def test_where_extracting_fails_the_bundle_is_there_and_that_is_said(checkpoint, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / "a bundle.plan"
+    result = invoke(
+        "--ckpt", checkpoint, "--verify-images", 2, "--target", "onnx", "-o", out, "--extract", tmp_path / "file"
+    )
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].endswith(f"{out} was written before")
+    with Bundle.open(out) as bundle:
+        bundle.verify()
+
+
 REFUSED = [
     (["--target", "rtx:sm75"], "the target sm75 (Turing) was asked for in FP32; TensorRT-RTX has no FP32 matrix"),
     (["--target", "rtx:sm90"], "sm90 (Hopper) has no TensorRT-RTX: run mge-build on that device"),
