@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +24,7 @@ HOST_LIMIT = 2**20  # bytes: measured on the CPU, 1,000 runs move it by some 20 
 _DEVICE_LIMIT = 2**21 - 1  # bytes: the driver gives memory away in pages of 2 MiB, and none may go
 _WARM_UP = 20  # runs: allocators find their size, graphs are captured
 _SAMPLES = 20
-_STATM = Path("/proc/self/statm")
+_STATUS = Path("/proc/self/status")
 
 Say = Callable[[str], None]
 
@@ -102,11 +101,16 @@ def _integrated(subject: Subject) -> bool:
 
 
 def host_memory() -> int | None:
-    """Bytes of this process that are resident; None where the system does not say it as Linux does."""
+    """Bytes of this process's own memory that are resident; None where the system does not say it as Linux does.
+
+    Pages of mapped files (libraries, weights) do not count: the system takes and brings them back as it likes.
+    """
     try:
-        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        lines = _STATUS.read_text().splitlines()
     except OSError:
         return None
+    own = [line.split()[1] for line in lines if line.startswith(("RssAnon:", "RssShmem:"))]
+    return sum(map(int, own)) * 1024 if own else None
 
 
 def device_memory(index: int) -> int | None:
