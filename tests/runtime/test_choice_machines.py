@@ -470,3 +470,16 @@ def test_a_gpu_that_is_not_used_is_remarked(make):
         assert choose(bundle=bundle, machine=RTX3060).remark is None
         assert choose("cpu", bundle=bundle, machine=without).remark is None
         assert choose(bundle=bundle, machine=CPU).remark is None
+
+
+def test_int8_is_not_left_to_a_library_that_nobody_has_seen_answer_it(make, tiny, tmp_path):
+    with Bundle.open(make()) as bundle:
+        assert str(choose(bundle=bundle, machine=H100_ORT)) == "onnxruntime on cuda:0"
+    graphs = tiny.make_stages()
+    manifest = tiny.make_manifest(graphs)
+    manifest = replace(manifest, precision={**manifest.precision, "expert_1": {"type": "int8"}})
+    write_bundle(tmp_path / "int8.plan", manifest, {g.spec.name: g.model() for g in graphs})
+    with Bundle.open(tmp_path / "int8.plan") as bundle:
+        choice = choose(bundle=bundle, machine=H100_ORT)
+        assert str(choice) == "onnxruntime on cpu"
+        assert "INT8 has not been checked with ONNX Runtime on CUDA" in choice.remark
