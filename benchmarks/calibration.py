@@ -26,10 +26,10 @@ from mge_calibration.collect import Answers, collect
 from mge_calibration.cost import Cost, chain_cost
 from mge_calibration.exits import NEVER, stops
 from mge_calibration.folder import list_labelled
-from mge_calibration.judge import ExitOutcome, Promise, TemperatureOutcome, learn_exits, learn_temperatures
+from mge_calibration.judge import ExitOutcome, TemperatureOutcome, learn_exits, learn_temperatures
 from mge_calibration.metrics import log_softmax
 from mge_runtime.bundle import Bundle
-from mge_runtime.calibrated import confidence
+from mge_runtime.calibrated import Promise, confidence
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.pipeline import Pipeline
 

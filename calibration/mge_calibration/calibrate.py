@@ -13,8 +13,9 @@ from mge_calibration.collect import Answers, collect, load_frame
 from mge_calibration.cost import Cost, chain_cost, measure_times
 from mge_calibration.exits import fewest_images
 from mge_calibration.folder import LabelledImage, data_sha256, list_labelled, split_by_content, without
-from mge_calibration.judge import ExitOutcome, Promise, TemperatureOutcome, learn_exits, learn_temperatures
+from mge_calibration.judge import ExitOutcome, TemperatureOutcome, learn_exits, learn_temperatures
 from mge_runtime.bundle import Bundle, add_calibration
+from mge_runtime.calibrated import Promise
 from mge_runtime.errors import BundleError, InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest

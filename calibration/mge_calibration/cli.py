@@ -93,8 +93,8 @@ def main(
     _require_libraries()
     with interruptible("the calibration", f"{bundle} is as it was; run it again", MGEError):
         from mge_calibration.calibrate import Request, bundle_values, learn, publish
-        from mge_calibration.judge import Promise
         from mge_calibration.report import as_text, as_values
+        from mge_runtime.calibrated import Promise
         from mge_runtime.files import atomic_path
 
         request = Request(bundle, data, exit_data, Promise(epsilon, delta), seed, device, backend, threads)

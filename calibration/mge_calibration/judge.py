@@ -14,12 +14,11 @@ from mge_calibration.exits import NEVER, certify, count_disagreements, fewest_im
 from mge_calibration.metrics import Interval, Quality, calibration_bins, measure_quality
 from mge_calibration.path import propose_path
 from mge_calibration.temperature import Fit, fit_temperature
-from mge_runtime.calibrated import confidence
+from mge_runtime.calibrated import Promise, confidence
 
 __all__ = [
     "ExitCurve",
     "ExitOutcome",
-    "Promise",
     "TemperatureOutcome",
     "learn_exits",
     "learn_temperatures",
@@ -27,14 +26,6 @@ __all__ = [
 ]
 
 _RESAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Promise:
-    """With probability 1 - delta at most a share epsilon of new answers differs from the full chain's."""
-
-    epsilon: float  # in (0, 1)
-    delta: float  # in (0, 1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mge_calibration.judge import ExitOutcome, Promise, TemperatureOutcome
+from mge_calibration.judge import ExitOutcome, TemperatureOutcome
+from mge_runtime.calibrated import Promise
 from mge_runtime.files import atomic_path
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from mge_calibration.collect import Answers
 from mge_calibration.cost import Cost
 from mge_calibration.exits import stops
 from mge_calibration.folder import LabelledImage
-from mge_calibration.judge import Promise, learn_exits, learn_temperatures, mean_time
+from mge_calibration.judge import learn_exits, learn_temperatures, mean_time
 from mge_calibration.path import propose_path
-from mge_runtime.calibrated import confidence
+from mge_runtime.calibrated import Promise, confidence
 
 COST = Cost("trunks", (1.0, 2.0, 4.0))
 SAME = {"answer_1": 1.0, "answer_2": 1.0, "logits": 1.0}
