@@ -120,7 +120,7 @@ def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle | None) -> C
         )
         return Candidate("onnxruntime", device, False, reason)
     if bundle is not None and any(plan.get("type") == "int8" for plan in bundle.manifest.precision.values()):
-        # On the CPU its optimiser changed every answer of such graphs, which are re-encoded there; nobody has looked here.
+        # On the CPU its optimiser changed every answer of such graphs, which are re-encoded there.
         reason = "INT8 has not been checked with ONNX Runtime on CUDA: use TensorRT, or a bundle in FP16"
         return Candidate("onnxruntime", device, False, reason)
     return Candidate("onnxruntime", device, True, f"runs the ONNX graphs with onnxruntime {version} on CUDA")
