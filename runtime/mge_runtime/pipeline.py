@@ -216,6 +216,14 @@ class Pipeline:
             InputError: `frames` has another type or shape.
             BackendError: as for `predict`, there is no such output, or there are more frames than `max_batch`.
         """
+        return self.run_timed(frames, exit=exit, outputs=outputs).tensors
+
+    def run_timed(self, frames: Array, *, exit: Exit = "never", outputs: Collection[str] | None = None) -> ChainResult:
+        """As `run`, with the milliseconds of each step beside the tensors: for `mge-bench`.
+
+        Raises:
+            InputError, BackendError: as for `run`.
+        """
         size = self.manifest.preprocess.size
         _require_array(frames, f"a uint8 array [B, {size}, {size}, 3]")
         if frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3) or not len(frames):
@@ -223,7 +231,7 @@ class Pipeline:
                 f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
                 f"expected uint8 [B, {size}, {size}, 3]"
             )
-        return self._run(frames, self._stops(exit), outputs).tensors
+        return self._run(frames, self._stops(exit), outputs)
 
     def report(self) -> dict[str, JsonValue]:
         """Memory, graphs and copies of a chain on a GPU, as plain values; empty on a CPU.
