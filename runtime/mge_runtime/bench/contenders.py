@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mge_runtime.backends import Choice
+    from mge_runtime.backends.base import Array
     from mge_runtime.pipeline import Pipeline
 
 __all__ = ["ChainContender", "PartsContender", "PhotoContender", "TrunkChainContender"]
@@ -97,7 +98,7 @@ class PartsContender(Stepped):
         parts: type[PartBundle],
         choice: Choice,
         path: str,
-        images: Mapping[str, NDArray[np.float32]],
+        images: Mapping[str, Array],
         threads: int | None,
     ) -> None:
         self.name = name

@@ -54,8 +54,8 @@ class Noise:
     reference: str  # the contender whose rounds were compared with each other
     spread: float  # of its rounds: (p90 - p10) / median
     load: str  # one minute's load average, before and after
-    others: float | None  # processors that other processes kept busy, on average
-    steal: float | None  # share of all processors' time that the hypervisor gave to other machines
+    others: float | None  # processors, of those this process may use, that others kept busy on average
+    steal: float | None  # share of their time that the hypervisor gave to other machines
     warning: str | None  # why the figures are not to be trusted; None where nothing says so
 
     def to_dict(self) -> dict[str, JsonValue]:
@@ -100,7 +100,7 @@ class Watch:
 class _Moment:
     wall: float  # seconds
     own: float  # processor seconds of this process and of its children that have ended
-    busy: int = 0  # ticks of all processors since the machine started
+    busy: int = 0  # ticks of the processors that this process may use, since the machine started
     steal: int = 0
     total: int | None = None  # None where the system does not tell
 
@@ -108,12 +108,27 @@ class _Moment:
 def _now() -> _Moment:
     times = os.times()
     wall, own = time.perf_counter(), times.user + times.system + times.children_user + times.children_system
-    first = _read(_STAT).partition("\n")[0].split()
-    if len(first) < 9 or first[0] != "cpu" or not all(part.isdecimal() for part in first[1:]):
+    here = _processors()
+    ticks = [0] * 8
+    found = 0
+    for line in _read(_STAT).splitlines():
+        name, *counts = line.split()[:9]
+        if name[:3] == "cpu" and name[3:].isdecimal() and (here is None or int(name[3:]) in here) and len(counts) == 8:
+            found += 1
+            ticks = [total + int(count) for total, count in zip(ticks, counts, strict=True)]
+    if not found:
         return _Moment(wall, own)
-    user, nice, system, idle, waiting, irq, softirq, steal = map(int, first[1:9])  # guests are part of user and nice
+    user, nice, system, idle, waiting, irq, softirq, steal = ticks  # guests are part of user and nice
     busy = user + nice + system + irq + softirq
     return _Moment(wall, own, busy, steal, busy + idle + waiting + steal)
+
+
+def _processors() -> set[int] | None:
+    """Numbers of those that this process may use; None: any."""
+    try:
+        return set(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return None
 
 
 def _load() -> str:

@@ -1,0 +1,202 @@
+"""Time one batch size: the chain, its parts, pictures and PyTorch, interleaved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from mge_runtime.bench.contender import Contender
+from mge_runtime.bench.contenders import ChainContender, PartsContender, PhotoContender, TrunkChainContender
+from mge_runtime.bench.noise import Watch
+from mge_runtime.bench.parts import HeadBundle, TrunkBundle
+from mge_runtime.bench.results import BatchResult, NotRun, Row, Step
+from mge_runtime.bench.rounds import Series, interleave, plan_rounds, warm_up
+from mge_runtime.bench.shares import derived_shares
+from mge_runtime.bench.stats import Percentiles, Ratio
+from mge_runtime.bench.toolchain import eager_contenders
+from mge_runtime.errors import BackendError, MGEError
+from mge_runtime.selfcheck.memory import host_memory
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from mge_runtime.bench.inputs import Inputs
+    from mge_runtime.pipeline import Pipeline
+
+__all__ = ["COMPUTE", "measure_batch"]
+
+COMPUTE = "chain"  # the step of a device's executor that is computing, and nothing else
+_UPLOAD = "upload"
+_BETWEEN = "between the steps (derived)"
+_HEADS = "experts up to their logits"
+
+
+def measure_batch(
+    pipeline: Pipeline,
+    path: Path,
+    inputs: Inputs,
+    batch: int,
+    *,
+    threads: int | None,
+    ckpt: Path | None,
+    iterations: int | None,
+    warmup: int | None,
+    seconds: float,
+    say: Callable[[str], None],
+) -> BatchResult:
+    """Time everything with one batch size.
+
+    Args:
+        pipeline: opened with one stream.
+        path: its bundle.
+        inputs: the pictures.
+        batch: images in a run.
+        threads: as the pipeline was opened with.
+        ckpt: the checkpoint for PyTorch's contenders; None: without them.
+        iterations: of each contender, at least; None: as many as fit.
+        warmup: runs of each before; None: until it is steady.
+        seconds: to spend on the rounds.
+        say: is told what is being done.
+
+    Raises:
+        BackendError: the chain failed, or cannot run this batch.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    files, frames = inputs.batch(batch)
+    chain, photos = ChainContender(pipeline, frames), PhotoContender(pipeline, files)
+    chain.run()  # whether this batch runs at all
+    not_run: list[NotRun] = []
+    with ExitStack() as stack:
+        trunks, heads = _parts(pipeline, path, frames, threads, not_run)
+        eager: list[Contender] = []
+        if ckpt is not None:
+            say(f"batch {batch}: opening PyTorch's ways")
+            eager, missing = eager_contenders(ckpt, frames, threads, pipeline.choice.device)
+            not_run += [NotRun(name, reason) for name, reason in missing.items()]
+        contenders: list[Contender] = [c for c in (chain, trunks, heads, photos) if c is not None]
+        for contender in (*contenders, *eager):
+            stack.callback(contender.close)
+        say(f"batch {batch}: warming up")
+        contenders += _that_run(eager, not_run)
+        count, estimates = warm_up(contenders, warmup)
+        plan = plan_rounds([estimates[contender.name] for contender in contenders], iterations, seconds)
+        total = plan.rounds * (plan.runs + (plan.runs > 1)) * sum(estimates.values()) / 1e3
+        say(f"batch {batch}: {plan.rounds} rounds of {plan.runs} runs, about {total:.0f} s")
+        before, watch = host_memory(), Watch()
+        series = interleave(contenders, plan, lambda line: say(f"batch {batch}: {line}"))
+        after = host_memory()
+    reference = series[trunks.name if trunks is not None else chain.name]
+    on_device = any(_UPLOAD in steps for block in series[chain.name].steps for steps in block)
+    return BatchResult(
+        batch=batch,
+        warm_up=count,
+        rounds=plan.rounds,
+        runs=plan.runs,
+        rows=tuple(_rows(series, on_device, batch)),
+        steps=tuple(_steps(series[chain.name])),
+        shares=tuple(
+            derived_shares(pipeline.manifest, series[chain.name], series[trunks.name], series[heads.name])
+            if isinstance(trunks, PartsContender) and heads is not None
+            else ()
+        ),
+        ratios=tuple(_ratios(series, trunks, eager, on_device)),
+        copies=_copies(on_device),
+        trunk_convolutions={} if trunks is None else {n: t.convolutions for n, t in trunks.trunks.items()},
+        growth=None if before is None or after is None else after - before,
+        noise=watch.stop(reference.contender.name, reference.medians),
+        not_run=tuple(not_run),
+    )
+
+
+def _parts(
+    pipeline: Pipeline, path: Path, frames: NDArray[np.uint8], threads: int | None, not_run: list[NotRun]
+) -> tuple[PartsContender | TrunkChainContender | None, PartsContender | None]:
+    """The bare trunks, and the experts up to their logits; None for what cannot be run, with the reason."""
+    choice, manifest = pipeline.choice, pipeline.manifest
+    name = f"{len(manifest.views) + (manifest.gate is not None)} bare trunks"
+    try:
+        if choice.device != "cpu":
+            not_run.append(NotRun(_HEADS, "on a device the executor times the chain as one step"))
+            return TrunkChainContender(f"{name} (with the copy in and ingest)", choice, str(path), frames), None
+        images = {t.name for s in manifest.stages for t in (*s.inputs, *s.outputs) if len(t.shape) == 4}
+        made = {tensor.name for stage in manifest.stages for tensor in stage.outputs}
+        tensors = pipeline.run(frames, outputs=images & made)
+        parts = [PartsContender(n, kind, choice, str(path), tensors, threads) for n, kind in _kinds(name)]
+    except BackendError as error:
+        not_run.append(NotRun(name, str(error)))
+        return None, None
+    return parts[0], parts[1]
+
+
+def _kinds(name: str) -> list[tuple[str, type[TrunkBundle] | type[HeadBundle]]]:
+    return [(name, TrunkBundle), (_HEADS, HeadBundle)]
+
+
+def _that_run(contenders: Sequence[Contender], not_run: list[NotRun]) -> list[Contender]:
+    """Those of the toolchain's contenders whose first run works."""
+    running: list[Contender] = []
+    for contender in contenders:
+        try:
+            contender.run()
+        except MGEError as error:
+            not_run.append(NotRun(contender.name, " ".join(str(error).split())))
+        else:
+            running.append(contender)
+    return running
+
+
+def _rows(series: dict[str, Series], on_device: bool, batch: int) -> list[Row]:
+    rows: list[Row] = []
+    for name, found in series.items():
+        if on_device and name == COMPUTE:
+            alone = [[steps.get(COMPUTE, 0.0) for steps in block] for block in found.steps]
+            rows.append(_row("chain, compute alone (inputs on the device)", alone, batch))
+            rows.append(_row("chain, with host-device copies", found.rounds, batch))
+        else:
+            rows.append(_row("chain, compute alone" if name == COMPUTE else name, found.rounds, batch))
+    return rows
+
+
+def _row(name: str, rounds: Sequence[Sequence[float]], batch: int) -> Row:
+    times = Percentiles.of([ms for block in rounds for ms in block])
+    return Row(name, times, batch / times.p50 * 1e3, tuple(tuple(block) for block in rounds))
+
+
+def _steps(chain: Series) -> list[Step]:
+    steps = list(dict.fromkeys(step for block in chain.steps for run in block for step in run))
+    whole = chain.medians
+    times = {step: chain.step_medians(step) for step in steps}
+    between = [ms - sum(parts) for ms, *parts in zip(whole, *times.values(), strict=True)]
+    times[_BETWEEN] = between
+    return [Step(step, median(ms), Ratio.of(step, ms, whole).median) for step, ms in times.items()]
+
+
+def _ratios(
+    series: dict[str, Series],
+    trunks: PartsContender | TrunkChainContender | None,
+    eager: Sequence[Contender],
+    on_device: bool,
+) -> list[Ratio]:
+    chain = series[COMPUTE]
+    ratios: list[Ratio] = []
+    if trunks is not None:
+        pair = (chain, series[trunks.name])
+        above, below = [s.step_medians(COMPUTE) if on_device else s.medians for s in pair]
+        ratios.append(Ratio.of(f"chain / {trunks.name}", above, below))
+    for contender in eager:
+        if contender.name in series:
+            ratios.append(Ratio.of(f"{contender.name} / chain", series[contender.name].medians, chain.medians))
+    ratios.append(
+        Ratio.of("JPEG to Prediction, not pipelined / chain", series[PhotoContender.name].medians, chain.medians)
+    )
+    return ratios
+
+
+def _copies(on_device: bool) -> str:
+    if on_device:
+        return "copies between host and device are the difference between the chain's two rows, and steps of their own"
+    return "on a CPU nothing is copied between host and device: there is no figure with copies beside compute alone"

@@ -1,0 +1,120 @@
+"""The tables of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mge_runtime.bench.fresh import Fresh
+from mge_runtime.bench.noise import Noise
+from mge_runtime.bench.results import BatchResult, Results
+from mge_runtime.bench.stats import FEWEST_FOR_P99, Ratio
+from mge_runtime.bench.tables import Table
+from mge_runtime.cli.common import format_bytes
+
+__all__ = ["report_tables"]
+
+_RATIO = ("", "median", "p10", "p90", "rounds")
+
+
+def report_tables(found: Results) -> Iterator[Table]:
+    """Every table, in the order of the report."""
+    for batch in found.batches:
+        yield from _batch(batch)
+    if (pipelined := found.pipelined) is not None:
+        count = pipelined.images
+        rows = [
+            [name, f"{min(s) / count * 1e3:.2f}", f"{sorted(s)[len(s) // 2] / count * 1e3:.2f}", str(len(s))]
+            for name, s in (("JPEG to answer", pipelined.files_s), ("compute alone", pipelined.frames_s))
+        ]
+        notes = [_line(pipelined.ratio), f"{count} images a round, {pipelined.distinct} of them distinct; one stream"]
+        title = "Many images, the next ones decoded meanwhile, ms an image"
+        yield Table(title, ("", "least", "median", "rounds"), rows, notes)
+    if found.fresh is not None:
+        yield _fresh(found, found.fresh)
+    if (energy := found.energy) is not None:
+        line = (
+            f"{energy.joules_per_image:.3f} J an image ({energy.meter}, {energy.images} images, {energy.seconds:.1f} s)"
+        )
+        yield Table("Energy of everything that the counter counts", (), (), [line])
+    if found.not_run:
+        rows = [[item.name, item.reason, item.command or ""] for item in found.not_run]
+        yield Table("Not run", (), (), [": ".join(filter(None, row[:2])) + _command(row[2]) for row in rows])
+
+
+def _batch(found: BatchResult) -> Iterator[Table]:
+    rows = [
+        [row.name, *(_ms(value) for value in (row.times.p50, row.times.p90, row.times.p99)), f"{row.images_per_s:.2f}"]
+        for row in found.rows
+    ]
+    count = found.rounds * found.runs
+    notes = [f"{count} runs of each in {found.rounds} interleaved rounds, after {found.warm_up} to warm up"]
+    if count < FEWEST_FOR_P99:
+        notes.append(f"p99 needs {FEWEST_FOR_P99} runs: --iterations {FEWEST_FOR_P99}")
+    notes.append(found.copies)
+    yield Table(f"Batch {found.batch}, ms", ("", "p50", "p90", "p99", "images/s"), rows, notes)
+    ratios = [[r.name, f"{r.median:.3f}", f"{r.p10:.3f}", f"{r.p90:.3f}", str(len(r.rounds))] for r in found.ratios]
+    yield Table(f"Batch {found.batch}, ratios within a round", _RATIO, ratios, list(_noise(found.noise)))
+    steps = [[step.name, f"{step.ms:.3f}", f"{step.share:.1%}"] for step in found.steps]
+    yield Table(f"Batch {found.batch}, the chain step by step", ("", "ms", "share"), steps)
+    if found.shares:
+        shares = [
+            [share.name, f"{share.median:.1%}", f"{share.p10:.1%}", f"{share.p90:.1%}", str(len(share.rounds))]
+            for share in found.shares
+        ]
+        yield Table(f"Batch {found.batch}, shares of the chain", _RATIO, shares)
+    notes = [f"{item.name}: {item.reason}{_command(item.command)}" for item in found.not_run]
+    if found.growth is not None:
+        notes.append(
+            f"host memory grew by {found.growth / 1e6:+.2f} MB over the rounds (the process's own, all contenders)"
+        )
+    if notes:
+        yield Table(f"Batch {found.batch}, beside that", (), (), notes)
+
+
+def _noise(noise: Noise) -> Iterator[str]:
+    others = "unknown" if noise.others is None else f"{noise.others:.2f} processors"
+    steal = "" if noise.steal is None else f", {noise.steal:.1%} taken by the hypervisor"
+    yield (
+        f"noise: rounds of {noise.reference!r} {noise.spread:.1%} apart (p10 to p90), load {noise.load}, "
+        f"others took {others}{steal}"
+    )
+
+
+def _fresh(found: Results, fresh: Fresh) -> Table:
+    rows: list[list[str]] = []
+    for name, starts in (("mge, from the bundle", fresh.bundle), ("plain ONNX Runtime, same stages", fresh.files)):
+        if starts:
+            seconds = sorted(start.seconds for start in starts)
+            peaks = [start.peak for start in starts if start.peak is not None]
+            peak = format_bytes(max(peaks)) if peaks else "unknown"
+            rows.append([name, f"{seconds[len(seconds) // 2]:.3f}", f"{seconds[0]:.3f}", peak, str(len(seconds))])
+    notes: list[str] = []
+    if (ratio := fresh.ratio_of_medians) is not None and fresh.ratio is not None:
+        notes.append(f"ratio of the medians {ratio:.3f}; pair by pair: {_numbers(fresh.ratio)}")
+    weights = found.memory
+    notes.append(
+        f"weights as FP32: {format_bytes(weights.weights_fp32)}; stored: {format_bytes(weights.weights_stored)}"
+    )
+    devices = [start.device for start in fresh.bundle if start.device is not None]
+    if devices:
+        notes.append(f"device memory in use, by all processes: {format_bytes(max(devices))}")
+    report = fresh.bundle[0].report or {}
+    notes += [f"device: {key} {value}" for key, value in report.items() if key.endswith("_bytes")]
+    title = "A fresh process, from its start to the first answer (batch 1), s"
+    return Table(title, ("", "median", "least", "peak memory", "pairs"), rows, notes)
+
+
+def _line(ratio: Ratio) -> str:
+    return f"{ratio.name}: {_numbers(ratio)}"
+
+
+def _numbers(ratio: Ratio) -> str:
+    return f"median {ratio.median:.3f}, p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _command(command: str | None) -> str:
+    return f" ({command})" if command else ""
