@@ -89,6 +89,30 @@ def test_the_figures_are_those_of_the_rule(calibrated, labelled):
     assert 0 < report["mean_cost_share"] < 1
 
 
+def test_what_is_learned_from_one_part_knows_nothing_of_the_other(calibrated, labelled):
+    """Temperatures and the path of thresholds, once more from the images of the temperatures alone."""
+    from mge_calibration.exits import NEVER
+    from mge_calibration.folder import list_labelled, split_by_content
+    from mge_calibration.path import propose_path
+    from mge_calibration.temperature import fit_temperature
+
+    values = values_of(calibrated[0])
+    with Pipeline.open(calibrated[0], threads=1) as pipeline:
+        images = split_by_content(list_labelled(labelled, pipeline.manifest.class_names)[1], 1 / 3, 0)[0]
+        frames = np.stack([to_frame(decode_picture(i.path), pipeline.manifest.preprocess)[0] for i in images])
+        tensors = pipeline.run(frames, exit="never", outputs=["answer_1", "answer_2", "logits"])
+    labels = np.array([image.label for image in images])
+    for name, temperature in values["temperatures"].items():
+        assert temperature == pytest.approx(fit_temperature(tensors[name], labels).temperature, rel=1e-6)
+    names = ["answer_1", "answer_2"]
+    sure = np.column_stack([confidence(tensors[n], values["temperatures"][n]) for n in names])
+    differs = np.column_stack([tensors[n].argmax(1) != tensors["logits"].argmax(1) for n in names])
+    path = propose_path(sure, differs, values["report"]["cost"]["stops"], 5)
+    chosen = [NEVER if t is None else t for t in values["exits"]["thresholds"].values()]
+    rows = np.isclose(path, chosen, rtol=1e-7, atol=0) | (np.isinf(path) & np.isinf(chosen))
+    assert rows.all(1).any()
+
+
 def test_the_report_folder_holds_two_pictures_and_the_values(calibrated):
     path, folder, _ = calibrated
     assert sorted(p.name for p in folder.iterdir()) == ["calibration.json", "exits.png", "reliability.png"]
