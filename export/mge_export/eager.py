@@ -75,13 +75,19 @@ class _EagerContender:
         """What answers images [B, 3, S, S]; its result has `logits` [B, C]."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def run(self) -> None:
         """Answer the batch once.
 
         Raises:
-            EagerUnavailable: PyTorch failed.
+            EagerUnavailable: PyTorch failed, or the contender is closed.
         """
+        try:
+            self._answer()
+        except RuntimeError as error:  # out of memory, an operator that the device lacks
+            raise EagerUnavailable(f"{self.name} failed: {_first_line(error)}") from error
+
+    @torch.no_grad()
+    def _answer(self) -> None:
         if self._compute is None:
             raise EagerUnavailable(f"{self.name} is closed; make a new one")
         if self._threads is not None:
@@ -147,7 +153,7 @@ class CompiledContender(_EagerContender):
             super().__init__(model, frames, threads, device, autocast=autocast)
             with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=_VERSIONS):
                 warnings.simplefilter("ignore")
-                self.run()
+                self._answer()
         except EagerUnavailable:
             raise
         except Exception as error:  # the compilers' exceptions have no common base

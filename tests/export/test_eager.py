@@ -105,11 +105,12 @@ def test_other_trunks_are_refused():
         split_trunk(Crossed().eval(), 64)
 
 
-@pytest.fixture
-def checkpoint(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def checkpoint(tiny, tmp_path_factory):
     model = tiny.make_model()
-    save_checkpoint(tmp_path / "best.pt", model)
-    return model, tmp_path / "best.pt"
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    save_checkpoint(path, model)
+    return model, path
 
 
 @pytest.fixture
@@ -141,6 +142,18 @@ def test_contenders_of_a_checkpoint(checkpoint, tiny, photographs):
         way.close()
         with pytest.raises(EagerUnavailable, match="is closed"):
             way.run()
+
+
+@pytest.mark.usefixtures("refused")
+def test_a_failure_is_one_line(checkpoint, monkeypatch):
+    way = eager.eager_contenders(checkpoint[1], np.zeros((1, 64, 64, 3), np.uint8), None, "cpu")[0]
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("no memory left\nand many lines more")
+
+    monkeypatch.setattr(AuthorsChain, "__call__", refuse)
+    with pytest.raises(EagerUnavailable, match=r"^PyTorch eager, the authors' way failed: no memory left$"):
+        way.run()
 
 
 @pytest.mark.usefixtures("refused")
