@@ -92,8 +92,10 @@ def _fresh(found: Results, fresh: Fresh) -> Table:
     if (ratio := fresh.ratio_of_medians) is not None and fresh.ratio is not None:
         notes.append(f"ratio of the medians {ratio:.3f}; pair by pair: {_numbers(fresh.ratio)}")
     weights = found.memory
+    limit = 2 * weights.weights_fp32 + 300_000_000
     notes.append(
-        f"weights as FP32: {format_bytes(weights.weights_fp32)}; stored: {format_bytes(weights.weights_stored)}"
+        f"weights as FP32: {format_bytes(weights.weights_fp32)} (twice that and 300 MB: {format_bytes(limit)}); "
+        f"stored: {format_bytes(weights.weights_stored)}"
     )
     devices = [start.device for start in fresh.bundle if start.device is not None]
     if devices:

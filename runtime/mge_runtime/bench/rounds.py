@@ -13,12 +13,13 @@ from mge_runtime.bench.contender import Contender
 
 __all__ = ["Plan", "Series", "Stepped", "interleave", "plan_rounds", "warm_up"]
 
-_STEADY = 0.05  # spread of three runs in a row, relative, from which on a contender counts as warm
-_MOST_WARM_UP = 20  # runs of each contender
-_WARM_UP_SECONDS = 20.0  # for all contenders together; each gets three runs all the same
+_STEADY = 0.05  # relative: a contender is warm when its last two runs beat the ones before by no more than this
+_LEAST_WARM_UP, _MOST_WARM_UP = 4, 20  # runs of each contender
+_WARM_UP_SECONDS = 20.0  # for all contenders together, but for the least
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 100
 _BLOCK_SECONDS = 0.02  # of the quickest contender: below, one run says more of the clock than of the work
 _MOST_RUNS = 10  # in a block
+_SHOWN = 5.0  # seconds between two lines of progress
 
 
 class Stepped:
@@ -59,14 +60,14 @@ class Plan:
 
 
 def warm_up(contenders: Sequence[Contender], runs: int | None) -> tuple[int, dict[str, float]]:
-    """Run all contenders in turn until each is steady.
+    """Run all contenders in turn until none of them gets faster any more.
 
     Args:
         contenders: opened.
-        runs: of each; None: until three in a row are within 5 % of each other, or time is up.
+        runs: of each; None: until they are steady, or 20 s are over.
 
     Returns:
-        How many runs each had, and the milliseconds of the last, or a quick one of the last three, by name.
+        How many runs each had, and the quickest of its last three in milliseconds, by name.
     """
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     start = time.perf_counter()
@@ -75,8 +76,8 @@ def warm_up(contenders: Sequence[Contender], runs: int | None) -> tuple[int, dic
         for contender in contenders:
             times[contender.name].append(timed(contender))
         count += 1
-        if runs is None and count >= 3:
-            steady = all(max(last := ms[-3:]) <= min(last) * (1 + _STEADY) for ms in times.values())
+        if runs is None and count >= _LEAST_WARM_UP:
+            steady = all(min(ms[-2:]) >= min(ms[:-2]) * (1 - _STEADY) for ms in times.values())
             if steady or time.perf_counter() - start > _WARM_UP_SECONDS:
                 break
     return count, {name: min(ms[-3:]) for name, ms in times.items()}
@@ -99,36 +100,55 @@ def plan_rounds(estimates_ms: Sequence[float], iterations: int | None, seconds: 
 
 
 def interleave(
-    contenders: Sequence[Contender], plan: Plan, say: Callable[[str], None] = lambda _line: None
+    contenders: Sequence[Contender],
+    plan: Plan,
+    say: Callable[[str], None] = lambda _line: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Series]:
     """Run all contenders in every round, forwards and backwards in turn.
+
+    Args:
+        contenders: warm.
+        plan: how often.
+        say: is told how far it is, every few seconds.
+        clock: seconds; `time.process_time` leaves out what others do, and waiting, and adds up threads.
 
     Returns:
         The times by the contenders' names.
     """
     series = {contender.name: Series(contender) for contender in contenders}
     shown = time.perf_counter()
-    for number in range(plan.rounds):
-        gc.collect()
-        for contender in contenders if number % 2 == 0 else reversed(contenders):
-            if plan.runs > 1:
-                contender.run()  # the caches hold what the contender before left there
-            block: list[float] = []
-            steps: list[dict[str, float]] = []
-            for _ in range(plan.runs):
-                block.append(timed(contender))
-                if isinstance(contender, Stepped):
-                    steps.append(dict(contender.steps_ms))
-            series[contender.name].rounds.append(block)
-            series[contender.name].steps.append(steps)
-        if time.perf_counter() - shown > 5:
-            shown = time.perf_counter()
-            say(f"round {number + 1} of {plan.rounds}")
+    gc.collect()
+    gc.freeze()  # what is there already (PyTorch has half a million objects) is not looked through again
+    try:
+        for number in range(plan.rounds):
+            gc.collect()
+            for contender in contenders if number % 2 == 0 else reversed(contenders):
+                _block(contender, plan.runs, series[contender.name], clock)
+            if time.perf_counter() - shown > _SHOWN:
+                shown = time.perf_counter()
+                say(f"round {number + 1} of {plan.rounds}")
+    finally:
+        gc.unfreeze()
     return series
 
 
-def timed(contender: Contender) -> float:
+def _block(contender: Contender, runs: int, series: Series, clock: Callable[[], float]) -> None:
+    """One contender's part of a round."""
+    if runs > 1:
+        contender.run()  # the caches hold what the contender before left there
+    times: list[float] = []
+    steps: list[dict[str, float]] = []
+    for _ in range(runs):
+        times.append(timed(contender, clock))
+        if isinstance(contender, Stepped):
+            steps.append(dict(contender.steps_ms))
+    series.rounds.append(times)
+    series.steps.append(steps)
+
+
+def timed(contender: Contender, clock: Callable[[], float] = time.perf_counter) -> float:
     """The milliseconds of one run."""
-    start = time.perf_counter()
+    start = clock()
     contender.run()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
