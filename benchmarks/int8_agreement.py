@@ -4,10 +4,10 @@
 
 Each row is one way to quantise the same trunks: ranges by maximum, percentile, entropy or mean squared error, experts
 calibrated on the crops of quantised experts or of float ones ("float crops"), and every layer in INT8 or as many as
-`--max-drop` allows. Each is run as TensorRT computes it ("exact") or as a CPU does ("fast"). Class and top-1 are of
-the chain's answer, with a 95 % bootstrap interval of the difference in top-1 over photographs; the box is what expert k
-sees, in pixels of the frame, composed through the earlier crops. `--onnxruntime` adds what ONNX Runtime's own
-`quantize_static` makes of the same graphs and images, around the same layers.
+`--max-drop` and `--min-box-iou` allow. Each is run as TensorRT computes it ("exact") or as a CPU does ("fast"). Class
+and top-1 are of the chain's answer, with a 95 % bootstrap interval of the difference in top-1 over photographs; the box
+is what expert k sees, in pixels of the frame, composed through the earlier crops. `--onnxruntime` adds what ONNX
+Runtime's own `quantize_static` makes of the same graphs and images, around the same layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mge.model import MGENet
 from mge_calibration.int8.chain import quantize_chain
 from mge_calibration.int8.images import read_calibration_images
 from mge_calibration.int8.ranges import METHODS
-from mge_calibration.int8.sessions import Tensors, run_batches
+from mge_calibration.int8.sessions import BATCH, Tensors, open_graph, run_all
 from mge_calibration.int8.sites import find_layers
 from mge_calibration.int8.stage import Int8Options
 from mge_export.differences import ChainDifferences
@@ -33,7 +33,7 @@ from mge_export.graph import export_graph, inlined
 from mge_export.int8 import is_trunk_weight
 from mge_export.precision import Precision
 from mge_export.runners import onnx_runner, run_chain
-from mge_export.stages import Stage, build_stages
+from mge_export.stages import Stage, build_stages, segments
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import decode_image
 from mge_runtime.preprocess import to_frame
@@ -41,7 +41,6 @@ from mge_runtime.sources import find_images
 
 Models = dict[str, onnx.ModelProto]
 PATH = click.Path(path_type=Path)
-BATCH = 4
 
 
 @click.command(help=__doc__)
@@ -50,6 +49,7 @@ BATCH = 4
 @click.option("--calib-images", default=256, show_default=True)
 @click.option("--data", type=PATH, required=True, help="DIR/<class>/*: photographs to test on.")
 @click.option("--max-drop", default=0.5, show_default=True, help="Percent, of the rows that leave layers in FP16.")
+@click.option("--min-box-iou", default=0.9, show_default=True, help="Of the same rows: least median IoU of a box.")
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=("mse",))
 @click.option("--float-crops/--no-float-crops", default=True, help="Also calibrate on the crops of float experts.")
 @click.option("--all-layers/--no-all-layers", default=True, help="Also with every layer in INT8.")
@@ -61,6 +61,7 @@ def main(
     calib_images: int,
     data: Path,
     max_drop: float,
+    min_box_iou: float,
     methods: tuple[str, ...],
     float_crops: bool,
     all_layers: bool,
@@ -93,9 +94,17 @@ def main(
     for method in methods:
         for crops in (False, True) if float_crops else (False,):
             for drop, label in (*drops, (max_drop / 100, f"max-drop {max_drop:g}")):
-                options = Int8Options(method, drop, 0, crops)
+                options = Int8Options(
+                    method, max_drop=drop, float_crops=crops, min_box_iou=min_box_iou if drop < 1 - 1e-6 else 0
+                )
                 results = quantize_chain(
-                    [stage.spec for stage in stages], models, is_trunk_weight, calibration.frames, options, click.echo
+                    [stage.spec for stage in stages],
+                    models,
+                    is_trunk_weight,
+                    calibration.frames,
+                    [segment.answer for segment in segments(config)],
+                    options,
+                    click.echo,
                 )
                 name = f"{method}, {label}" + (", float crops" if crops else "")
                 show(name, {stage: result.model for stage, result in results.items()})
@@ -176,9 +185,7 @@ def quantize_static_chain(stages: tuple[Stage, ...], models: Models, frames: np.
                 )
                 wide = onnx.load(target)
             done[name] = wide
-        count = len(frames)
-        batches = ({k: v[i : i + BATCH] for k, v in inputs.items()} for i in range(0, count, BATCH))
-        tensors |= run_batches(wide, batches)
+        tensors |= run_all(open_graph(wide), inputs)
     return done
 
 

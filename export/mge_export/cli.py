@@ -130,7 +130,7 @@ def main(
             frames = read_calibration_images(
                 calib_data, preprocess, limit=calib_images, seed=calib_seed, few=force_few_images, say=say
             )
-            request = Int8Request(frames, Int8Options(calib_method, max_drop / 100, calib_seed))
+            request = Int8Request(frames, Int8Options(calib_method, max_drop=max_drop / 100, seed=calib_seed))
         result = export_bundle(
             model,
             path,

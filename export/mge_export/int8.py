@@ -15,6 +15,7 @@ from mge_export.graph import StageGraph, externalize, inlined, weights_name
 from mge_export.precision import Precision
 from mge_export.stages import Stage
 from mge_runtime.errors import ExportError
+from mge_runtime.spec import StageSpec
 
 __all__ = ["Int8Request", "check_quantization", "is_trunk_weight", "quantize_graphs"]
 
@@ -63,7 +64,8 @@ def quantize_graphs(
     """
     models = {name: inlined(graph) for name, graph in graphs.items()}
     specs = [stage.spec for stage in stages]
-    results = quantize_chain(specs, models, is_trunk_weight, request.images.frames, request.options, say)
+    frames, answers = request.images.frames, _answers(specs)
+    results = quantize_chain(specs, models, is_trunk_weight, frames, answers, request.options, say)
     done: dict[str, tuple[StageGraph, dict[str, Any]]] = {}
     for stage in stages:
         name = stage.spec.name
@@ -81,6 +83,14 @@ def quantize_graphs(
             {"quantized": result.to_dict(), "calibration": request.to_dict()},
         )
     return done
+
+
+def _answers(stages: Sequence[StageSpec]) -> list[str]:
+    """What the chain answers with: an expert that crops may be the last that runs, the last stage is."""
+    names = [[tensor.name for tensor in stage.outputs] for stage in stages]
+    early = [name for made in names if any(n.startswith("box_") for n in made) for name in made if "answer" in name]
+    last = next(name for name in names[-1] if name == "logits" or name.startswith("answer_"))
+    return [*early, last]
 
 
 def check_quantization(stage: str, model: onnx.ModelProto, convolutions: int) -> None:

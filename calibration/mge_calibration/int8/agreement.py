@@ -1,72 +1,72 @@
-"""How far a quantised stage is from the one it was made of, on the same images."""
+"""How far a quantised stage, and the chain that goes on from it, is from the float one on the same images."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mge_calibration.int8.sessions import Tensors
+__all__ = ["Agreement", "box_iou", "relative_error"]
 
-__all__ = ["Agreement", "Classes", "compare", "relative_error"]
-
-Classes = Callable[[Tensors], np.ndarray]  # what a stage puts out -> class indices [N] that follow from it
-BOX_IOU = 0.9  # least median IoU of its box with the float stage's: the next expert must see the same thing
+_ROUNDING = 1e-9  # a share times a number of images is a whole number up to this
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A quantised stage against the float one, over N images."""
+    """A chain with quantised stages against the float chain, over N images."""
 
     images: int
-    changed: int  # of them, with another class
-    box_iou: float | None  # median; None: the stage has no box
-    error: float  # see `relative_error`
+    changed: Mapping[str, int]  # answer -> images whose class is another
+    box_iou: Mapping[str, float]  # box -> median over images, in pixels of the frame
+    error: float  # of the stage alone, see `relative_error`
 
-    @property
-    def same_class(self) -> float:
+    def same_class(self, answer: str) -> float:
         """Share of images."""
-        return 1 - self.changed / self.images
+        return 1 - self.changed[answer] / self.images
 
-    def within(self, max_drop: float) -> bool:
-        """Whether the boxes stayed, and all classes but a share of `max_drop`, rounded up to whole images."""
-        allowed = math.ceil(max_drop * self.images)
-        return self.changed <= allowed and (self.box_iou is None or self.box_iou >= BOX_IOU)
+    def within(self, max_drop: float, min_box_iou: Mapping[str, float]) -> bool:
+        """Whether no answer changed on more than a share of `max_drop`, and every box stayed."""
+        allowed = max_drop * self.images + _ROUNDING
+        return all(count <= allowed for count in self.changed.values()) and all(
+            iou >= min_box_iou[name] for name, iou in self.box_iou.items()
+        )
 
-    def to_dict(self) -> dict[str, float | None]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values for a manifest."""
-        box = None if self.box_iou is None else round(self.box_iou, 4)
-        return {"images": self.images, "changed": self.changed, "box_iou": box, "error": round(self.error, 6)}
-
-
-def compare(found: Tensors, reference: Tensors, classes: Classes) -> Agreement:
-    """Compare what two variants of a stage put out."""
-    changed = classes(found) != classes(reference)
-    boxes = [name for name in reference if name.startswith("box_")]
-    iou = float(np.median([_iou(found[name], reference[name]) for name in boxes])) if boxes else None
-    return Agreement(len(changed), int(changed.sum()), iou, relative_error(found, reference))
+        boxes = {name: round(iou, 4) for name, iou in self.box_iou.items()}
+        return {
+            "images": self.images,
+            "changed": dict(self.changed),
+            "box_iou": boxes,
+            "error": round(self.error, 6),
+        }
 
 
 def relative_error(found: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> float:
     """Mean over images and tensors of |found - reference| / |reference|, Euclidean norms.
 
-    Images and boxes are left out: one follows from the other, and the box from the heat map, which is in.
+    Args:
+        found: a stage's outputs; images and boxes are left out: one follows from the other, and the box from the heat
+            map, which is in.
+        reference: of the float stage on the same inputs, maybe for more images.
     """
     errors: list[float] = []
-    for name, wanted in reference.items():
-        if wanted.ndim > 3 or name.startswith("box_"):
+    for name, values in found.items():
+        if values.ndim > 3 or name.startswith("box_"):
             continue
-        axes = tuple(range(1, wanted.ndim))
-        wide = wanted.astype(np.float64)
-        distance = np.sqrt(((found[name] - wide) ** 2).sum(axes))
+        wide = reference[name][: len(values)].astype(np.float64)
+        axes = tuple(range(1, wide.ndim))
+        distance = np.sqrt(((values - wide) ** 2).sum(axes))
         length = np.maximum(np.sqrt((wide**2).sum(axes)), np.finfo(np.float32).tiny)
         errors.append(float((distance / length).mean()))
     return float(np.mean(errors))
 
 
-def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    low, high = np.maximum(boxes[:, :2], others[:, :2]), np.minimum(boxes[:, 2:], others[:, 2:])
-    inner, one, other = ((b[:, 2:] - b[:, :2]).clip(0).prod(1) for b in (np.hstack([low, high]), boxes, others))
+def box_iou(boxes: NDArray[np.floating], others: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Intersection over union of boxes [..., 4] that are not empty, pair by pair."""
+    low, high = np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:])
+    both = np.concatenate([low, high], -1)
+    inner, one, other = ((b[..., 2:] - b[..., :2]).clip(0).prod(-1) for b in (both, boxes, others))
     return inner / (one + other - inner)

@@ -1,8 +1,8 @@
-"""Run a stage's graph, as it is or quantised, over batches that are held in memory."""
+"""Run a stage's graph, as it is or quantised, over images that are held in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +13,9 @@ from mge_calibration.int8.ranges import Magnitudes, pick_range
 from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.cpus import cpu_count
 
-__all__ = ["Tensors", "default_workers", "learn_ranges", "open_graph", "run_batches"]
+__all__ = ["BATCH", "Run", "Tensors", "default_workers", "learn_ranges", "open_graph", "run_all"]
+
+BATCH = 4
 
 Tensors = dict[str, np.ndarray]  # by name, batch first
 Run = Callable[[Mapping[str, np.ndarray]], Tensors]
@@ -27,6 +29,9 @@ def open_graph(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Run:
     Args:
         model: with its weights.
         outputs: tensors within the graph to put out beside its own outputs.
+
+    Returns:
+        Runs it on one batch, from as many threads at a time as there are; tensors that it does not read are ignored.
     """
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -51,49 +56,65 @@ def open_graph(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Run:
     return run
 
 
-def run_batches(model: onnx.ModelProto, batches: Iterable[Mapping[str, np.ndarray]]) -> Tensors:
-    """Run a graph over all batches; return its outputs, one after the other along the first axis."""
-    run = open_graph(model)
-    with ThreadPoolExecutor(default_workers()) as pool:
+def run_all(run: Run, tensors: Mapping[str, np.ndarray], *, most: int | None = None, workers: int = 1) -> Tensors:
+    """Run batch after batch; return the outputs, one after the other along the first axis.
+
+    Args:
+        run: on one batch.
+        tensors: over all images.
+        most: use the first so many images; None: all.
+        workers: batches at once.
+    """
+    count = len(next(iter(tensors.values())))
+    stop = count if most is None else min(most, count)
+    batches = [
+        {name: value[start : min(start + BATCH, stop)] for name, value in tensors.items()}
+        for start in range(0, stop, BATCH)
+    ]
+    with ThreadPoolExecutor(workers) as pool:
         found = list(pool.map(run, batches))
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def learn_ranges(
-    model: onnx.ModelProto, tensors: Sequence[str], batches: Callable[[], Iterator[Mapping[str, np.ndarray]]], how: str
+    model: onnx.ModelProto, wanted: Sequence[str], tensors: Mapping[str, np.ndarray], how: str
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Learn the range of each tensor: one pass for the largest magnitudes, for all but "max" another for histograms.
 
     Args:
         model: a stage, not quantised, with its weights.
-        tensors: to learn the ranges of.
-        batches: begins anew at each call.
+        wanted: names of the tensors to learn the ranges of.
+        tensors: the stage's inputs, over all images.
         how: a method of `ranges.METHODS`.
 
     Returns:
         Tensor name -> the magnitude that becomes code 127 (a tensor of zeros gets 1), and tensor name -> the mean of
         each channel, [C].
     """
-    run = open_graph(model, tensors)
-    largest = dict.fromkeys(tensors, 0.0)
+    run = open_graph(model, wanted)
+    count = len(next(iter(tensors.values())))
+    starts = range(0, count, BATCH)
+
+    def batch(start: int) -> Tensors:
+        return run({name: value[start : start + BATCH] for name, value in tensors.items()})
+
+    largest = dict.fromkeys(wanted, 0.0)
     sums: dict[str, np.ndarray] = {}
-    images = 0
-    for batch in batches():
-        found = run(batch)
-        images += len(next(iter(batch.values())))
-        for name in tensors:
+    for start in starts:
+        found = batch(start)
+        for name in wanted:
             sums[name] = sums.get(name, 0) + found[name].mean((2, 3), dtype=np.float64).sum(0)
             largest[name] = max(largest[name], float(np.abs(found[name]).max()))
     magnitudes = {name: Magnitudes(value or 1.0) for name, value in largest.items()}
     if how != "max":
-        for batch in batches():
-            found = run(batch)
-            for name in tensors:
+        for start in starts:
+            found = batch(start)
+            for name in wanted:
                 magnitudes[name].add(found[name])
     ranges = {name: pick_range(seen, how) for name, seen in magnitudes.items()}
-    return ranges, {name: total / images for name, total in sums.items()}
+    return ranges, {name: total / count for name, total in sums.items()}
 
 
 def default_workers() -> int:
-    """Sessions that run at once, each with one thread."""
+    """Runs at once, each in one thread."""
     return max(1, min(8, cpu_count()))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import onnx
 
-from mge_calibration.int8.agreement import Agreement, Classes, compare, relative_error
+from mge_calibration.int8.agreement import Agreement, relative_error
 from mge_calibration.int8.insert import insert_quantization
 from mge_calibration.int8.ranges import METHODS
-from mge_calibration.int8.sessions import Tensors, default_workers, learn_ranges, run_batches
+from mge_calibration.int8.sessions import Run, default_workers, learn_ranges, open_graph, run_all
 from mge_calibration.int8.sites import Layer, find_layers
 
-__all__ = ["Int8Options", "QuantizedStage", "quantize_stage"]
+__all__ = ["Int8Options", "Judge", "QuantizedStage", "quantize_stage"]
 
-BATCH = 4
 SENSITIVITY_IMAGES = 32  # each layer is quantised alone on so many: a norm over answers and maps needs no more
+
+Judge = Callable[[Run], tuple[Agreement, bool]]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Int8Options:
     """
 
     method: str = "mse"  # of `ranges.METHODS`
-    max_drop: float = 0.005  # share of images whose class may change in a stage
+    _: KW_ONLY
+    max_drop: float = 0.005  # share of images on which an answer of the chain may change its class
+    min_box_iou: float = 0.9  # least median over images, of each box of the chain with the float chain's; 0: any
     seed: int = 0
     float_crops: bool = False  # calibrate expert k on crops of the float experts before it: for comparison
 
@@ -39,6 +42,8 @@ class Int8Options:
             raise ValueError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}")
         if not 0 <= self.max_drop < 1:
             raise ValueError(f"max_drop is {self.max_drop}; expected a share in [0, 1)")
+        if not 0 <= self.min_box_iou < 1:
+            raise ValueError(f"min_box_iou is {self.min_box_iou}; expected an IoU in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,6 @@ class QuantizedStage:
     sensitivity: Mapping[str, float]  # layer name -> relative error with it alone quantised; empty: all could be
     all_layers: Agreement  # with every layer quantised
     agreement: Agreement  # as it is
-    outputs: Tensors = field(repr=False)  # of the quantised stage over all images
-    float_outputs: Tensors = field(repr=False)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for a manifest: what was quantised, what was not, and why."""
@@ -69,8 +72,8 @@ class QuantizedStage:
 def quantize_stage(
     model: onnx.ModelProto,
     trunk_weight: Callable[[str], bool],
-    inputs: Mapping[str, np.ndarray],
-    classes: Classes,
+    tensors: Mapping[str, np.ndarray],
+    judge: Judge,
     options: Int8Options,
 ) -> QuantizedStage:
     """Quantise a stage's trunk.
@@ -78,58 +81,61 @@ def quantize_stage(
     Args:
         model: with its weights; left as it is.
         trunk_weight: whether an initialiser is a convolution's weight in the trunk.
-        inputs: the stage's inputs over all calibration images, by name.
-        classes: what follows from the stage's outputs; its changes are held to `options.max_drop`.
+        tensors: the stage's inputs over all calibration images, by name, in an order that is a random draw; others are
+            ignored.
+        judge: a variant of the stage -> how the chain then agrees, and whether that is enough.
         options: how.
     """
+    inputs = {tensor.name: tensors[tensor.name] for tensor in model.graph.input}
     layers = find_layers(model, trunk_weight)
-    tensors = list(dict.fromkeys(name for layer in layers for name in layer.activations))
+    names = list(dict.fromkeys(name for layer in layers for name in layer.activations))
+    ranges, means = learn_ranges(model, names, inputs, options.method)
 
-    def batches(most: int | None = None) -> Iterator[Mapping[str, np.ndarray]]:
-        count = min(len(value) for value in inputs.values())
-        for start in range(0, count if most is None else min(most, count), BATCH):
-            yield {name: value[start : start + BATCH] for name, value in inputs.items()}
-
-    ranges, means = learn_ranges(model, tensors, batches, options.method)
-    reference = run_batches(model, batches())
-    few = {name: value[:SENSITIVITY_IMAGES] for name, value in reference.items()}
-
-    def error(layer: Layer) -> float:
-        found = run_batches(insert_quantization(model, [layer], ranges, means), batches(SENSITIVITY_IMAGES))
-        return relative_error(found, {name: value[: len(found[name])] for name, value in few.items()})
-
-    def attempt(chosen: Sequence[Layer]) -> tuple[onnx.ModelProto, Tensors, Agreement]:
+    def attempt(left: Sequence[Layer]) -> _Attempt:
+        chosen = [layer for layer in layers if layer not in left]
         changed = insert_quantization(model, chosen, ranges, means)
-        outputs = run_batches(changed, batches()) if chosen else reference
-        return changed, outputs, compare(outputs, reference, classes)
+        agreement, good = judge(open_graph(changed))
+        return _Attempt(changed, tuple(chosen), tuple(left), agreement, good)
 
-    quantised, outputs, agreement = attempt(layers)
-    everything, left, sensitivity = agreement, (), {}
-    if not agreement.within(options.max_drop):
+    everything = best = attempt(())
+    sensitivity: dict[str, float] = {}
+    if not best.good:
+        few = run_all(open_graph(model), inputs, most=SENSITIVITY_IMAGES, workers=default_workers())
+
+        def error(layer: Layer) -> float:
+            run = open_graph(insert_quantization(model, [layer], ranges, means))
+            return relative_error(run_all(run, inputs, most=SENSITIVITY_IMAGES), few)
+
         with ThreadPoolExecutor(default_workers()) as pool:
             errors = dict(zip(layers, pool.map(error, layers), strict=True))
         worst = sorted(layers, key=lambda layer: -errors[layer])
         sensitivity = {layer.name: errors[layer] for layer in worst}
-        for count in _steps(len(layers)):
-            left = tuple(worst[:count])
-            quantised, outputs, agreement = attempt([layer for layer in layers if layer not in left])
-            if agreement.within(options.max_drop):
-                break
-    return QuantizedStage(
-        quantised,
-        tuple(layer for layer in layers if layer not in left),
-        left,
-        sensitivity,
-        everything,
-        agreement,
-        outputs,
-        reference,
-    )
+        best = _fewest(len(layers), lambda count: attempt(worst[:count]))
+    return QuantizedStage(best.model, best.layers, best.left, sensitivity, everything.agreement, best.agreement)
 
 
-def _steps(layers: int) -> Sequence[int]:
-    """How many layers to leave float, one attempt after the other: one more each time, later an eighth more."""
-    found = [1]
-    while found[-1] < layers:
-        found.append(min(layers, found[-1] + max(1, found[-1] // 8)))
-    return found
+@dataclass(frozen=True)
+class _Attempt:
+    model: onnx.ModelProto
+    layers: tuple[Layer, ...]  # quantised
+    left: tuple[Layer, ...]
+    agreement: Agreement
+    good: bool
+
+
+def _fewest(layers: int, attempt: Callable[[int], _Attempt]) -> _Attempt:
+    """Leave as few layers float as needed: twice as many each time until it is good, then half-way back, to an eighth.
+
+    More layers in floats are not always better for single images, so the fewest is only nearly the fewest; what is
+    returned was tried and good, unless nothing is.
+    """
+    bad, count = 0, 1
+    while not (best := attempt(count)).good and count < layers:
+        bad, count = count, min(2 * count, layers)
+    while count - bad > max(1, count // 8):
+        middle = (bad + count) // 2
+        if (found := attempt(middle)).good:
+            best, count = found, middle
+        else:
+            bad = middle
+    return best
