@@ -143,10 +143,7 @@ class TrunkChainContender(Stepped):
         self.name = name
         self.steps_ms = {}
         if choice.backend != "onnxruntime":
-            raise BackendError(
-                f"{choice} runs engines, and none was built for the bare trunks; "
-                f"ONNX Runtime has them: mge-bench --backend onnxruntime --device {choice.device}"
-            )
+            raise BackendError(f"{choice} runs engines, and none was built for the bare trunks; ONNX Runtime runs them")
         with ExitStack() as stack, TrunkChainBundle.open(path) as bundle:
             self._frames = frames
             self.trunks = bundle.trunks

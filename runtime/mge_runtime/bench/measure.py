@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mge_runtime.backends import Choice
     from mge_runtime.bench.inputs import Inputs
     from mge_runtime.pipeline import Pipeline
 
@@ -32,6 +33,7 @@ __all__ = ["COMPUTE", "measure_batch"]
 COMPUTE = "chain"  # the step of a device's executor that is computing, and nothing else
 _UPLOAD = "upload"
 _BETWEEN = "between the steps (derived)"
+_TRUNKS = "bare trunks"
 _HEADS = "experts up to their logits"
 
 
@@ -117,23 +119,28 @@ def _parts(
 ) -> tuple[PartsContender | TrunkChainContender | None, PartsContender | None]:
     """The bare trunks, and the experts up to their logits; None for what cannot be run, with the reason."""
     choice, manifest = pipeline.choice, pipeline.manifest
-    name = f"{len(manifest.views) + (manifest.gate is not None)} bare trunks"
     try:
         if choice.device != "cpu":
             not_run.append(NotRun(_HEADS, "on a device the executor times the chain as one step"))
-            return TrunkChainContender(f"{name} (with the copy in and ingest)", choice, str(path), frames), None
+            chained = TrunkChainContender(_TRUNKS, choice, str(path), frames)
+            chained.name = f"{len(chained.trunks)} {_TRUNKS} (with the copy in and ingest)"
+            return chained, None
         images = {t.name for s in manifest.stages for t in (*s.inputs, *s.outputs) if len(t.shape) == 4}
         made = {tensor.name for stage in manifest.stages for tensor in stage.outputs}
         tensors = pipeline.run(frames, outputs=images & made)
-        parts = [PartsContender(n, kind, choice, str(path), tensors, threads) for n, kind in _kinds(name)]
+        trunks = PartsContender(_TRUNKS, TrunkBundle, choice, str(path), tensors, threads)
+        trunks.name = f"{len(trunks.trunks)} {_TRUNKS}"
+        return trunks, PartsContender(_HEADS, HeadBundle, choice, str(path), tensors, threads)
     except BackendError as error:
-        not_run.append(NotRun(name, str(error)))
+        not_run.append(NotRun(_TRUNKS, str(error), _trunk_command(choice)))
         return None, None
-    return parts[0], parts[1]
 
 
-def _kinds(name: str) -> list[tuple[str, type[TrunkBundle] | type[HeadBundle]]]:
-    return [(name, TrunkBundle), (_HEADS, HeadBundle)]
+def _trunk_command(choice: Choice) -> str | None:
+    """What times the bare trunks on this device where engines run the chain."""
+    if choice.backend == "onnxruntime":
+        return None
+    return f"mge-bench --backend onnxruntime --device {choice.device}"
 
 
 def _that_run(contenders: Sequence[Contender], not_run: list[NotRun]) -> list[Contender]:
