@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,6 +17,17 @@ __all__ = ["main"]
 
 DEFAULT_NAME = "mge.plan"
 PATH = click.Path(path_type=Path)
+
+
+class Number(click.FloatRange):
+    """A range that "nan" is not in: it passes every comparison of `FloatRange`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse; a usage error for "nan"."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number; expected one in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
@@ -34,9 +47,15 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(0, 100, max_open=True),
+    type=Number(0, 100, max_open=True),
     default=0.5,
-    help="Percent of calibration images whose class INT8 may change in a stage; its worst layers stay FP16.",
+    help="Percent of calibration images on which INT8 may change the chain's class; the worst layers stay FP16.",
+)
+@click.option(
+    "--min-box-iou",
+    type=Number(0, 1, max_open=True),
+    default=0.9,
+    help="Least median IoU of each box of the chain with the float chain's; the worst layers stay FP16.",
 )
 @click.option("--calib-seed", type=click.IntRange(0), default=0, help="Of the draw from --calib-data.")
 @click.option("--force-few-images", is_flag=True, help="Calibrate on fewer than 100 images, too.")
@@ -56,7 +75,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.option("--labels", type=PATH, default=None, help="Text file, a class name a line.  [default: the checkpoint's]")
 @click.option(
     "--box-threshold",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Number(0, 1, max_open=True),
     default=None,
     help="Of every crop.  [default: the checkpoint's; 0.2 for the authors']",
 )
@@ -73,6 +92,7 @@ def main(
     calib_images: int,
     calib_method: str,
     max_drop: float,
+    min_box_iou: float,
     calib_seed: int,
     force_few_images: bool,
     targets: tuple[str, ...],
@@ -130,7 +150,8 @@ def main(
             frames = read_calibration_images(
                 calib_data, preprocess, limit=calib_images, seed=calib_seed, few=force_few_images, say=say
             )
-            request = Int8Request(frames, Int8Options(calib_method, max_drop=max_drop / 100, seed=calib_seed))
+            options = Int8Options(calib_method, max_drop=max_drop / 100, min_box_iou=min_box_iou, seed=calib_seed)
+            request = Int8Request(frames, options)
         result = export_bundle(
             model,
             path,

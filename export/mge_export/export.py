@@ -15,9 +15,9 @@ import onnx
 
 from mge.model import MGENet
 from mge_export.bundle_check import check_bundle
-from mge_export.graph import StageGraph, export_graph, weights_name
+from mge_export.graph import export_graph, weights_name
 from mge_export.images import VerifyImages
-from mge_export.int8 import Int8Request, check_quantization, quantize_graphs
+from mge_export.int8 import Int8Request, LearnedGraph, check_quantization, quantize_graphs
 from mge_export.parity import ParityReport, measure_parity
 from mge_export.precision import Precision, check_precision
 from mge_export.report import format_report
@@ -91,8 +91,7 @@ def export_bundle(
         say(f"splitting {config.experts} x {config.arch} into stages, {precision.value}")
         stages = build_stages(model, precision, half_linear=half_linear)
         plans = {
-            stage.spec.name: _write_stage(stage, graph, learned, folder, say)
-            for stage, graph, learned in _graphs(stages, int8, say)
+            stage.spec.name: _write_stage(stage, learned, folder, say) for stage, learned in _graphs(stages, int8, say)
         }
         step = max(images.count // 10, 1)
 
@@ -174,27 +173,24 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _graphs(
-    stages: Sequence[Stage], int8: Int8Request | None, say: Say
-) -> Iterator[tuple[Stage, StageGraph, dict[str, Any]]]:
+def _graphs(stages: Sequence[Stage], int8: Int8Request | None, say: Say) -> Iterator[tuple[Stage, LearnedGraph]]:
     """Each stage's graph, and of a quantised one what was measured; one at a time, unless INT8 needs the chain."""
     if int8 is None:
         for stage in stages:
-            yield stage, export_graph(stage), {}
+            yield stage, LearnedGraph(export_graph(stage))
         return
     say(f"calibrating INT8 ({int8.options.method}) on {int8.images.source}")
     graphs = {stage.spec.name: export_graph(stage) for stage in stages}
     quantised = quantize_graphs(stages, graphs, int8, say)
     for stage in stages:
-        yield stage, *quantised.get(stage.spec.name, (graphs[stage.spec.name], {}))
+        yield stage, quantised.get(stage.spec.name) or LearnedGraph(graphs[stage.spec.name])
 
 
-def _write_stage(stage: Stage, graph: StageGraph, learned: dict[str, Any], folder: Path, say: Say) -> dict[str, Any]:
+def _write_stage(stage: Stage, made: LearnedGraph, folder: Path, say: Say) -> dict[str, Any]:
     """Write `<stage>.onnx` and its weights, check both; return what was read back and learned, for the manifest."""
-    name = stage.spec.name
+    name, graph = stage.spec.name, made.graph
     plan = check_precision(name, graph.model, stage.precision, has_trunk=stage.has_trunk)
-    quantised = learned.get("quantized", {"convolutions": 0, "adds": 0})
-    check_quantization(name, graph.model, quantised["convolutions"])
+    check_quantization(name, graph.model, made.nodes)
     path = folder / f"{name}.onnx"
     if graph.weights:
         (folder / weights_name(name)).write_bytes(graph.weights)
@@ -206,10 +202,11 @@ def _write_stage(stage: Stage, graph: StageGraph, learned: dict[str, Any], folde
     convolutions = sum(plan.get("Conv", {}).values())
     trunk = f", {convolutions} convolutions in {stage.precision.onnx_name}" if convolutions else ""
     small = f", {stage.underflowed} weights underflowed to 0" if stage.underflowed else ""
-    integer = f", {quantised['convolutions']} of them and {quantised['adds']} sums in INT8" if learned else ""
+    quantised = made.learned.get("quantized")
+    integer = f", {quantised['convolutions']} of them and {quantised['adds']} sums in INT8" if quantised else ""
     size = f"weights {len(graph.weights) / 1e6:.1f} MB"
     say(f"{name}: {len(graph.model.graph.node)} nodes{trunk}{integer}, {size}{small}")
-    return {"operators": plan, **learned}
+    return {"operators": plan, **made.learned}
 
 
 def _stage_model(stage: Stage, folder: Path) -> StageModel:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -17,7 +17,7 @@ from mge_export.stages import Stage
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import StageSpec
 
-__all__ = ["Int8Request", "check_quantization", "is_trunk_weight", "quantize_graphs"]
+__all__ = ["Int8Request", "LearnedGraph", "check_quantization", "is_trunk_weight", "quantize_graphs"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,21 @@ class Int8Request:
         return {
             "method": self.options.method,
             "max_drop": self.options.max_drop,
+            "min_box_iou": self.options.min_box_iou,
             "seed": self.options.seed,
             "crops": "float" if self.options.float_crops else "quantised",
             "images": len(self.images.frames),
-            "source": self.images.source,
             "sha256": self.images.sha256,
         }
+
+
+@dataclass(frozen=True)
+class LearnedGraph:
+    """A stage's graph and, if it was quantised, what was learned."""
+
+    graph: StageGraph
+    nodes: frozenset[str] = frozenset()  # names of those that were quantised
+    learned: Mapping[str, Any] = field(default_factory=dict[str, Any])  # for the manifest
 
 
 def is_trunk_weight(name: str) -> bool:
@@ -47,7 +56,7 @@ def is_trunk_weight(name: str) -> bool:
 
 def quantize_graphs(
     stages: Sequence[Stage], graphs: Mapping[str, StageGraph], request: Int8Request, say: Callable[[str], None]
-) -> dict[str, tuple[StageGraph, dict[str, Any]]]:
+) -> dict[str, LearnedGraph]:
     """Quantise the trunks of a chain of written stages.
 
     Args:
@@ -57,7 +66,7 @@ def quantize_graphs(
         say: shows progress.
 
     Returns:
-        By name, of stages with a trunk: the graph, and what was measured, for the manifest.
+        By name, of stages with a trunk.
 
     Raises:
         ExportError: a trunk has nothing to quantise.
@@ -66,22 +75,22 @@ def quantize_graphs(
     specs = [stage.spec for stage in stages]
     frames, answers = request.images.frames, _answers(specs)
     results = quantize_chain(specs, models, is_trunk_weight, frames, answers, request.options, say)
-    done: dict[str, tuple[StageGraph, dict[str, Any]]] = {}
+    done: dict[str, LearnedGraph] = {}
     for stage in stages:
         name = stage.spec.name
         if stage.precision is not Precision.INT8:
             continue
         result = results.get(name)
         if result is None or not result.layers:
+            options = request.options
             raise ExportError(
-                f"{name}: no layer can be quantised within --max-drop {100 * request.options.max_drop:g} points; "
-                "expected at least one: allow more, calibrate on more images, or export with --fp16"
+                f"{name}: no layer can be quantised within --max-drop {100 * options.max_drop:g} points and "
+                f"--min-box-iou {options.min_box_iou:g}; expected at least one: allow more, calibrate on more images, "
+                "or export with --fp16"
             )
-        weights = externalize(result.model, weights_name(name))
-        done[name] = (
-            StageGraph(stage.spec, result.model, weights),
-            {"quantized": result.to_dict(), "calibration": request.to_dict()},
-        )
+        graph = StageGraph(stage.spec, result.model, externalize(result.model, weights_name(name)))
+        learned = {"quantized": result.to_dict(), "calibration": request.to_dict()}
+        done[name] = LearnedGraph(graph, frozenset(layer.node for layer in result.layers), learned)
     return done
 
 
@@ -93,27 +102,34 @@ def _answers(stages: Sequence[StageSpec]) -> list[str]:
     return [*early, last]
 
 
-def check_quantization(stage: str, model: onnx.ModelProto, convolutions: int) -> None:
-    """Hold a written graph to what was quantised, and the rest of it to FP16 and FP32.
+def check_quantization(stage: str, model: onnx.ModelProto, nodes: Collection[str]) -> None:
+    """Hold a written graph to what was quantised: its nodes read dequantised tensors, and nothing else does.
 
     Args:
         stage: its name, for errors.
-        model: the graph as written.
-        convolutions: how many are quantised; both inputs of each come from a DequantizeLinear.
+        model: the graph as written, every node named.
+        nodes: names of the convolutions and sums that were quantised. Both terms of each come from a DequantizeLinear.
 
     Raises:
-        ExportError: it has another number, or a Q/DQ that no convolution and no residual sum reads.
+        ExportError: one of them reads something else, or is not there; or anything else, an output of the graph
+            included, reads what a Q or DQ puts out.
     """
-    readers: dict[str, set[str]] = {}
+    kinds = {output: node.op_type for node in model.graph.node for output in node.output}
+    missing = set(nodes) - {node.name for node in model.graph.node}
+    if missing:
+        raise ExportError(f"{stage}: no node {min(missing)!r} in the graph; expected it, since it was quantised")
     for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, set()).add(node.op_type)
-    coded = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}
-    found = sum(node.op_type == "Conv" and coded.issuperset(node.input[:2]) for node in model.graph.node)
-    if found != convolutions:
-        raise ExportError(f"{stage}: {found} convolutions read two DequantizeLinear; expected {convolutions}")
-    for name in sorted(coded):
-        if not readers.get(name, set()) <= {"Conv", "Add"}:
+        found = [index for index, name in enumerate(node.input) if kinds.get(name) == "DequantizeLinear"]
+        wanted = [0, 1] if node.name in nodes else []
+        if found != wanted:
             raise ExportError(
-                f"{stage}: {sorted(readers[name])} read {name!r}; expected Conv and Add alone in the trunk"
+                f"{stage}: {node.op_type} {node.name!r} reads a DequantizeLinear at inputs {found}; expected {wanted}, "
+                "since the quantised layers alone read them"
             )
+        if node.op_type != "DequantizeLinear" and any(kinds.get(name) == "QuantizeLinear" for name in node.input):
+            raise ExportError(
+                f"{stage}: {node.op_type} {node.name!r} reads a QuantizeLinear; expected a DequantizeLinear between"
+            )
+    for output in model.graph.output:
+        if kinds.get(output.name) in ("QuantizeLinear", "DequantizeLinear"):
+            raise ExportError(f"{stage}: a {kinds[output.name]} puts out {output.name!r}; expected none at an output")

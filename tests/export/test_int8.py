@@ -2,55 +2,71 @@
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from PIL import Image
 
-from mge.checkpoint import save_checkpoint
-from mge_calibration.int8.images import MIN_IMAGES, read_calibration_images
+from mge.checkpoint import load_checkpoint, save_checkpoint
+from mge_calibration.int8.images import MIN_IMAGES, CalibrationImages, read_calibration_images
 from mge_calibration.int8.stage import Int8Options
 from mge_export.cli import main
 from mge_export.export import export_bundle
-from mge_export.graph import export_graph
-from mge_export.images import find_verify_images
-from mge_export.int8 import Int8Request, check_quantization, is_trunk_weight, quantize_graphs
+from mge_export.images import generated_images
+from mge_export.int8 import Int8Request, check_quantization, is_trunk_weight
 from mge_export.precision import Precision
-from mge_export.stages import build_stages
 from mge_runtime.bundle import Bundle, StageModel, write_bundle
 from mge_runtime.errors import BuildError, ExportError, InputError
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.trt.attest import attest_engine
 
 TRUNKS = ("expert_1", "expert_2", "gate")
+CODING = {"QuantizeLinear", "DequantizeLinear"}
+
+
+GIVEN = {"--calib-method": "percentile", "--max-drop": "30", "--min-box-iou": "0.25", "--calib-seed": "3"}
 
 
 @pytest.fixture(scope="module")
-def quantised(tiny, photographs, tmp_path_factory):
+def checkpoint(tiny, photographs, tmp_path_factory):
+    """A model of two experts whose answers differ between the photographs."""
+    path = tmp_path_factory.mktemp("ckpt") / "best.pt"
+    model = tiny.make_model()
+    save_checkpoint(path, tiny.center_heads(model, tiny.load_frames(photographs, model.config.preprocess)))
+    return path
+
+
+def export_int8(checkpoint, photographs, calibration, path):
+    """`mge-export --int8` as a user calls it: nine of ten photographs, drawn by the seed."""
+    given = {**GIVEN, "--calib-data": calibration, "--calib-images": 9, "--verify-data": photographs}
+    # Ten photographs and untrained heads decide closely: what is held here is the graph, not the agreement.
+    flags = ["--int8", "--force-few-images", "--allow-mismatch", "--target", "onnx"]
+    options = [str(part) for option in given.items() for part in option]
+    found = CliRunner().invoke(main, ["--ckpt", str(checkpoint), *options, *flags, "-o", str(path)])
+    assert found.exit_code == 0, found.output
+    return found.output
+
+
+@pytest.fixture(scope="module")
+def quantised(tiny, photographs, checkpoint, tmp_path_factory):
     """A model of two experts in INT8: bundle, graphs and what was said."""
     folder = tmp_path_factory.mktemp("int8")
-    model = tiny.make_model()
-    frames = tiny.load_frames(photographs, model.config.preprocess)
-    tiny.center_heads(model, frames)
-    images = find_verify_images(photographs, model.config.preprocess, 0)
-    calibration = read_calibration_images(photographs, model.config.preprocess, limit=0, seed=0, few=True)
-    request = Int8Request(calibration, Int8Options("max", max_drop=0.2))
-    lines = []
-    # Ten photographs and untrained heads decide closely: what is held here is the graph, not the agreement.
-    result = export_bundle(
-        model, folder / "mge.plan", Precision.INT8, images, int8=request, allow_mismatch=True, say=lines.append
-    )
-    with Bundle.open(result.path) as bundle:
+    path = folder / "mge.plan"
+    lines = export_int8(checkpoint, photographs, photographs, path).splitlines()
+    with Bundle.open(path) as bundle:
+        manifest = bundle.manifest
         bundle.extract(folder)
-    names = [stage.name for stage in result.manifest.stages]
+    names = [stage.name for stage in manifest.stages]
     graphs = {name: onnx.load(folder / "onnx" / f"{name}.onnx").graph for name in names}
+    model = load_checkpoint(checkpoint)
+    frames = tiny.load_frames(photographs, model.config.preprocess)
     return SimpleNamespace(
-        model=model, result=result, path=result.path, folder=folder / "onnx", graphs=graphs, lines=lines,
-        images=images, request=request, frames=frames,
+        model=model, manifest=manifest, path=path, folder=folder / "onnx", graphs=graphs, lines=lines, frames=frames
     )  # fmt: skip
 
 
@@ -96,39 +112,118 @@ def quantised_convolutions(graph):
     ]
 
 
-def test_the_picture_and_what_is_cut_from_it_pass_no_quantisation(quantised):
-    graph = quantised.graphs["expert_1"]
-    trunk = is_trunk_convolution(graph)
-    assert [t.name for t in graph.output] == ["logits_1", "answer_1", "heatmap_1", "box_1", "image_2"]
-    residual = {"DequantizeLinear", "QuantizeLinear"}
-    for output in ("box_1", "heatmap_1", "image_2"):
-        # Back to the trunk's last layers, a residual sum among them, which read what was quantised before them.
-        behind = walk(graph, output, lambda node: trunk(node) or node.op_type == "DequantizeLinear")
-        assert any(trunk(node) or node.op_type == "DequantizeLinear" for node in behind)
-        readers = {
-            name for node in behind if node.op_type not in ("Conv", "Add", "DequantizeLinear") for name in node.input
-        }
-        assert not any(n.op_type in residual and set(n.output) & readers for n in graph.node), output
-    # The pixels themselves: from the crop to the image without the trunk's answer, there is no Q/DQ on any way.
-    pixels, todo = set(), ["image_1"]
-    while todo:  # forward from the image, past all but the trunk
+def is_residual_sum(graph):
+    """A sum of two terms that the trunk's convolutions make, with nothing but activations and pooling between."""
+    made, trunk = producers(graph), is_trunk_convolution(graph)
+    between = {"Add", "Cast", "Clip", "MaxPool", "Relu", "QuantizeLinear", "DequantizeLinear"}
+
+    def from_trunk(tensor):
+        node = made.get(tensor)
+        if node is None or node.op_type == "Conv":
+            return node is not None and trunk(node)
+        terms = node.input if node.op_type == "Add" else node.input[:1]  # beside it are limits, scales, zero points
+        return node.op_type in between and all(map(from_trunk, terms))
+
+    return lambda node: node.op_type == "Add" and all(map(from_trunk, node.input))
+
+
+def reached(graph, start):
+    """Names of all nodes that a tensor's values flow to, up to the trunk's convolutions."""
+    trunk, seen, todo = is_trunk_convolution(graph), set(), [start]
+    while todo:
         tensor = todo.pop()
         for node in graph.node:
-            if tensor in node.input and node.op_type not in ("Cast", "QuantizeLinear", "Shape"):
-                pixels |= {node.op_type}
-                todo += [name for name in node.output if name not in pixels]
-                pixels |= set(node.output)
-    assert "image_2" in pixels
-    assert "GatherElements" in pixels
-    assert not pixels & {"QuantizeLinear", "DequantizeLinear", "Conv"}
+            if tensor in node.input and node.op_type != "Shape" and node.name not in seen:  # sizes are no values
+                seen.add(node.name)
+                todo += [] if trunk(node) else node.output
+    return seen
+
+
+def quantised_behind(graph, output):
+    """Q and DQ nodes between an output and the trunk's last layers, which may read what was quantised."""
+    trunk, residual = is_trunk_convolution(graph), is_residual_sum(graph)
+    behind = walk(graph, output, lambda node: trunk(node) or residual(node))
+    assert any(trunk(node) or residual(node) for node in behind)
+    return [node.name for node in behind if node.op_type in CODING]
+
+
+def quantised_pixels(graph):
+    """Q and DQ nodes on a way from the image to its crop that does not lead through the trunk."""
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type in CODING
+        and node.name in reached(graph, "image_1")
+        and producers(graph)["image_2"].name in reached(graph, node.output[0])
+    ]
+
+
+def quantised_nodes(graph):
+    return {node.name for node in quantised_convolutions(graph)} | {node.name for node in quantised_sums(graph)}
+
+
+def quantised_sums(graph):
+    made, residual = producers(graph), is_residual_sum(graph)
+    return [node for node in graph.node if residual(node) and made[node.input[0]].op_type == "DequantizeLinear"]
+
+
+def test_the_picture_and_what_is_cut_from_it_pass_no_quantisation(quantised):
+    graph = quantised.graphs["expert_1"]
+    outputs = [tensor.name for tensor in graph.output]
+    assert outputs == ["logits_1", "answer_1", "heatmap_1", "box_1", "image_2"]
+    assert {name: quantised_behind(graph, name) for name in outputs} == {name: [] for name in outputs}
+    assert quantised_pixels(graph) == []
+    pixels = reached(graph, "image_1")
+    assert producers(graph)["image_2"].name in pixels
     gathers = [node for node in graph.node if node.op_type == "GatherElements"]
+    assert pixels.issuperset(node.name for node in gathers)
     assert "image_1" in {node.input[0] for node in gathers}
+    # The trunk itself reads the image through a pair, so the walk does meet some.
+    assert {node.op_type for node in graph.node if node.name in pixels} >= CODING
+
+
+def with_pair(model, name, index):
+    """The graph with a Q/DQ pair before one input of a node."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    nodes = list(changed.graph.node)
+    reader = next(node for node in nodes if node.name == name)
+    changed.graph.initializer.extend(
+        [numpy_helper.from_array(np.float32(0.1), "some_scale"), numpy_helper.from_array(np.int8(0), "some_zero")]
+    )
+    pair = [
+        helper.make_node("QuantizeLinear", [reader.input[index], "some_scale", "some_zero"], ["coded"], name="some_q"),
+        helper.make_node("DequantizeLinear", ["coded", "some_scale", "some_zero"], ["decoded"], name="some_dq"),
+    ]
+    reader.input[index] = "decoded"
+    place = nodes.index(reader)
+    del changed.graph.node[:]
+    changed.graph.node.extend([*nodes[:place], *pair, *nodes[place:]])
+    return changed
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_pair_before_any_sum_of_heads_and_crop_is_found(quantised, number):
+    model = onnx.load(quantised.folder / "expert_1.onnx")
+    residual, graph = is_residual_sum(model.graph), model.graph
+    sums = [node for node in graph.node if node.op_type == "Add" and not residual(node)]
+    assert len(sums) == 7  # the part head's bias, two each of rows and columns, and what is cut out in both directions
+    assert sums[6].output[0] == "image_2"
+    check_quantization("expert_1", model, quantised_nodes(graph))
+    spoiled = with_pair(model, sums[number].name, 0)
+    found = {name for output in spoiled.graph.output for name in quantised_behind(spoiled.graph, output.name)}
+    assert found == {"some_q", "some_dq"}
+    of_pixels = sums[number].name in reached(graph, "image_1")
+    assert of_pixels == (sums[number] in [sums[3], sums[6]])
+    assert quantised_pixels(spoiled.graph) == (["some_q", "some_dq"] if of_pixels else [])
+    with pytest.raises(ExportError, match=rf"Add '{sums[number].name}' reads a DequantizeLinear at inputs \[0\]"):
+        check_quantization("expert_1", spoiled, quantised_nodes(graph))
 
 
 @pytest.mark.parametrize("stage", TRUNKS)
 def test_trunks_alone_are_quantised(quantised, stage):
     graph = quantised.graphs[stage]
-    plan = quantised.result.manifest.precision[stage]
+    plan = quantised.manifest.precision[stage]
     trunk = is_trunk_convolution(graph)
     found = quantised_convolutions(graph)
     assert len(found) == plan["quantized"]["convolutions"] > 0
@@ -137,11 +232,7 @@ def test_trunks_alone_are_quantised(quantised, stage):
     sums = sum(name.startswith("add ") for name in plan["quantized"]["left_float"])
     assert len(left) == len(plan["quantized"]["left_float"]) - sums
     assert len(found) + len(left) == 14  # of resnet10t: three of the stem, two of each block, the shortcuts'
-    made = producers(graph)
-    adds = [
-        n for n in graph.node if n.op_type == "Add" and made.get(n.input[0]) and "Dequant" in made[n.input[0]].op_type
-    ]
-    assert len(adds) == plan["quantized"]["adds"]
+    assert len(quantised_sums(graph)) == plan["quantized"]["adds"]
     others = [node for node in graph.node if node.op_type == "Conv" and not trunk(node)]
     assert len(others) == (stage != "gate")  # the part convolution
     for node in graph.node:
@@ -152,17 +243,18 @@ def test_trunks_alone_are_quantised(quantised, stage):
 
 
 def test_the_manifest_tells_how_it_was_learned(quantised):
-    manifest = quantised.result.manifest
+    manifest = quantised.manifest
     for stage in TRUNKS:
         plan = manifest.precision[stage]
         assert plan["type"] == "int8"
         assert plan["operators"]["Conv"].keys() == {"float16"}
-        learned = plan["calibration"]
-        assert learned["method"] == "max"
-        assert learned["images"] == 10
-        assert learned["seed"] == 0
-        assert learned["sha256"] == quantised.request.images.sha256
-        assert len(learned["sha256"]) == 64
+        sha256 = plan["calibration"]["sha256"]
+        assert len(sha256) == 64
+        # Each is what was given, and none is the default.
+        assert plan["calibration"] == {
+            "method": "percentile", "max_drop": 0.3, "min_box_iou": 0.25, "seed": 3, "crops": "quantised", "images": 9,
+            "sha256": sha256,
+        }  # fmt: skip
     assert manifest.precision["ingest"]["type"] == manifest.precision["mixture"]["type"] == "fp32"
     assert any("expert_2: " in line and " layers in INT8" in line for line in quantised.lines)
 
@@ -180,42 +272,47 @@ def test_the_bundle_answers_on_a_cpu_nearly_as_the_model(quantised):
     assert 1e-4 < np.abs(found - wanted).max() / np.abs(wanted).max() < 0.15
 
 
-def test_twice_the_same_folder_gives_the_same_bytes(tiny, photographs):
-    model = tiny.make_model(experts=1)
-    stages = build_stages(model, Precision.INT8)
-    graphs = {stage.spec.name: export_graph(stage) for stage in stages}
-
-    def quantise(seed):
-        images = read_calibration_images(photographs, model.config.preprocess, limit=6, seed=seed, few=True)
-        request = Int8Request(images, Int8Options(max_drop=0.2, seed=seed))
-        ((name, (graph, learned)),) = quantize_graphs(stages, graphs, request, lambda _: None).items()
-        assert name == "expert_1"
-        return graph.model.SerializeToString(deterministic=True), graph.weights, learned
-
-    once = quantise(0)
-    assert quantise(0) == once
-    assert quantise(1)[0] != once[0]
+def test_twice_the_same_folder_gives_the_same_bytes(quantised, checkpoint, photographs, tmp_path):
+    # Its name and the dates of its files are no part of what is learned.
+    renamed = tmp_path / "renamed"
+    shutil.copytree(photographs, renamed, copy_function=shutil.copyfile)
+    export_int8(checkpoint, photographs, renamed, tmp_path / "again.plan")
+    assert (tmp_path / "again.plan").read_bytes() == quantised.path.read_bytes()
 
 
-def test_a_graph_with_another_number_of_quantised_convolutions_is_refused(quantised):
+def test_a_graph_that_is_not_what_was_quantised_is_refused(quantised):
     model = onnx.load(quantised.folder / "gate.onnx")
-    count = len(quantised_convolutions(model.graph))
-    check_quantization("gate", model, count)
-    with pytest.raises(
-        ExportError, match=rf"gate: {count} convolutions read two DequantizeLinear; expected {count + 1}"
-    ):
-        check_quantization("gate", model, count + 1)
-    reader = next(node for node in model.graph.node if node.op_type == "Gemm")
-    reader.input[0] = next(node for node in model.graph.node if node.op_type == "DequantizeLinear").output[0]
-    with pytest.raises(ExportError, match=r"gate: .*Gemm.* read .*; expected Conv and Add"):
-        check_quantization("gate", model, count)
+    nodes = quantised_nodes(model.graph)
+
+    def refused(message, nodes=nodes, model=model):
+        with pytest.raises(ExportError, match=rf"gate: {message}"):
+            check_quantization("gate", model, nodes)
+
+    check_quantization("gate", model, nodes)
+    refused("no node 'other' in the graph; expected it", {*nodes, "other"})
+    for node in nodes:
+        refused(rf"(Conv|Add) '{node}' reads a DequantizeLinear at inputs \[0, 1\]; expected \[\]", nodes - {node})
+    relu = next(node for node in model.graph.node if node.op_type == "Relu").name
+    refused(rf"Relu '{relu}' reads a DequantizeLinear at inputs \[\]; expected \[0, 1\]", {*nodes, relu})
+    gemm = next(node for node in model.graph.node if node.op_type == "Gemm").name
+    refused(rf"Gemm '{gemm}' reads a DequantizeLinear", model=with_pair(model, gemm, 0))
+    coded = with_pair(model, gemm, 0)
+    next(node for node in coded.graph.node if node.name == gemm).input[0] = "coded"
+    refused(rf"Gemm '{gemm}' reads a QuantizeLinear", model=coded)
+    put_out = with_pair(model, gemm, 0)
+    next(node for node in put_out.graph.node if node.name == gemm).input[0] = "gate"
+    put_out.graph.output.append(onnx.ValueInfoProto(name="decoded"))
+    refused("a DequantizeLinear puts out 'decoded'; expected none", model=put_out)
 
 
-def test_int8_without_images_is_a_defect_of_the_caller(quantised, tmp_path):
+def test_int8_without_images_is_a_defect_of_the_caller(tiny, tmp_path):
+    model = tiny.make_model(experts=1)
+    images = generated_images(model.config.preprocess, 1)
     with pytest.raises(ValueError, match="int8 needs them"):
-        export_bundle(quantised.model, tmp_path / "x.plan", Precision.INT8, quantised.images)
+        export_bundle(model, tmp_path / "x.plan", Precision.INT8, images)
+    request = Int8Request(CalibrationImages(np.zeros((1, 64, 64, 3), np.uint8), "0" * 64, "a test"), Int8Options())
     with pytest.raises(ValueError, match="belong to int8"):
-        export_bundle(quantised.model, tmp_path / "x.plan", Precision.FP16, quantised.images, int8=quantised.request)
+        export_bundle(model, tmp_path / "x.plan", Precision.FP16, images, int8=request)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +350,7 @@ def test_in_the_parsed_network_quantised_convolutions_read_two_dequantize_layers
     from mge_runtime.trt.network import parse_stage
 
     path = quantised.folder / f"{stage}.onnx"
-    parsed = parse_stage(rtx, quantised.result.manifest.stage(stage), path.read_bytes(), path)
+    parsed = parse_stage(rtx, quantised.manifest.stage(stage), path.read_bytes(), path)
     layers = [parsed.network.get_layer(index) for index in range(parsed.network.num_layers)]
     made = {layer.get_output(0).name: layer.type.name for layer in layers}
     both = [
@@ -267,7 +364,7 @@ def test_in_the_parsed_network_quantised_convolutions_read_two_dequantize_layers
 
 
 def test_a_bundle_that_tells_of_more_than_it_has_is_not_built(quantised, rtx, tmp_path):
-    manifest = quantised.result.manifest
+    manifest = quantised.manifest
     models = {}
     for stage in manifest.stages:
         weights = quantised.folder / f"{stage.name}.weights"
@@ -312,15 +409,19 @@ def save_pictures(folder, count):
         Image.fromarray(random.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{number}.png")
 
 
-def test_calibration_images_are_sorted_drawn_by_seed_and_hashed(tiny, tmp_path):
+def test_calibration_images_are_drawn_by_seed_and_hashed(tiny, tmp_path):
     preprocess = tiny.make_model().config.preprocess
     save_pictures(tmp_path / "a", 12)
     read = lambda limit, seed: read_calibration_images(tmp_path, preprocess, limit=limit, seed=seed, few=True)  # noqa: E731
     assert np.array_equal(read(5, 0).frames, read(5, 0).frames)
     assert read(5, 0).sha256 == read(5, 0).sha256
     assert read(5, 0).sha256 != read(5, 1).sha256
-    assert read(0, 0).sha256 == read(0, 1).sha256  # nothing to draw
     assert len(read(0, 0).frames) == 12
+    # All of them are the same set in another order, and a smaller draw is the beginning of a larger one.
+    assert read(0, 0).sha256 == read(0, 1).sha256
+    assert not np.array_equal(read(0, 0).frames, read(0, 1).frames)
+    assert {frame.tobytes() for frame in read(0, 0).frames} == {frame.tobytes() for frame in read(0, 1).frames}
+    assert np.array_equal(read(0, 0).frames[:5], read(5, 0).frames)
     before = read(0, 0).sha256
     (tmp_path / "a/3.png").write_bytes((tmp_path / "a/4.png").read_bytes())
     assert read(0, 0).sha256 != before
@@ -346,13 +447,6 @@ def test_too_few_images_are_refused(tiny, tmp_path):
     assert len(read_calibration_images(tmp_path / "few", preprocess, limit=0, seed=0).frames) == MIN_IMAGES
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("ckpt") / "best.pt"
-    save_checkpoint(path, tiny.make_model())
-    return path
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -363,8 +457,11 @@ def checkpoint(tiny, tmp_path_factory):
         (["--int8", "--calib-data", "{empty}"], "empty"),
         (["--int8", "--calib-data", "{few}"], "gave 3 images to calibrate on; expected at least 100"),
         (["--int8", "--calib-data", "{damaged}", "--force-few-images"], "gave 0 images to calibrate on"),
+        (["--int8", "--calib-data", "{few}", "--max-drop", "nan"], "'--max-drop': 'nan' is no number; expected one in"),
+        (["--int8", "--calib-data", "{few}", "--min-box-iou", "nan"], "'--min-box-iou': 'nan' is no number; expected"),
+        (["--int8", "--calib-data", "{few}", "--min-box-iou", "1"], "'--min-box-iou': 1.0 is not in the range 0<=x<1"),
     ],
-    ids=["no-data", "data-alone", "missing", "file", "empty", "few", "damaged"],
+    ids=["no-data", "data-alone", "missing", "file", "empty", "few", "damaged", "nan-drop", "nan-iou", "iou"],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, arguments, message):
     save_pictures(tmp_path / "few", 3)
@@ -377,7 +474,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, argu
     out.mkdir()
     arguments = [argument.format(**places) for argument in arguments]
     found = CliRunner().invoke(main, ["--ckpt", str(checkpoint), "-o", str(out / "mge.plan"), *arguments])
-    assert found.exit_code == (2 if message.startswith("--") else 1)
+    assert found.exit_code == (2 if message.startswith(("--", "'--")) else 1)
     last = found.output.strip().splitlines()[-1]
     assert message in last
     assert list(out.iterdir()) == []

@@ -24,9 +24,9 @@ MIN_IMAGES = 100
 class CalibrationImages:
     """Frames of a folder, and the hash of the files they came from."""
 
-    frames: np.ndarray  # uint8 [N, S, S, 3]
-    sha256: str  # over the names within the folder and the bytes of the images taken, in order
-    source: str  # for people; no path of this machine
+    frames: np.ndarray  # uint8 [N, S, S, 3], in the order drawn: the first few are a random draw, too
+    sha256: str  # over names within the folder and bytes of the images taken, as the folder sorts them
+    source: str  # for people
 
 
 def read_calibration_images(
@@ -38,13 +38,13 @@ def read_calibration_images(
     few: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> CalibrationImages:
-    """Read images of a folder, drawn by seed from its sorted list; labels are of no use here.
+    """Read images of a folder in an order drawn by seed from its sorted list; labels are of no use here.
 
     Args:
         folder: searched with its subfolders.
         preprocess: what the runtime will do to them.
         limit: the most to take; 0: all.
-        seed: of the draw, where the folder has more than `limit`.
+        seed: of the order, and so of the draw where the folder has more than `limit`.
         few: take fewer than `MIN_IMAGES`, too.
         say: is told of each image that cannot be decoded; it is left out.
 
@@ -59,24 +59,28 @@ def read_calibration_images(
     images, problems = find_images([str(folder)])
     if problems:
         raise problems[0]
-    order = np.random.default_rng(seed).permutation(len(images)).tolist()
-    chosen = sorted(order[: limit or None])
-    frames: list[np.ndarray] = []
-    digest = hashlib.sha256()
+    order: list[int] = np.random.default_rng(seed).permutation(len(images)).tolist()
+    chosen = order[: limit or None]
+    size = preprocess.size
+    frames = np.empty((len(chosen), size, size, 3), np.uint8)
+    hashes: dict[int, bytes] = {}
     for index in chosen:
         source = images[index].source()
         try:
-            frames.append(to_frame(decode_image(source), preprocess)[0])
+            frame = to_frame(decode_image(source), preprocess)[0]
             content = source if isinstance(source, bytes) else source.read_bytes()
         except (InputError, OSError) as problem:
             say(f"left out of the calibration: {problem}")
             continue
+        frames[len(hashes)] = frame
         name = source.relative_to(folder).as_posix() if isinstance(source, Path) else ""
-        digest.update(name.encode(errors="surrogateescape") + b"\0" + hashlib.sha256(content).digest())
-    if not frames or (len(frames) < MIN_IMAGES and not few):
+        hashes[index] = name.encode(errors="surrogateescape") + b"\0" + hashlib.sha256(content).digest()
+    count = len(hashes)
+    if not count or (count < MIN_IMAGES and not few):
         raise InputError(
-            f"{folder} gave {len(frames)} images to calibrate on; expected at least {MIN_IMAGES}, since fewer do not "
-            "show how far activations go: name a folder with more" + (", or add --force-few-images" if frames else "")
+            f"{folder} gave {count} images to calibrate on; expected at least {MIN_IMAGES}, since fewer do not "
+            "show how far activations go: name a folder with more" + (", or add --force-few-images" if count else "")
         )
-    text = f"{len(frames)} of {len(images)} images in {folder.resolve().name}"
-    return CalibrationImages(np.stack(frames), digest.hexdigest(), text)
+    digest = hashlib.sha256(b"".join(hashes[index] for index in sorted(hashes)))
+    text = f"{count} of {len(images)} images in {folder.resolve().name}"
+    return CalibrationImages(frames[:count], digest.hexdigest(), text)
