@@ -8,12 +8,13 @@ Categorization", ICCV 2019, and its published code.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attention_box", "class_gradient", "crop_resize", "grad_cam", "mask_box", "normalized_map"]
+__all__ = ["attention_box", "class_gradient", "crop_resize", "extent_box", "grad_cam", "normalized_maxima"]
 
 # Of a map's largest value: a smaller range is what rounding leaves of a flat map when it is upsampled (some 1e-7).
 FLAT = 1e-6  # relative range below which a map is flat: a few float32 roundings
@@ -56,49 +57,51 @@ def grad_cam(features: Tensor, gradient: Tensor) -> Tensor:
     return (weights * features).sum(1)
 
 
-def normalized_map(cam: Tensor, size: int) -> Tensor:
-    """Upsample a map to `size` x `size` (bilinear, corners aligned) and scale each to [0, 1].
+def normalized_maxima(cam: Tensor, size: int) -> Tensor:
+    """Largest value of each column and of each row of a map that is upsampled and scaled to [0, 1].
+
+    The map is upsampled to `size` x `size` pixels, bilinear with corners aligned (`F.interpolate`), but only the pixels
+    that can be the largest or smallest of a row or column are computed: between two cells of the map a row is straight,
+    so its extremes are the first and the last pixel there.
 
     Args:
         cam: [B, h, w].
-        size: pixels.
+        size: pixels, > 1.
 
     Returns:
-        [B, size, size]; all 0 where the map is flat.
+        [B, 2, size]: columns (along x), then rows (along y); all 0 where the map is flat.
     """
-    upsampled = F.interpolate(cam[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
-    low, high = upsampled.amin((1, 2), keepdim=True), upsampled.amax((1, 2), keepdim=True)
+    height, width = cam.shape[1:]
+    across = _upsample(cam, 2, _Pixels.all(width, size))  # [B, h, size]
+    columns = _upsample(across, 1, _Pixels.extreme(height, size))  # [B, few, size]
+    few = across.index_select(2, cam.new_tensor(_Pixels.extreme(width, size).numbers, dtype=torch.int64))
+    rows = _upsample(few, 1, _Pixels.all(height, size))  # [B, size, few]
+    maxima = torch.stack((columns.amax(1), rows.amax(2)), 1)
+    low, high = rows.amin((1, 2))[:, None, None], maxima.amax((1, 2), keepdim=True)
     span = high - low
     flat = span <= FLAT * torch.maximum(low.abs(), high.abs())
-    return torch.where(flat, 0, upsampled - low) / torch.where(flat, 1, span)
+    return torch.where(flat, 0, maxima - low) / torch.where(flat, 1, span)
 
 
-def mask_box(mask: Tensor) -> Tensor:
+def extent_box(kept: Tensor) -> Tensor:
     """Smallest box around all kept pixels, the last kept row and column outside it.
 
     The end is exclusive *and* the last kept pixel, as in the authors' slice `image[:, y1:y2, x1:x2]`. A box without
     width or height becomes the whole image.
 
     Args:
-        mask: [B, S, S], above 0 where a pixel is kept.
+        kept: bool [B, 2, S]: columns and rows that hold a kept pixel.
 
     Returns:
         [B, 4] float32: x0, y0, x1, y1 in pixels, whole numbers, half-open.
     """
-    size = mask.shape[-1]
-    index = torch.arange(size, device=mask.device, dtype=torch.float32)
-
-    def first_and_last(kept: Tensor) -> tuple[Tensor, Tensor]:
-        first = torch.where(kept > 0, index, float(size)).amin(1)
-        last = torch.where(kept > 0, index, -1.0).amax(1)
-        return first, last
-
-    x0, x1 = first_and_last(mask.amax(1))
-    y0, y1 = first_and_last(mask.amax(2))
-    box = torch.stack((x0, y0, x1, y1), 1)
-    whole = torch.tensor((0.0, 0.0, size, size), device=mask.device)
-    usable = (x1 > x0) & (y1 > y0)
-    return torch.where(usable[:, None], box, whole)
+    size = kept.shape[-1]
+    index = torch.arange(size, device=kept.device, dtype=torch.float32)
+    first = torch.where(kept, index, float(size)).amin(2)
+    last = torch.where(kept, index, -1.0).amax(2)
+    whole = torch.tensor((0.0, 0.0, size, size), device=kept.device)
+    usable = (last - first).amin(1, keepdim=True) > 0
+    return torch.where(usable, torch.cat((first, last), 1), whole)
 
 
 def attention_box(cam: Tensor, size: int, threshold: float) -> Tensor:
@@ -110,9 +113,9 @@ def attention_box(cam: Tensor, size: int, threshold: float) -> Tensor:
         threshold: in [0, 1); a pixel is kept where the normalised map is at least this.
 
     Returns:
-        [B, 4] float32, see `mask_box`; the whole image where the map is flat.
+        [B, 4] float32, see `extent_box`; the whole image where the map is flat.
     """
-    return mask_box((normalized_map(cam, size) >= threshold).to(torch.float32))
+    return extent_box(normalized_maxima(cam, size) >= threshold)
 
 
 def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
@@ -130,22 +133,66 @@ def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
     Returns:
         [B, 3, size, size]. No gradient reaches `box`.
     """
-    x0, y0, x1, y1 = box.unbind(1)
-    return _resample(_resample(image, y0, y1, 2, size), x0, x1, 3, size)
-
-
-def _resample(image: Tensor, start: Tensor, end: Tensor, axis: int, size: int) -> Tensor:
-    """Resample [start, end) of one axis (2 or 3) to `size` by linear interpolation; start and end are [B]."""
-    last = end - 1
+    start, last = box[:, :2, None], box[:, 2:, None] - 1
     steps = torch.arange(size, device=image.device, dtype=torch.float32)
-    position = start[:, None] + steps * ((last - start) / (size - 1))[:, None]
     # Rounding may push the last position past the box by one ulp; the pixel there is not part of the crop.
-    position = torch.minimum(position, last[:, None])
+    position = torch.minimum(start + steps * ((last - start) / (size - 1)), last)  # [B, 2, size]
     low = position.floor()
-    high = torch.minimum(low + 1, last[:, None])
-    view = (-1, 1, size, 1) if axis == 2 else (-1, 1, 1, size)
-    shape = [*image.shape[:2], size, image.shape[3]] if axis == 2 else [*image.shape[:3], size]
-    fraction = (position - low).view(view).to(image.dtype)
-    below = image.gather(axis, low.long().view(view).expand(shape))
-    above = image.gather(axis, high.long().view(view).expand(shape))
-    return below + (above - below) * fraction
+    fraction = (position - low).to(image.dtype)
+    low, high = low.long(), torch.minimum(low + 1, last).long()
+    tall = _resample_rows(image, low[:, 1], high[:, 1], fraction[:, 1])
+    return _resample_rows(tall.transpose(2, 3), low[:, 0], high[:, 0], fraction[:, 0]).transpose(2, 3)
+
+
+def _resample_rows(image: Tensor, low: Tensor, high: Tensor, fraction: Tensor) -> Tensor:
+    """Between rows `low` and `high` [B, S] of each image [B, C, H, W], `fraction` of the way: [B, C, S, W].
+
+    Whole rows are taken from all images at once: an index for each row, not for each value, and rows are copied.
+    """
+    batch, channels, height, width = image.shape
+    rows = image.reshape(-1, width)
+    first = height * torch.arange(batch * channels, device=image.device).view(-1, channels, 1)  # of each channel
+
+    def take(index: Tensor) -> Tensor:
+        return rows.index_select(0, (first + index[:, None]).reshape(-1)).view(-1, channels, index.shape[1], width)
+
+    below = take(low)
+    return below + (take(high) - below) * fraction[:, None, :, None]
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Pixels along one axis of an upsampled map, and the cells that they lie between."""
+
+    numbers: list[int]
+    low: list[int]  # cell
+    high: list[int]
+    fraction: list[float]  # of the way from low to high
+
+    @classmethod
+    def all(cls, cells: int, size: int) -> _Pixels:
+        """Every pixel, as `F.interpolate` with corners aligned places them."""
+        position = np.arange(size, dtype=np.float32) * (np.float32(cells - 1) / np.float32(size - 1))
+        low = np.minimum(position.astype(np.int64), cells - 1)
+        high = np.minimum(low + 1, cells - 1)
+        return cls(list(range(size)), low.tolist(), high.tolist(), (position - low).tolist())
+
+    @classmethod
+    def extreme(cls, cells: int, size: int) -> _Pixels:
+        """The first and the last pixel between each two cells."""
+        pixels = cls.all(cells, size)
+        ends = [n for n in range(size) if n in (0, size - 1) or pixels.low[n - 1] < pixels.low[n]]
+        chosen = sorted({*ends, *(n - 1 for n in ends if n > 0)})
+        pick = lambda values: [values[n] for n in chosen]  # noqa: E731
+        return cls(chosen, pick(pixels.low), pick(pixels.high), pick(pixels.fraction))
+
+
+def _upsample(cam: Tensor, axis: int, pixels: _Pixels) -> Tensor:
+    """Interpolate one axis (1 or 2) of a map [B, h, w] at some pixels."""
+    low, high = (
+        cam.index_select(axis, cam.new_tensor(cells, dtype=torch.int64)) for cells in (pixels.low, pixels.high)
+    )
+    fraction = cam.new_tensor(pixels.fraction)
+    if axis == 1:
+        fraction = fraction[:, None]
+    return low * (1 - fraction) + high * fraction

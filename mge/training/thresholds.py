@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mge.attention import mask_box, normalized_map
+from mge.attention import extent_box, normalized_maxima
 
 __all__ = ["CANDIDATES", "crop_report", "median_area", "propose_threshold"]
 
@@ -69,7 +69,7 @@ def _areas(heatmaps: Tensor, size: int, thresholds: tuple[float, ...]) -> Tensor
     """Area of every map's box at every threshold: [T, N], shares of the image."""
     columns = []
     for chunk in heatmaps.split(_CHUNK):
-        scaled = normalized_map(chunk, size)
-        boxes = torch.stack([mask_box((scaled >= threshold).float()) for threshold in thresholds])
+        maxima = normalized_maxima(chunk, size)
+        boxes = torch.stack([extent_box(maxima >= threshold) for threshold in thresholds])
         columns.append((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]) / size**2)
     return torch.cat(columns, 1)

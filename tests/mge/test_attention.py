@@ -5,21 +5,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mge.attention import attention_box, class_gradient, crop_resize, grad_cam, mask_box, normalized_map
+from mge.attention import attention_box, class_gradient, crop_resize, extent_box, grad_cam, normalized_maxima
 from mge.model import GlobalHead
 
 
 def boxes_of(mask):
-    return mask_box(torch.as_tensor(mask, dtype=torch.float32)).tolist()
+    kept = torch.as_tensor(mask) > 0
+    return extent_box(torch.stack((kept.any(1), kept.any(2)), 1)).tolist()
 
 
-def test_mask_box_ends_before_the_last_kept_pixel():
+def test_a_box_ends_before_the_last_kept_pixel():
     mask = np.zeros((1, 10, 10))
     mask[0, 2:7, 3:9] = 1  # last kept row 6, last kept column 8
     assert boxes_of(mask) == [[3, 2, 8, 6]]
 
 
-def test_mask_box_spans_components_that_do_not_touch():
+def test_a_box_spans_components_that_do_not_touch():
     mask = np.zeros((1, 10, 10))
     mask[0, 1, 8] = mask[0, 9, 0] = 1
     assert boxes_of(mask) == [[0, 1, 8, 9]]
@@ -43,19 +44,34 @@ def test_a_flat_map_keeps_the_whole_image():
     assert attention_box(torch.full((1, 4, 4), 3.0), 32, 0.2).tolist() == [[0, 0, 32, 32]]
 
 
-def test_normalized_map_fills_zero_to_one_and_is_zero_where_flat():
+def upsampled(cam, size):
+    """The whole map, scaled to [0, 1]."""
+    full = F.interpolate(cam[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
+    low, high = full.amin((1, 2), keepdim=True), full.amax((1, 2), keepdim=True)
+    return (full - low) / (high - low)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(14, 14, 448), (5, 7, 40), (4, 4, 10), (7, 3, 9), (1, 4, 8)])
+def test_maxima_are_those_of_the_whole_upsampled_map(height, width, size):
+    cam = torch.randn(50, height, width, generator=torch.Generator().manual_seed(0))
+    full = upsampled(cam, size)
+    found = normalized_maxima(cam, size)
+    torch.testing.assert_close(found, torch.stack((full.amax(1), full.amax(2)), 1), atol=2e-6, rtol=0)
+    assert (found.amax((1, 2)) == 1).all()
+
+
+def test_maxima_fill_zero_to_one_and_are_zero_where_flat():
     maps = torch.stack([torch.arange(9.0).view(3, 3) - 4, torch.full((3, 3), 7.0)])
-    scaled = normalized_map(maps, 9)
-    assert scaled[0].min() == 0
+    scaled = normalized_maxima(maps, 9)
     assert scaled[0].max() == 1
-    assert torch.equal(scaled[1], torch.zeros(9, 9))
+    assert 0 < scaled[0].min() < 1
+    assert torch.equal(scaled[1], torch.zeros(2, 9))
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
 def test_attention_box_equals_search_over_pixels(threshold):
     cam = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0))
-    for one, box in zip(cam, attention_box(cam, 40, threshold).tolist(), strict=True):
-        scaled = normalized_map(one[None], 40)[0].numpy()
+    for scaled, box in zip(upsampled(cam, 40).numpy(), attention_box(cam, 40, threshold).tolist(), strict=True):
         rows, columns = np.nonzero(scaled >= np.float32(threshold))
         assert box == [columns.min(), rows.min(), columns.max(), rows.max()]
 
