@@ -308,7 +308,8 @@ def test_on_a_device_the_trunks_are_one_chain_on_the_first_image(trunked):
     frames = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     with ExitStack() as stack:
         bundle = stack.enter_context(TrunkChainBundle.open(trunked))
-        bundle.manifest.stage("ingest")
+        assert [stage.name for stage in bundle.manifest.stages] == ["ingest", "expert_1", "expert_2", "expert_3"]
+        assert {stage.inputs[0].name for stage in bundle.manifest.stages[1:]} == {"image_1"}
         chain = open_ort_chain(onnxruntime, bundle, device)
         stack.callback(chain.close)
         assert dict(chain.run(frames, 1, ()).tensors) == {}
@@ -348,7 +349,7 @@ def test_noise_counts_others_on_our_processors_alone(monkeypatch):
         if path == noise._STAT:
             busy["ticks"] = next(lines)
             used = busy["ticks"]
-            return f"cpu 0\ncpu{ours} {used} 0 0 {used} 0 0 0 {used // 2}\ncpu999 7 7 7 7 7 7 7 7"
+            return f"cpu 0\ncpu{ours} {used} 0 0 {used} 0 0 0 {used // 2}\ncpu999 {9 * used} 0 0 0 0 0 0 0"
         return "0.5 0.4 0.3"
 
     monkeypatch.setattr(noise, "_read", read)

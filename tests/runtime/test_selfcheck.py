@@ -196,7 +196,6 @@ def test_photographs_are_named_and_a_bad_one_is_an_error(bundle_path, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        ([], 2, "measuring speed is not built yet"),
         (["--selfcheck", "--runs", "1"], 2, "--runs"),
         (["--selfcheck", "--engine", "missing.plan"], 1, "error: no bundle at missing.plan"),
         (["--selfcheck", "--engine", "missing.plan", "no.jpg", "nowhere/*.jpg"], 1, "error: "),
