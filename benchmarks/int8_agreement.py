@@ -33,7 +33,7 @@ from mge_export.graph import export_graph, inlined
 from mge_export.int8 import is_trunk_weight
 from mge_export.precision import Precision
 from mge_export.runners import onnx_runner, run_chain
-from mge_export.stages import Stage, build_stages, segments
+from mge_export.stages import Stage, build_stages
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import decode_image
 from mge_runtime.preprocess import to_frame
@@ -102,7 +102,7 @@ def main(
                     models,
                     is_trunk_weight,
                     calibration.frames,
-                    [segment.answer for segment in segments(config)],
+                    answer,
                     options,
                     click.echo,
                 )

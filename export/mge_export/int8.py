@@ -73,8 +73,8 @@ def quantize_graphs(
     """
     models = {name: inlined(graph) for name, graph in graphs.items()}
     specs = [stage.spec for stage in stages]
-    frames, answers = request.images.frames, _answers(specs)
-    results = quantize_chain(specs, models, is_trunk_weight, frames, answers, request.options, say)
+    frames = request.images.frames
+    results = quantize_chain(specs, models, is_trunk_weight, frames, _answer(specs), request.options, say)
     done: dict[str, LearnedGraph] = {}
     for stage in stages:
         name = stage.spec.name
@@ -94,12 +94,10 @@ def quantize_graphs(
     return done
 
 
-def _answers(stages: Sequence[StageSpec]) -> list[str]:
-    """What the chain answers with: an expert that crops may be the last that runs, the last stage is."""
-    names = [[tensor.name for tensor in stage.outputs] for stage in stages]
-    early = [name for made in names if any(n.startswith("box_") for n in made) for name in made if "answer" in name]
-    last = next(name for name in names[-1] if name == "logits" or name.startswith("answer_"))
-    return [*early, last]
+def _answer(stages: Sequence[StageSpec]) -> str:
+    """The tensor that the whole chain answers with."""
+    names = [tensor.name for tensor in stages[-1].outputs]
+    return next(name for name in names if name == "logits" or name.startswith("answer_"))
 
 
 def check_quantization(stage: str, model: onnx.ModelProto, nodes: Collection[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -25,7 +25,7 @@ def quantize_chain(
     models: Mapping[str, onnx.ModelProto],
     trunk_weight: Callable[[str], bool],
     frames: np.ndarray,
-    answers: Collection[str],
+    answer: str,
     options: Int8Options,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, QuantizedStage]:
@@ -35,7 +35,7 @@ def quantize_chain(
     are not quite those of the float model (`options.float_crops` calibrates on the latter).
 
     Each stage is judged by what it does to the chain: the stages before it quantised, those after it still in floats,
-    the answers and boxes against the float chain's. So after the last stage the limits hold for the chain as it will
+    its answer and boxes against the float chain's. So after the last stage the limits hold for the chain as it will
     run. A box needs more than its own expert: a crop that moved by a pixel is another image to the next expert, whose
     box then moves further.
 
@@ -44,14 +44,14 @@ def quantize_chain(
         models: by stage name, with their weights; left as they are.
         trunk_weight: whether an initialiser is a convolution's weight in a trunk.
         frames: uint8 [N, S, S, 3], the chain's input.
-        answers: tensors that the chain or its early exits answer with.
+        answer: the tensor that the whole chain answers with.
         options: how.
         say: shows progress.
 
     Returns:
         By name, the stages that have a trunk.
     """
-    chain = FloatChain(stages, models, answers, frames)
+    chain = FloatChain(stages, models, answer, frames)
     tensors: Tensors = dict(chain.input)
     done: dict[str, QuantizedStage] = {}
     for index, stage in enumerate(stages):
@@ -82,7 +82,7 @@ def _judge(chain: FloatChain, stage: StageSpec, tensors: Tensors, options: Int8O
         Run of a variant -> its agreement, and whether it is within the limits.
     """
     outputs = [tensor.name for tensor in stage.outputs]
-    answers, boxes = chain.moved_by(stage)
+    boxes = chain.boxes_moved_by(stage)
     least = {name: options.min_box_iou + _HEADROOM * later for later, name in enumerate(boxes)}
     later = {t.name for other in chain.stages for t in other.outputs} - tensors.keys()
     known = tensors | chain.reference(later - set(outputs))  # float results of what the stage does not change, too
@@ -92,7 +92,7 @@ def _judge(chain: FloatChain, stage: StageSpec, tensors: Tensors, options: Int8O
         found = run_all(
             lambda batch: small(chain.finish(dict(batch) | run(batch), outputs)), known, workers=default_workers()
         )
-        changed = {name: chain.changed_classes(found, name) for name in answers}
+        changed = chain.changed_classes(found)
         error = relative_error({name: found[name] for name in own}, own)
         agreement = Agreement(len(found[outputs[0]]), changed, chain.median_iou(found, boxes), error)
         return agreement, agreement.within(options.max_drop, least)
@@ -107,11 +107,10 @@ def _run(model: onnx.ModelProto, stage: StageSpec, tensors: Tensors) -> Tensors:
 
 def _line(stage: str, result: QuantizedStage) -> str:
     total, found = len(result.layers) + len(result.left), result.agreement
-    same = ", ".join(
-        f"{name} {100 * found.same_class(name):.1f} % ({100 * result.all_layers.same_class(name):.1f} % with all)"
-        for name in found.changed
+    text = (
+        f"{stage}: {len(result.layers)} of {total} layers in INT8; the chain answers {100 * found.same_class:.1f} % "
+        f"the same ({100 * result.all_layers.same_class:.1f} % with all)"
     )
-    text = f"{stage}: {len(result.layers)} of {total} layers in INT8; same class: {same}"
     if found.box_iou:
         text += "; box IoU: " + ", ".join(f"{name} {iou:.3f}" for name, iou in found.box_iou.items())
     if result.left:

@@ -22,7 +22,7 @@ class FloatChain:
     Args:
         stages: in the order they run.
         models: by stage name, in floats, with their weights.
-        answers: tensors that a chain or its early exits answer with.
+        answer: the tensor that the whole chain answers with.
         frames: the first stage's input, uint8 [N, S, S, 3].
     """
 
@@ -30,11 +30,11 @@ class FloatChain:
         self,
         stages: Sequence[StageSpec],
         models: Mapping[str, onnx.ModelProto],
-        answers: Collection[str],
+        answer: str,
         frames: NDArray[np.uint8],
     ) -> None:
         self.stages = stages
-        self._answers = answers
+        self._answer = answer
         self._size = frames.shape[2]
         self._runs: dict[str, Run] = {stage.name: open_graph(models[stage.name]) for stage in stages}
         self._boxes = [tensor.name for stage in stages for tensor in stage.outputs if tensor.name.startswith("box_")]
@@ -71,17 +71,17 @@ class FloatChain:
         """What the float chain made of the images; pictures are not kept."""
         return {name: self._reference[name] for name in names if name in self._reference}
 
-    def moved_by(self, stage: StageSpec) -> tuple[list[str], list[str]]:
-        """Answers and boxes that change with a stage's outputs."""
+    def boxes_moved_by(self, stage: StageSpec) -> list[str]:
+        """Boxes that change with a stage's outputs."""
         differs = {tensor.name for tensor in stage.outputs}
         for other in self.stages:
             if any(tensor.name in differs for tensor in other.inputs):
                 differs |= {tensor.name for tensor in other.outputs}
-        return [name for name in self._answers if name in differs], [name for name in self._boxes if name in differs]
+        return [name for name in self._boxes if name in differs]
 
-    def changed_classes(self, found: Mapping[str, np.ndarray], answer: str) -> int:
+    def changed_classes(self, found: Mapping[str, np.ndarray]) -> int:
         """Images whose class is not the float chain's."""
-        return int((found[answer].argmax(1) != self._reference[answer].argmax(1)).sum())
+        return int((found[self._answer].argmax(1) != self._reference[self._answer].argmax(1)).sum())
 
     def median_iou(self, found: Mapping[str, np.ndarray], boxes: Sequence[str]) -> dict[str, float]:
         """Median over images of each box's IoU with the float chain's, both in pixels of the frame."""

@@ -32,7 +32,7 @@ class Int8Options:
 
     method: str = "mse"  # of `ranges.METHODS`
     _: KW_ONLY
-    max_drop: float = 0.005  # share of images on which an answer of the chain may change its class
+    max_drop: float = 0.005  # share of images whose class may change at the end of the chain
     min_box_iou: float = 0.9  # least median over images, of each box of the chain with the float chain's; 0: any
     seed: int = 0
     float_crops: bool = False  # calibrate expert k on crops of the float experts before it: for comparison
