@@ -16,8 +16,8 @@ from mge_runtime.pipeline import Pipeline
 pytest.importorskip("torch", reason="the model is exported here, which needs PyTorch")
 pytest.importorskip("timm", reason="the model is exported here, which needs timm")
 
-# Measured for this model on an Intel Xeon at 2.5 GHz, 2026-11-21, medians of 40 rounds in processor time: 1.10 on a free
-# core, 1.09 to 1.11 at a load of 7 to 11 on two cores. With one expert run twice: 1.48 and 1.49.
+# Measured for this model on an Intel Xeon at 2.5 GHz, 2026-11-21, medians of 40 rounds in processor time: 1.10 on a
+# free core, 1.09 to 1.11 at a load of 7 to 11 on two cores. With one expert run twice: 1.48 and 1.49.
 BOUND = 1.25
 SIZE = 128  # pixels: a trunk takes some 8 ms, what is fixed (attention, crop, Python) less than 1 ms
 
