@@ -3,7 +3,7 @@ import zipfile
 
 import pytest
 
-from mge_runtime.bundle import Bundle, add_calibration, add_engine
+from mge_runtime.bundle import Bundle, add_calibration, add_engine, writer
 from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError
 
@@ -93,6 +93,35 @@ def test_two_that_add_at_once_both_succeed(copy):
     with Bundle.open(copy) as bundle:
         assert bundle.targets == tuple(targets)
     assert [p.name for p in copy.parent.iterdir()] == ["mge.plan"]
+
+
+def test_a_calibration_is_not_added_to_a_model_that_it_was_not_measured_with(copy, tiny):
+    with Bundle.open(copy) as bundle:
+        digest = bundle.manifest_sha256
+    tiny.write_tiny_bundle(copy, seed=1)
+    before = copy.read_bytes()
+    with pytest.raises(BundleError, match=f"was replaced while it was calibrated: .*expected {digest[:12]}"):
+        add_calibration(copy, {"temperature": 1.5}, manifest_sha256=digest)
+    assert copy.read_bytes() == before
+
+
+def test_a_calibration_waits_for_whoever_rewrites_the_bundle_and_looks_then(copy, tiny, monkeypatch):
+    """Between looking at a bundle and replacing it nobody else gets a turn: the hash is asked for under the lock."""
+    with Bundle.open(copy) as bundle:
+        digest = bundle.manifest_sha256
+    replaced = []
+
+    def late(descriptor):
+        if not replaced:  # somebody else's rewrite ends just before this one gets the lock
+            replaced.append(tiny.write_tiny_bundle(copy, seed=1))
+        lock(descriptor)
+
+    lock = writer.lock
+    monkeypatch.setattr(writer, "lock", late)
+    with pytest.raises(BundleError, match="was replaced while it was calibrated"):
+        add_calibration(copy, {"temperature": 1.5}, manifest_sha256=digest)
+    with Bundle.open(copy) as bundle:
+        assert bundle.calibration() is None
 
 
 def test_a_bundle_stays_readable_while_it_is_replaced(copy):

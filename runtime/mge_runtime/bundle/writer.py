@@ -87,14 +87,27 @@ def write_bundle(
     return manifest
 
 
-def add_calibration(path: str | os.PathLike[str], values: Mapping[str, JsonValue]) -> None:
+def add_calibration(
+    path: str | os.PathLike[str], values: Mapping[str, JsonValue], *, manifest_sha256: str | None = None
+) -> None:
     """Add a calibration to a bundle, or replace the one it has; everything else stays byte for byte.
 
+    Args:
+        path: the bundle.
+        values: as in `Calibration`.
+        manifest_sha256: hash of the manifest that it was measured with; None: the one that is there.
+
     Raises:
-        BundleError: the bundle cannot be read.
+        BundleError: the bundle cannot be read, or has another manifest by now.
         OutputError: it cannot be written.
     """
     with _updating(path) as (bundle, archive):
+        # Asked here, where nobody else can put another file in its place.
+        if manifest_sha256 not in (None, bundle.manifest_sha256):
+            raise BundleError(
+                f"{bundle.path} was replaced while it was calibrated: found manifest {bundle.manifest_sha256[:12]}, "
+                f"expected {manifest_sha256[:12]}, which the images were answered with; calibrate it again"
+            )
         _copy(bundle, archive, [name for name in bundle.sizes if name != CALIBRATION])
         archive.add(CALIBRATION, [Calibration(bundle.manifest_sha256, values).to_json()])
 
