@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from mge_runtime.manifest import Manifest
 
-__all__ = ["Calibrated", "ExitPoint", "Promise", "confidence"]
+__all__ = ["Calibrated", "ExitPoint", "Promise", "RunsOn", "confidence"]
 
 _ADVICE = "calibrate again with mge-calibrate"
 
@@ -48,6 +48,23 @@ class Promise:
 
 
 @dataclass(frozen=True)
+class RunsOn:
+    """What ran a chain; rounding, and so which images stop, differs from one to the other."""
+
+    backend: str  # "onnxruntime", "tensorrt", ...
+    device: str  # "cpu", "cuda:0", ...
+
+    def __str__(self) -> str:
+        """For example "onnxruntime on cpu"."""
+        return f"{self.backend} on {self.device}"
+
+    def is_like(self, other: RunsOn) -> bool:
+        """Whether both are one backend on one kind of device, whichever its number."""
+        kinds = [(run.backend, run.device.partition(":")[0]) for run in (self, other)]
+        return kinds[0] == kinds[1]
+
+
+@dataclass(frozen=True)
 class Calibrated:
     """Temperatures and exits of one bundle; `from_values` reads a calibration, `none` stands in where there is none."""
 
@@ -58,6 +75,7 @@ class Calibrated:
     promise: Promise | None = None  # that the exits keep
     fitted: bool = True  # False: nothing was learned, the temperatures are 1
     images: Mapping[str, int] = field(default_factory=dict[str, int])  # used for "temperatures" and "exits", if told
+    runs_on: RunsOn | None = None  # what answered the images; the promise holds there alone. None: not told
 
     @classmethod
     def none(cls, manifest: Manifest) -> Calibrated:
@@ -85,12 +103,28 @@ class Calibrated:
             None if exits is None else _thresholds(exits["thresholds"], answers[:-1]),
             None if exits is None else Promise(*(_share(exits[name]) for name in ("epsilon", "delta"))),
             images=_images(root),
+            runs_on=root["runs_on"].optional(_runs_on) if "runs_on" in root else None,
         )
 
     @property
     def has_exits(self) -> bool:
         """Whether the chain may stop early anywhere."""
         return bool(self.exits)
+
+    def remark(self, backend: str, device: str) -> str | None:
+        """Why the exits' promise is not made for what runs here, in one line; None: it is, or is not told.
+
+        Args:
+            backend: that runs, such as "onnxruntime".
+            device: such as "cpu" or "cuda:0".
+        """
+        here = RunsOn(backend, device)
+        if self.runs_on is None or self.runs_on.is_like(here):
+            return None
+        return (
+            f"the exits were learned with {self.runs_on}; it is no promise for {here}, which rounds otherwise; "
+            "calibrate here for one that is (mge-calibrate)"
+        )
 
     def exit_points(self, manifest: Manifest) -> tuple[ExitPoint, ...]:
         """Where the chain may stop, in the order in which it runs.
@@ -125,14 +159,16 @@ def confidence(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
         temperature: > 0.
 
     Returns:
-        [...], in (0, 1].
+        [...], in (0, 1], or NaN, which reaches no threshold.
     """
     import numpy as np
 
     scaled = logits.astype(np.float64) / temperature
     with np.errstate(invalid="ignore"):
         shifted = scaled - scaled.max(-1, keepdims=True)
-        return 1.0 / np.exp(shifted).sum(-1)
+        sure = 1.0 / np.exp(shifted).sum(-1)
+    # A single -inf would leave a probability; such a row is no answer, and `Prediction` refuses it.
+    return np.where(np.isfinite(logits).all(-1), sure, np.nan)
 
 
 def _member(table: Mapping[str, Field], name: str) -> Field:
@@ -161,6 +197,11 @@ def _between(f: Field, low: float, high: float | None, expected: str, *, closed:
     if not (above and below):
         f.fail(expected)
     return number
+
+
+def _runs_on(f: Field) -> RunsOn:
+    values = f.members(("backend", "device"))
+    return RunsOn(values["backend"].text(), values["device"].text())
 
 
 def _images(root: Mapping[str, Field]) -> dict[str, int]:

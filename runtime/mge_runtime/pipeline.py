@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -70,8 +71,9 @@ class Pipeline:
         # Temperatures and exits.
         self.calibrated: Calibrated = _calibrated(bundle) if calibration else Calibrated.none(bundle.manifest)
         self.exit: Exit = exit  # of predictions that name none
-        self._stops(exit)
+        resolve_exit(exit, self.calibrated, self.manifest)
         self.choice: Choice = choice  # the backend and device that run, and why not others
+        self._remarked = False
         backend = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
         self._chain: Chain | None = Chain(bundle, backend)
         self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
@@ -246,7 +248,12 @@ class Pipeline:
             return chain.run(frames, segments=stops.segments, outputs=outputs, exits=stops.exits)
 
     def _stops(self, exit: object) -> Stops:
-        return resolve_exit(exit, self.calibrated, self.manifest)
+        stops = resolve_exit(exit, self.calibrated, self.manifest)
+        if stops.exits and not self._remarked:
+            self._remarked = True  # once is enough
+            if remark := self.calibrated.remark(self.choice.backend, self.choice.device):
+                logging.getLogger("mge_runtime").warning(remark)
+        return stops
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mge_runtime.calibrated import Calibrated, ExitPoint, Promise, confidence
+from mge_runtime.calibrated import Calibrated, ExitPoint, Promise, RunsOn, confidence
 from mge_runtime.errors import BackendError, BundleError
 
 VALUES = {
@@ -96,6 +96,8 @@ def test_what_the_data_do_not_tell_stays_out(manifest):
         ("exits.thresholds.answer_1", -0.1, r"answer_1 is -0\.1; expected a confidence from 0 to 1, or null"),
         ("exits.thresholds.answer_2", "high", r"answer_2 is \"high\"; expected a finite number"),
         ("exits.thresholds.logits", 0.5, r"logits is 0\.5; expected thresholds of answer_1, answer_2 alone"),
+        ("runs_on", "cpu", r"runs_on is \"cpu\"; expected an object"),
+        ("runs_on", {"backend": "onnxruntime"}, r"runs_on\.device is null; expected this field, which is missing"),
         ("data.exits.images", 1.5, r"data\.exits\.images is 1\.5; expected a whole number"),
     ],
 )
@@ -105,6 +107,26 @@ def test_values_that_are_wrong_are_one_line(manifest, path, value, message):
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("calibration.json: ")
     assert str(caught.value).endswith(": calibrate again with mge-calibrate")
+
+
+RUNS_ON = {"backend": "onnxruntime", "device": "cuda:0"}
+
+
+def test_what_it_was_learned_on_is_read(manifest):
+    found = Calibrated.from_values(VALUES | {"runs_on": RUNS_ON}, manifest)
+    assert found.runs_on == RunsOn("onnxruntime", "cuda:0")
+    assert found.remark("onnxruntime", "cuda:1") is None
+    assert "learned with onnxruntime on cuda:0; it is no promise for tensorrt on cuda:0" in found.remark(
+        "tensorrt", "cuda:0"
+    )
+    assert "no promise for onnxruntime on cpu" in found.remark("onnxruntime", "cpu")
+
+
+@pytest.mark.parametrize("values", [VALUES, VALUES | {"runs_on": None}])
+def test_a_calibration_that_does_not_tell_is_as_good_anywhere(manifest, values):
+    found = Calibrated.from_values(values, manifest)
+    assert found.runs_on is None
+    assert found.remark("tensorrt", "cuda:0") is None
 
 
 def test_confidence_is_the_largest_of_the_softmax():
@@ -123,9 +145,10 @@ def test_the_confidence_of_a_row_does_not_depend_on_the_others():
 
 
 def test_an_image_stops_at_its_threshold_and_never_where_its_answer_is_not_finite():
-    logits = np.array([[2, 0], [1, 0], [np.nan, 0], [np.inf, 0], [np.inf, np.inf], [0, 0]], np.float32)
+    logits = np.array([[2, 0], [1, 0], [np.nan, 0], [np.inf, 0], [np.inf, np.inf], [0, 0], [2, -np.inf]], np.float32)
     threshold = float(confidence(logits, 1.5)[1])
     found = ExitPoint(1, "answer_1", 1.5, threshold).stops(logits)
-    assert found.tolist() == [True, True, False, False, False, False]
+    assert found.tolist() == [True, True, False, False, False, False, False]
     above = ExitPoint(1, "answer_1", 1.5, float(np.nextafter(threshold, 1))).stops(logits)
-    assert above.tolist() == [True, False, False, False, False, False]
+    assert above.tolist() == [True, False, False, False, False, False, False]
+    assert np.isnan(confidence(logits[[2, 3, 4, 6]], 1.5)).all()  # no row that `Prediction` refuses has a confidence

@@ -334,6 +334,25 @@ def path(copy, photos):
     return calibrate(copy, thresholds(copy, photos))
 
 
+@pytest.mark.parametrize("place", ["opening", "call"])
+def test_exits_that_were_learned_elsewhere_are_noted_once(path, photos, caplog, place):
+    with Bundle.open(path) as bundle:
+        values = dict(bundle.calibration().values)
+    for runs_on, lines in (
+        ({"backend": "onnxruntime", "device": "cpu"}, 0),
+        ({"backend": "tensorrt", "device": "cuda:0"}, 1),
+    ):
+        add_calibration(path, values | {"runs_on": runs_on})
+        caplog.clear()
+        opened, call = ("calibrated", None) if place == "opening" else ("never", "calibrated")
+        with Pipeline.open(path, device="cpu", threads=1, exit=opened) as pipeline:
+            pipeline.predict(photos[0], exit="never")
+            for _ in range(2):
+                pipeline.predict(photos[0], exit=call)
+        assert [record.name for record in caplog.records] == ["mge_runtime"] * lines
+    assert "no promise for onnxruntime on cpu" in caplog.text
+
+
 def same(found, expected):
     assert found.class_index == expected.class_index
     assert found.experts_used == expected.experts_used

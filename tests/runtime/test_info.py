@@ -78,7 +78,9 @@ def test_it_shows_temperatures_and_exits_in_words(bundle_path, tmp_path):
         assert text in output
     assert json.loads(run(path, "--json").output)["calibration"] == values
     values["exits"]["thresholds"]["answer_1"] = None
+    values["runs_on"] = {"backend": "tensorrt", "device": "cuda:0"}
     add_calibration(path, values)
+    assert "on images like those, with tensorrt on cuda:0" in flat(run(path))
     assert "exits (--exit calibrated): after segment 2 where answer_2" in flat(run(path))
     add_calibration(path, {**values, "temperatures": {}})
     assert "calibrated cannot be read: calibration.json: temperatures.answer_1 is null; expected" in flat(run(path))

@@ -42,7 +42,7 @@ def calibration_lines(values: dict[str, Any] | None, manifest: dict[str, Any]) -
     promise = calibrated.promise
     yield (
         f"  with probability {100 * (1 - promise.delta):.4g}% at most {100 * promise.epsilon:.4g}% of answers differ "
-        "from the whole chain's, on images like those"
+        "from the whole chain's, on images like those" + (f", with {calibrated.runs_on}" if calibrated.runs_on else "")
     )
 
 
