@@ -269,6 +269,8 @@ def test_the_bundle_answers_on_a_cpu_nearly_as_the_model(quantised):
         wanted = quantised.model(images).experts[0].logits.numpy()
     with Pipeline.open(quantised.path, device="cpu", backend="onnxruntime") as pipeline:
         found = pipeline.run(quantised.frames)["logits_1"]
+    # A code's step is 1/127 of the range, which is some eight deviations of an activation: 6 % of one, and its rounding
+    # error 2 %. Weights add 1 %. Over 14 layers that is 8 %; the largest of 50 differences may be twice that.
     assert 1e-4 < np.abs(found - wanted).max() / np.abs(wanted).max() < 0.15
 
 
