@@ -12,7 +12,8 @@ import argparse
 
 import numpy as np
 
-from mge.metrics import paired_bootstrap, top_k_correct
+from mge.metrics import top_k_correct
+from mge_runtime.metrics import bootstrap_mean
 
 
 def correct(path: str, head: str) -> tuple[list[str], np.ndarray]:
@@ -46,7 +47,7 @@ def main() -> None:
     other_names, theirs = side(options.theirs, options.other)
     if names != other_names:
         raise SystemExit("the two sides are not about the same images")
-    mean, low, high = (100 * value for value in paired_bootstrap(ours, theirs))
+    mean, low, high = (100 * value for value in bootstrap_mean(ours.astype(float) - theirs))
     print(f"difference {mean:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}], {len(names)} images\n")
 
 

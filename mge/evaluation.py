@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mge.metrics import expected_calibration_error, log_softmax, top_k_correct, view_areas
+from mge.metrics import top_k_correct, view_areas
 from mge.model import MGENet
 from mge_runtime.geometry import Viewport, compose_boxes
+from mge_runtime.metrics import calibration_error, log_softmax
 
 if TYPE_CHECKING:
     from mge_runtime.pipeline import Pipeline
@@ -30,6 +31,7 @@ class Answers:
     gate: np.ndarray  # [N, K], rows sum to 1
     views: np.ndarray  # [N, K, 4], what each expert saw, in pixels of the source image
     heatmaps: tuple[Tensor, ...] = ()  # K of [N, h, w]; empty for a bundle
+    temperature: float | None = None  # of the whole's answer, where a bundle's calibration learned one
 
     @property
     def final(self) -> np.ndarray:
@@ -45,7 +47,10 @@ class Row:
     top1: float  # in [0, 1]
     top5: float  # in [0, 1]
     nll: float  # nats
-    ece: float  # in [0, 1]
+    ece: float  # in [0, 1], over 15 bins of equal mass (`mge_runtime.metrics.calibration_error`)
+    # The same after the temperature that the bundle's calibration learned for this answer; None: it learned none.
+    calibrated_nll: float | None = None
+    calibrated_ece: float | None = None
 
 
 def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Answers:
@@ -94,6 +99,8 @@ def collect_bundle(
 ) -> Answers:
     """Run a bundle over labelled images; it answers with the experts, their average and the mixture only.
 
+    Logits are those of the graphs; the temperature of the whole's answer in a calibrated bundle stands beside them.
+
     Raises:
         InputError: an image cannot be read.
     """
@@ -113,24 +120,35 @@ def collect_bundle(
         heads=heads,
         gate=np.stack([ones if prediction.gate is None else prediction.gate for prediction in predictions]),
         views=np.stack([prediction.boxes for prediction in predictions]),
+        temperature=predictions[0].temperature if predictions[0].calibrated else None,
     )
 
 
 def summarize(answers: Answers) -> list[Row]:
-    """One row for every head."""
+    """One row for every head; the last one's is the whole's answer, for which a calibrated bundle has a temperature."""
     rows = []
     for name, logits in answers.heads.items():
-        picked = log_softmax(logits)[np.arange(len(answers.labels)), answers.labels]
-        rows.append(
-            Row(
-                name=name,
-                top1=float(top_k_correct(logits, answers.labels, 1).mean()),
-                top5=float(top_k_correct(logits, answers.labels, 5).mean()),
-                nll=float(-picked.mean()),
-                ece=expected_calibration_error(logits, answers.labels),
-            )
+        nll, ece = _quality(logits, answers.labels)
+        row = Row(
+            name=name,
+            top1=float(top_k_correct(logits, answers.labels, 1).mean()),
+            top5=float(top_k_correct(logits, answers.labels, 5).mean()),
+            nll=nll,
+            ece=ece,
         )
+        rows.append(row)
+    if answers.temperature is not None:
+        nll, ece = _quality(answers.final / answers.temperature, answers.labels)
+        rows[-1] = replace(rows[-1], calibrated_nll=nll, calibrated_ece=ece)
     return rows
+
+
+def _quality(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Mean negative log-likelihood and expected calibration error."""
+    log_probabilities = log_softmax(logits)
+    picked = log_probabilities[np.arange(len(labels)), labels]
+    confidence = np.exp(log_probabilities.max(1))
+    return float(-picked.mean()), calibration_error(confidence, top_k_correct(logits, labels))
 
 
 def median_areas(answers: Answers) -> list[float]:

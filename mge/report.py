@@ -34,6 +34,7 @@ def figures(answers: Answers, folder: Path, paths: Sequence[Path]) -> dict[str, 
     result: dict[str, Any] = {
         "images": len(answers.labels),
         "heads": [asdict(row) for row in summarize(answers)],
+        "temperature": answers.temperature,
         "gate": [float(weight) for weight in answers.gate.mean(0)],
         "view_areas": median_areas(answers),
         "crop_areas": [1.0, *(float(np.median(areas[:, k] / areas[:, k - 1])) for k in range(1, areas.shape[1]))],
@@ -59,6 +60,14 @@ def print_table(result: dict[str, Any]) -> None:
         click.echo(
             f"{row['name']:<18}{100 * row['top1']:9.2f}{100 * row['top5']:9.2f}{row['nll']:8.3f}{100 * row['ece']:8.2f}"
         )
+    calibrated = result["heads"][-1]
+    if calibrated["calibrated_nll"] is not None:
+        click.echo(
+            f"\n{calibrated['name']} after the bundle's temperature {result['temperature']:.3f}, as mge-run answers: "
+            f"NLL {calibrated['calibrated_nll']:.3f}, ECE {100 * calibrated['calibrated_ece']:.2f} %; "
+            "the rows above are before any temperature"
+        )
+    click.echo("\nECE: 15 bins of equal mass")
     columns = [
         ("gate %", [f"{100 * value:.1f}" for value in result["gate"]]),
         ("crop area %", [f"{100 * value:.1f}" for value in result["crop_areas"]]),

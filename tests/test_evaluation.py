@@ -1,6 +1,7 @@
 """mge-eval prints the same table for a checkpoint and for the bundle made of it, parts included."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from mge.config import MGEConfig
 from mge.model import MGENet
 from mge.parts import write_parts
 from mge_export.cli import main as export
+from mge_runtime.bundle import add_calibration
+from mge_runtime.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +64,30 @@ def test_checkpoint_and_bundle_agree(data, files):
         assert second[key] == pytest.approx(first[key], rel=1e-4), key
     assert first["part_enlargement"][0] == 1
     assert first["part_enlargement"][2] > first["part_enlargement"][1] > 1
+
+
+def test_a_calibrated_bundle_shows_what_it_answers(data, files, tmp_path):
+    path = tmp_path / "mge.plan"
+    shutil.copy(files / "mge.plan", path)
+    plain = figures(data, "--engine", path)
+    add_calibration(path, {"temperatures": {"answer_1": 3.0, "answer_2": 2.0, "logits": 0.25}, "exits": None})
+    found = figures(data, "--engine", path)
+    assert (plain["temperature"], found["temperature"]) == (None, 0.25)
+    assert plain["heads"][-1]["calibrated_nll"] is None
+    with Pipeline.open(path) as pipeline:
+        answers = [pipeline.predict(image) for image in sorted(data.glob("*/*.png"))]
+    shown = [next(t.probability for t in a.top if t.name == name) for a, name in zip(answers, "aabb", strict=True)]
+    row = found["heads"][-1]
+    assert row["calibrated_nll"] == pytest.approx(-np.log(shown).mean(), rel=1e-4)
+    assert row["nll"] == pytest.approx(plain["heads"][-1]["nll"], rel=1e-4)
+    right = [a.class_name == name for a, name in zip(answers, "aabb", strict=True)]
+    error = np.abs(np.array([a.probability for a in answers]) - right).mean()  # four images are a bin each
+    assert row["calibrated_ece"] == pytest.approx(error, rel=1e-4)
+    assert row["calibrated_ece"] != pytest.approx(row["ece"], rel=1e-3)
+    text = CliRunner().invoke(evaluate, ["--data", str(data), "--workers", "0", "--engine", str(path)]).stdout
+    assert f"temperature 0.250, as mge-run answers: NLL {row['calibrated_nll']:.3f}" in text
+    assert "the rows above are before any temperature" in text
+    assert "15 bins of equal mass" in text
 
 
 def test_an_image_without_a_part_is_named(files, tmp_path):
