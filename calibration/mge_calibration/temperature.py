@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mge_calibration.metrics import log_softmax
+from mge_runtime.metrics import log_softmax
 
 __all__ = ["BOUNDS", "Fit", "fit_temperature"]
 

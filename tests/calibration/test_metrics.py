@@ -3,28 +3,15 @@
 import numpy as np
 import pytest
 
-from mge_calibration.metrics import calibration_bins, calibration_error, measure_quality, noise_floor
+from mge_calibration.intervals import error_interval
+from mge_calibration.metrics import measure_quality, noise_floor
+from mge_runtime.metrics import bootstrap_mean, calibration_error, log_softmax
 
 
 def true_model(count, rng, *, shift=0.0):
     """Confidences, and whether each answer is right: with that probability, less `shift`."""
     confidence = rng.beta(4, 1.5, count)
     return confidence, rng.random(count) < confidence - shift
-
-
-def test_the_error_is_the_mean_gap_over_bins_of_equal_mass():
-    confidence = np.array([0.9, 0.2, 0.6, 0.4, 0.8, 0.3])
-    correct = np.array([True, False, False, True, True, False])
-    # Three bins of two images: (0.2, 0.3), (0.4, 0.6), (0.8, 0.9).
-    expected = (abs(0 - 0.25) + abs(0.5 - 0.5) + abs(1 - 0.85)) / 3
-    assert calibration_error(confidence, correct, 3) == pytest.approx(expected)
-    assert calibration_bins(confidence, correct, 3) == [
-        pytest.approx(row) for row in ((0.25, 0.0, 2), (0.5, 0.5, 2), (0.85, 1.0, 2))
-    ]
-
-
-def test_fewer_images_than_bins_are_a_bin_each():
-    assert calibration_error(np.array([0.5, 1.0]), np.array([True, True]), 15) == pytest.approx(0.25)
 
 
 def test_the_floor_is_what_a_true_model_shows():
@@ -52,7 +39,7 @@ def test_the_floor_falls_with_the_number_of_images():
     assert few / many == pytest.approx(4, rel=0.15)  # as the square root
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_of_the_likelihood_hold_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(4)
     # Two classes, log-odds z: the true mean loss is that of a million images.
     odds = rng.normal(0, 2, 1_000_000)
@@ -62,8 +49,8 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         odds = rng.normal(0, 2, 250)
         labels = (rng.random(250) < 1 / (1 + np.exp(-odds))).astype(int)
         logits = np.column_stack([np.zeros(250), odds])
-        nll = measure_quality(logits, labels, 1.0, seed=seed).nll
-        held += nll.low <= truth.mean() <= nll.high
+        _, low, high = bootstrap_mean(-log_softmax(logits)[np.arange(250), labels], resamples=1000, seed=seed)
+        held += low <= truth.mean() <= high
     assert held >= 105  # 95 % of 120 are 114; 105 is four standard deviations below
 
 
@@ -83,17 +70,7 @@ def test_intervals_hold_their_estimate():
         assert 0 <= interval.low <= interval.value <= interval.high
 
 
-def test_the_interval_of_a_true_model_s_error_reaches_down_to_none():
-    # Percentiles of resamples would begin near the floor: a resample's error is that of a resample of a resample.
-    rng = np.random.default_rng(7)
-    odds = rng.normal(0, 2, 400)
-    labels = (rng.random(400) < 1 / (1 + np.exp(-odds))).astype(int)
-    quality = measure_quality(np.column_stack([np.zeros(400), odds]), labels, 1.0)
-    assert quality.ece.value > 0.5 * quality.floor
-    assert quality.ece.low < 0.5 * quality.floor
-
-
-def test_resamples_are_binned_by_confidence():
+def test_errors_are_binned_by_confidence():
     # Too sure where it is sure, not sure enough where it is not: without bins, or with others, the gaps cancel.
     rng = np.random.default_rng(8)
     confidence = np.concatenate([np.full(500, 0.6), np.full(500, 0.9)]) + rng.uniform(-0.02, 0.02, 1000)
@@ -102,3 +79,59 @@ def test_resamples_are_binned_by_confidence():
     ece = measure_quality(logits, correct.astype(int), 1.0).ece
     assert ece.value == pytest.approx(0.15, abs=0.03)
     assert 0.1 < ece.low < ece.value < ece.high < 0.2
+
+
+def gap(confidence, way, error):
+    """How much too high each confidence is, so that the mean over images is the true error: the size of the gaps."""
+    third, half = np.quantile(confidence, (2 / 3, 1 / 2))
+    return {
+        "even": np.full(len(confidence), error),
+        "surest third": np.where(confidence > third, 3 * error, 0),
+        "either sign": np.where(confidence > half, error, -error),
+    }[way]
+
+
+UNSURE, SURE = (4, 1.5), (12, 1)  # of the beta distribution of the confidences
+
+
+@pytest.mark.parametrize(
+    ("way", "error", "shape"),
+    [
+        *(("even", 0, shape) for shape in (UNSURE, SURE)),
+        *((way, *rest) for way in ("even", "surest third", "either sign") for rest in ((0.02, SURE), (0.05, UNSURE))),
+    ],
+)
+def test_intervals_of_the_error_hold_the_true_one_as_often_as_they_say(way, error, shape):
+    """True is the binned error: the mean over the bins of |confidence - probability to be right|."""
+    rng = np.random.default_rng(11)
+    held, draws = 0, 100
+    for seed in range(draws):
+        confidence = 0.1 + 0.9 * rng.beta(*shape, 500)
+        chance = np.clip(confidence - gap(confidence, way, error), 0, 1)
+        true = calibration_error(confidence, chance)
+        found = error_interval(confidence, rng.random(500) < chance, resamples=100, seed=seed)
+        held += found.low <= true <= found.high
+    assert held >= 0.93 * draws
+
+
+def test_an_interval_of_the_error_tells_a_true_model_from_one_that_is_too_sure():
+    rng = np.random.default_rng(12)
+    confidence, correct = true_model(2000, rng)
+    assert error_interval(confidence, correct).low == 0
+    found = error_interval(confidence, rng.random(2000) < confidence - 0.1)
+    assert 0.02 < found.low < 0.1 < found.high
+
+
+def test_an_interval_of_the_error_narrows_with_the_number_of_images():
+    rng = np.random.default_rng(13)
+    widths = []
+    for count in (200, 3200):
+        found = error_interval(*true_model(count, rng, shift=0.1))
+        widths.append(found.high - found.low)
+    assert widths[1] < 0.5 * widths[0]
+
+
+def test_answers_that_are_all_right_and_sure_have_an_interval():
+    found = error_interval(np.ones(60), np.ones(60, bool))
+    assert (found.value, found.low) == (0, 0)
+    assert 0 < found.high < 0.2

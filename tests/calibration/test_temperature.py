@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mge_calibration.metrics import log_softmax
 from mge_calibration.temperature import BOUNDS, fit_temperature
+from mge_runtime.metrics import log_softmax
 
 
 def draw(temperature, count, seed=0, classes=8):
