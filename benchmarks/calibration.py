@@ -22,18 +22,16 @@ from pathlib import Path
 import click
 import numpy as np
 
+from mge_calibration.cli import SHARE
 from mge_calibration.collect import Answers, collect
 from mge_calibration.cost import Cost, chain_cost
-from mge_calibration.exits import NEVER, stops
 from mge_calibration.folder import list_labelled
-from mge_calibration.judge import ExitOutcome, TemperatureOutcome, learn_exits, learn_temperatures
-from mge_calibration.metrics import log_softmax
+from mge_calibration.judge import ExitOutcome, TemperatureOutcome, apply_exits, learn_exits, learn_temperatures
 from mge_runtime.bundle import Bundle
-from mge_runtime.calibrated import Promise, confidence
+from mge_runtime.calibrated import Promise
 from mge_runtime.cli.common import reports_errors
+from mge_runtime.metrics import bootstrap_mean, log_softmax
 from mge_runtime.pipeline import Pipeline
-
-_RESAMPLES = 2000
 
 
 @click.command(help=__doc__)
@@ -42,8 +40,8 @@ _RESAMPLES = 2000
 @click.option("--exit-data", type=click.Path(path_type=Path), required=True)
 @click.option("--test-data", type=click.Path(path_type=Path))
 @click.option("--halves", type=click.IntRange(1), help="Split --exit-data this often instead of using --test-data.")
-@click.option("--epsilon", default=0.01, show_default=True)
-@click.option("--delta", default=0.05, show_default=True)
+@click.option("--epsilon", type=SHARE, default=0.01, show_default=True)
+@click.option("--delta", type=SHARE, default=0.05, show_default=True)
 @reports_errors
 def main(
     engine: Path,
@@ -81,7 +79,7 @@ def print_temperatures(outcomes: Mapping[str, TemperatureOutcome], fitted: Answe
     for name, outcome in outcomes.items():
         rows = np.arange(len(tested))
         losses = [-log_softmax(tested.logits[name] / t)[rows, tested.labels] for t in (1.0, outcome.fit.temperature)]
-        change, low, high = interval(losses[1] - losses[0])
+        change, low, high = bootstrap_mean(losses[1] - losses[0])
         before, after = outcome.before, outcome.after
         ece = [100 * v for v in (before.ece.value, after.ece.value, after.ece.low, after.ece.high)]
         click.echo(
@@ -96,10 +94,8 @@ def apply(
     outcome: ExitOutcome, tested: Answers, temperatures: Mapping[str, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each of N images stops, whether its class is not the full chain's, and the change in being right."""
-    sure = np.column_stack([confidence(tested.logits[name], temperatures[name]) for name in outcome.thresholds])
-    stopped = stops(sure, [NEVER if limit is None else limit for limit in outcome.thresholds.values()])
-    classes = np.column_stack([logits.argmax(1) for logits in tested.logits.values()])
-    got, full = classes[np.arange(len(tested)), stopped], classes[:, -1]
+    stopped, got = apply_exits(tested, temperatures, outcome.thresholds)
+    full = list(tested.logits.values())[-1].argmax(1)
     return stopped, got != full, (got == tested.labels).astype(float) - (full == tested.labels)
 
 
@@ -111,7 +107,7 @@ def describe(
     shares = np.bincount(stopped, minlength=len(cost.stops)) / len(stopped)
     costs = np.array(cost.stops)[stopped]
     top1 = (list(tested.logits.values())[-1].argmax(1) == tested.labels).mean()
-    value, low, high = (100 * v for v in interval(change))
+    value, low, high = (100 * v for v in bootstrap_mean(change))
     return (
         f"exits from {outcome.images} images, epsilon {promise.epsilon:g}, delta {promise.delta:g}: "
         f"thresholds {dict(outcome.thresholds)}, {outcome.disagreements} disagreed, bound {100 * outcome.bound:.2f} %\n"
@@ -156,13 +152,6 @@ def print_halves(
         f"mean cost {100 * share.mean():.1f} % of the full chain ({100 * share.min():.1f} to {100 * share.max():.1f}), "
         f"top-1 {100 * change.mean():+.2f} points"
     )
-
-
-def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and its 95 % percentile bootstrap interval."""
-    picks = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    low, high = np.quantile(values[picks].mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from mge_calibration.collect import Answers, collect, load_frame
-from mge_calibration.cost import Cost, chain_cost, measure_times
+from mge_calibration.cost import Cost, Times, chain_cost, measure_times
 from mge_calibration.exits import fewest_images
-from mge_calibration.folder import LabelledImage, data_sha256, list_labelled, split_by_content, without
+from mge_calibration.folder import data_sha256, short_digest
 from mge_calibration.judge import ExitOutcome, TemperatureOutcome, learn_exits, learn_temperatures
+from mge_calibration.parts import TEMPERATURE_SHARE, Chosen, choose_images, split_answers
 from mge_runtime.bundle import Bundle, add_calibration
-from mge_runtime.calibrated import Promise
-from mge_runtime.errors import BundleError, InputError
+from mge_runtime.calibrated import Calibrated, Promise, RunsOn
+from mge_runtime.errors import InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
 from mge_runtime.pipeline import Pipeline
@@ -24,8 +27,7 @@ from mge_runtime.pipeline import Pipeline
 __all__ = ["FEWEST", "Learned", "Part", "Request", "bundle_values", "learn", "publish"]
 
 FEWEST = 50  # images that may set temperatures
-_TEMPERATURE_SHARE = 1 / 3  # of one folder's images; thresholds need more of them than a temperature does
-_TIMED_FRAMES = 8
+_TIMED = 64  # images
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Part:
     folder: Path
     images: int
     sha256: str
+    digests: tuple[str, ...]  # of each image, sorted
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,14 @@ class Learned:
 
     request: Request
     manifest_sha256: str
-    runs_on: str  # backend and device
+    runs_on: RunsOn
     temperatures: Mapping[str, TemperatureOutcome]
     temperature_part: Part
     judged_apart: bool  # whether images other than those that set the temperatures judge them
     exits: ExitOutcome | str  # or why there are none
     exit_part: Part | None
     cost: Cost
-    times_ms: tuple[float, ...]  # median of one image's chain, by where it stops
+    times: Times
     unreadable: int  # images passed over
 
 
@@ -90,33 +93,38 @@ def learn(
     """
     with Bundle.open(request.bundle) as bundle:
         manifest, manifest_sha256, cost = bundle.manifest, bundle.manifest_sha256, chain_cost(bundle)
-    fitting, testing, folders = _choose(request, manifest, say)
+    chosen = choose_images(request.data, request.exit_data, manifest, say)
+    _require_enough(len(chosen.fitting), chosen.folders[0], "are in")
     # What is there already is about to be replaced; it may be damaged.
     opened = functools.partial(Pipeline.open, request.bundle, request.device, request.backend, request.threads)
     with opened("auto", calibration=False) as pipeline:
-        step = progress(len(fitting) + len(testing))
-        fitted = collect(pipeline, fitting, problem=problem, step=step)
-        tested = collect(pipeline, testing, problem=problem, step=step) if testing else None
-    _require_enough(len(fitted), folders[0], "could be read in")
-    with opened(calibration=False) as pipeline:
-        runs_on = f"{pipeline.choice.backend} on {pipeline.choice.device}"
-        times_ms = measure_times(pipeline, [load_frame(pipeline, image) for image in fitted.images[:_TIMED_FRAMES]])
+        runs_on = RunsOn(pipeline.choice.backend, pipeline.choice.device)
+        step = progress(len(chosen.fitting) + len(chosen.testing or []))
+        fitted = collect(pipeline, chosen.fitting, problem=problem, step=step)
+        tested = collect(pipeline, chosen.testing, problem=problem, step=step) if chosen.testing else None
+    unreadable = fitted.unreadable + (tested.unreadable if tested else 0)
+    _require_enough(len(fitted), chosen.folders[0], "could be read in")
+    if tested is None:
+        fitted, tested = _divided(fitted, chosen, manifest, request)
     temperatures = learn_temperatures(fitted, tested or fitted, seed=request.seed)
     for name, outcome in temperatures.items():
         if outcome.fit.bounded:
             say(f"the temperature of {name} ended at its bound, {outcome.fit.temperature:.3g}: add harder images")
+    exits = _exits(request, manifest, fitted, tested, temperatures, cost)
+    with opened(calibration=False) as pipeline:
+        times = _measure(pipeline, tested or fitted, temperatures, exits, request)
     return Learned(
         request=request,
         manifest_sha256=manifest_sha256,
         runs_on=runs_on,
         temperatures=temperatures,
-        temperature_part=_part(folders[0], fitted),
+        temperature_part=_part(chosen.folders[0], fitted),
         judged_apart=tested is not None,
-        exits=_exits(request, manifest, fitted, tested, temperatures, cost),
-        exit_part=_part(folders[1], tested) if tested else None,
+        exits=exits,
+        exit_part=_part(chosen.folders[1], tested) if tested else None,
         cost=cost,
-        times_ms=times_ms,
-        unreadable=fitted.unreadable + (tested.unreadable if tested else 0),
+        times=times,
+        unreadable=unreadable,
     )
 
 
@@ -129,7 +137,8 @@ def bundle_values(learned: Learned, report: Mapping[str, JsonValue]) -> dict[str
         "exits": None
         if isinstance(exits, str)
         else {"epsilon": promise.epsilon, "delta": promise.delta, "thresholds": dict(exits.thresholds)},
-        "data": {name: None if p is None else {"images": p.images, "sha256": p.sha256} for name, p in parts.items()},
+        "data": {name: None if part is None else _recorded(part) for name, part in parts.items()},
+        "runs_on": asdict(learned.runs_on),
         "seed": learned.request.seed,
         "made_by": f"mge {version('mge')}",
         "report": report,
@@ -147,38 +156,36 @@ def publish(learned: Learned, values: Mapping[str, JsonValue]) -> None:
         BundleError: the file holds another model by now.
         OutputError: it cannot be written.
     """
-    path = learned.request.bundle
-    with Bundle.open(path) as bundle:
-        if bundle.manifest_sha256 != learned.manifest_sha256:
-            raise BundleError(
-                f"{path} was replaced while it was calibrated: found manifest {bundle.manifest_sha256[:12]}, expected "
-                f"{learned.manifest_sha256[:12]}, which the images were answered with; calibrate it again"
-            )
-    add_calibration(path, values)
+    add_calibration(learned.request.bundle, values, manifest_sha256=learned.manifest_sha256)
 
 
-def _choose(
-    request: Request, manifest: Manifest, say: Callable[[str], None]
-) -> tuple[list[LabelledImage], list[LabelledImage], tuple[Path, Path]]:
-    """Images for the temperatures and others for the exits, and the folders they lie in."""
-    root, images = list_labelled(request.data, manifest.class_names)
-    _require_enough(len(images), root, "are in")
-    if request.exit_data is not None:
-        exit_root, exit_images = list_labelled(request.exit_data, manifest.class_names)
-        others = without(exit_images, images)
-        if not others:
-            raise InputError(
-                f"every image in {exit_root} is also in {root}; exits need images other than those that set the "
-                "temperatures"
-            )
-        if shared := len(exit_images) - len(others):
-            say(f"{shared} of {len(exit_images)} images in {exit_root} are also in {root}: they set no exits")
-        return images, others, (root, exit_root)
-    fitting, testing = split_by_content(images, _TEMPERATURE_SHARE, request.seed)
-    enough = len(fitting) >= FEWEST and len(testing) >= fewest_images(request.promise.epsilon, request.promise.delta)
-    if len(manifest.segments) < 2 or not enough:
-        return images, [], (root, root)  # no exits: all of them serve the temperatures
-    return fitting, testing, (root, root)
+def _divided(answers: Answers, chosen: Chosen, manifest: Manifest, request: Request) -> tuple[Answers, Answers | None]:
+    """One folder's answers for temperatures and for exits; all for temperatures where there can be no exits."""
+    if len(manifest.segments) < 2:
+        return answers, None
+    fitted, tested = split_answers(answers, chosen.known, request.seed)
+    least = fewest_images(request.promise.epsilon, request.promise.delta)
+    return (fitted, tested) if len(fitted) >= FEWEST and len(tested) >= least else (answers, None)
+
+
+def _measure(
+    pipeline: Pipeline,
+    judged: Answers,
+    temperatures: Mapping[str, TemperatureOutcome],
+    exits: ExitOutcome | str,
+    request: Request,
+) -> Times:
+    """Time the chain, with and without exits, on some of the images that set them."""
+    picked = np.random.default_rng(request.seed).permutation(len(judged))[:_TIMED]
+    frames = [load_frame(pipeline, judged.images[int(row)]) for row in picked]
+    if not isinstance(exits, str):
+        # They are not in the bundle yet.
+        pipeline.calibrated = Calibrated(
+            {name: outcome.fit.temperature for name, outcome in temperatures.items()},
+            {name: threshold for name, threshold in exits.thresholds.items() if threshold is not None},
+            request.promise,
+        )
+    return measure_times(pipeline, frames)
 
 
 def _exits(
@@ -193,7 +200,7 @@ def _exits(
         return "the chain has a single answer, there is nowhere to stop before it"
     if tested is None:
         least = fewest_images(request.promise.epsilon, request.promise.delta)
-        needed = max(math.ceil(least / (1 - _TEMPERATURE_SHARE)), math.ceil(FEWEST / _TEMPERATURE_SHARE))
+        needed = max(math.ceil(least / (1 - TEMPERATURE_SHARE)), math.ceil(FEWEST / TEMPERATURE_SHARE))
         return (
             f"too few images for the promise: {len(fitted)}; epsilon {request.promise.epsilon:.3g} and delta "
             f"{request.promise.delta:.3g} need {least} beside those that set the temperatures, so {needed} in all: add "
@@ -211,4 +218,9 @@ def _require_enough(count: int, folder: Path, where: str) -> None:
 
 
 def _part(folder: Path, answers: Answers) -> Part:
-    return Part(folder, len(answers), data_sha256(answers.images))
+    digests = tuple(sorted(short_digest(image.sha256) for image in answers.images))
+    return Part(folder, len(answers), data_sha256(answers.images), digests)
+
+
+def _recorded(part: Part) -> dict[str, JsonValue]:
+    return {"images": part.images, "sha256": part.sha256, "digests": list(part.digests)}

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,11 +18,27 @@ from mge_runtime.errors import BackendError, InputError, MGEError, OutputError
 if TYPE_CHECKING:
     from mge_calibration.calibrate import Learned
 
-__all__ = ["main"]
+__all__ = ["SHARE", "main"]
 
 _REPORT = "calibration.json"
 _RELIABILITY = "reliability.png"
 _EXITS = "exits.png"
+
+
+class _Share(click.FloatRange):
+    """A share or a probability; below one in a million no number of images would do."""
+
+    def __init__(self) -> None:
+        super().__init__(1e-6, 1, max_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if number != number:  # NaN passes every comparison with a bound
+            self.fail(f"{value} is no number from {self.min:g} to 1.", param, ctx)
+        return number
+
+
+SHARE = _Share()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,28 +47,36 @@ _EXITS = "exits.png"
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="Labelled images that the model was not trained on: DIR/<class>/*.jpg, or DIR/val/<class>/*.jpg.",
+    help="Labelled images that the model was not trained on: DIR/<class>/*.jpg, or DIR/val/<class>/*.jpg. For exits "
+    "they must be new to every choice: no validation images, which chose the checkpoint.",
 )
 @click.option(
     "--exit-data",
     type=click.Path(path_type=Path),
-    help="Other such images for the exits.  [default: two thirds of --data]",
+    help="Other images for the exits, which no choice has seen; --data may be validation images then.  "
+    "[default: two thirds of --data]",
 )
 @click.option(
     "--epsilon",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=SHARE,
     default=0.01,
     show_default=True,
     help="Share of answers that may differ from the full chain's.",
 )
 @click.option(
     "--delta",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    type=SHARE,
     default=0.05,
     show_default=True,
     help="Probability that this promise fails.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the split of --data and of the intervals.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Of the split of --data and of the intervals.",
+)
 @click.option(
     "--report",
     "report_to",
@@ -83,8 +107,10 @@ def main(
 
     One temperature for each answer makes probabilities mean what they say. Thresholds on them say when an expert
     suffices: with probability 1 - delta at most a share epsilon of answers then differs from the full chain's on new
-    images from the same source. Images for this are others than those that set the temperatures. Both go into the
-    bundle, in place of an earlier calibration; if anything fails the bundle stays as it was.
+    images from the same source, answered by the same backend on the same kind of device. Images for this are others
+    than those that set the temperatures or taught INT8, and independent draws from their source: of a burst of frames
+    or of several pictures of one object take one. Both go into the bundle, in place of an earlier calibration; if
+    anything fails the bundle stays as it was.
 
     An image that cannot be read is reported and passed over; the exit code is 1 then.
     """
@@ -94,6 +120,7 @@ def main(
     with interruptible("the calibration", f"{bundle} is as it was; run it again", MGEError):
         from mge_calibration.calibrate import Request, bundle_values, learn, publish
         from mge_calibration.report import as_text, as_values
+        from mge_runtime.bundle.attachments import Calibration
         from mge_runtime.calibrated import Promise
         from mge_runtime.files import atomic_path
 
@@ -102,14 +129,14 @@ def main(
             _make_folder(report_to)
         learned = learn(request, say=lambda line: click.echo(line, err=True), problem=_report, progress=_progress)
         values = bundle_values(learned, as_values(learned))
-        written = json.dumps(values, indent=1, ensure_ascii=False)
         if report_to is not None:
             _draw(learned, report_to)
             with atomic_path(report_to / _REPORT) as part:
-                part.write_text(written + "\n", encoding="utf-8")
+                part.write_bytes(Calibration(learned.manifest_sha256, values).to_json())
         publish(learned, values)  # last: where a report cannot be written the bundle stays as it was
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="replace")  # a name that the terminal's encoding lacks is no reason to stop
+    written = json.dumps(values, indent=1, ensure_ascii=False)
     click.echo(written if as_json else as_text(learned) + f"\n{bundle}: calibrated")
     if learned.unreadable:
         click.echo(f"{learned.unreadable} images could not be read", err=True)
@@ -138,7 +165,16 @@ def _draw(learned: Learned, folder: Path) -> None:
     if not isinstance(learned.exits, str):
         save_exits(folder / _EXITS, learned.exits, learned.request.promise)
     else:
-        (folder / _EXITS).unlink(missing_ok=True)  # of an earlier calibration
+        _remove(folder / _EXITS)  # of an earlier calibration
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot remove {path}: {error.strerror}; expected the picture of an earlier calibration: move it away"
+        ) from error
 
 
 def _report(error: InputError) -> None:

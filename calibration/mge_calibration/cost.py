@@ -16,9 +16,10 @@ from mge_runtime.bundle.layout import stage_graph, stage_weights
 from mge_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
+    from mge_runtime.exits import Exit
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["Cost", "chain_cost", "measure_times"]
+__all__ = ["Cost", "Times", "chain_cost", "measure_times"]
 
 _GIGA = 1e9
 
@@ -29,6 +30,16 @@ class Cost:
 
     unit: str  # "GMACs", or "trunks" where the graphs' shapes cannot be told
     stops: tuple[float, ...]  # rising, one for each segment: everything up to it; the last is the full chain
+
+
+@dataclass(frozen=True)
+class Times:
+    """Measured milliseconds of one image through the chain, decoding not counted."""
+
+    images: int  # that were timed
+    stops: tuple[float, ...]  # median over images, by the segment they are stopped after; the last is the full chain
+    full: float  # mean over images of the full chain
+    exits: float | None  # the same with calibrated exits; None: there are none
 
 
 def chain_cost(bundle: Bundle) -> Cost:
@@ -51,32 +62,38 @@ def chain_cost(bundle: Bundle) -> Cost:
     return Cost("trunks", _summed(manifest, {name: float(size >= largest / 10) for name, size in sizes.items()}))
 
 
-def measure_times(
-    pipeline: Pipeline, frames: Sequence[NDArray[np.uint8]], *, runs: int = 20, warm_up: int = 3
-) -> tuple[float, ...]:
-    """Median milliseconds of one frame through the chain, stopped after each segment; decoding is not counted.
+def measure_times(pipeline: Pipeline, frames: Sequence[NDArray[np.uint8]], *, rounds: int = 3) -> Times:
+    """Time the chain frame by frame, stopped after each segment and, where it has them, with calibrated exits.
 
-    The stops are measured in turn, so that a machine that slows down slows all of them.
+    All ways are taken in turn on every frame, from round to round in another order, so that a machine that slows down
+    slows all of them. Decoding is not counted.
 
     Args:
         pipeline: opened with one stream.
-        frames: uint8 RGB [S, S, 3]; taken in turn.
-        runs: timed for each stop.
-        warm_up: further ones before, not timed.
+        frames: uint8 RGB [S, S, 3].
+        rounds: in which each frame is timed; another one before is not.
 
     Raises:
         BackendError: a stage failed.
     """
     segments = pipeline.manifest.segments
-    taken = np.zeros((runs, len(segments)))
-    for run in range(-warm_up, runs):
-        frame = frames[run % len(frames)][None]
-        for number, segment in enumerate(segments, 1):
-            start = time.perf_counter()
-            pipeline.run(frame, exit=number, outputs=[segment.answer])
-            if run >= 0:
-                taken[run, number - 1] = (time.perf_counter() - start) * 1e3
-    return tuple(float(value) for value in np.median(taken, axis=0))
+    ways: list[Exit] = [*range(1, len(segments)), "never"]
+    if pipeline.calibrated.has_exits:
+        ways.append("calibrated")
+    taken = np.zeros((rounds, len(frames), len(ways)))
+    for turn in range(-1, rounds):
+        for number, frame in enumerate(frames):
+            for place in range(len(ways)):
+                way = (place + number + turn) % len(ways)
+                start = time.perf_counter()
+                pipeline.run(frame[None], exit=ways[way], outputs=[])
+                if turn >= 0:
+                    taken[turn, number, way] = (time.perf_counter() - start) * 1e3
+    usual = np.median(taken, axis=0)  # [frames, ways]
+    stops = tuple(float(value) for value in np.median(usual[:, : len(segments)], axis=0))
+    full = float(usual[:, len(segments) - 1].mean())
+    exits = float(usual[:, len(segments)].mean()) if len(ways) > len(segments) else None
+    return Times(len(frames), stops, full, exits)
 
 
 def _summed(manifest: Manifest, costs: Mapping[str, float]) -> tuple[float, ...]:

@@ -84,8 +84,11 @@ def stops(confidence: NDArray[np.floating], thresholds: Sequence[float] | NDArra
     Returns:
         [..., N] index of the answer, from 0; E: the whole chain ran.
     """
-    reached = confidence >= np.asarray(thresholds)[..., None, :]
-    return np.where(reached.any(-1), reached.argmax(-1), confidence.shape[1])
+    limits = np.asarray(thresholds)
+    answer = np.full((*limits.shape[:-1], len(confidence)), confidence.shape[1], np.intp)
+    for k in range(confidence.shape[1])[::-1]:
+        np.putmask(answer, confidence[:, k] >= limits[..., k, None], k)
+    return answer
 
 
 def count_disagreements(
@@ -101,10 +104,6 @@ def count_disagreements(
     Returns:
         [...] counts.
     """
-    running = np.ones((*thresholds.shape[:-1], len(confidence)), bool)
-    count = np.zeros(thresholds.shape[:-1], np.intp)
-    for k in range(confidence.shape[1]):
-        stopping = running & (confidence[:, k] >= thresholds[..., k, None])
-        count += (stopping & differs[:, k]).sum(-1)
-        running &= ~stopping
-    return count
+    answered = np.column_stack([differs, np.zeros(len(differs), bool)])  # the full chain's own class never differs
+    first = np.arange(len(differs)) * answered.shape[1]
+    return np.count_nonzero(answered.ravel().take(first + stops(confidence, thresholds)), axis=-1)

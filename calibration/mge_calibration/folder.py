@@ -12,7 +12,7 @@ from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
 from mge_runtime.sources import find_images
 
-__all__ = ["LabelledImage", "data_sha256", "list_labelled", "split_by_content", "without"]
+__all__ = ["LabelledImage", "data_sha256", "list_labelled", "short_digest", "split_by_content", "without"]
 
 _SPLIT = "val"  # of DIR/<split>/<class>/*: the part that training chooses settings on, never learns from
 
@@ -27,6 +27,11 @@ class LabelledImage:
     sha256: str  # of the file
 
 
+def short_digest(sha256: str) -> str:
+    """The first 16 hexadecimal digits of a file's SHA-256: what records tell images apart by."""
+    return sha256[:16]
+
+
 def list_labelled(folder: Path, class_names: Sequence[str]) -> tuple[Path, list[LabelledImage]]:
     """List the images of `folder/<class>/...`, or of `folder/val/<class>/...` where there is a `val`.
 
@@ -37,8 +42,8 @@ def list_labelled(folder: Path, class_names: Sequence[str]) -> tuple[Path, list[
         The folder that holds the class folders, and the images, sorted as people count.
 
     Raises:
-        InputError: no such folder, one that cannot be listed, no image in it, images outside class folders, or a class
-            folder that the bundle does not know.
+        InputError: no such folder, one that cannot be listed, no image in it, images outside class folders, a class
+            folder that the bundle does not know, or one image in the folders of two classes.
     """
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
@@ -65,7 +70,12 @@ def list_labelled(folder: Path, class_names: Sequence[str]) -> tuple[Path, list[
         hashes = list(pool.map(_file_sha256, (path for _, path, _ in named)))
     unique: dict[str, LabelledImage] = {}
     for (name, path, label), sha256 in zip(named, hashes, strict=True):
-        unique.setdefault(sha256, LabelledImage(name, path, label, sha256))
+        first = unique.setdefault(sha256, LabelledImage(name, path, label, sha256))
+        if first.label != label:
+            raise InputError(
+                f"{root} holds one image in two classes, {first.name} and {name} are the same bytes; expected it "
+                "in the folder of its own class alone: remove the other"
+            )
     return root, list(unique.values())
 
 

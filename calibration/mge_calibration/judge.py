@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 from mge_calibration.collect import Answers
 from mge_calibration.cost import Cost
 from mge_calibration.exits import NEVER, certify, count_disagreements, fewest_images, stops, upper_bound
-from mge_calibration.metrics import Interval, Quality, calibration_bins, measure_quality
+from mge_calibration.intervals import Interval
+from mge_calibration.metrics import Quality, measure_quality
 from mge_calibration.path import propose_path
 from mge_calibration.temperature import Fit, fit_temperature
 from mge_runtime.calibrated import Promise, confidence
+from mge_runtime.metrics import bootstrap_mean, calibration_bins
 
 __all__ = [
     "ExitCurve",
     "ExitOutcome",
     "TemperatureOutcome",
+    "apply_exits",
     "learn_exits",
     "learn_temperatures",
-    "mean_time",
 ]
-
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,25 @@ def learn_exits(
         cost_share=float(shares[answered].mean()),
         accuracy=float(got[kept - 1].mean()),
         accuracy_full=float(right[:, -1].mean()),
-        accuracy_change=_paired(got[kept - 1], right[:, -1], seed),
+        accuracy_change=Interval(*bootstrap_mean(got[kept - 1].astype(np.float64) - right[:, -1], seed=seed)),
         curve=curve,
     )
+
+
+def apply_exits(
+    answers: Answers, temperatures: Mapping[str, float], thresholds: Mapping[str, float | None]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Where each of N images stops, by the number of the answer from 0, and the class that it gets there.
+
+    Args:
+        answers: of the images.
+        temperatures: by answer.
+        thresholds: by answer before the last; None: nothing stops there.
+    """
+    limits = [NEVER if (t := thresholds.get(name)) is None else t for name in list(answers.logits)[:-1]]
+    stopped = stops(_sure(answers, temperatures)[0], limits)
+    classes = np.column_stack([logits.argmax(1) for logits in answers.logits.values()])
+    return stopped, classes[np.arange(len(answers)), stopped]
 
 
 def _sure(answers: Answers, temperatures: Mapping[str, float]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -163,17 +179,3 @@ def _sure(answers: Answers, temperatures: Mapping[str, float]) -> tuple[NDArray[
     final = last[1].argmax(1)
     sure = np.column_stack([confidence(logits, temperatures[name]) for name, logits in early])
     return sure, np.column_stack([logits.argmax(1) != final for _, logits in early])
-
-
-def _paired(first: NDArray[np.bool_], second: NDArray[np.bool_], seed: int) -> Interval:
-    """Difference of two accuracies over the same images with its percentile bootstrap interval (Efron 1979)."""
-    difference = first.astype(np.float64) - second
-    rng = np.random.default_rng(seed)
-    means = [rng.choice(difference, len(difference)).mean() for _ in range(_RESAMPLES)]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(difference.mean()), float(low), float(high))
-
-
-def mean_time(outcome: ExitOutcome, times_ms: Sequence[float]) -> float:
-    """Mean milliseconds of an image, from those of stopping after each answer."""
-    return float(np.dot(list(outcome.stopped.values()), times_ms) / outcome.images)

@@ -37,6 +37,7 @@ class Int8Request:
             "crops": "float" if self.options.float_crops else "quantised",
             "images": len(self.images.frames),
             "sha256": self.images.sha256,
+            "digests": list(self.images.digests),
         }
 
 

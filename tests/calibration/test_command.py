@@ -1,7 +1,9 @@
 """`mge-calibrate` on the tiny chain."""
 
+import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,8 @@ from PIL import Image
 
 from mge_calibration.cli import main
 from mge_calibration.exits import stops
-from mge_runtime.bundle import Bundle
-from mge_runtime.calibrated import Calibrated, confidence
+from mge_runtime.bundle import Bundle, write_bundle
+from mge_runtime.calibrated import Calibrated, RunsOn, confidence
 from mge_runtime.decode import decode_picture
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.preprocess import to_frame
@@ -116,7 +118,8 @@ def test_what_is_learned_from_one_part_knows_nothing_of_the_other(calibrated, la
 def test_the_report_folder_holds_two_pictures_and_the_values(calibrated):
     path, folder, _ = calibrated
     assert sorted(p.name for p in folder.iterdir()) == ["calibration.json", "exits.png", "reliability.png"]
-    assert json.loads((folder / "calibration.json").read_text()) == values_of(path)
+    with Bundle.open(path) as bundle:
+        assert (folder / "calibration.json").read_bytes() == bundle.read("calibration.json")
     for name in ("exits.png", "reliability.png"):
         with Image.open(folder / name) as picture:
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50  # something was drawn
@@ -130,6 +133,12 @@ def test_people_are_told_what_was_learned(calibrated):
     assert "early exits from 160 images" in output
     assert "with probability 95 % at most 20 % of new images" in output
     assert "mge.plan: calibrated" in output
+    assert "are of the images that chose the thresholds, so a little better than on new ones" in output
+    assert "64 of the images one by one on onnxruntime on cpu, with exits and without in turn" in output
+    times = values["report"]["times_ms"]
+    assert f"{times['exits']:>12.2f}\n" in output
+    assert times["images"] == 64
+    assert min(times["exits"], times["full"]) > 0
 
 
 def test_the_same_twice_gives_the_same_and_replaces_it(calibrated, copy, labelled):
@@ -146,12 +155,16 @@ def test_the_same_twice_gives_the_same_and_replaces_it(calibrated, copy, labelle
     assert other["data"] != expected["data"]
 
 
-def test_exits_may_have_a_folder_of_their_own(copy, data, tmp_path):
-    apart = tmp_path / "apart"
+def move_half(data, apart):
     for number, path in enumerate(sorted(data.glob("*/*"))):
         if number % 2:
             (apart / path.parent.name).mkdir(parents=True, exist_ok=True)
             path.rename(apart / path.parent.name / path.name)
+    return apart
+
+
+def test_exits_may_have_a_folder_of_their_own(copy, data, tmp_path):
+    apart = move_half(data, tmp_path / "apart")
     some = next(apart.glob("*/*"))
     shutil.copy(some, data / some.parent.name / "copy.png")
     done = calibrate(copy, "--data", data, "--exit-data", apart, *EPSILON, "--json")
@@ -176,12 +189,106 @@ def test_too_few_images_for_the_promise_give_temperatures_alone(copy, labelled):
 
 
 def test_a_separate_folder_may_be_too_small_too(copy, data, tmp_path):
-    (tmp_path / "few").mkdir()
-    (data / "bird 0").rename(tmp_path / "few" / "bird 0")
+    for path in sorted(data.glob("*/*.png"))[::4]:
+        (tmp_path / "few" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        path.rename(tmp_path / "few" / path.parent.name / path.name)
     done = calibrate(copy, "--data", data, "--exit-data", tmp_path / "few")
     assert done.exit_code == 0
     assert "at least 299 are needed" in done.output
     assert values_of(copy)["exits"] is None
+
+
+def test_what_answered_the_images_is_recorded(calibrated):
+    values = values_of(calibrated[0])
+    assert values["runs_on"] == {"backend": "onnxruntime", "device": "cpu"}
+    with Bundle.open(calibrated[0]) as bundle:
+        assert Calibrated.from_values(values, bundle.manifest).runs_on == RunsOn("onnxruntime", "cpu")
+
+
+def test_each_image_can_be_told_from_the_record(calibrated, labelled):
+    parts = [set(values_of(calibrated[0])["data"][part]["digests"]) for part in ("temperatures", "exits")]
+    files = {hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in labelled.glob("*/*.png")}
+    assert parts[0] | parts[1] == files
+    assert not parts[0] & parts[1]
+    assert [len(part) for part in parts] == [80, 160]
+
+
+def with_int8(tiny, path, files):
+    """A bundle whose manifest says that INT8 was learned from these files."""
+    graphs = tiny.make_stages()
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+    plan = {"type": "int8", "attested": "graph", "calibration": {"digests": digests}}
+    manifest = replace(tiny.make_manifest(graphs), precision={"expert_1": plan})
+    write_bundle(path, manifest, {g.spec.name: g.model() for g in graphs})
+    return digests
+
+
+def test_images_that_taught_int8_set_no_exits(tiny, labelled, tmp_path):
+    path, files = tmp_path / "mge.plan", sorted(labelled.glob("*/*.png"))[::4]
+    taught = with_int8(tiny, path, files)
+    done = calibrate(path, "--data", labelled, *EPSILON)
+    assert done.exit_code == 0, done.output
+    assert f"60 of 240 images in {labelled} taught INT8: they set no exits" in done.stderr
+    data = values_of(path)["data"]
+    assert [data[part]["images"] for part in ("temperatures", "exits")] == [80, 160]
+    assert set(taught) <= set(data["temperatures"]["digests"])
+    assert not set(taught) & set(data["exits"]["digests"])
+
+
+def test_images_of_a_folder_for_exits_that_taught_int8_are_left_out(tiny, data, tmp_path):
+    apart = move_half(data, tmp_path / "apart")
+    path = tmp_path / "mge.plan"
+    with_int8(tiny, path, sorted(apart.glob("*/*.png"))[:20])
+    done = calibrate(path, "--data", data, "--exit-data", apart, *EPSILON, "--json")
+    assert done.exit_code == 0, done.output
+    assert f"20 of 120 images in {apart} taught INT8: they set no exits" in done.stderr
+    assert json.loads(done.stdout)["data"]["exits"]["images"] == 100
+    with_int8(tiny, path, apart.glob("*/*.png"))
+    done = calibrate(path, "--data", data, "--exit-data", apart, *EPSILON)
+    assert done.exit_code == 1
+    assert "or taught INT8; exits need images other than" in done.stderr
+
+
+def test_validation_images_set_temperatures_but_exits_with_a_warning_alone(copy, data, tmp_path):
+    apart = move_half(data, tmp_path / "apart")
+    (tmp_path / "birds").mkdir()
+    data.rename(tmp_path / "birds" / "val")
+    done = calibrate(copy, "--data", tmp_path / "birds", "--exit-data", apart, *EPSILON)
+    assert (done.exit_code, done.stderr) == (0, "")
+    done = calibrate(copy, "--data", tmp_path / "birds", *EPSILON)
+    assert done.exit_code == 0
+    assert "exits are set by" in done.stderr
+    assert "name images that no choice has seen with --exit-data" in done.stderr
+
+
+def test_classes_without_images_are_named(copy, data):
+    shutil.rmtree(data / "bird 1")
+    done = calibrate(copy, "--data", data, *EPSILON)
+    assert done.exit_code == 0
+    assert f"{data} has images of 4 of the bundle's 5 classes, none of bird 1: what is learned" in done.stderr
+
+
+def test_most_classes_must_have_images(copy, data):
+    before = copy.read_bytes()
+    for number in (0, 1, 3):
+        shutil.rmtree(data / f"bird {number}")
+    done = calibrate(copy, "--data", data, *EPSILON)
+    assert done.exit_code == 1
+    assert (
+        "has images of 2 of the bundle's 5 classes, none of bird 0, bird 1, bird 3; expected at least half"
+        in done.stderr
+    )
+    assert copy.read_bytes() == before
+
+
+def test_images_are_counted_after_decoding(copy, data):
+    """Of 240 images 15 cannot be read: 225 are enough for 75 and 150, the least that this promise allows."""
+    for path in sorted(data.glob("*/*"))[::16]:
+        path.write_bytes(path.name.encode())
+    done = calibrate(copy, "--data", data, "--epsilon", "0.0198", "--delta", "0.05")
+    assert done.exit_code == 1  # images could not be read
+    parts = values_of(copy)["data"]
+    assert [parts[part]["images"] for part in ("temperatures", "exits")] == [75, 150]
 
 
 def test_an_image_that_cannot_be_read_is_passed_over(copy, data):
@@ -248,9 +355,21 @@ def test_the_same_images_cannot_serve_both(copy, labelled):
     assert copy.read_bytes() == before
 
 
-@pytest.mark.parametrize("option", [("--epsilon", "0"), ("--epsilon", "1"), ("--delta", "0"), ("--delta", "1.5")])
-def test_shares_outside_their_range_are_a_usage_error(copy, labelled, option):
-    assert calibrate(copy, "--data", labelled, *option).exit_code == 2
+@pytest.mark.parametrize("name", ["--epsilon", "--delta"])
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "nan", "inf", "1e-320", "1e-17", "-0.1"])
+def test_shares_outside_their_range_are_a_usage_error(copy, labelled, name, value):
+    assert calibrate(copy, "--data", labelled, name, value).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["--epsilon", "--delta"])
+def test_the_least_share_asks_for_more_images_than_there_are(copy, labelled, name):
+    done = calibrate(copy, "--data", labelled, name, "1e-6")
+    assert done.exit_code == 0
+    assert "no early exits: too few images for the promise" in done.stdout
+
+
+def test_a_negative_seed_is_a_usage_error(copy, labelled):
+    assert calibrate(copy, "--data", labelled, "--seed", "-1").exit_code == 2
 
 
 def test_what_is_no_bundle_is_one_line(tmp_path, labelled):
@@ -277,6 +396,18 @@ def test_a_report_that_fails_at_its_end_does_too(copy, labelled):
     assert copy.read_bytes() == before
 
 
+@pytest.mark.parametrize("options", [EPSILON, ()], ids=["exits", "no exits"])
+def test_a_folder_in_the_place_of_a_picture_is_one_line(copy, labelled, options):
+    before = copy.read_bytes()
+    (copy.parent / "report" / "exits.png" / "kept").mkdir(parents=True)
+    done = calibrate(copy, "--data", labelled, *options, "--report", copy.parent / "report")
+    assert done.exit_code == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot ")
+    assert "exits.png" in done.stderr
+    assert copy.read_bytes() == before
+    assert (copy.parent / "report" / "exits.png" / "kept").is_dir()
+
+
 def test_a_bundle_that_was_replaced_meanwhile_is_left_alone(tiny, copy, labelled, monkeypatch):
     import mge_calibration.report
 
@@ -293,9 +424,6 @@ def test_a_bundle_that_was_replaced_meanwhile_is_left_alone(tiny, copy, labelled
 
 
 def test_a_chain_with_one_answer_gets_its_temperature(tiny, labelled, tmp_path):
-    from dataclasses import replace
-
-    from mge_runtime.bundle import write_bundle
     from mge_runtime.spec import SegmentSpec
 
     graphs = tiny.make_stages()

@@ -47,6 +47,12 @@ def test_copies_count_once(data):
     assert len(list_labelled(data, NAMES)[1]) == 4
 
 
+def test_one_image_in_two_classes_is_refused(data):
+    shutil.copy(data / "ant" / "a.png", data / "bee" / "b.png")
+    with pytest.raises(InputError, match=r"ant/a\.png and bee/b\.png are the same bytes; expected it in the folder of"):
+        list_labelled(data, NAMES)
+
+
 def test_the_hash_is_that_of_names_and_contents(data):
     before = data_sha256(list_labelled(data, NAMES)[1])
     (data / "ant" / "a.png").write_bytes(b"other")

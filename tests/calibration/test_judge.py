@@ -8,7 +8,7 @@ from mge_calibration.collect import Answers
 from mge_calibration.cost import Cost
 from mge_calibration.exits import stops
 from mge_calibration.folder import LabelledImage
-from mge_calibration.judge import learn_exits, learn_temperatures, mean_time
+from mge_calibration.judge import apply_exits, learn_exits, learn_temperatures
 from mge_calibration.path import propose_path
 from mge_runtime.calibrated import Promise, confidence
 
@@ -49,7 +49,8 @@ def test_exits_are_what_their_figures_say(answers):
     assert outcome.accuracy == pytest.approx((got == tested.labels).mean())
     assert outcome.accuracy_full == pytest.approx((classes[:, 2] == tested.labels).mean())
     assert outcome.accuracy_change.value == pytest.approx(outcome.accuracy - outcome.accuracy_full)
-    assert mean_time(outcome, (10, 20, 30)) == pytest.approx(np.array([10, 20, 30])[stopped].mean())
+    applied = apply_exits(tested, SAME, outcome.thresholds)
+    assert [part.tolist() for part in applied] == [stopped.tolist(), got.tolist()]
 
 
 def test_a_larger_epsilon_saves_more(answers):

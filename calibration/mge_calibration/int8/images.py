@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mge_calibration.folder import short_digest
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
@@ -27,6 +28,7 @@ class CalibrationImages:
     frames: np.ndarray  # uint8 [N, S, S, 3], in the order drawn: the first few are a random draw, too
     sha256: str  # over names within the folder and bytes of the images taken, as the folder sorts them
     source: str  # for people
+    digests: tuple[str, ...] = ()  # of each file, sorted: by these `mge-calibrate` keeps them away from exits
 
 
 def read_calibration_images(
@@ -83,4 +85,5 @@ def read_calibration_images(
         )
     digest = hashlib.sha256(b"".join(hashes[index] for index in sorted(hashes)))
     text = f"{count} of {len(images)} images in {folder.resolve().name}"
-    return CalibrationImages(frames[:count], digest.hexdigest(), text)
+    digests = tuple(sorted(short_digest(entry[-digest.digest_size :].hex()) for entry in hashes.values()))
+    return CalibrationImages(frames[:count], digest.hexdigest(), text, digests)
