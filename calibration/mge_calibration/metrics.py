@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,6 @@ class Quality:
     ece: Interval  # in [0, 1], expected calibration error
     floor: float  # the ECE that a perfectly calibrated model with these confidences shows at N images, on average
     floor_95: float  # and what it stays below 95 % of the time
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def noise_floor(
