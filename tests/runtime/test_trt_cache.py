@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from mge_runtime.bundle import EngineDescription
+from mge_runtime.cache import cache_folder
 from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.machine import Gpu
 from mge_runtime.trt.batch import BatchRange
-from mge_runtime.trt.cache import cache_folder, cached_engines, store_engines, timing_cache_path
+from mge_runtime.trt.cache import cached_engines, store_engines, timing_cache_path
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import Target
 from mge_runtime.trt.timing import TimingCache

@@ -71,7 +71,7 @@ def weights_checked(bundle: Bundle) -> Generator[None]:
         BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
     names = [stage_weights(stage.name) for stage in bundle.manifest.stages]
-    with bundle.verifying([name for name in names if name in bundle.sizes]):
+    with bundle.verifying([name for name in names if name in bundle.sizes], again=False):
         yield
     if not bundle.in_place():
         raise BundleError(f"{bundle.path} was replaced while it was being opened; open it again")

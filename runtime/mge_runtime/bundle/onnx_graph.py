@@ -16,6 +16,7 @@ from mge_runtime.errors import BundleError
 __all__ = ["ExternalTensor", "external_tensors", "node_operators", "relocate"]
 
 _EXTERNAL = 1  # TensorProto.DataLocation
+_KEY = b"location"  # of a tensor's external_data, however the message around it is encoded
 # Where tensors may hide besides GraphProto.initializer, as field numbers by message.
 _NESTED = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -46,7 +47,8 @@ def external_tensors(graph: bytes) -> list[ExternalTensor]:
     """
     try:
         found = [t for _, _, value in _initializers(graph) if (t := _external(value)) is not None]
-        if _count_external(memoryview(graph), "model", 0) != len(found):
+        # Every reference to another file spells out this key; so most graphs need not be searched to their depths.
+        if graph.count(_KEY) != len(found) and _count_external(memoryview(graph), "model", 0) != len(found):
             raise WireError("a tensor outside the graph's initialisers keeps its data in another file")
     except (WireError, UnicodeDecodeError, ValueError) as error:
         raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error

@@ -25,6 +25,7 @@ from mge_runtime.bundle.layout import (
     stage_weights,
     target_of,
 )
+from mge_runtime.bundle.untouched import Untouched
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BundleError
 from mge_runtime.files import atomic_path
@@ -162,28 +163,35 @@ class Bundle:
             pass
 
     @contextmanager
-    def verifying(self, names: Iterable[str], *, threads: int | None = None) -> Generator[None]:
+    def verifying(self, names: Iterable[str], *, threads: int | None = None, again: bool = True) -> Generator[None]:
         """Check entries in other threads while the block runs; what the block made counts only once it has ended.
 
         Args:
             names: the entries.
             threads: how many to use; default: one processor is left to the block.
+            again: hash also what was hashed before in a file that has not been touched since; False: there the CRC-32
+                is enough (`mge_runtime.bundle.untouched`).
 
         Raises:
             BundleError: an entry's bytes were damaged; where the block failed too, this is the likely reason for it.
         """
         entries = sorted((self._entry(name) for name in names), key=lambda entry: -entry.size)
+        untouched = Untouched(self._descriptor, self.manifest_sha256, [entry.name for entry in entries])
+        hashes = again or not untouched.hashed_before()
+        check = self._verify if hashes else self._verify_crc
         workers = threads or max(1, min(cpu_count() - 1, 4))
         with ThreadPoolExecutor(workers, thread_name_prefix="mge-hash") as pool:
-            checks = [pool.submit(self._verify, entry) for entry in entries]
+            checks = [pool.submit(check, entry) for entry in entries]
             try:
                 yield
             finally:
                 try:
-                    for check in checks:
-                        check.result()
+                    for done in checks:
+                        done.result()
                 finally:
                     pool.shutdown(cancel_futures=True)
+        if hashes:
+            untouched.remember()
 
     def in_place(self, descriptor: int | None = None) -> bool:
         """Whether `path` still names the file that is open here (and as `descriptor`, if one is given).
@@ -260,6 +268,13 @@ class Bundle:
             yield bytes(chunk)
         if crc != entry.crc:
             raise self._damaged(name)
+
+    def _verify_crc(self, entry: ArchiveEntry) -> None:
+        crc = 0
+        for chunk in self._chunks(entry):
+            crc = zlib.crc32(chunk, crc)
+        if crc != entry.crc:
+            raise self._damaged(entry.name)
 
     def _verify(self, entry: ArchiveEntry, write: Callable[[memoryview], object] | None = None) -> None:
         expected = self._expected(entry.name)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mge_runtime.bundle import EngineDescription
+from mge_runtime.cache import cache_folder
 from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.files import lock
 from mge_runtime.machine import Gpu
@@ -26,22 +25,10 @@ from mge_runtime.manifest import Entry
 from mge_runtime.trt.engines import DESCRIPTION, CachedEngines, EngineDetails
 from mge_runtime.trt.target import Target
 
-__all__ = ["cache_folder", "cached_engines", "store_engines", "timing_cache_path"]
+__all__ = ["cached_engines", "store_engines", "timing_cache_path"]
 
 
 _ATTEMPTS = 100  # to read while others replace what is read; each of them is a build
-
-
-def cache_folder() -> Path:
-    """Where mge keeps what can be made again: $MGE_CACHE_DIR, else the user's cache folder."""
-    if chosen := os.environ.get("MGE_CACHE_DIR"):
-        return Path(chosen)
-    if chosen := os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"):
-        return Path(chosen) / "mge"
-    try:
-        return Path.home() / ".cache" / "mge"
-    except RuntimeError:  # a user without a home, as in some containers
-        return Path(tempfile.gettempdir()) / f"mge-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def timing_cache_path(target: Target, gpu: Gpu) -> Path:
