@@ -11,6 +11,8 @@ import torch
 from onnx.external_data_helper import set_external_data
 from torch import Tensor
 
+from mge_export.level import drop_expansions
+from mge_export.pooling import pool_maxima
 from mge_export.stages import Stage
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import BATCH, StageSpec, TensorSpec
@@ -64,6 +66,8 @@ def export_graph(stage: Stage) -> StageGraph:
         raise ExportError(f"{spec.name}: the exporter returned no graph; this is a defect of the exporter")
     model = program.model_proto
     _strip(model)
+    pool_maxima(model)
+    drop_expansions(model)
     _check_border(spec, model)
     weights = externalize(model, weights_name(spec.name))
     return StageGraph(spec, model, weights)
