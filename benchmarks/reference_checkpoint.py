@@ -2,7 +2,8 @@
 
     python benchmarks/reference_checkpoint.py r50.pt [--arch resnet50] [--image-size 448] [--classes 200]
 
-Weights are random, since speed does not ask what they say; with `--init FILE` (timm's ImageNet weights) the trunks' are real ones.
+Weights are random, since speed does not ask what they say; with `--init FILE` (timm's ImageNet weights) the trunks' are
+real ones.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import hashlib
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,9 +90,12 @@ def export_bundle(
         folder = Path(name)
         say(f"splitting {config.experts} x {config.arch} into stages, {precision.value}")
         stages = build_stages(model, precision, half_linear=half_linear)
-        plans = {
-            stage.spec.name: _write_stage(stage, learned, folder, say) for stage, learned in _graphs(stages, int8, say)
-        }
+        plans: dict[str, dict[str, Any]] = {}
+        typed: list[Stage] = []  # a stage that was to be quantised may stay in FP16
+        for stage, made in _graphs(stages, int8, say):
+            plans[stage.spec.name] = _write_stage(stage, made, folder, say)
+            typed.append(stage)
+        stages = tuple(typed)
         step = max(images.count // 10, 1)
 
         def progress(done: int) -> None:
@@ -183,7 +186,11 @@ def _graphs(stages: Sequence[Stage], int8: Int8Request | None, say: Say) -> Iter
     graphs = {stage.spec.name: export_graph(stage) for stage in stages}
     quantised = quantize_graphs(stages, graphs, int8, say)
     for stage in stages:
-        yield stage, quantised.get(stage.spec.name) or LearnedGraph(graphs[stage.spec.name])
+        made = quantised.get(stage.spec.name) or LearnedGraph(graphs[stage.spec.name])
+        if stage.precision is Precision.INT8 and not made.nodes:
+            yield replace(stage, precision=Precision.FP16), made
+        else:
+            yield stage, made
 
 
 def _write_stage(stage: Stage, made: LearnedGraph, folder: Path, say: Say) -> dict[str, Any]:

@@ -67,10 +67,10 @@ def quantize_graphs(
         say: shows progress.
 
     Returns:
-        By name, of stages with a trunk.
+        By name, of stages with a trunk; one that stays in FP16 has no quantised nodes.
 
     Raises:
-        ExportError: a trunk has nothing to quantise.
+        ExportError: all of them stay in FP16.
     """
     models = {name: inlined(graph) for name, graph in graphs.items()}
     specs = [stage.spec for stage in stages]
@@ -82,16 +82,20 @@ def quantize_graphs(
         if stage.precision is not Precision.INT8:
             continue
         result = results.get(name)
-        if result is None or not result.layers:
-            options = request.options
-            raise ExportError(
-                f"{name}: no layer can be quantised within --max-drop {100 * options.max_drop:g} points and "
-                f"--min-box-iou {options.min_box_iou:g}; expected at least one: allow more, calibrate on more images, "
-                "or export with --fp16"
-            )
-        graph = StageGraph(stage.spec, result.model, externalize(result.model, weights_name(name)))
+        if result is None:
+            continue
+        graph = graphs[name]
+        if result.layers:
+            graph = StageGraph(stage.spec, result.model, externalize(result.model, weights_name(name)))
         learned = {"quantized": result.to_dict(), "calibration": request.to_dict()}
         done[name] = LearnedGraph(graph, frozenset(layer.node for layer in result.layers), learned)
+    if not any(made.nodes for made in done.values()):
+        options = request.options
+        raise ExportError(
+            f"no stage can be quantised within --max-drop {100 * options.max_drop:g} points and --min-box-iou "
+            f"{options.min_box_iou:g}; expected at least one: allow more, calibrate on more images, or export "
+            "with --fp16"
+        )
     return done
 
 

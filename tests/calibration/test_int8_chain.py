@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mge_calibration.int8.agreement import Agreement, box_iou, relative_error
-from mge_calibration.int8.chain import quantize_chain
+from mge_calibration.int8.chain import _least, quantize_chain
 from mge_calibration.int8.follow import FloatChain
 from mge_calibration.int8.insert import insert_quantization, quantize_weight
 from mge_calibration.int8.sessions import learn_ranges, open_graph, run_all
@@ -360,3 +360,23 @@ def test_a_bias_takes_up_what_rounding_its_weight_adds():
 def test_bytes_that_are_no_graph_are_refused(damage):
     with pytest.raises(BundleError, match="no ONNX model"):
         cpu_graph(damage, fast=True)
+
+
+def test_a_stage_that_stays_mostly_float_stays_float_as_a_whole(stage, images):
+    tried = []
+
+    def judge(_):
+        tried.append(None)
+        return Agreement(len(images), 0, {}, 0.0), len(tried) > 2  # all, all but one: bad; all but two: good
+
+    found = quantize_stage(stage[1], is_trunk, {"image_1": images}, judge, Int8Options())
+    assert len(found.left) == 3
+    assert found.layers == ()
+    assert found.model.SerializeToString() == stage[1].SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("asked", "later", "least"), [(0.9, 0, 0.9), (0.9, 1, 0.91), (0.9, 2, 0.92), (0.995, 1, 0.9975), (0, 2, 0)]
+)
+def test_a_box_that_others_move_later_has_headroom_and_can_be_reached(asked, later, least):
+    assert _least(asked, later) == pytest.approx(least)

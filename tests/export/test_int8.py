@@ -13,13 +13,16 @@ from onnx import helper, numpy_helper
 from PIL import Image
 
 from mge.checkpoint import load_checkpoint, save_checkpoint
+from mge_calibration.int8.agreement import Agreement
 from mge_calibration.int8.images import MIN_IMAGES, CalibrationImages, read_calibration_images
 from mge_calibration.int8.stage import Int8Options
 from mge_export.cli import main
 from mge_export.export import export_bundle
-from mge_export.images import generated_images
-from mge_export.int8 import Int8Request, check_quantization, is_trunk_weight
+from mge_export.graph import export_graph
+from mge_export.images import find_verify_images, generated_images
+from mge_export.int8 import Int8Request, check_quantization, is_trunk_weight, quantize_graphs
 from mge_export.precision import Precision
+from mge_export.stages import build_stages
 from mge_runtime.bundle import Bundle, StageModel, write_bundle
 from mge_runtime.errors import BuildError, ExportError, InputError
 from mge_runtime.pipeline import Pipeline
@@ -478,3 +481,31 @@ def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, argu
     last = found.output.strip().splitlines()[-1]
     assert message in last
     assert list(out.iterdir()) == []
+
+
+def test_a_stage_whose_box_moves_too_far_stays_in_half_and_says_so(tiny, photographs, tmp_path, monkeypatch):
+    model = tiny.make_model()
+    tiny.center_heads(model, tiny.load_frames(photographs, model.config.preprocess))
+    calibration = read_calibration_images(photographs, model.config.preprocess, limit=0, seed=0, few=True)
+    request = Int8Request(calibration, Int8Options("max"))
+    monkeypatch.setattr(Agreement, "within", lambda agreement, *_: not agreement.box_iou)  # expert 1 alone moves a box
+    images = find_verify_images(photographs, model.config.preprocess, 0)
+    path = tmp_path / "mge.plan"
+    result = export_bundle(model, path, Precision.INT8, images, int8=request, allow_mismatch=True, say=lambda _: None)
+    kinds = {name: plan["type"] for name, plan in result.manifest.precision.items()}
+    assert kinds["expert_1"] == "fp16"
+    assert kinds["expert_2"] == kinds["gate"] == "int8"
+    assert result.manifest.precision["expert_1"]["quantized"]["convolutions"] == 0
+    with Pipeline.open(path, device="cpu") as pipeline:
+        found = pipeline.run(tiny.load_frames(photographs, model.config.preprocess))
+    assert np.isfinite(found["logits"]).all()
+
+
+def test_an_export_in_which_nothing_can_be_quantised_says_so(tiny, photographs, monkeypatch):
+    model = tiny.make_model(experts=1)
+    stages = build_stages(model, Precision.INT8)
+    graphs = {stage.spec.name: export_graph(stage) for stage in stages}
+    images = read_calibration_images(photographs, model.config.preprocess, limit=2, seed=0, few=True)
+    monkeypatch.setattr(Agreement, "within", lambda *_: False)
+    with pytest.raises(ExportError, match=r"no stage .* --max-drop 0.5 points and --min-box-iou 0.9; .*--fp16"):
+        quantize_graphs(stages, graphs, Int8Request(images, Int8Options()), lambda _: None)

@@ -36,8 +36,8 @@ def quantize_chain(
 
     Each stage is judged by what it does to the chain: the stages before it quantised, those after it still in floats,
     its answer and boxes against the float chain's. So after the last stage the limits hold for the chain as it will
-    run. A box needs more than its own expert: a crop that moved by a pixel is another image to the next expert, whose
-    box then moves further.
+    run (not with `options.float_crops`). A box needs more than its own expert: a crop that moved by a pixel is another
+    image to the next expert, whose box then moves further.
 
     Args:
         stages: in the order they run.
@@ -66,6 +66,13 @@ def quantize_chain(
         wanted = {tensor.name for later in stages[index + 1 :] for tensor in later.inputs}
         made = chain.run(stage, tensors) if options.float_crops else _run(result.model, stage, tensors)
         tensors = {name: value for name, value in (tensors | made).items() if value.ndim < 4 or name in wanted}
+    layers = sum(len(result.layers) for result in done.values())
+    left = sum(len(result.left) for result in done.values())
+    if layers < left:
+        say(
+            f"hint: {layers} of {layers + left} layers are in INT8, which saves little; boxes that may move further "
+            "(--min-box-iou) or more answers that may change (--max-drop) let more in"
+        )
     return done
 
 
@@ -83,7 +90,7 @@ def _judge(chain: FloatChain, stage: StageSpec, tensors: Tensors, options: Int8O
     """
     outputs = [tensor.name for tensor in stage.outputs]
     boxes = chain.boxes_moved_by(stage)
-    least = {name: options.min_box_iou + _HEADROOM * later for later, name in enumerate(boxes)}
+    least = {name: _least(options.min_box_iou, later) for later, name in enumerate(boxes)}
     later = {t.name for other in chain.stages for t in other.outputs} - tensors.keys()
     known = tensors | chain.reference(later - set(outputs))  # float results of what the stage does not change, too
     own = small(chain.run(stage, tensors))
@@ -98,6 +105,11 @@ def _judge(chain: FloatChain, stage: StageSpec, tensors: Tensors, options: Int8O
         return agreement, agreement.within(options.max_drop, least)
 
     return judge
+
+
+def _least(min_box_iou: float, later: int) -> float:
+    """What a box must keep where so many experts still move it; never more than half of what is left to 1."""
+    return min_box_iou + min(_HEADROOM * later, (1 - min_box_iou) / 2) if min_box_iou else 0.0
 
 
 def _run(model: onnx.ModelProto, stage: StageSpec, tensors: Tensors) -> Tensors:

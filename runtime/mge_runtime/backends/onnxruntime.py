@@ -80,7 +80,8 @@ class OnnxRuntimeBackend(StagedBackend):
         # The stages run in turn, each with threads of its own: those of the last must not spin while the next computes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         graph = located_graph(bundle, stage.name)
-        if bundle.manifest.precision.get(stage.name, {}).get("type") == "int8":
+        # In an INT8 bundle a stage may have stayed in FP16: it was verified re-encoded, as the others.
+        if any(plan.get("type") == "int8" for plan in bundle.manifest.precision.values()):
             graph = cpu_graph(graph, fast=True)
             for key, value in integer_entries().items():
                 options.add_session_config_entry(key, value)
