@@ -27,6 +27,7 @@ from mge.model import MGENet
 from mge_export.eager_chain import AuthorsChain
 from mge_export.eager_trunk import EagerUnavailable
 from mge_runtime.bench.contender import MILLISECONDS, Contender
+from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
 
 __all__ = [
@@ -53,7 +54,8 @@ _VERSIONS = 256
 class _EagerContender:
     """One way of computing a batch in PyTorch.
 
-    `logits` [B, C] float32 is the last answer, for whoever compares answers.
+    `logits` [B, C] float32 is the last answer, for whoever compares answers. `threads` is how many PyTorch says that it
+    computed the last answer with; None before, and on a GPU.
     """
 
     title: str
@@ -65,8 +67,10 @@ class _EagerContender:
         self.name = self.title + (_AUTOCAST if autocast else "")
         self.logits: np.ndarray | None = None
         self._frames = frames
-        self._threads = threads
         self._device = torch.device(device)
+        # PyTorch's own default may be another (OMP_NUM_THREADS): both sides take what the chain takes.
+        self._threads = cpu_count() if threads is None and self._device.type == "cpu" else threads
+        self.threads: int | None = None
         self._autocast = autocast
         self._config = model.config
         self._compute: Callable[[Tensor], Any] | None = self._make(model)
@@ -93,6 +97,8 @@ class _EagerContender:
         if self._threads is not None:
             # Per thread where PyTorch uses OpenMP, so it is set where the work is done.
             torch.set_num_threads(self._threads)
+        if self._device.type == "cpu":
+            self.threads = torch.get_num_threads()
         autocast = torch.autocast(self._device.type, torch.float16) if self._autocast else nullcontext()
         images = to_images(self._frames, self._config).to(self._device)
         with autocast:
@@ -112,7 +118,7 @@ class AuthorsContender(_EagerContender):
     Args:
         model: in evaluation mode, on the device. Its weights are shared, their gradients are written.
         frames: uint8 [B, S, S, 3].
-        threads: of PyTorch on the CPU, for the whole process; None: as they are.
+        threads: of PyTorch on the CPU, for the whole process; None: every processor that it may use.
         device: "cpu" or "cuda:N", where the model is.
         autocast: compute in FP16 where PyTorch's autocast does.
 
@@ -196,7 +202,7 @@ def eager_contenders(
     Args:
         ckpt: a checkpoint, ours or the authors'.
         frames: uint8 [B, S, S, 3], the batch.
-        threads: of PyTorch on the CPU, for the whole process; None: as they are.
+        threads: of PyTorch on the CPU, for the whole process; None: every processor that it may use.
         device: "cpu" or "cuda:N".
 
     Returns:

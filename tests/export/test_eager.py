@@ -1,5 +1,9 @@
 """PyTorch's ways of computing a checkpoint answer as the model itself does."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -166,6 +170,24 @@ def test_threads_are_set_where_the_work_is_done(checkpoint):
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_without_a_number_of_threads_pytorch_takes_what_the_chain_takes(checkpoint):
+    """OMP_NUM_THREADS sets PyTorch's default and not ONNX Runtime's: one would compute with less than the other."""
+    code = (
+        "import sys, numpy, torch\n"
+        "from mge_export import eager\n"
+        "assert torch.get_num_threads() == 1\n"
+        "eager.cpu_count = lambda: 3\n"  # a test machine may have one processor
+        "model = eager.load_checkpoint(sys.argv[1])\n"
+        "way = eager.ModelContender(model, numpy.zeros((1, 64, 64, 3), numpy.uint8), None, 'cpu')\n"
+        "way.run()\n"
+        "print(way.threads, torch.get_num_threads())"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint[1])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    assert out.split() == ["3", "3"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

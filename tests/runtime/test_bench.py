@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -17,9 +19,11 @@ from mge_runtime.bench import fresh, noise, toolchain
 from mge_runtime.bench.contenders import PartsContender
 from mge_runtime.bench.energy import find_meter, measure_energy
 from mge_runtime.bench.inputs import drawn_inputs
+from mge_runtime.bench.measure import measure_batch
 from mge_runtime.bench.noise import Watch
 from mge_runtime.bench.parts import HeadBundle, TrunkBundle, TrunkChainBundle
 from mge_runtime.bench.pipelined import measure_pipelined
+from mge_runtime.bench.report_tables import _batch
 from mge_runtime.bench.rounds import Plan, Series, Stepped, interleave, plan_rounds, warm_up
 from mge_runtime.bench.shares import derived_shares
 from mge_runtime.bench.stats import Percentiles, Ratio, percentile
@@ -182,11 +186,11 @@ def test_a_batch_above_what_engines_were_built_for_is_refused():
 
 def test_a_checkpoint_of_another_model_is_refused(bundle_path, tmp_path, monkeypatch):
     """The toolchain's reader stands in as an object with a config; the comparison is the runtime's own."""
-    from types import SimpleNamespace
-
     with Bundle.open(bundle_path) as bundle:
         manifest = bundle.manifest
-    right = {
+    costly = {"parts_per_class": 10, "gate_width": 512, "normalize_features": False, "attention_head": "own"}
+    manifest = replace(manifest, model={**manifest.model, **costly})
+    right = costly | {
         "arch": "tiny",
         "image_size": manifest.preprocess.size,
         "experts": 3,
@@ -208,9 +212,35 @@ def test_a_checkpoint_of_another_model_is_refused(bundle_path, tmp_path, monkeyp
         ({"image_size": 64}, "pixels: 64, not 32"),
         ({"num_classes": 6, "classes": tuple("abcdef")}, "number of classes: 6, not 5"),
         ({"classes": tuple("abcde")}, "another list of classes;"),
+        ({"parts_per_class": 4}, "parts_per_class in its config: 4, not 10"),
+        ({"gate_width": 64}, "gate_width in its config: 64, not 512"),
+        ({"normalize_features": True}, "normalize_features in its config: True, not False"),
+        ({"attention_head": "first"}, "attention_head in its config: first, not own"),
     ):
         with pytest.raises(CheckpointError, match=text):
             check(**changes)
+
+
+def test_pytorch_gets_the_chains_threads_and_the_report_says_how_many_it_used(trunked, monkeypatch):
+    asked = []
+
+    class Way(Fake):
+        threads = 3
+
+    def make(_ckpt, _frames, threads, _device):
+        asked.append(threads)
+        return [Way("PyTorch eager", [])]
+
+    monkeypatch.setattr(toolchain, "_imported", lambda _: SimpleNamespace(eager_contenders=make))
+    monkeypatch.setattr(toolchain, "cpu_count", lambda: 3)
+    with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
+        inputs = drawn_inputs(pipeline.manifest.preprocess)
+        kind = {"ckpt": trunked, "iterations": 5, "warmup": 1, "seconds": 1.0, "say": lambda _line: None}
+        found = measure_batch(pipeline, trunked, inputs, 1, threads=None, **kind)
+        measure_batch(pipeline, trunked, inputs, 1, threads=1, **kind)
+    assert asked == [3, 1]
+    assert found.pytorch_threads == {"PyTorch eager": 3}
+    assert "PyTorch computes with 3 threads" in next(iter(_batch(found))).notes
 
 
 def test_help_loads_nothing_heavy():

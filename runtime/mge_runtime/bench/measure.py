@@ -111,6 +111,7 @@ def measure_batch(
         growth=None if before is None or after is None else after - before,
         noise=watch.stop(reference.contender.name, reference.medians),
         not_run=tuple(not_run),
+        pytorch_threads=_pytorch_threads(eager),
     )
 
 
@@ -154,6 +155,12 @@ def _that_run(contenders: Sequence[Contender], not_run: list[NotRun]) -> list[Co
         else:
             running.append(contender)
     return running
+
+
+def _pytorch_threads(eager: Sequence[Contender]) -> dict[str, int]:
+    """How many threads PyTorch says that it computed with, by contender."""
+    said = ((contender.name, getattr(contender, "threads", None)) for contender in eager)
+    return {name: threads for name, threads in said if isinstance(threads, int)}
 
 
 def _rows(series: dict[str, Series], on_device: bool, batch: int) -> list[Row]:

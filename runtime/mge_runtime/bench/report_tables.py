@@ -51,6 +51,9 @@ def _batch(found: BatchResult) -> Iterator[Table]:
     if count < FEWEST_FOR_P99:
         notes.append(f"p99 needs {FEWEST_FOR_P99} runs: --iterations {FEWEST_FOR_P99}")
     notes.append(found.copies)
+    if found.pytorch_threads:
+        counts = sorted(set(found.pytorch_threads.values()))
+        notes.append(f"PyTorch computes with {' or '.join(map(str, counts))} threads")
     yield Table(f"Batch {found.batch}, ms", ("", "p50", "p90", "p99", "images/s"), rows, notes)
     ratios = [[r.name, f"{r.median:.3f}", f"{r.p10:.3f}", f"{r.p90:.3f}", str(len(r.rounds))] for r in found.ratios]
     yield Table(f"Batch {found.batch}, ratios within a round", _RATIO, ratios, list(_noise(found.noise)))

@@ -64,6 +64,7 @@ class BatchResult:
     growth: int | None  # bytes of host memory from the first round to the last; None: unknown
     noise: Noise
     not_run: tuple[NotRun, ...]
+    pytorch_threads: Mapping[str, int]  # on the CPU, as PyTorch says, by contender; empty without a checkpoint
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mge_runtime.bench.contender import Contender
+from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError, CheckpointError
 from mge_runtime.manifest import Manifest
 
@@ -20,6 +21,8 @@ __all__ = ["NEEDED", "check_checkpoint", "eager_contenders"]
 
 NEEDED = 'pip install "mge[train,export]"'
 _CHUNK = 1 << 20  # bytes
+# Fields of the checkpoint's config that change what is computed, beside those that the manifest holds by itself.
+_COSTLY = ("parts_per_class", "gate_width", "normalize_features", "attention_head")
 
 
 def check_checkpoint(ckpt: Path, manifest: Manifest) -> None:
@@ -39,6 +42,12 @@ def check_checkpoint(ckpt: Path, manifest: Manifest) -> None:
         ("number of experts", config.experts, len(manifest.views)),
         ("number of classes", config.num_classes, len(manifest.class_names)),
         ("list of classes", list(config.classes), list(manifest.class_names)),
+        # A bundle of another exporter need not say these.
+        *(
+            (f"{key} in its config", getattr(config, key), manifest.model[key])
+            for key in _COSTLY
+            if key in manifest.model
+        ),
     ]
     for what, found, expected in pairs:
         if found != expected:
@@ -57,7 +66,7 @@ def eager_contenders(
     Args:
         ckpt: a checkpoint that `check_checkpoint` let pass.
         frames: uint8 [B, S, S, 3].
-        threads: as for `Pipeline.open`.
+        threads: as for `Pipeline.open`; None: as many as the chain then takes, whatever PyTorch's own default is.
         device: "cpu" or "cuda:0".
 
     Returns:
@@ -68,7 +77,7 @@ def eager_contenders(
         CheckpointError: the file cannot be read.
     """
     make: Callable[..., Sequence[object]] = _imported("mge_export.eager").eager_contenders
-    found = make(ckpt, frames, threads, device)
+    found = make(ckpt, frames, (threads or cpu_count()) if device == "cpu" else threads, device)
     missing = {str(getattr(f, "name", "PyTorch")): _line(f) for f in found if isinstance(f, Exception)}
     return [cast("Contender", contender) for contender in found if not isinstance(contender, Exception)], missing
 
