@@ -28,9 +28,13 @@ def drop_expansions(model: onnx.ModelProto) -> int:
     graph = model.graph
     readers = Counter([*(name for node in graph.node for name in node.input), *(t.name for t in graph.output)])
     next_node = {name: node for node in graph.node for name in node.input}
+    producers = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     inferred = shape_inference.infer_shapes(model).graph
-    shapes = {v.name: [axis.dim_value for axis in v.type.tensor_type.shape.dim] for v in inferred.value_info}
+    shapes = {
+        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *graph.input)
+    }
 
     def is_averaged(tensor: str) -> bool:
         node = next_node.get(tensor)
@@ -43,12 +47,23 @@ def drop_expansions(model: onnx.ModelProto) -> int:
         scalars = all(name in constants and numpy_helper.to_array(constants[name]).size == 1 for name in others)
         return node.op_type in _EACH_BY_ITSELF and scalars and is_averaged(node.output[0])
 
+    def keeps_batch(node: onnx.NodeProto) -> bool:
+        """Whether the shape that it expands to begins with the batch of an input, as its own tensor does."""
+        target = producers.get(node.input[1])
+        first = producers.get(target.input[0]) if target is not None and target.op_type == "Concat" else None
+        if first is None or first.op_type != "Shape":
+            return False
+        part = {attribute.name: attribute.i for attribute in first.attribute}
+        return (part.get("start", 0), part.get("end")) == (0, 1) and (
+            shapes.get(first.input[0], [0])[0] == shapes.get(node.input[0], [None])[0]
+        )
+
     dropped: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type != "Expand" or not is_averaged(node.output[0]):
+        if node.op_type != "Expand" or not is_averaged(node.output[0]) or not keeps_batch(node):
             continue
         small, large = shapes.get(node.input[0], []), shapes.get(node.output[0], [])
-        if small[2:] == [1, 1] and len(large) == 4 and 0 < small[1] == large[1]:
+        if len(small) == len(large) == 4 and small[2:] == [1, 1] and small[1] == large[1]:
             dropped[node.output[0]] = node.input[0]
     if dropped:
         nodes = [node for node in graph.node if not dropped.keys() & set(node.output)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
@@ -19,27 +18,30 @@ __all__ = ["pool_maxima"]
 def pool_maxima(model: onnx.ModelProto) -> int:
     """Replace ReduceMax over both axes of a convolution's output by GlobalMaxPool and Flatten, in place.
 
-    A Cast between the two goes behind them: widening keeps the order of numbers, so the maximum is the same.
+    A Cast between the two goes behind them: widening keeps the order of numbers, so the maximum is the same. (On a map
+    that holds NaN the two operators differ, and differ between runtimes; it has no maximum.)
 
     Args:
-        model: with its weights.
+        model: with its weights; every node has a name.
 
     Returns:
         How many were replaced.
     """
     graph = model.graph
     producers = {output: node for node in graph.node for output in node.output}
-    readers = Counter(name for node in graph.node for name in node.input)
-    axes = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.dims == [2]}
+    readers = Counter([*(name for node in graph.node for name in node.input), *(t.name for t in graph.output)])
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     added: dict[str, list[onnx.NodeProto]] = {}  # name of a replaced node -> what comes in its place
+    replaced = 0
     for node in graph.node:
-        if node.op_type != "ReduceMax" or len(node.input) != 2 or not _both_axes(node, axes.get(node.input[1])):
+        if node.op_type != "ReduceMax" or len(node.input) != 2 or not _both_axes(node, constants.get(node.input[1])):
             continue
         source = producers.get(node.input[0])
         cast = source if source is not None and source.op_type == "Cast" and readers[source.output[0]] == 1 else None
         conv = source if cast is None else producers.get(cast.input[0])
-        if conv is None or conv.op_type != "Conv":
+        if conv is None or conv.op_type != "Conv" or len(constants[conv.input[1]].dims) != 4:
             continue
+        replaced += 1
         (result,) = node.output
         pooled, flat = f"{result}_pooled", result if cast is None else f"{result}_flat"
         added[node.name] = [
@@ -53,11 +55,14 @@ def pool_maxima(model: onnx.ModelProto) -> int:
             added[cast.name] = []
     if added:
         nodes = [new for node in graph.node for new in added.get(node.name, [node])]
-        graph.ClearField("node")
-        graph.node.extend(nodes)
-    return sum(bool(new) for new in added.values())
+        read = {name for node in nodes for name in node.input}
+        tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+        for field, parts in (("node", nodes), ("initializer", tensors)):
+            graph.ClearField(field)
+            getattr(graph, field).extend(parts)
+    return replaced
 
 
-def _both_axes(node: onnx.NodeProto, axes: np.ndarray | None) -> bool:
+def _both_axes(node: onnx.NodeProto, axes: onnx.TensorProto | None) -> bool:
     kept = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
-    return axes is not None and not kept and sorted(axes.tolist()) == [2, 3]
+    return axes is not None and not kept and sorted(numpy_helper.to_array(axes).reshape(-1).tolist()) == [2, 3]

@@ -12,18 +12,21 @@ from mge_export.precision import Precision
 from mge_export.stages import build_stages
 
 
-def graph(*, relu=True, reads_map=False, axes=(2, 3), channels=5):
-    """Vector [B, 5] -> one cell -> map [B, 5, 3, 4] -> / 12 -> ReLU -> mean, which may also be an output itself."""
+def graph(*, relu=True, reads_map=False, axes=(2, 3), cell=(2, 3), rest=(5, 3, 4), batch=None):
+    """Vector [B, 5] -> one cell -> map [B, 5, 3, 4] -> / 12 -> ReLU -> mean; the map may be an output itself."""
     node = onnx.helper.make_node
     constants = {
-        "cell": np.array([0, 5, 1, 1]),
-        "map": np.array([1, channels, 3, 4]),
+        "cell": np.array(cell),
+        "rest": np.array(rest),
+        "fixed": np.array([batch or 1]),
         "axes": np.array(axes),
         "count": np.array(12, np.float32),
     }
     last = "cut" if relu else "scaled"
     nodes = [
-        node("Reshape", ["x", "cell"], ["one"], name="one"),
+        node("Unsqueeze", ["x", "cell"], ["one"], name="one"),
+        node("Shape", ["x"], ["batch"], name="batch", start=0, end=1),
+        node("Concat", ["fixed" if batch else "batch", "rest"], ["map"], name="map", axis=0),
         node("Expand", ["one", "map"], ["level"], name="level"),
         node("Div", ["level", "count"], ["scaled"], name="scaled"),
         *([node("Relu", ["scaled"], ["cut"], name="cut")] if relu else []),
@@ -55,8 +58,12 @@ def test_the_mean_of_a_level_map_is_its_one_value(relu):
     np.testing.assert_allclose(found, wanted, rtol=1e-6)  # the mean of twelve equal numbers rounds
 
 
-@pytest.mark.parametrize("change", [{"reads_map": True}, {"axes": (2,)}], ids=str)
-def test_a_map_that_somebody_reads_stays(change):
+@pytest.mark.parametrize(
+    "change",
+    [{"reads_map": True}, {"axes": (2,)}, {"batch": 4}, {"cell": (1, 3), "rest": (5, 5, 4)}],
+    ids=["read by others", "averaged along one axis", "expanded along the batch", "not level"],
+)
+def test_other_maps_stay(change):
     model = graph(**change)
     before = model.SerializeToString()
     assert drop_expansions(model) == 0

@@ -1,16 +1,19 @@
 """Which files were hashed and have not been touched since, so that the next start need not hash them again.
 
-As git's index does it: a file whose inode, size and times of change are those of then holds the bytes of then. The time
-of its inode's change cannot be set back by a program, so a copy, a restored backup or an edit is hashed anew. Bytes
-that rot on a disk change no time; they are found by the CRC-32, which is checked at every start.
+As git's index does it: a file whose inode, size and times of change are those of then holds the bytes of then. A
+program cannot set back the time of an inode's change, so a copy, a restored backup or an edit is hashed anew. Bytes
+that rot on a disk, or are written through a mapping that was dirty already, change no time; they are found by the
+CRC-32, which is checked at every start. What passes is a change whose CRC-32 is the same, made in one of these ways.
+Windows knows no time of an inode's change: there every start hashes.
 
-<cache>/hashed/<hash of all that, 32 digits>: an empty file.
+<cache>/hashed/<hash of all that, 32 digits>: an empty file of this user.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -41,7 +44,9 @@ class Untouched:
     def hashed_before(self) -> bool:
         """Whether they were all hashed, and found good, since the file last changed."""
         with suppress(OSError):
-            return self._then is not None and time.time() - self._then.stat().st_mtime < _KEPT
+            if self._then is not None:
+                stamp = self._then.stat()
+                return stamp.st_uid == os.getuid() and time.time() - stamp.st_mtime < _KEPT
         return False
 
     def remember(self) -> None:
@@ -58,6 +63,8 @@ class Untouched:
             self._then.touch()
 
     def _stamp(self) -> Path | None:
+        if sys.platform == "win32":
+            return None
         try:
             status = os.fstat(self._descriptor)
         except OSError:  # it was closed, as whoever reads it will say
