@@ -9,6 +9,8 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mge_runtime.bench.noise import Noise, Watch
+from mge_runtime.bench.rounds import shuffled
 from mge_runtime.bench.stats import Ratio
 from mge_runtime.errors import InputError
 
@@ -30,6 +32,7 @@ class Pipelined:
     distinct: int  # pictures behind them
     files_s: tuple[float, ...]  # seconds of each round, picture files to predictions
     frames_s: tuple[float, ...]  # the chain alone
+    noise: Noise
 
     @property
     def ratio(self) -> Ratio:
@@ -79,10 +82,12 @@ def measure_pipelined(
 
     ways = {"files": from_files, "frames": from_frames}
     taken: dict[str, list[float]] = {way: [] for way in ways}
+    watch, orders = Watch(), shuffled(list(ways))
     for number in range(_ROUNDS):
-        for way in list(ways) if number % 2 == 0 else reversed(ways):
+        for way in next(orders):
             start = time.perf_counter()
             ways[way]()
             taken[way].append(time.perf_counter() - start)
         say(f"round {number + 1} of {_ROUNDS}")
-    return Pipelined(count, min(count, len(inputs.files)), tuple(taken["files"]), tuple(taken["frames"]))
+    noise = watch.stop("compute alone", [s * 1e3 for s in taken["frames"]])
+    return Pipelined(count, min(count, len(inputs.files)), tuple(taken["files"]), tuple(taken["frames"]), noise)

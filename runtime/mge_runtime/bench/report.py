@@ -24,18 +24,20 @@ class BenchReport:
 
     @property
     def warnings(self) -> list[str]:
-        """Why some figures are not to be trusted, by batch size."""
-        return [f"batch {b.batch}: {b.noise.warning}" for b in self.results.batches if b.noise.warning]
+        """Why some figures are not to be trusted, by section."""
+        found = self.results
+        sections = [(f"batch {batch.batch}", batch.noise) for batch in found.batches]
+        sections += [("pipelined", found.pipelined.noise)] if found.pipelined is not None else []
+        sections += [("fresh processes", found.fresh.noise)] if found.fresh is not None else []
+        return [f"{section}: {noise.warning}" for section, noise in sections if noise.warning]
 
     def to_json(self) -> str:
         """All of it, for scripts; see docs/performance.md for what each name means."""
         values: dict[str, Any] = asdict(self.results)
-        for key in ("pipelined", "fresh"):
-            part: Any = getattr(self.results, key)
-            if part is not None and part.ratio is not None:
-                values[key]["ratio"] = asdict(part.ratio)
+        if (pipelined := self.results.pipelined) is not None:
+            values["pipelined"]["ratio"] = asdict(pipelined.ratio)
         if (fresh := self.results.fresh) is not None:
-            values["fresh"] |= {"seconds": fresh.seconds, "ratio_of_medians": fresh.ratio_of_medians}
+            values["fresh"] |= fresh.summary()
         if (energy := self.results.energy) is not None:
             values["energy"]["joules_per_image"] = energy.joules_per_image
         values["warnings"] = self.warnings

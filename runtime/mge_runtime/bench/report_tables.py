@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
-from mge_runtime.bench.fresh import Fresh
+from mge_runtime.bench.fresh import FIRST, LATER, PLAIN, Fresh
 from mge_runtime.bench.noise import Noise
 from mge_runtime.bench.results import BatchResult, Results
 from mge_runtime.bench.stats import FEWEST_FOR_P99, Ratio
@@ -13,7 +14,7 @@ from mge_runtime.cli.common import format_bytes
 
 __all__ = ["report_tables"]
 
-_RATIO = ("", "median", "p10", "p90", "rounds")
+_RATIO = ("", "median", "95 % from", "to", "rounds")
 
 
 def report_tables(found: Results) -> Iterator[Table]:
@@ -23,10 +24,11 @@ def report_tables(found: Results) -> Iterator[Table]:
     if (pipelined := found.pipelined) is not None:
         count = pipelined.images
         rows = [
-            [name, f"{min(s) / count * 1e3:.2f}", f"{sorted(s)[len(s) // 2] / count * 1e3:.2f}", str(len(s))]
+            [name, f"{min(s) / count * 1e3:.2f}", f"{median(s) / count * 1e3:.2f}", str(len(s))]
             for name, s in (("JPEG to answer", pipelined.files_s), ("compute alone", pipelined.frames_s))
         ]
         notes = [_line(pipelined.ratio), f"{count} images a round, {pipelined.distinct} of them distinct; one stream"]
+        notes += _noise(pipelined.noise)
         title = "Many images, the next ones decoded meanwhile, ms an image"
         yield Table(title, ("", "least", "median", "rounds"), rows, notes)
     if found.fresh is not None:
@@ -55,14 +57,13 @@ def _batch(found: BatchResult) -> Iterator[Table]:
         counts = sorted(set(found.pytorch_threads.values()))
         notes.append(f"PyTorch computes with {' or '.join(map(str, counts))} threads")
     yield Table(f"Batch {found.batch}, ms", ("", "p50", "p90", "p99", "images/s"), rows, notes)
-    ratios = [[r.name, f"{r.median:.3f}", f"{r.p10:.3f}", f"{r.p90:.3f}", str(len(r.rounds))] for r in found.ratios]
+    ratios = [[r.name, f"{r.median:.3f}", *_ends(r, ".3f"), str(len(r.rounds))] for r in found.ratios]
     yield Table(f"Batch {found.batch}, ratios within a round", _RATIO, ratios, list(_noise(found.noise)))
     steps = [[step.name, f"{step.ms:.3f}", f"{step.share:.1%}"] for step in found.steps]
     yield Table(f"Batch {found.batch}, the chain step by step", ("", "ms", "share"), steps)
     if found.shares:
         shares = [
-            [share.name, f"{share.median:.1%}", f"{share.p10:.1%}", f"{share.p90:.1%}", str(len(share.rounds))]
-            for share in found.shares
+            [share.name, f"{share.median:.1%}", *_ends(share, ".1%"), str(len(share.rounds))] for share in found.shares
         ]
         yield Table(f"Batch {found.batch}, shares of the chain", _RATIO, shares)
     notes = [f"{item.name}: {item.reason}{_command(item.command)}" for item in found.not_run]
@@ -85,28 +86,33 @@ def _noise(noise: Noise) -> Iterator[str]:
 
 def _fresh(found: Results, fresh: Fresh) -> Table:
     rows: list[list[str]] = []
-    for name, starts in (("mge, from the bundle", fresh.bundle), ("plain ONNX Runtime, same stages", fresh.files)):
+    for name, starts in ((FIRST, fresh.first), (LATER, fresh.later), (PLAIN, fresh.files)):
         if starts:
-            seconds = sorted(start.seconds for start in starts)
+            seconds = [start.seconds for start in starts]
             peaks = [start.peak for start in starts if start.peak is not None]
             peak = format_bytes(max(peaks)) if peaks else "unknown"
-            rows.append([name, f"{seconds[len(seconds) // 2]:.3f}", f"{seconds[0]:.3f}", peak, str(len(seconds))])
+            rows.append([name, f"{median(seconds):.3f}", f"{min(seconds):.3f}", peak, str(len(seconds))])
     notes: list[str] = []
-    if (ratio := fresh.ratio_of_medians) is not None and fresh.ratio is not None:
-        notes.append(f"ratio of the medians {ratio:.3f}; pair by pair: {_numbers(fresh.ratio)}")
+    for ratio, whole in (
+        (fresh.first_ratio, fresh.first_ratio_of_medians),
+        (fresh.later_ratio, fresh.later_ratio_of_medians),
+    ):
+        if ratio is not None and whole is not None:
+            notes.append(f"{ratio.name}: ratio of the medians {whole:.3f}; round by round: {_numbers(ratio)}")
+    notes += _noise(fresh.noise)
     weights = found.memory
     limit = 2 * weights.weights_fp32 + 300_000_000
     notes.append(
         f"weights as FP32: {format_bytes(weights.weights_fp32)} (twice that and 300 MB: {format_bytes(limit)}); "
         f"stored: {format_bytes(weights.weights_stored)}"
     )
-    devices = [start.device for start in fresh.bundle if start.device is not None]
+    devices = [start.device for start in (*fresh.first, *fresh.later) if start.device is not None]
     if devices:
         notes.append(f"device memory in use, by all processes: {format_bytes(max(devices))}")
-    report = fresh.bundle[0].report or {}
+    report = fresh.first[0].report or {}
     notes += [f"device: {key} {value}" for key, value in report.items() if key.endswith("_bytes")]
     title = "A fresh process, from its start to the first answer (batch 1), s"
-    return Table(title, ("", "median", "least", "peak memory", "pairs"), rows, notes)
+    return Table(title, ("", "median", "least", "peak memory", "rounds"), rows, notes)
 
 
 def _line(ratio: Ratio) -> str:
@@ -114,7 +120,16 @@ def _line(ratio: Ratio) -> str:
 
 
 def _numbers(ratio: Ratio) -> str:
-    return f"median {ratio.median:.3f}, p10 {ratio.p10:.3f}, p90 {ratio.p90:.3f}"
+    if ratio.interval is None:
+        least, most = min(ratio.rounds), max(ratio.rounds)
+        return f"median {ratio.median:.3f}, rounds from {least:.3f} to {most:.3f} (too few for a 95 % interval)"
+    low, high = ratio.interval
+    return f"median {ratio.median:.3f}, 95 % interval {low:.3f} to {high:.3f}"
+
+
+def _ends(ratio: Ratio, form: str) -> list[str]:
+    """The ends of a median's 95 % interval."""
+    return ["-", "-"] if ratio.interval is None else [format(end, form) for end in ratio.interval]
 
 
 def _ms(value: float | None) -> str:

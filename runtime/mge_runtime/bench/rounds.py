@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from statistics import median
+from typing import TypeVar
 
 from mge_runtime.bench.contender import Contender
 
-__all__ = ["Plan", "Series", "Stepped", "interleave", "plan_rounds", "warm_up"]
+__all__ = ["Plan", "Series", "Stepped", "interleave", "plan_rounds", "shuffled", "warm_up"]
+
+_T = TypeVar("_T")
 
 _STEADY = 0.05  # relative: a contender is warm when its last two runs beat the ones before by no more than this
 _LEAST_WARM_UP, _MOST_WARM_UP = 4, 20  # runs of each contender
 _WARM_UP_SECONDS = 20.0  # for all contenders together, but for the least
-_LEAST_ROUNDS, _MOST_ROUNDS = 5, 100
+_LEAST_ROUNDS, _MOST_ROUNDS = 6, 100  # fewer than six have no 95 % interval
 _BLOCK_SECONDS = 0.02  # of the quickest contender: below, one run says more of the clock than of the work
 _MOST_RUNS = 10  # in a block
 _SHOWN = 5.0  # seconds between two lines of progress
@@ -105,7 +110,7 @@ def interleave(
     say: Callable[[str], None] = lambda _line: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Series]:
-    """Run all contenders in every round, forwards and backwards in turn.
+    """Run all contenders in every round, in an order that is drawn anew each time (`shuffled`).
 
     Args:
         contenders: warm.
@@ -121,9 +126,9 @@ def interleave(
     gc.collect()
     gc.freeze()  # what is there already (PyTorch has half a million objects) is not looked through again
     try:
-        for number in range(plan.rounds):
+        for number, order in enumerate(islice(shuffled(contenders), plan.rounds)):
             gc.collect()
-            for contender in contenders if number % 2 == 0 else reversed(contenders):
+            for contender in order:
                 _block(contender, plan.runs, series[contender.name], clock)
             if time.perf_counter() - shown > _SHOWN:
                 shown = time.perf_counter()
@@ -131,6 +136,27 @@ def interleave(
     finally:
         gc.unfreeze()
     return series
+
+
+def shuffled(items: Sequence[_T], seed: int = 2019) -> Iterator[list[_T]]:
+    """Orders without end, drawn with a seed; none begins with what the one before ended with.
+
+    What ran last has left the caches to itself: it must not follow itself more often than others follow it. Two items
+    therefore always keep their order.
+
+    Args:
+        items: what runs in turn.
+        seed: of the draws.
+    """
+    draws = random.Random(seed)
+    last: list[_T] = []
+    while True:
+        order = list(items)
+        draws.shuffle(order)
+        while last and len(order) > 1 and order[0] is last[-1]:
+            draws.shuffle(order)
+        last = order
+        yield list(order)
 
 
 def _block(contender: Contender, runs: int, series: Series, clock: Callable[[], float]) -> None:

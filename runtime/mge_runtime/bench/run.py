@@ -85,13 +85,14 @@ def run_bench(
             say("reading the checkpoint")
             check_checkpoint(request.ckpt, bundle.manifest)
         pictures, paths = inputs(bundle)
+    with Pipeline.open(request.path, choice.device, choice.backend, request.threads) as pipeline:
+        _check_batches(request.batches, pipeline.max_batch)
     say("fresh processes")
     fresh = _fresh(request, choice, pictures, _FRESH * factor, say, not_run)
     if request.ckpt is None:
         names = "eager PyTorch, torch.compile"
         not_run.append(NotRun(names, "no checkpoint was named", f"mge-bench --engine {facts.name} --ckpt best.pt"))
     with Pipeline.open(request.path, choice.device, choice.backend, request.threads) as pipeline:
-        _check_batches(request.batches, pipeline.max_batch)
         batches = tuple(
             measure_batch(
                 pipeline,

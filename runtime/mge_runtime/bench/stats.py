@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-__all__ = ["FEWEST_FOR_P99", "Percentiles", "Ratio", "percentile"]
+__all__ = ["FEWEST_FOR_P99", "Percentiles", "Ratio", "median_interval", "percentile"]
 
 FEWEST_FOR_P99 = 100  # iterations; with fewer the 99th percentile is the slowest of them
 _FEWEST_FOR_P90 = 10
+_FEWEST_FOR_INTERVAL = 6
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Ratio:
 
     name: str
     median: float
-    p10: float
+    interval: tuple[float, float] | None  # of the median, see `median_interval`
+    p10: float  # how far apart the rounds are, which says nothing of how well the median is known
     p90: float
     rounds: tuple[float, ...]
 
@@ -51,7 +53,32 @@ class Ratio:
     def of(cls, name: str, above: Sequence[float], below: Sequence[float]) -> Ratio:
         """Of pairs: the first of the ones to the first of the others, and so on."""
         ratios = tuple(a / b for a, b in zip(above, below, strict=True))
-        return cls(name, median(ratios), percentile(ratios, 10), percentile(ratios, 90), ratios)
+        return cls(
+            name, median(ratios), median_interval(ratios), percentile(ratios, 10), percentile(ratios, 90), ratios
+        )
+
+
+def median_interval(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
+    """The 95 % interval of a median: percentiles of the medians of resamples (percentile bootstrap, Efron 1979).
+
+    Rounds count as independent; a drift that is slower than a round makes the interval too narrow.
+
+    Args:
+        values: one for each round.
+        resamples: bootstrap draws.
+        seed: of the draws.
+
+    Returns:
+        Its ends; None below six values, whose whole range holds the median with less than 95 % (1 - 2 / 2^N).
+    """
+    if len(values) < _FEWEST_FOR_INTERVAL:
+        return None
+    import numpy as np
+
+    exact = np.asarray(values, np.float64)
+    numbers = np.random.default_rng(seed).integers(len(exact), size=(resamples, len(exact)))
+    low, high = np.quantile(np.median(exact[numbers], axis=1), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

@@ -109,6 +109,8 @@ def main(
 
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="replace")
+    if out is not None:
+        _check_writable(out)
     found, problems = find_images(images)
     if problems:
         raise problems[0]
@@ -158,6 +160,20 @@ def _selfcheck(
     _give(report, as_json, out)
     if report.failed:
         raise SystemExit(1)
+
+
+def _check_writable(out: Path) -> None:
+    """That the report can be written, before minutes of work for it."""
+    import tempfile
+
+    from mge_runtime.errors import OutputError
+
+    try:
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {out}: {error.strerror}; expected a writable folder, name another place"
+        ) from error
 
 
 def _give(report: _Report, as_json: bool, out: Path | None) -> None:
