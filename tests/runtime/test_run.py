@@ -299,7 +299,13 @@ def test_a_terminal_gets_a_progress_bar_and_ctrl_c_is_clean(folder):
     for index in range(1, 10_000):  # more than a loaded machine gets through before it is interrupted
         os.link(many / "0.png", many / f"{index}.png")
     terminal, inner = pty.openpty()
-    process = subprocess.Popen([*COMMAND, "many", "--csv", "table.csv"], stdout=subprocess.PIPE, stderr=inner)
+    process = subprocess.Popen(
+        [*COMMAND, "many", "--csv", "table.csv"],
+        stdout=subprocess.PIPE,
+        stderr=inner,
+        # A shell without job control starts what runs in the background with this signal ignored, and so all below it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(inner)
     shown = bytearray()
 
