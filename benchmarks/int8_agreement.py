@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 
 from mge.checkpoint import load_checkpoint
+from mge.config import MGEConfig
 from mge.model import MGENet
 from mge_calibration.int8.chain import quantize_chain
 from mge_calibration.int8.images import read_calibration_images
@@ -36,6 +37,7 @@ from mge_export.runners import onnx_runner, run_chain
 from mge_export.stages import Stage, build_stages
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import decode_image
+from mge_runtime.metrics import bootstrap_mean
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import find_images
 
@@ -71,10 +73,7 @@ def main(
     model = load_checkpoint(ckpt)
     config = model.config
     calibration = read_calibration_images(calib_data, config.preprocess, limit=calib_images, seed=0, say=click.echo)
-    items, _ = find_images([str(data)])
-    paths = [item.path for item in items if item.path is not None]
-    frames = np.stack([to_frame(decode_image(path), config.preprocess)[0] for path in paths])
-    labels = np.array([config.classes.index(path.relative_to(data).parts[0]) for path in paths])
+    frames, labels = read_photographs(data, config)
     click.echo(
         f"{config.arch} at {config.image_size} px; calibrated on {calibration.source}; {len(frames)} photographs"
     )
@@ -112,6 +111,14 @@ def main(
         show("quantize_static, MinMax", quantize_static_chain(stages, models, calibration.frames))
 
 
+def read_photographs(data: Path, config: MGEConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Frames uint8 [N, S, S, 3] of the photographs in DIR/<class>/, and their class indices [N]."""
+    items, _ = find_images([str(data)])
+    paths = [item.path for item in items if item.path is not None]
+    frames = np.stack([to_frame(decode_image(path), config.preprocess)[0] for path in paths])
+    return frames, np.array([config.classes.index(path.relative_to(data).parts[0]) for path in paths])
+
+
 def typed(model: MGENet, precision: Precision) -> tuple[tuple[Stage, ...], Models]:
     """The stages and their graphs, not quantised, with their weights."""
     stages = build_stages(model, precision)
@@ -137,12 +144,11 @@ def row(model: MGENet, found: Tensors, reference: Tensors, labels: np.ndarray, a
     differences.add(found, reference)
     ours, theirs = found[answer].argmax(1) == labels, reference[answer].argmax(1) == labels
     change = 100 * (ours.astype(float) - theirs)
-    draws = np.random.default_rng(0).integers(0, len(change), (2000, len(change)))
-    low, high = np.percentile(change[draws].mean(1), [2.5, 97.5])
+    mean, low, high = bootstrap_mean(change, resamples=2000)
     ious = " ".join(f"{np.median(values):.3f}" for values in differences.box_iou.values())
     return (
         f"same class {100 * (1 - np.mean(differences.class_changes)):.2f} %, top-1 {100 * ours.mean():.2f} % "
-        f"({change.mean():+.2f} [{low:+.2f}, {high:+.2f}]), median box IoU {ious}"
+        f"({mean:+.2f} [{low:+.2f}, {high:+.2f}]), median box IoU {ious}"
     )
 
 

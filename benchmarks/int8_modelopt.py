@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx
-from int8_agreement import Models, answers, row, typed
+from int8_agreement import Models, answers, read_photographs, row, typed
 
 from mge.checkpoint import load_checkpoint
 from mge_calibration.int8.images import read_calibration_images
@@ -33,9 +33,6 @@ from mge_export.precision import Precision
 from mge_export.stages import Stage
 from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.cli.common import reports_errors
-from mge_runtime.decode import decode_image
-from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import find_images
 
 PATH = click.Path(path_type=Path)
 
@@ -66,10 +63,7 @@ def main(python: Path, ckpt: Path, calib_data: Path, calib_images: int, data: Pa
     model = load_checkpoint(ckpt)
     config = model.config
     calibration = read_calibration_images(calib_data, config.preprocess, limit=calib_images, seed=0, say=click.echo)
-    items, _ = find_images([str(data)])
-    paths = [item.path for item in items if item.path is not None]
-    frames = np.stack([to_frame(decode_image(path), config.preprocess)[0] for path in paths])
-    labels = np.array([config.classes.index(path.relative_to(data).parts[0]) for path in paths])
+    frames, labels = read_photographs(data, config)
     stages, models = typed(model, Precision.INT8)
     _, wide = typed(model, Precision.FP32)
     reference = answers(stages, wide, frames, None)
