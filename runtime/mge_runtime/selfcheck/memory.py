@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mge_runtime.fields import JsonValue
 from mge_runtime.selfcheck.answers import BATCH
 from mge_runtime.selfcheck.check import Check, judged, not_run
-from mge_runtime.selfcheck.subject import Subject
+from mge_runtime.selfcheck.subject import Opened, Subject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,9 +24,11 @@ HOST_LIMIT = 2**20  # bytes: measured on the CPU, 1,000 runs move it by some 20 
 _DEVICE_LIMIT = 2**21 - 1  # bytes: the driver gives memory away in pages of 2 MiB, and none may go
 _WARM_UP = 20  # runs: allocators find their size, graphs are captured
 _SAMPLES = 20
+_PERIODS = 3  # at most: a heap that settles grows once or twice, a leak in every period
 _STATUS = Path("/proc/self/status")
 
 Say = Callable[[str], None]
+Meter = tuple[str, Callable[[], int | None], int]  # name, bytes in use now (None: unknown), growth that is allowed
 
 
 def check_memory(
@@ -35,19 +37,21 @@ def check_memory(
     runs: int,
     *,
     say: Say = lambda _line: None,
-    meters: Sequence[tuple[str, Callable[[], int | None], int]] | None = None,
+    meters: Sequence[Meter] | None = None,
 ) -> Check:
     """Memory in use over many runs, mostly one frame at a time, every tenth a batch.
 
     Growth is the least that was in use in the second half of the runs less the least in the first half: what other
-    processes take for a while does not count, and what every run leaves behind does.
+    processes take for a while does not count, and what every run leaves behind does. Where that is over the limit, the
+    runs are made again, up to three times, and the least growth counts: a process's heap may settle once, and what
+    leaks grows each time.
 
     Args:
         subject: what runs.
         frames: to run, [N, S, S, 3].
         runs: how many, at least 2.
         say: shows how far it is.
-        meters: name, bytes in use now (None: unknown), and the growth that is allowed; None: those of this machine.
+        meters: what tells the memory in use; None: those of this machine.
 
     Raises:
         BackendError: a run failed.
@@ -59,40 +63,62 @@ def check_memory(
             meters = [("device", lambda: device_memory(index), _DEVICE_LIMIT), *meters]
     name = f"no memory grows over {runs} runs"
     limits = ", ".join(f"{meter} memory grows by at most {limit} bytes" for meter, _, limit in meters)
-    series: dict[str, list[int]] = {}
+    periods: list[dict[str, list[int]]] = []
     with closing(subject.open(True)) as opened:
         batch = frames[: min(BATCH, opened.max_batch or BATCH)]
         for _ in range(_WARM_UP):
             opened.run(frames[:1])
             opened.run(batch)
-        step = max(1, runs // _SAMPLES)
-        for run in range(runs + 1):
-            if run % step == 0:
-                gc.collect()
-                for meter, used, _ in meters:
-                    if (value := used()) is not None:
-                        series.setdefault(meter, []).append(value)
-                if run % (5 * step) == 0:
-                    say(f"{run} of {runs} runs")
-            opened.run(batch if run % 10 == 9 else frames[run % len(frames)][None])
-    if not series:
-        return not_run(name, "this system does not tell how much memory is in use", limits)
+        while len(periods) < _PERIODS:
+            periods.append(_period(opened, frames, batch, runs, meters, say))
+            if not periods[0]:
+                return not_run(name, "this system does not tell how much memory is in use", limits)
+            if all(_growth(periods[-1].get(meter, [0, 0])) <= limit for meter, _, limit in meters):
+                break
     failures: list[str] = []
     found: list[str] = []
-    numbers: dict[str, JsonValue] = {"runs": runs}
+    numbers: dict[str, JsonValue] = {"runs": runs, "periods": len(periods)}
     for meter, _, limit in meters:
-        if (values := series.get(meter)) is None:
+        if meter not in periods[0]:
             found.append(f"{meter} memory is not known here")
             continue
-        half = len(values) // 2
-        growth = min(values[half:]) - min(values[:half])
-        numbers |= {f"{meter}_growth": growth, f"{meter}_series": list(values)}
+        series = [period[meter] for period in periods if meter in period]
+        growth = min(map(_growth, series))
+        numbers |= {f"{meter}_growth": growth, f"{meter}_series": [value for values in series for value in values]}
         shared = " (shared with the CPU and everything that runs)" if meter == "device" and _integrated(subject) else ""
         line = f"{meter} memory{shared} grew by {growth} bytes"
         found.append(line)
         if growth > limit:
             failures.append(line)
     return judged(name, failures, ", ".join(found), limits, numbers)
+
+
+def _period(
+    opened: Opened,
+    frames: NDArray[np.uint8],
+    batch: NDArray[np.uint8],
+    runs: int,
+    meters: Sequence[Meter],
+    say: Say,
+) -> dict[str, list[int]]:
+    """What each meter that tells anything said, before, during and after the runs."""
+    series: dict[str, list[int]] = {}
+    step = max(1, runs // _SAMPLES)
+    for run in range(runs + 1):
+        if run % step == 0:
+            gc.collect()
+            for meter, used, _ in meters:
+                if (value := used()) is not None:
+                    series.setdefault(meter, []).append(value)
+            if run % (5 * step) == 0:
+                say(f"{run} of {runs} runs")
+        opened.run(batch if run % 10 == 9 else frames[run % len(frames)][None])
+    return series
+
+
+def _growth(values: Sequence[int]) -> int:
+    half = len(values) // 2
+    return min(values[half:]) - min(values[:half])
 
 
 def _integrated(subject: Subject) -> bool:
