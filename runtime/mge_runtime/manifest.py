@@ -69,6 +69,11 @@ class Manifest:
         """The tensor [B, C] that answers after the whole chain."""
         return self.segments[-1].answer
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether a stage of it was quantised; others may have stayed in FP16."""
+        return any(plan.get("type") == "int8" for plan in self.precision.values())
+
     def stage(self, name: str) -> StageSpec:
         """The stage of this name.
 

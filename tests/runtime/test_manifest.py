@@ -130,3 +130,13 @@ def test_a_stage_is_found_by_name(manifest):
     with pytest.raises(KeyError):
         manifest.stage("nothing")
     assert manifest.answer == "logits"
+
+
+def test_one_quantised_stage_makes_a_bundle_int8(manifest):
+    assert not manifest.is_int8
+    half = {name: {**plan, "type": "fp16"} for name, plan in manifest.precision.items()}
+    assert not replace(manifest, precision=half).is_int8
+    mixed = replace(manifest, precision={**half, "expert_2": {"type": "int8"}})
+    assert mixed.is_int8
+    assert Manifest.from_json(mixed.to_json()).is_int8
+    assert not replace(manifest, precision={"gate": {"attested": "a plan without a type"}}).is_int8

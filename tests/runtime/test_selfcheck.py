@@ -525,6 +525,7 @@ def test_a_bundle_brings_its_own_limits(cpu):
         assert Limits.of(replace(cpu.manifest, parity={"tolerances": strange})).relative == 1e-4
     half = {name: {"type": "fp16"} for name in cpu.manifest.precision}
     assert Limits.of(replace(cpu.manifest, precision=half)).relative == 5e-2
+    assert Limits.of(replace(cpu.manifest, precision={**half, "expert_1": {"type": "int8"}})).relative == 1.0
 
 
 def test_ties_are_excused_and_one_box_of_few(cpu, frames):

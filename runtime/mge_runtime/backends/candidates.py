@@ -119,7 +119,7 @@ def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle | None) -> C
             f'onnxruntime {version} here is the build for CPUs: pip uninstall onnxruntime, then pip install "mge[gpu]"'
         )
         return Candidate("onnxruntime", device, False, reason)
-    if bundle is not None and any(plan.get("type") == "int8" for plan in bundle.manifest.precision.values()):
+    if bundle is not None and bundle.manifest.is_int8:
         # On the CPU its optimiser changed every answer of such graphs, which are re-encoded there.
         reason = "INT8 has not been checked with ONNX Runtime on CUDA: use TensorRT, or a bundle in FP16"
         return Candidate("onnxruntime", device, False, reason)

@@ -81,7 +81,7 @@ class OnnxRuntimeBackend(StagedBackend):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         graph = located_graph(bundle, stage.name)
         # In an INT8 bundle a stage may have stayed in FP16: it was verified re-encoded, as the others.
-        if any(plan.get("type") == "int8" for plan in bundle.manifest.precision.values()):
+        if bundle.manifest.is_int8:
             graph = cpu_graph(graph, fast=True)
             for key, value in integer_entries().items():
                 options.add_session_config_entry(key, value)

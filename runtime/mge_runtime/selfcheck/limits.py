@@ -38,7 +38,7 @@ class Limits:
     def of(cls, manifest: Manifest) -> Limits:
         """Those of a bundle: its own export's, else those of its precision."""
         kinds = {str(plan.get("type")) for plan in manifest.precision.values()}
-        kind = "int8" if "int8" in kinds else "fp32" if kinds <= {"fp32"} else "fp16"
+        kind = "int8" if manifest.is_int8 else "fp32" if kinds <= {"fp32"} else "fp16"
         parity: Mapping[str, Any] = manifest.parity or {}
         return _stored(parity.get("tolerances")) or replace(LIMITS[kind], source=f"mge's for {kind}")
 
