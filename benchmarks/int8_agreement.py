@@ -34,7 +34,7 @@ from mge_export.graph import export_graph, inlined
 from mge_export.int8 import is_trunk_weight
 from mge_export.precision import Precision
 from mge_export.runners import onnx_runner, run_chain
-from mge_export.stages import Stage, build_stages
+from mge_export.stages import Stage, build_stages, segments
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import decode_image
 from mge_runtime.metrics import bootstrap_mean
@@ -80,7 +80,7 @@ def main(
     stages, models = typed(model, Precision.INT8)
     _, wide = typed(model, Precision.FP32)
     reference = answers(stages, wide, frames, None)
-    answer = "logits" if config.experts > 1 else "answer_1"
+    answer = segments(config)[-1].answer
     click.echo(f"FP32: top-1 {100 * (reference[answer].argmax(1) == labels).mean():.2f} %")
 
     def show(name: str, found: Models) -> None:

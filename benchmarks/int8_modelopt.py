@@ -30,7 +30,7 @@ from mge_calibration.int8.sessions import Tensors, default_workers, open_graph, 
 from mge_calibration.int8.sites import find_layers
 from mge_export.int8 import is_trunk_weight
 from mge_export.precision import Precision
-from mge_export.stages import Stage
+from mge_export.stages import Stage, segments
 from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.cli.common import reports_errors
 
@@ -67,7 +67,7 @@ def main(python: Path, ckpt: Path, calib_data: Path, calib_images: int, data: Pa
     stages, models = typed(model, Precision.INT8)
     _, wide = typed(model, Precision.FP32)
     reference = answers(stages, wide, frames, None)
-    answer = "logits" if config.experts > 1 else "answer_1"
+    answer = segments(config)[-1].answer
     for method in methods:
         for own in (True, False):
             found = quantize_chain(python, stages, models, calibration.frames, method, own=own)

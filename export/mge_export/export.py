@@ -89,10 +89,10 @@ def export_bundle(
     with tempfile.TemporaryDirectory(prefix="mge-export-") as name:
         folder = Path(name)
         say(f"splitting {config.experts} x {config.arch} into stages, {precision.value}")
-        stages = build_stages(model, precision, half_linear=half_linear)
+        stages, chain = build_stages(model, precision, half_linear=half_linear), segments(config)
         plans: dict[str, dict[str, Any]] = {}
         typed: list[Stage] = []  # a stage that was to be quantised may stay in FP16
-        for stage, made in _graphs(stages, int8, say):
+        for stage, made in _graphs(stages, chain[-1].answer, int8, say):
             plans[stage.spec.name] = _write_stage(stage, made, folder, say)
             typed.append(stage)
         stages = tuple(typed)
@@ -115,7 +115,7 @@ def export_bundle(
             class_names=config.classes,
             preprocess=config.preprocess,
             stages=tuple(stage.spec for stage in stages),
-            segments=segments(config),
+            segments=chain,
             views=views(config),
             gate="gate" if config.experts > 1 else None,
             precision={  # pyright: ignore[reportArgumentType] - JSON values, nested
@@ -176,7 +176,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _graphs(stages: Sequence[Stage], int8: Int8Request | None, say: Say) -> Iterator[tuple[Stage, LearnedGraph]]:
+def _graphs(
+    stages: Sequence[Stage], answer: str, int8: Int8Request | None, say: Say
+) -> Iterator[tuple[Stage, LearnedGraph]]:
     """Each stage's graph, and of a quantised one what was measured; one at a time, unless INT8 needs the chain."""
     if int8 is None:
         for stage in stages:
@@ -184,7 +186,7 @@ def _graphs(stages: Sequence[Stage], int8: Int8Request | None, say: Say) -> Iter
         return
     say(f"calibrating INT8 ({int8.options.method}) on {int8.images.source}")
     graphs = {stage.spec.name: export_graph(stage) for stage in stages}
-    quantised = quantize_graphs(stages, graphs, int8, say)
+    quantised = quantize_graphs(stages, graphs, answer, int8, say)
     for stage in stages:
         made = quantised.get(stage.spec.name) or LearnedGraph(graphs[stage.spec.name])
         if stage.precision is Precision.INT8 and not made.nodes:

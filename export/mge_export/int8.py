@@ -15,7 +15,6 @@ from mge_export.graph import StageGraph, externalize, inlined, weights_name
 from mge_export.precision import Precision
 from mge_export.stages import Stage
 from mge_runtime.errors import ExportError
-from mge_runtime.spec import StageSpec
 
 __all__ = ["Int8Request", "LearnedGraph", "check_quantization", "is_trunk_weight", "quantize_graphs"]
 
@@ -56,13 +55,18 @@ def is_trunk_weight(name: str) -> bool:
 
 
 def quantize_graphs(
-    stages: Sequence[Stage], graphs: Mapping[str, StageGraph], request: Int8Request, say: Callable[[str], None]
+    stages: Sequence[Stage],
+    graphs: Mapping[str, StageGraph],
+    answer: str,
+    request: Int8Request,
+    say: Callable[[str], None],
 ) -> dict[str, LearnedGraph]:
     """Quantise the trunks of a chain of written stages.
 
     Args:
         stages: typed for INT8.
         graphs: of all stages, by name; left as they are.
+        answer: the tensor [B, C] that answers after the whole chain, the last segment's.
         request: images and options.
         say: shows progress.
 
@@ -75,7 +79,7 @@ def quantize_graphs(
     models = {name: inlined(graph) for name, graph in graphs.items()}
     specs = [stage.spec for stage in stages]
     frames = request.images.frames
-    results = quantize_chain(specs, models, is_trunk_weight, frames, _answer(specs), request.options, say)
+    results = quantize_chain(specs, models, is_trunk_weight, frames, answer, request.options, say)
     done: dict[str, LearnedGraph] = {}
     for stage in stages:
         name = stage.spec.name
@@ -97,12 +101,6 @@ def quantize_graphs(
             "with --fp16"
         )
     return done
-
-
-def _answer(stages: Sequence[StageSpec]) -> str:
-    """The tensor that the whole chain answers with."""
-    names = [tensor.name for tensor in stages[-1].outputs]
-    return next(name for name in names if name == "logits" or name.startswith("answer_"))
 
 
 def check_quantization(stage: str, model: onnx.ModelProto, nodes: Collection[str]) -> None:

@@ -15,7 +15,7 @@ from mge_export.differences import ChainDifferences, StageDifferences, box_area
 from mge_export.images import VerifyImages
 from mge_export.precision import Precision
 from mge_export.runners import Runner, Tensors, onnx_runner, reference_tensors, run_chain, torch_runner
-from mge_export.stages import Stage
+from mge_export.stages import Stage, segments
 from mge_export.tolerances import FEW_IMAGES, TOLERANCES, Tolerances
 
 __all__ = ["Check", "ParityReport", "measure_parity"]
@@ -152,8 +152,7 @@ def measure_parity(
 def _check(model: MGENet, stages: Sequence[Stage], name: str, label: str) -> Check:
     config = model.config
     boxes = [f"box_{k}" for k in range(1, config.experts)]
-    answer = "logits" if config.experts > 1 else "answer_1"
-    chain = ChainDifferences(answer, boxes, config.image_size)
+    chain = ChainDifferences(segments(config)[-1].answer, boxes, config.image_size)
     return Check(name, label, {stage.spec.name: StageDifferences(stage.spec) for stage in stages}, chain)
 
 
