@@ -27,7 +27,6 @@ from mge.model import MGENet
 from mge_export.eager_chain import AuthorsChain
 from mge_export.eager_trunk import EagerUnavailable
 from mge_runtime.bench.contender import MILLISECONDS, Contender
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
 
 __all__ = [
@@ -68,8 +67,7 @@ class _EagerContender:
         self.logits: np.ndarray | None = None
         self._frames = frames
         self._device = torch.device(device)
-        # PyTorch's own default may be another (OMP_NUM_THREADS): both sides take what the chain takes.
-        self._threads = cpu_count() if threads is None and self._device.type == "cpu" else threads
+        self._threads = threads
         self.threads: int | None = None
         self._autocast = autocast
         self._config = model.config
@@ -118,7 +116,7 @@ class AuthorsContender(_EagerContender):
     Args:
         model: in evaluation mode, on the device. Its weights are shared, their gradients are written.
         frames: uint8 [B, S, S, 3].
-        threads: of PyTorch on the CPU, for the whole process; None: every processor that it may use.
+        threads: of PyTorch on the CPU, for the whole process; None: as it is set (`OMP_NUM_THREADS`).
         device: "cpu" or "cuda:N", where the model is.
         autocast: compute in FP16 where PyTorch's autocast does.
 
@@ -202,7 +200,7 @@ def eager_contenders(
     Args:
         ckpt: a checkpoint, ours or the authors'.
         frames: uint8 [B, S, S, 3], the batch.
-        threads: of PyTorch on the CPU, for the whole process; None: every processor that it may use.
+        threads: of PyTorch on the CPU, for the whole process; None: as it is set (`OMP_NUM_THREADS`).
         device: "cpu" or "cuda:N".
 
     Returns:

@@ -176,18 +176,20 @@ def test_without_a_number_of_threads_pytorch_takes_what_the_chain_takes(checkpoi
     """OMP_NUM_THREADS sets PyTorch's default and not ONNX Runtime's: one would compute with less than the other."""
     code = (
         "import sys, numpy, torch\n"
-        "from mge_export import eager\n"
+        "from pathlib import Path\n"
+        "from mge_runtime.bench import toolchain\n"
         "assert torch.get_num_threads() == 1\n"
-        "eager.cpu_count = lambda: 3\n"  # a test machine may have one processor
-        "model = eager.load_checkpoint(sys.argv[1])\n"
-        "way = eager.ModelContender(model, numpy.zeros((1, 64, 64, 3), numpy.uint8), None, 'cpu')\n"
+        "toolchain.cpu_count = lambda: 3\n"  # a test machine may have one processor
+        "torch.compile = None\n"  # compiling takes long, and is not what this is about
+        "frames = numpy.zeros((1, 64, 64, 3), numpy.uint8)\n"
+        "way = toolchain.eager_contenders(Path(sys.argv[1]), frames, None, 'cpu')[0][-1]\n"
         "way.run()\n"
-        "print(way.threads, torch.get_num_threads())"
+        "print(way.name, way.threads, torch.get_num_threads(), sep=',')"
     )
     command = [sys.executable, "-c", code, str(checkpoint[1])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    assert out.split() == ["3", "3"]
+    assert out.strip() == f"{eager.MODEL},3,3"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -77,7 +77,9 @@ def eager_contenders(
         CheckpointError: the file cannot be read.
     """
     make: Callable[..., Sequence[object]] = _imported("mge_export.eager").eager_contenders
-    found = make(ckpt, frames, (threads or cpu_count()) if device == "cpu" else threads, device)
+    if threads is None and device == "cpu":
+        threads = cpu_count()  # PyTorch's own default may be another (OMP_NUM_THREADS)
+    found = make(ckpt, frames, threads, device)
     missing = {str(getattr(f, "name", "PyTorch")): _line(f) for f in found if isinstance(f, Exception)}
     return [cast("Contender", contender) for contender in found if not isinstance(contender, Exception)], missing
 
