@@ -81,3 +81,19 @@ def device(request):
 def copy(bundle_path, tmp_path):
     """A copy of the tiny bundle, to change."""
     return Path(shutil.copy(bundle_path, tmp_path / "mge.plan"))
+
+
+@pytest.fixture(scope="session")
+def on_cpu(bundle_path):
+    """The tiny bundle on the CPU, as the self-check takes it."""
+    from mge_runtime.selfcheck.subject import open_subject
+
+    return open_subject(bundle_path, "cpu", threads=1)
+
+
+@pytest.fixture(scope="session")
+def frames(on_cpu):
+    """The frames that a self-check without pictures draws."""
+    from mge_runtime.selfcheck.pictures import drawn_frames
+
+    return drawn_frames(on_cpu.manifest.preprocess).frames
