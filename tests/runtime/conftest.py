@@ -78,6 +78,28 @@ def device(request):
 
 
 @pytest.fixture
+def bundle(bundle_path):
+    """The tiny bundle, open."""
+    from mge_runtime.bundle import Bundle
+
+    with Bundle.open(bundle_path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def expected(bundle_path):
+    """The tiny chain on the CPU, stage by stage: what others must answer, too."""
+    from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+    from mge_runtime.bundle import Bundle
+    from mge_runtime.chain import Chain
+
+    with Bundle.open(bundle_path) as bundle:
+        chain = Chain(bundle, OnnxRuntimeBackend(threads=1))
+    yield chain
+    chain.close()
+
+
+@pytest.fixture
 def copy(bundle_path, tmp_path):
     """A copy of the tiny bundle, to change."""
     return Path(shutil.copy(bundle_path, tmp_path / "mge.plan"))

@@ -1,6 +1,8 @@
 """The chain on a device: real ONNX Runtime sessions over I/O binding, on the CPU and, where there is one, on a GPU."""
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -9,19 +11,17 @@ import pytest
 import mge_runtime.pipeline
 from mge_runtime import Pipeline
 from mge_runtime.backends.base import Backend
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.backends.ort_segment import OrtSegment, open_segments
 from mge_runtime.bundle import Bundle, write_bundle
-from mge_runtime.chain import Chain
-from mge_runtime.device import DeviceExecutor, Graph
+from mge_runtime.device import DeviceExecutor
 from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError, BundleError
 
-EVERY = {
-    "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
-    "image_1", "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
-}  # fmt: skip
+spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
+runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runs)
+EVERY, frames, same = runs.EVERY, runs.frames, runs.same
 
 
 @pytest.fixture(autouse=True)
@@ -30,30 +30,6 @@ def _needs_a_session(request):
         onnxruntime.preload_dlls()
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
-
-
-@pytest.fixture
-def bundle(bundle_path):
-    with Bundle.open(bundle_path) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def expected(bundle_path):
-    with Bundle.open(bundle_path) as bundle:
-        return Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def frames(count, seed=0):
-    noise = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3))
-    return (noise * np.linspace(0.1, 1, count).reshape(-1, 1, 1, 1)).astype(np.uint8)
-
-
-def same(found, expected):
-    assert set(found) == set(expected)
-    for name, array in expected.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 # --- results ------------------------------------------------------------------------------------------------------
@@ -278,123 +254,6 @@ def test_frames_of_another_kind_are_refused(device, bundle, wrong):
         chain.run(wrong, 3, EVERY)
     assert device.counters.host_to_device == 0
     chain.close()
-
-
-# --- graphs -------------------------------------------------------------------------------------------------------
-
-
-class _Replaying(HostDevice):
-    """A host whose graphs do again what was enqueued; or one that refuses, and notes how often it is asked."""
-
-    def __init__(self, refusal=None):
-        super().__init__()
-        self.refusal, self.log = refusal, []
-
-    def capture(self, stream, enqueue):
-        self.log.append("capture")
-        if self.refusal:
-            return super().capture(stream, enqueue)
-        log = self.log
-
-        class Replay(Graph):
-            def launch(self, stream):  # noqa: ARG002
-                log.append("launch")
-                enqueue()
-
-            def close(self):
-                log.append("close")
-
-        return Replay()
-
-
-def open_capturable(bundle, device, **options):
-    def open_units(device, stream):
-        for unit in open_segments(onnxruntime, bundle, device, stream):
-            prepare = unit.prepare
-
-            def capturable(addresses, stream, prepare=prepare):
-                launch = prepare(addresses, stream)
-                launch.why_not_captured = lambda _: None
-                return launch
-
-            unit.prepare = capturable
-            yield unit
-
-    return DeviceExecutor(bundle.manifest, device, open_units, **options)
-
-
-def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected):
-    device = _Replaying()
-    chain = open_capturable(bundle, device)
-    for run, log in enumerate(([], ["capture", "launch"], ["launch"], ["launch"])):
-        device.log.clear()
-        same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
-        assert device.log == log
-        program = chain.report()["programs"][0]
-        assert (program["graph"], program["runs"]) == (run > 0, run + 1)
-    device.log.clear()
-    chain.run(frames(2), 1, EVERY)
-    chain.run(frames(1), 3, EVERY)
-    assert device.log == [], "another batch size or number of segments is another program"
-    chain.close()
-    assert device.log == ["close"]
-
-
-def test_a_refused_capture_is_asked_for_once_and_its_reason_kept(bundle, expected):
-    device = _Replaying(refusal=True)
-    chain = open_capturable(bundle, device)
-    for run in range(4):
-        same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
-    assert device.log == ["capture"]
-    assert chain.report()["programs"] == [
-        {"batch": 2, "segments": 3, "graph": False, "why": "the host has no graphs", "runs": 4}
-    ]
-    chain.close()
-
-
-def test_graphs_can_be_turned_off_and_units_can_decline(bundle):
-    for options, open_chain, why in (
-        ({"graphs": False}, open_capturable, "graphs are turned off"),
-        ({}, lambda b, d: open_ort_chain(onnxruntime, b, d), "ONNX Runtime has graphs on CUDA alone"),
-    ):
-        device = _Replaying()
-        chain = open_chain(bundle, device, **options)
-        for _ in range(3):
-            chain.run(frames(1), 3, EVERY)
-        assert device.log == []
-        assert [(p["graph"], p["why"]) for p in chain.report()["programs"]] == [(False, why)]
-        chain.close()
-
-
-def test_graphs_of_a_batch_size_that_goes_are_closed(bundle):
-    device = _Replaying()
-    chain = open_capturable(bundle, device)
-    chain.run(frames(9), 1, {"logits_1"})
-    for batch in range(1, 9):
-        chain.run(frames(batch), 1, {"logits_1"})
-        chain.run(frames(batch), 1, {"logits_1"})
-    assert "close" not in device.log
-    chain.run(frames(1), 1, {"logits_1"})
-    chain.run(frames(9), 1, {"logits_1"})
-    assert device.log.count("close") == 1
-    left = [program["batch"] for program in chain.report()["programs"]]
-    assert left == [3, 4, 5, 6, 7, 8, 1, 9], "the least recently used batch size makes way"
-    chain.close()
-    assert device.log.count("close") == 8
-
-
-@pytest.mark.gpu
-def test_graphs_of_onnx_runtime_run_on_the_gpu(cuda, bundle):
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
-    chain = open_ort_chain(onnxruntime, bundle, cuda)
-    plain = open_ort_chain(onnxruntime, bundle, cuda, graphs=False)
-    for seed in range(4):
-        same(chain.run(frames(2, seed), 3, EVERY).tensors, plain.run(frames(2, seed), 3, EVERY).tensors)
-    assert chain.report()["programs"][0]["graph"], chain.report()
-    assert not plain.report()["programs"][0]["graph"]
-    chain.close()
-    plain.close()
 
 
 # --- pipeline -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,28 @@
+"""What tests of executors share: frames for the tiny chain, everything that it puts out, and how runs are compared."""
+
+import numpy as np
+
+EVERY = {
+    "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
+    "image_1", "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
+}  # fmt: skip
+
+
+def frames(count, seed=0):
+    """Noise that grows from frame to frame."""
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3))
+    return (noise * np.linspace(0.1, 1, count).reshape(-1, 1, 1, 1)).astype(np.uint8)
+
+
+def shuffled_frames(count, seed=0):
+    """The same in any order, so that not the first or the last leave a batch."""
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3))
+    share = np.random.default_rng(seed + 1).permutation(np.linspace(0.1, 1, count))
+    return (noise * share.reshape(-1, 1, 1, 1)).astype(np.uint8)
+
+
+def same(found, expected):
+    assert set(found) == set(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
