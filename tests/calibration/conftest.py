@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +42,15 @@ def labelled(tiny_path, tmp_path_factory):
             place.mkdir(exist_ok=True)
             Image.fromarray(picture).save(place / f"{number}.png")
     return folder
+
+
+@pytest.fixture
+def copy(tiny_path, tmp_path):
+    """A copy of the tiny bundle, to change."""
+    return Path(shutil.copy(tiny_path, tmp_path / "mge.plan"))
+
+
+@pytest.fixture
+def data(labelled, tmp_path):
+    """A copy of the labelled pictures, to change."""
+    return Path(shutil.copytree(labelled, tmp_path / "data"))
