@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mge_runtime.backends.ort_layers import stage_layers
 from mge_runtime.bundle import Bundle
-from mge_runtime.bundle.layout import stage_graph, stage_weights
+from mge_runtime.bundle.layout import stage_weights
+from mge_runtime.errors import BackendError
 from mge_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -45,21 +46,20 @@ class Times:
 def chain_cost(bundle: Bundle) -> Cost:
     """Multiply-accumulates of convolutions and matrix products for one image, summed up to each segment.
 
-    Without the package `onnx`, or where a shape cannot be inferred, a stage with at least a tenth of the largest one's
+    Without ONNX Runtime, or where it cannot infer a shape, a stage with at least a tenth of the largest one's
     weights counts as one trunk.
 
     Raises:
         BundleError: a stage's graph is damaged.
     """
     manifest = bundle.manifest
-    graphs = {stage.name: bundle.read(stage_graph(stage.name)) for stage in manifest.stages}
-    macs = {name: _macs(graph) for name, graph in graphs.items()}
-    known = {name: count / _GIGA for name, count in macs.items() if count is not None}
-    if len(known) == len(graphs):
-        return Cost("GMACs", _summed(manifest, known))
-    sizes = {name: bundle.sizes.get(stage_weights(name), 0) for name in graphs}
-    largest = max(sizes.values())
-    return Cost("trunks", _summed(manifest, {name: float(size >= largest / 10) for name, size in sizes.items()}))
+    try:
+        layers = stage_layers(bundle)
+    except BackendError:
+        sizes = {stage.name: bundle.sizes.get(stage_weights(stage.name), 0) for stage in manifest.stages}
+        largest = max(sizes.values())
+        return Cost("trunks", _summed(manifest, {name: float(size >= largest / 10) for name, size in sizes.items()}))
+    return Cost("GMACs", _summed(manifest, {n: sum(x.macs for x in found) / _GIGA for n, found in layers.items()}))
 
 
 def measure_times(pipeline: Pipeline, frames: Sequence[NDArray[np.uint8]], *, rounds: int = 3) -> Times:
@@ -99,46 +99,3 @@ def measure_times(pipeline: Pipeline, frames: Sequence[NDArray[np.uint8]], *, ro
 def _summed(manifest: Manifest, costs: Mapping[str, float]) -> tuple[float, ...]:
     parts = [sum(costs[name] for name in segment.stages) for segment in manifest.segments]
     return tuple(float(value) for value in np.cumsum(parts))
-
-
-def _macs(graph: bytes) -> int | None:
-    """Multiply-accumulates of one image; None where they cannot be told."""
-    try:
-        import onnx
-    except ImportError:
-        return None
-    model = onnx.load_from_string(graph)
-    # What the exporter wrote of shapes between the nodes may be symbolic: infer it anew from one image.
-    del model.graph.value_info[:]
-    for value in (*model.graph.input, *model.graph.output):
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.HasField("dim_param"):
-                axis.dim_value = 1
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    shapes: dict[str, list[int] | None] = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
-        shapes[value.name] = _shape(value)
-    total = 0
-    for node in model.graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
-            first, second, out = (shapes.get(name) for name in (*node.input[:2], node.output[0]))
-            if first is None or second is None or out is None:
-                return None
-            total += math.prod(out) * _depth(node, first, second)
-    return total
-
-
-def _depth(node: Any, first: list[int], second: list[int]) -> int:
-    """Products that are summed for one output value."""
-    if node.op_type == "Conv":
-        return math.prod(second[1:])  # input channels of the group x kernel
-    transposed = node.op_type == "Gemm" and any(a.name == "transA" and a.i for a in node.attribute)
-    return first[0] if transposed else first[-1]
-
-
-def _shape(value: Any) -> list[int] | None:
-    """The dimensions; None unless all of them are known."""
-    tensor = value.type.tensor_type
-    if not tensor.HasField("shape") or not all(axis.HasField("dim_value") for axis in tensor.shape.dim):
-        return None
-    return [axis.dim_value for axis in tensor.shape.dim]

@@ -22,8 +22,8 @@ def test_multiply_accumulates_are_those_of_the_graphs(tiny_path):
     assert cost.stops == pytest.approx([EXPERT / 1e9, 2 * EXPERT / 1e9, (3 * EXPERT + GATE) / 1e9], rel=1e-12)
 
 
-def test_without_onnx_trunks_are_counted(tiny_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
+def test_without_onnx_runtime_trunks_are_counted(tiny_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as if it were not installed
     with Bundle.open(tiny_path) as bundle:
         cost = chain_cost(bundle)
     assert (cost.unit, cost.stops) == ("trunks", (1.0, 2.0, 3.0))  # the tiny gate has no convolution

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.device import Device
 
-__all__ = ["OnnxRuntimeCudaBackend", "open_ort_chain"]
+__all__ = ["OnnxRuntimeCudaBackend", "import_cuda_onnxruntime", "open_ort_chain", "preload_libraries"]
 
 _INSTALL = 'pip install "mge[gpu]"'
 
@@ -36,13 +36,8 @@ class OnnxRuntimeCudaBackend(Backend):
     streams = 1
 
     def __init__(self, device_index: int = 0, *, graphs: bool = True) -> None:
-        self._ort = import_onnxruntime(_INSTALL)
+        self._ort = import_cuda_onnxruntime()
         self.version: str = self._ort.__version__
-        if "CUDAExecutionProvider" not in self._ort.get_available_providers():
-            raise BackendError(
-                f"onnxruntime {self.version} was built without CUDA; expected onnxruntime-gpu: "
-                f"pip uninstall onnxruntime, then {_INSTALL}"
-            )
         self.device = f"cuda:{device_index}"
         self._index = device_index
         self._graphs = graphs
@@ -56,7 +51,7 @@ class OnnxRuntimeCudaBackend(Backend):
         """
         from mge_runtime.device.cuda import CudaDevice
 
-        _preload(self._ort)
+        preload_libraries(self._ort)
         return open_ort_chain(self._ort, bundle, CudaDevice(self._index), graphs=self._graphs)
 
 
@@ -85,7 +80,22 @@ def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = T
     return executor
 
 
-def _preload(ort: Any) -> None:
+def import_cuda_onnxruntime() -> Any:
+    """The module `onnxruntime`, built with CUDA.
+
+    Raises:
+        BackendError: it is missing, broken, too old or built without CUDA.
+    """
+    ort = import_onnxruntime(_INSTALL)
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise BackendError(
+            f"onnxruntime {ort.__version__} was built without CUDA; expected onnxruntime-gpu: "
+            f"pip uninstall onnxruntime, then {_INSTALL}"
+        )
+    return ort
+
+
+def preload_libraries(ort: Any) -> None:
     """Load CUDA and cuDNN from where pip put them; the dynamic loader would look in system folders alone."""
     preload = getattr(ort, "preload_dlls", None)  # from 1.21 on
     if preload is not None:

@@ -9,16 +9,25 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mge_runtime.bench.weights import tensor_dims
-from mge_runtime.bundle.wire import WireError, fields, wire_field
+from mge_runtime.bundle.onnx_nodes import (
+    INITIALIZER,
+    INPUT,
+    NODE,
+    OUTPUT,
+    Node,
+    graph_fields,
+    graph_nodes,
+    member_name,
+    tensor_dims,
+)
+from mge_runtime.bundle.wire import fields, wire_field
 from mge_runtime.errors import BundleError
 
 __all__ = ["TRUNK_WEIGHTS", "Trunk", "cut_graph", "find_trunk"]
 
 TRUNK_WEIGHTS = ".trunk.layers."  # in the name of every weight of a trunk, as `mge-export` writes them
 _POOLING = ("ReduceMean", "GlobalAveragePool")
-_NODE, _INITIALIZER, _INPUT, _OUTPUT, _TYPES = 1, 5, 11, 12, 13  # fields of GraphProto
-_SUBGRAPHS = (6, 11)  # fields of AttributeProto
+_TYPES = 13  # field of GraphProto
 
 
 @dataclass(frozen=True)
@@ -29,14 +38,6 @@ class Trunk:
     c5: str  # its last feature map, as the heads pool it
     channels: int  # of its last convolution
     convolutions: int  # with weights of the trunk; all of them are ancestors of c5
-
-
-@dataclass(frozen=True)
-class _Node:
-    value: memoryview
-    operator: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
 
 
 def find_trunk(graph: bytes) -> Trunk | None:
@@ -54,11 +55,11 @@ def find_trunk(graph: bytes) -> Trunk | None:
     Raises:
         BundleError: the bytes are no ONNX model, or the trunk's end cannot be told.
     """
-    parts = _graph(graph)
-    nodes = _nodes(parts)
-    weights = {_name(value, 8) for number, value in parts if number == _INITIALIZER}
+    parts = graph_fields(graph)
+    nodes = graph_nodes(parts)
+    weights = {member_name(value, 8) for number, value in parts if number == INITIALIZER}
     weights = {name for name in weights if TRUNK_WEIGHTS in name}
-    of_trunk: list[_Node] = []
+    of_trunk: list[Node] = []
     for node in nodes:
         if node.operator == "Conv" and node.inputs[1] in weights:
             of_trunk.append(node)
@@ -79,7 +80,7 @@ def find_trunk(graph: bytes) -> Trunk | None:
     kept, needed = _ancestors(nodes, [c5])
     if any(node not in kept for node in of_trunk):
         raise BundleError("a stage's last feature map does not depend on its whole trunk; export it again")
-    images = [name for number, value in parts if number == _INPUT and (name := _name(value, 1)) in needed]
+    images = [name for number, value in parts if number == INPUT and (name := member_name(value, 1)) in needed]
     if len(images) != 1:
         raise BundleError(f"a stage's trunk reads {images}; expected one image: export it again")
     return Trunk(images[0], c5, _channels(parts, nodes, of_trunk[-1]), len(of_trunk))
@@ -100,64 +101,36 @@ def cut_graph(graph: bytes, outputs: Sequence[str], names: Mapping[str, str] | N
     Raises:
         BundleError: the bytes are no ONNX model, nothing puts out such a tensor, or a node holds a graph of its own.
     """
-    parts = _graph(graph)
-    nodes = _nodes(parts)
+    parts = graph_fields(graph)
+    nodes = graph_nodes(parts)
     if missing := sorted(set(outputs) - {name for node in nodes for name in node.outputs}):
         raise BundleError(f"no node of a stage puts out {missing[0]!r}; export the bundle again")
     kept, needed = _ancestors(nodes, outputs)
     new = names or {}
-    known = {_name(value, 1): value for number, value in parts if number == _OUTPUT}
+    known = {member_name(value, 1): value for number, value in parts if number == OUTPUT}
     made: list[bytes] = []
     for number, value in parts:
-        if number == _INITIALIZER:
-            wanted = _name(value, 8) in needed
-        elif number == _INPUT:
-            wanted = _name(value, 1) in needed
+        if number == INITIALIZER:
+            wanted = member_name(value, 8) in needed
+        elif number == INPUT:
+            wanted = member_name(value, 1) in needed
         else:
-            wanted = number not in (_NODE, _OUTPUT, _TYPES)
+            wanted = number not in (NODE, OUTPUT, _TYPES)
         if wanted:
-            made.append(wire_field(number, _renamed(value, (1,), new) if number == _INPUT else bytes(value)))
-    made += [wire_field(_NODE, _renamed(node.value, (1, 2), new)) for node in kept]
+            made.append(wire_field(number, _renamed(value, (1,), new) if number == INPUT else bytes(value)))
+    made += [wire_field(NODE, _renamed(node.value, (1, 2), new)) for node in kept]
     made += [
-        wire_field(_OUTPUT, _renamed(known.get(name, memoryview(wire_field(1, name.encode()))), (1,), new))
+        wire_field(OUTPUT, _renamed(known.get(name, memoryview(wire_field(1, name.encode()))), (1,), new))
         for name in outputs
     ]
     body = wire_field(7, b"".join(made))
     return b"".join(body if number == 7 else bytes(raw) for number, raw, _ in fields(memoryview(graph)))
 
 
-def _graph(model: bytes) -> list[tuple[int, memoryview]]:
-    """The fields of a model's graph, which are all length-delimited as far as they are written."""
-    try:
-        for number, _, value in fields(memoryview(model)):
-            if number == 7:
-                return [(part, content) for part, _, content in fields(value)]
-    except WireError as error:
-        raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
-    raise BundleError("a stage's graph is no ONNX model (it has no graph); expected one that mge-export wrote")
-
-
-def _nodes(parts: Sequence[tuple[int, memoryview]]) -> list[_Node]:
-    try:
-        return [_node(value) for number, value in parts if number == _NODE]
-    except (WireError, UnicodeDecodeError) as error:
-        raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
-
-
-def _node(value: memoryview) -> _Node:
-    texts: dict[int, list[str]] = {1: [], 2: [], 4: [""]}
-    for number, _, content in fields(value):
-        if number in texts:
-            texts[number].append(bytes(content).decode())
-        elif number == 5 and any(part in _SUBGRAPHS for part, _, _ in fields(content)):
-            raise WireError(f"its node {texts[4][-1]} holds a graph of its own")
-    return _Node(value, texts[4][-1], tuple(texts[1]), tuple(texts[2]))
-
-
-def _ancestors(nodes: Sequence[_Node], tensors: Collection[str]) -> tuple[list[_Node], set[str]]:
+def _ancestors(nodes: Sequence[Node], tensors: Collection[str]) -> tuple[list[Node], set[str]]:
     """The nodes that tensors depend on, in order, and all tensors they read or make."""
     needed = set(tensors)
-    kept: list[_Node] = []
+    kept: list[Node] = []
     for node in reversed(nodes):  # a graph's nodes are in topological order
         if not needed.isdisjoint(node.outputs):
             kept.append(node)
@@ -175,20 +148,12 @@ def _renamed(message: memoryview, numbers: Collection[int], names: Mapping[str, 
     )
 
 
-def _channels(parts: Sequence[tuple[int, memoryview]], nodes: Sequence[_Node], convolution: _Node) -> int:
+def _channels(parts: Sequence[tuple[int, memoryview]], nodes: Sequence[Node], convolution: Node) -> int:
     """How many channels a convolution puts out: the first axis of its weight."""
     sources = _ancestors(nodes, [convolution.inputs[1]])[1]
     for number, value in parts:
-        if number == _INITIALIZER and TRUNK_WEIGHTS in (name := _name(value, 8)) and name in sources:
+        if number == INITIALIZER and TRUNK_WEIGHTS in (name := member_name(value, 8)) and name in sources:
             dims = tensor_dims(value)
             if len(dims) == 4:
                 return dims[0]
     return 0
-
-
-def _member(message: memoryview, wanted: int) -> memoryview:
-    return next((value for number, _, value in fields(message) if number == wanted), memoryview(b""))
-
-
-def _name(message: memoryview, number: int) -> str:
-    return bytes(_member(message, number)).decode()

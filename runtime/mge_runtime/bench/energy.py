@@ -6,24 +6,37 @@ import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mge_runtime.bench.contender import Contender
 
-__all__ = ["Energy", "Meter", "find_meter", "measure_energy"]
+__all__ = ["Counter", "Energy", "Meter", "find_meter", "measure_energy"]
 
 _RAPL = Path("/sys/class/powercap")
 _SECONDS = 5.0  # a package counter moves every millisecond, NVML's every 20 to 100
 
 
 @dataclass(frozen=True)
-class Meter:
-    """A counter of energy."""
+class Counter:
+    """One counter of energy."""
 
-    name: str  # what it counts
     joules: Callable[[], float]  # since some moment
     wraps_at: float | None = None  # joules after which it starts again at 0
+
+    def since(self, before: float) -> float:
+        """Joules since it stood there; it may have started again once meanwhile."""
+        passed = self.joules() - before
+        return passed + self.wraps_at if passed < 0 and self.wraps_at is not None else passed
+
+
+@dataclass(frozen=True)
+class Meter:
+    """The counters of a device; a machine may have several processor packages, and each counter wraps by itself."""
+
+    name: str  # what they count
+    counters: tuple[Counter, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Energy:
     meter: str
     images: int
     seconds: float
-    joules: float  # of everything that the counter counts, idle power included
+    joules: float  # of everything that the counters count, idle power included
 
     @property
     def joules_per_image(self) -> float:
@@ -61,35 +74,34 @@ def measure_energy(meter: Meter, chain: Contender, batch: int, seconds: float = 
         seconds: for how long, at least.
     """
     runs = 0
-    start, before = time.perf_counter(), meter.joules()
+    start, before = time.perf_counter(), [counter.joules() for counter in meter.counters]
     while (passed := time.perf_counter() - start) < seconds or not runs:
         chain.run()
         runs += 1
-    joules = meter.joules() - before
-    if joules < 0 and meter.wraps_at is not None:
-        joules += meter.wraps_at
+    joules = sum(counter.since(then) for counter, then in zip(meter.counters, before, strict=True))
     return Energy(meter.name, runs * batch, passed, joules)
 
 
 def _rapl(root: Path) -> Meter | str:
-    counters: list[Path] = []
-    most = 0.0
+    counters: list[Counter] = []
     try:
         for zone in sorted(root.glob("intel-rapl:*")):
             if (zone / "name").read_text().startswith("package"):
-                int((zone / "energy_uj").read_text())
-                counters.append(zone / "energy_uj")
-                most = int((zone / "max_energy_range_uj").read_text()) / 1e6
+                counter = partial(_microjoules, zone / "energy_uj")
+                counter()  # whether it may be read
+                counters.append(Counter(counter, _microjoules(zone / "max_energy_range_uj")))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return f"the processor's energy counters (RAPL) cannot be read: {reason}"
     if not counters:
         return "this system offers no energy counters of the processor (RAPL)"
 
-    def joules() -> float:
-        return sum(int(counter.read_text()) for counter in counters) / 1e6
+    return Meter(f"RAPL, {len(counters)} processor package(s)", tuple(counters))
 
-    return Meter(f"RAPL, {len(counters)} processor package(s)", joules, most if len(counters) == 1 else None)
+
+def _microjoules(file: Path) -> float:
+    """What a file of microjoules holds, J."""
+    return int(file.read_text()) / 1e6
 
 
 def _nvml(index: int) -> Meter | str:
@@ -109,4 +121,4 @@ def _nvml(index: int) -> Meter | str:
     def joules() -> float:
         return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3  # millijoules
 
-    return Meter(f"NVML, cuda:{index}", joules)
+    return Meter(f"NVML, cuda:{index}", (Counter(joules),))

@@ -157,7 +157,7 @@ def _measure(
         )
     starts: dict[str, list[Start]] = {way: [] for way in ways}
     begin, watch = time.perf_counter(), Watch()
-    orders = shuffled(list(ways))
+    orders = shuffled(list(ways), apart=False)
     for number in range(_MOST_ROUNDS):
         for way in next(orders):
             starts[way].append(ways[way]())

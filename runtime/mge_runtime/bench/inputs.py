@@ -15,6 +15,8 @@ from mge_runtime.preprocess import to_frame
 from mge_runtime.spec import Preprocess
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from mge_runtime.sources import NamedImage
@@ -27,16 +29,24 @@ _HEIGHT, _WIDTH = 960, 1280  # of drawn pictures, pixels
 
 @dataclass(frozen=True)
 class Inputs:
-    """Pictures as files and as frames."""
+    """Pictures as files and as frames.
 
-    files: tuple[bytes, ...]
+    Photographs stay where they lie: a thousand of a phone's are gigabytes.
+    """
+
+    files: tuple[Path | bytes, ...]
     frames: NDArray[np.uint8]  # [N, S, S, 3], RGB, of the same pictures
     source: str  # for people
 
     def batch(self, size: int) -> tuple[list[bytes], NDArray[np.uint8]]:
-        """The first pictures, again from the start where there are fewer than `size`."""
+        """The first pictures, again from the start where there are fewer than `size`: bytes of files, and frames.
+
+        Raises:
+            InputError: a file cannot be read any more.
+        """
         numbers = [number % len(self.files) for number in range(size)]
-        return [self.files[number] for number in numbers], self.frames[numbers]
+        read = [_read(file) for file in self.files[:size]]
+        return [read[number] for number in numbers], self.frames[numbers]
 
 
 def photograph_inputs(images: Sequence[NamedImage], spec: Preprocess) -> Inputs:
@@ -45,18 +55,20 @@ def photograph_inputs(images: Sequence[NamedImage], spec: Preprocess) -> Inputs:
     Raises:
         InputError: one cannot be read.
     """
-    files: list[bytes] = []
-    for image in images:
-        source = image.source()
-        try:
-            files.append(source if isinstance(source, bytes) else source.read_bytes())
-        except OSError as error:
-            raise InputError(f"cannot read {image.name}: {error.strerror}; expected a picture file") from error
-    # The sources, not the bytes: an error names the file.
-    sources = [image.path or file for image, file in zip(images, files, strict=True)]
-    frames = [to_frame(decode_picture(source), spec)[0] for source in sources]
-    megabytes = sum(map(len, files)) / len(files) / 1e6
-    return Inputs(tuple(files), np.stack(frames), f"{len(files)} named images of {megabytes:.2f} MB on average")
+    sources = [image.source() for image in images]
+    frames = np.empty((len(sources), spec.size, spec.size, 3), np.uint8)
+    for number, source in enumerate(sources):
+        frames[number] = to_frame(decode_picture(source), spec)[0]
+    sizes = [len(source) if isinstance(source, bytes) else source.stat().st_size for source in sources]
+    megabytes = sum(sizes) / len(sizes) / 1e6
+    return Inputs(tuple(sources), frames, f"{len(sizes)} named images of {megabytes:.2f} MB on average")
+
+
+def _read(file: Path | bytes) -> bytes:
+    try:
+        return file if isinstance(file, bytes) else file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}; expected a picture file") from error
 
 
 def drawn_inputs(spec: Preprocess) -> Inputs:

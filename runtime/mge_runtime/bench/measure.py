@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from mge_runtime.bench.arithmetic import measured_arithmetic
 from mge_runtime.bench.contender import Contender
 from mge_runtime.bench.contenders import ChainContender, PartsContender, PhotoContender, TrunkChainContender
 from mge_runtime.bench.noise import Watch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mge_runtime.backends import Choice
+    from mge_runtime.bench.arithmetic import Yardstick
     from mge_runtime.bench.inputs import Inputs
     from mge_runtime.pipeline import Pipeline
 
@@ -49,6 +51,7 @@ def measure_batch(
     warmup: int | None,
     seconds: float,
     say: Callable[[str], None],
+    yardstick: Yardstick | None = None,
 ) -> BatchResult:
     """Time everything with one batch size.
 
@@ -63,6 +66,7 @@ def measure_batch(
         warmup: runs of each before; None: until it is steady.
         seconds: to spend on the rounds.
         say: is told what is being done.
+        yardstick: what the chain's arithmetic is held to; None: nothing.
 
     Raises:
         BackendError: the chain failed, or cannot run this batch.
@@ -85,12 +89,15 @@ def measure_batch(
         say(f"batch {batch}: warming up")
         contenders += _that_run(eager, not_run)
         count, estimates = warm_up(contenders, warmup)
-        plan = plan_rounds([estimates[contender.name] for contender in contenders], iterations, seconds)
-        total = plan.rounds * (plan.runs + (plan.runs > 1)) * sum(estimates.values()) / 1e3
+        probes = [] if yardstick is None else [yardstick.rates.matrix, yardstick.rates.memory]
+        probes_ms = sum(warm_up(probes, 1)[1].values())
+        plan = plan_rounds([estimates[contender.name] for contender in contenders], iterations, seconds, probes_ms)
+        total = plan.rounds * ((plan.runs + (plan.runs > 1)) * sum(estimates.values()) + probes_ms) / 1e3
         say(f"batch {batch}: {plan.rounds} rounds of {plan.runs} runs, about {total:.0f} s")
         before, watch = host_memory(), Watch()
-        series = interleave(contenders, plan, lambda line: say(f"batch {batch}: {line}"))
+        series = interleave(contenders, plan, lambda line: say(f"batch {batch}: {line}"), probes=probes)
         after = host_memory()
+    probed = {probe.name: series.pop(probe.name) for probe in probes}
     reference = series[trunks.name if trunks is not None else chain.name]
     on_device = any(_UPLOAD in steps for block in series[chain.name].steps for steps in block)
     return BatchResult(
@@ -112,6 +119,15 @@ def measure_batch(
         noise=watch.stop(reference.contender.name, reference.medians),
         not_run=tuple(not_run),
         pytorch_threads=_pytorch_threads(eager),
+        arithmetic=None
+        if yardstick is None
+        else measured_arithmetic(
+            yardstick,
+            probed,
+            batch,
+            _computing(series[chain.name], on_device),
+            None if trunks is None else _computing(series[trunks.name], on_device),
+        ),
     )
 
 
@@ -181,12 +197,16 @@ def _row(name: str, rounds: Sequence[Sequence[float]], batch: int) -> Row:
 
 
 def _steps(chain: Series) -> list[Step]:
-    steps = list(dict.fromkeys(step for block in chain.steps for run in block for step in run))
+    names = list(dict.fromkeys(step for block in chain.steps for run in block for step in run))
+    runs = {name: [run.get(name, 0.0) for block in chain.steps for run in block] for name in names}
+    runs[_BETWEEN] = [ms - sum(parts) for ms, *parts in zip(chain.times_ms, *runs.values(), strict=True)]
     whole = chain.medians
-    times = {step: chain.step_medians(step) for step in steps}
-    between = [ms - sum(parts) for ms, *parts in zip(whole, *times.values(), strict=True)]
-    times[_BETWEEN] = between
-    return [Step(step, median(ms), Ratio.of(step, ms, whole).median) for step, ms in times.items()]
+    rounds = {name: chain.step_medians(name) for name in names}
+    rounds[_BETWEEN] = [ms - sum(parts) for ms, *parts in zip(whole, *rounds.values(), strict=True)]
+    return [
+        Step(name, median(ms), Percentiles.of(runs[name]), Ratio.of(name, ms, whole).median)
+        for name, ms in rounds.items()
+    ]
 
 
 def _ratios(
@@ -198,8 +218,7 @@ def _ratios(
     chain = series[COMPUTE]
     ratios: list[Ratio] = []
     if trunks is not None:
-        pair = (chain, series[trunks.name])
-        above, below = [s.step_medians(COMPUTE) if on_device else s.medians for s in pair]
+        above, below = _computing(chain, on_device), _computing(series[trunks.name], on_device)
         ratios.append(Ratio.of(f"chain / {trunks.name}", above, below))
     for contender in eager:
         if contender.name in series:
@@ -208,6 +227,11 @@ def _ratios(
         Ratio.of("JPEG to Prediction, not pipelined / chain", series[PhotoContender.name].medians, chain.medians)
     )
     return ratios
+
+
+def _computing(found: Series, on_device: bool) -> list[float]:
+    """The median of each round without the copies, ms."""
+    return found.step_medians(COMPUTE) if on_device else found.medians
 
 
 def _copies(on_device: bool) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mge_runtime.bench.noise import Noise, Watch
@@ -43,7 +42,6 @@ class Pipelined:
 def measure_pipelined(
     pipeline: Pipeline,
     inputs: Inputs,
-    paths: Sequence[Path],
     batch: int,
     images: int | None,
     *,
@@ -56,7 +54,6 @@ def measure_pipelined(
     Args:
         pipeline: opened with one stream, warm.
         inputs: the pictures, taken again from the start where there are too few.
-        paths: the same pictures as files; empty: take their bytes.
         batch: pictures in one run of the chain.
         images: in each round; None: as many as fit.
         chain_ms: of one run of the chain, to tell what fits.
@@ -71,8 +68,7 @@ def measure_pipelined(
     numbers = list(islice(cycle(range(len(inputs.files))), count))
 
     def from_files() -> None:
-        sources = ((paths[n] if paths else inputs.files[n]) for n in numbers)
-        for _, answer in pipeline.predict_iter(sources, batch=batch):
+        for _, answer in pipeline.predict_iter((inputs.files[n] for n in numbers), batch=batch):
             if isinstance(answer, InputError):
                 raise answer
 
@@ -82,7 +78,7 @@ def measure_pipelined(
 
     ways = {"files": from_files, "frames": from_frames}
     taken: dict[str, list[float]] = {way: [] for way in ways}
-    watch, orders = Watch(), shuffled(list(ways))
+    watch, orders = Watch(), shuffled(list(ways), apart=False)
     for number in range(_ROUNDS):
         for way in next(orders):
             start = time.perf_counter()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 
+from mge_runtime.bench.arithmetic import Arithmetic
 from mge_runtime.bench.fresh import FIRST, LATER, PLAIN, Fresh
 from mge_runtime.bench.noise import Noise
 from mge_runtime.bench.results import BatchResult, Results
@@ -59,13 +61,22 @@ def _batch(found: BatchResult) -> Iterator[Table]:
     yield Table(f"Batch {found.batch}, ms", ("", "p50", "p90", "p99", "images/s"), rows, notes)
     ratios = [[r.name, f"{r.median:.3f}", *_ends(r, ".3f"), str(len(r.rounds))] for r in found.ratios]
     yield Table(f"Batch {found.batch}, ratios within a round", _RATIO, ratios, list(_noise(found.noise)))
-    steps = [[step.name, f"{step.ms:.3f}", f"{step.share:.1%}"] for step in found.steps]
-    yield Table(f"Batch {found.batch}, the chain step by step", ("", "ms", "share"), steps)
+    steps = [
+        [
+            step.name,
+            *("-" if ms is None else f"{ms:.3f}" for ms in (step.times.p50, step.times.p90, step.times.p99)),
+            f"{step.share:.1%}",
+        ]
+        for step in found.steps
+    ]
+    yield Table(f"Batch {found.batch}, the chain step by step, ms", ("", "p50", "p90", "p99", "share"), steps)
     if found.shares:
         shares = [
             [share.name, f"{share.median:.1%}", *_ends(share, ".1%"), str(len(share.rounds))] for share in found.shares
         ]
         yield Table(f"Batch {found.batch}, shares of the chain", _RATIO, shares)
+    if found.arithmetic is not None:
+        yield _arithmetic(found.batch, found.arithmetic)
     notes = [f"{item.name}: {item.reason}{_command(item.command)}" for item in found.not_run]
     if found.growth is not None:
         notes.append(
@@ -73,6 +84,20 @@ def _batch(found: BatchResult) -> Iterator[Table]:
         )
     if notes:
         yield Table(f"Batch {found.batch}, beside that", (), (), notes)
+
+
+def _arithmetic(batch: int, found: Arithmetic) -> Table:
+    rates = [found.rate_tflops, *found.tflops]
+    rows = [[f"{r.name}, TFLOP/s", f"{r.median:.4g}", *_ends(r, ".4g"), str(len(r.rounds))] for r in rates]
+    shares = [*found.shares, *(replace(part, name=f"of the chain's time: {part.name}") for part in found.parts)]
+    rows += [[r.name, f"{r.median:.1%}", *_ends(r, ".1%"), str(len(r.rounds))] for r in shares]
+    gmacs = f"one image: {found.chain_gmacs:.4g} GMACs of convolutions and matrix products in the chain"
+    gmacs += "" if found.trunks_gmacs is None else f", {found.trunks_gmacs:.4g} in the trunks"
+    notes = [f"{gmacs}; a multiply-accumulate is two operations"]
+    notes.append(f"{found.memory_gb_s.name} by one operator: {found.memory_gb_s.median:.4g} GB/s")
+    if found.traffic_mb is not None:
+        notes.append(f"maps and weights of the trunks' layers, each once: {found.traffic_mb:.4g} MB a batch")
+    return Table(f"Batch {batch}, against the device's matrix rate", _RATIO, rows, [*notes, *found.limits])
 
 
 def _noise(noise: Noise) -> Iterator[str]:

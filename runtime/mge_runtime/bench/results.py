@@ -12,6 +12,7 @@ from mge_runtime.bench.stats import Percentiles, Ratio
 from mge_runtime.machine import Machine
 
 if TYPE_CHECKING:
+    from mge_runtime.bench.arithmetic import Arithmetic
     from mge_runtime.bench.fresh import Fresh
     from mge_runtime.bench.pipelined import Pipelined
     from mge_runtime.fields import JsonValue
@@ -44,6 +45,7 @@ class Step:
 
     name: str
     ms: float  # median over the rounds, for a batch
+    times: Percentiles  # milliseconds for a batch, of all runs
     share: float  # of the whole chain, median over the rounds
 
 
@@ -65,6 +67,7 @@ class BatchResult:
     noise: Noise
     not_run: tuple[NotRun, ...]
     pytorch_threads: Mapping[str, int]  # on the CPU, as PyTorch says, by contender; empty without a checkpoint
+    arithmetic: Arithmetic | None = None  # against the device's matrix rate; None: not measured, the run says why
 
 
 @dataclass(frozen=True)

@@ -88,19 +88,20 @@ def warm_up(contenders: Sequence[Contender], runs: int | None) -> tuple[int, dic
     return count, {name: min(ms[-3:]) for name, ms in times.items()}
 
 
-def plan_rounds(estimates_ms: Sequence[float], iterations: int | None, seconds: float) -> Plan:
+def plan_rounds(estimates_ms: Sequence[float], iterations: int | None, seconds: float, probes_ms: float = 0.0) -> Plan:
     """How many rounds fit.
 
     Args:
         estimates_ms: of one run of each contender.
         iterations: at least so many of each, whatever time they take; None: as many as fit.
         seconds: to spend.
+        probes_ms: of what runs once in every round beside them.
     """
     runs = min(_MOST_RUNS, max(1, math.ceil(_BLOCK_SECONDS * 1e3 / min(estimates_ms))))
     if iterations is not None:
         runs = max(1, min(runs, iterations // _LEAST_ROUNDS))
         return Plan(math.ceil(iterations / runs), runs)
-    round_ms = sum(estimates_ms) * (runs + (runs > 1))
+    round_ms = sum(estimates_ms) * (runs + (runs > 1)) + probes_ms
     return Plan(min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(seconds * 1e3 / round_ms))), runs)
 
 
@@ -109,6 +110,7 @@ def interleave(
     plan: Plan,
     say: Callable[[str], None] = lambda _line: None,
     clock: Callable[[], float] = time.perf_counter,
+    probes: Sequence[Contender] = (),
 ) -> dict[str, Series]:
     """Run all contenders in every round, in an order that is drawn anew each time (`shuffled`).
 
@@ -117,19 +119,21 @@ def interleave(
         plan: how often.
         say: is told how far it is, every few seconds.
         clock: seconds; `time.process_time` leaves out what others do, and waiting, and adds up threads.
+        probes: run once in each round, in a place that is drawn as the contenders' are.
 
     Returns:
         The times by the contenders' names.
     """
-    series = {contender.name: Series(contender) for contender in contenders}
+    runs = {contender.name: plan.runs for contender in contenders} | {probe.name: 1 for probe in probes}
+    series = {contender.name: Series(contender) for contender in (*contenders, *probes)}
     shown = time.perf_counter()
     gc.collect()
     gc.freeze()  # what is there already (PyTorch has half a million objects) is not looked through again
     try:
-        for number, order in enumerate(islice(shuffled(contenders), plan.rounds)):
+        for number, order in enumerate(islice(shuffled([*contenders, *probes]), plan.rounds)):
             gc.collect()
             for contender in order:
-                _block(contender, plan.runs, series[contender.name], clock)
+                _block(contender, runs[contender.name], series[contender.name], clock)
             if time.perf_counter() - shown > _SHOWN:
                 shown = time.perf_counter()
                 say(f"round {number + 1} of {plan.rounds}")
@@ -138,22 +142,25 @@ def interleave(
     return series
 
 
-def shuffled(items: Sequence[_T], seed: int = 2019) -> Iterator[list[_T]]:
-    """Orders without end, drawn with a seed; none begins with what the one before ended with.
+def shuffled(items: Sequence[_T], seed: int = 2019, *, apart: bool = True) -> Iterator[list[_T]]:
+    """Orders without end, drawn with a seed.
 
-    What ran last has left the caches to itself: it must not follow itself more often than others follow it. Two items
-    therefore always keep their order.
+    What ran last has left the caches to itself: it must not follow itself more often than others follow it. Kept apart,
+    none therefore begins with what the one before ended with, and two items keep their order for good: each always
+    follows the other. Where a round takes seconds, or a process of its own, caches do not matter, and a drift of the
+    machine's speed does: there the order is free, and of two items now one is first, now the other.
 
     Args:
         items: what runs in turn.
         seed: of the draws.
+        apart: whether nothing may follow itself.
     """
     draws = random.Random(seed)
     last: list[_T] = []
     while True:
         order = list(items)
         draws.shuffle(order)
-        while last and len(order) > 1 and order[0] is last[-1]:
+        while apart and last and len(order) > 1 and order[0] is last[-1]:
             draws.shuffle(order)
         last = order
         yield list(order)

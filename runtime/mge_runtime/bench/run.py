@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mge_runtime.backends import choose, open_backend
+from mge_runtime.bench.arithmetic import open_yardstick
 from mge_runtime.bench.contenders import ChainContender
 from mge_runtime.bench.energy import Energy, find_meter, measure_energy
 from mge_runtime.bench.fresh import Fresh, measure_fresh
@@ -28,12 +29,13 @@ from mge_runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from mge_runtime.backends import Choice
+    from mge_runtime.bench.arithmetic import Yardstick
     from mge_runtime.bench.inputs import Inputs
 
 __all__ = ["Request", "run_bench"]
 
 # Seconds to spend where the number of iterations is left open: on one batch size's rounds, and so on.
-_ROUNDS, _FRESH, _PIPELINED = 40.0, 20.0, 20.0
+_ROUNDS, _FRESH, _PIPELINED, _RATES = 40.0, 20.0, 20.0, 2.0
 _QUICK = 0.2  # of all of them
 _PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx", "cuda-core")
 
@@ -56,14 +58,14 @@ class Request:
 
 def run_bench(
     request: Request,
-    inputs: Callable[[Bundle], tuple[Inputs, list[Path]]],
+    inputs: Callable[[Bundle], Inputs],
     say: Callable[[str], None] = lambda _line: None,
 ) -> Results:
     """Measure a bundle.
 
     Args:
         request: what to measure.
-        inputs: reads the pictures for a bundle, and where they lie; no paths: they are nowhere.
+        inputs: reads the pictures for a bundle.
         say: is told what is being done.
 
     Raises:
@@ -84,7 +86,7 @@ def run_bench(
         if request.ckpt is not None:
             say("reading the checkpoint")
             check_checkpoint(request.ckpt, bundle.manifest)
-        pictures, paths = inputs(bundle)
+        pictures = inputs(bundle)
     with Pipeline.open(request.path, choice.device, choice.backend, request.threads) as pipeline:
         _check_batches(request.batches, pipeline.max_batch)
     say("fresh processes")
@@ -92,7 +94,11 @@ def run_bench(
     if request.ckpt is None:
         names = "eager PyTorch, torch.compile"
         not_run.append(NotRun(names, "no checkpoint was named", f"mge-bench --engine {facts.name} --ckpt best.pt"))
-    with Pipeline.open(request.path, choice.device, choice.backend, request.threads) as pipeline:
+    with Pipeline.open(request.path, choice.device, choice.backend, request.threads) as pipeline, ExitStack() as stack:
+        say("the device's matrix rate")
+        yardstick = _yardstick(request, choice, _RATES * factor, not_run)
+        if yardstick is not None:
+            stack.callback(yardstick.rates.close)
         batches = tuple(
             measure_batch(
                 pipeline,
@@ -105,15 +111,16 @@ def run_bench(
                 warmup=request.warmup,
                 seconds=_ROUNDS * factor,
                 say=say,
+                yardstick=yardstick,
             )
             for batch in request.batches
         )
+        stack.close()
         say("pictures to answers, pipelined")
         first = batches[0]
         pipelined = measure_pipelined(
             pipeline,
             pictures,
-            paths,
             first.batch,
             request.images,
             chain_ms=first.rows[0].times.p50,
@@ -177,6 +184,15 @@ def _fresh(
     if fresh.no_reference is not None:
         not_run.append(NotRun("plain ONNX Runtime, from start to first answer", fresh.no_reference))
     return fresh
+
+
+def _yardstick(request: Request, choice: Choice, seconds: float, not_run: list[NotRun]) -> Yardstick | None:
+    """The matrix rate; where it cannot be measured that is listed, and the rest is measured all the same."""
+    try:
+        return open_yardstick(request.path, choice, request.threads, seconds)
+    except BackendError as error:
+        not_run.append(NotRun("share of the device's matrix rate", " ".join(str(error).split())))
+        return None
 
 
 def _energy(pipeline: Pipeline, pictures: Inputs, batch: int, not_run: list[NotRun]) -> Energy | None:

@@ -6,14 +6,15 @@ import math
 from typing import TYPE_CHECKING
 
 from mge_runtime.bundle.layout import stage_graph
+from mge_runtime.bundle.onnx_nodes import tensor_dims
 from mge_runtime.bundle.wire import fields, varint
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
 
-__all__ = ["fp32_bytes", "tensor_dims"]
+__all__ = ["fp32_bytes"]
 
-_GRAPH, _INITIALIZER, _DIMS, _TYPE = 7, 5, 1, 2  # fields of ModelProto, GraphProto, TensorProto
+_GRAPH, _INITIALIZER, _TYPE = 7, 5, 2  # fields of ModelProto, GraphProto, TensorProto
 _WEIGHTS = (1, 3, 10)  # TensorProto.DataType: FLOAT, INT8, FLOAT16
 
 
@@ -30,20 +31,6 @@ def fp32_bytes(bundle: Bundle) -> int:
                 if part == _INITIALIZER:
                     count += _elements(tensor)
     return 4 * count
-
-
-def tensor_dims(tensor: memoryview) -> list[int]:
-    """Sizes of the axes of a TensorProto, written one by one or packed."""
-    dims: list[int] = []
-    for number, raw, value in fields(tensor):
-        if number == _DIMS:
-            position, packed = 0, raw[0] & 7 == 2
-            while position < len(value):
-                size, position = varint(value, position)
-                dims.append(size)
-                if not packed:
-                    break
-    return dims
 
 
 def _elements(tensor: memoryview) -> int:

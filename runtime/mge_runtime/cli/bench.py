@@ -129,14 +129,12 @@ def main(
     _give(BenchReport(results), as_json, out)
 
 
-def _inputs(found: list[NamedImage], bundle: Bundle) -> tuple[Inputs, list[Path]]:
-    """The pictures, and where they lie; no paths where they are drawn or came on standard input."""
+def _inputs(found: list[NamedImage], bundle: Bundle) -> Inputs:
+    """Photographs, or drawn pictures where none was named."""
     from mge_runtime.bench.inputs import drawn_inputs, photograph_inputs
 
     spec = bundle.manifest.preprocess
-    paths = [image.path for image in found if image.path is not None]
-    inputs = photograph_inputs(found, spec) if found else drawn_inputs(spec)
-    return inputs, paths if len(paths) == len(found) else []
+    return photograph_inputs(found, spec) if found else drawn_inputs(spec)
 
 
 def _selfcheck(
