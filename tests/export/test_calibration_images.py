@@ -1,15 +1,19 @@
-"""What an INT8 export records of its images is what mge-calibrate keeps away from exits."""
+"""The images that INT8 is calibrated on: drawn, refused, and recorded so that mge-calibrate keeps them from exits."""
 
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from mge_calibration.folder import list_labelled, short_digest
-from mge_calibration.int8.images import read_calibration_images
+from mge_calibration.int8.images import MIN_IMAGES, read_calibration_images
 from mge_calibration.int8.stage import Int8Options
 from mge_calibration.parts import int8_digests
+from mge_export.cli import main
 from mge_export.int8 import Int8Request
+from mge_runtime.errors import InputError
 from mge_runtime.spec import Preprocess
 
 
@@ -27,3 +31,81 @@ def test_images_are_recorded_so_that_they_are_found_again(tmp_path):
     listed = list_labelled(tmp_path, ("a", "b"))[1]
     assert found == {short_digest(image.sha256) for image in listed if "broken" not in image.name}
     assert len(found) == 6
+
+
+def save_pictures(folder, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(random.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{number}.png")
+
+
+def test_calibration_images_are_drawn_by_seed_and_hashed(tiny, tmp_path):
+    preprocess = tiny.make_model().config.preprocess
+    save_pictures(tmp_path / "a", 12)
+    read = lambda limit, seed: read_calibration_images(tmp_path, preprocess, limit=limit, seed=seed, few=True)  # noqa: E731
+    assert np.array_equal(read(5, 0).frames, read(5, 0).frames)
+    assert read(5, 0).sha256 == read(5, 0).sha256
+    assert read(5, 0).sha256 != read(5, 1).sha256
+    assert len(read(0, 0).frames) == 12
+    # All of them are the same set in another order, and a smaller draw is the beginning of a larger one.
+    assert read(0, 0).sha256 == read(0, 1).sha256
+    assert not np.array_equal(read(0, 0).frames, read(0, 1).frames)
+    assert {frame.tobytes() for frame in read(0, 0).frames} == {frame.tobytes() for frame in read(0, 1).frames}
+    assert np.array_equal(read(0, 0).frames[:5], read(5, 0).frames)
+    before = read(0, 0).sha256
+    (tmp_path / "a/3.png").write_bytes((tmp_path / "a/4.png").read_bytes())
+    assert read(0, 0).sha256 != before
+
+
+def test_a_damaged_image_is_left_out_and_said(tiny, tmp_path):
+    save_pictures(tmp_path, 3)
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    lines = []
+    preprocess = tiny.make_model().config.preprocess
+    found = read_calibration_images(tmp_path, preprocess, limit=0, seed=0, few=True, say=lines.append)
+    assert len(found.frames) == 2
+    assert len(lines) == 1
+    assert "1.png" in lines[0]
+
+
+def test_too_few_images_are_refused(tiny, tmp_path):
+    save_pictures(tmp_path / "few", MIN_IMAGES - 1)
+    preprocess = tiny.make_model().config.preprocess
+    with pytest.raises(InputError, match=r"few gave 99 images to calibrate on; expected at least 100"):
+        read_calibration_images(tmp_path / "few", preprocess, limit=0, seed=0)
+    save_pictures(tmp_path / "few", MIN_IMAGES)
+    assert len(read_calibration_images(tmp_path / "few", preprocess, limit=0, seed=0).frames) == MIN_IMAGES
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--int8"], "--int8 learns ranges from photographs and none were named: add --calib-data DIR"),
+        (["--calib-data", "{few}"], "--calib-data is for --int8, which was not asked for"),
+        (["--int8", "--calib-data", "{nowhere}"], "nowhere is nothing; expected a folder of images to calibrate on"),
+        (["--int8", "--calib-data", "{file}"], "1.png is a file; expected a folder of images to calibrate on"),
+        (["--int8", "--calib-data", "{empty}"], "empty"),
+        (["--int8", "--calib-data", "{few}"], "gave 3 images to calibrate on; expected at least 100"),
+        (["--int8", "--calib-data", "{damaged}", "--force-few-images"], "gave 0 images to calibrate on"),
+        (["--int8", "--calib-data", "{few}", "--max-drop", "nan"], "'--max-drop': 'nan' is no number; expected one in"),
+        (["--int8", "--calib-data", "{few}", "--min-box-iou", "nan"], "'--min-box-iou': 'nan' is no number; expected"),
+        (["--int8", "--calib-data", "{few}", "--min-box-iou", "1"], "'--min-box-iou': 1.0 is not in the range 0<=x<1"),
+    ],
+    ids=["no-data", "data-alone", "missing", "file", "empty", "few", "damaged", "nan-drop", "nan-iou", "iou"],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, arguments, message):
+    save_pictures(tmp_path / "few", 3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/1.png").write_bytes(b"no picture")
+    places = {name: str(tmp_path / name) for name in ("few", "empty", "damaged", "nowhere")}
+    places["file"] = str(tmp_path / "few/1.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = [argument.format(**places) for argument in arguments]
+    found = CliRunner().invoke(main, ["--ckpt", str(checkpoint), "-o", str(out / "mge.plan"), *arguments])
+    assert found.exit_code == (2 if message.startswith(("--", "'--")) else 1)
+    last = found.output.strip().splitlines()[-1]
+    assert message in last
+    assert list(out.iterdir()) == []

@@ -1,76 +1,27 @@
-"""INT8 from a checkpoint to a bundle: what is quantised, what never is, and that TensorRT-RTX takes it."""
+"""INT8 from a checkpoint to a bundle: what is quantised and what never is."""
 
-import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 from onnx import helper, numpy_helper
-from PIL import Image
 
-from mge.checkpoint import load_checkpoint, save_checkpoint
 from mge_calibration.int8.agreement import Agreement
-from mge_calibration.int8.images import MIN_IMAGES, CalibrationImages, read_calibration_images
+from mge_calibration.int8.images import CalibrationImages, read_calibration_images
 from mge_calibration.int8.stage import Int8Options
-from mge_export.cli import main
 from mge_export.export import export_bundle
 from mge_export.graph import export_graph
 from mge_export.images import find_verify_images, generated_images
 from mge_export.int8 import Int8Request, check_quantization, is_trunk_weight, quantize_graphs
 from mge_export.precision import Precision
 from mge_export.stages import build_stages
-from mge_runtime.bundle import Bundle, StageModel, write_bundle
-from mge_runtime.errors import BuildError, ExportError, InputError
+from mge_runtime.errors import ExportError
 from mge_runtime.pipeline import Pipeline
-from mge_runtime.trt.attest import attest_engine
 
 TRUNKS = ("expert_1", "expert_2", "gate")
 CODING = {"QuantizeLinear", "DequantizeLinear"}
-
-
-GIVEN = {"--calib-method": "percentile", "--max-drop": "30", "--min-box-iou": "0.25", "--calib-seed": "3"}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tiny, photographs, tmp_path_factory):
-    """A model of two experts whose answers differ between the photographs."""
-    path = tmp_path_factory.mktemp("ckpt") / "best.pt"
-    model = tiny.make_model()
-    save_checkpoint(path, tiny.center_heads(model, tiny.load_frames(photographs, model.config.preprocess)))
-    return path
-
-
-def export_int8(checkpoint, photographs, calibration, path):
-    """`mge-export --int8` as a user calls it: nine of ten photographs, drawn by the seed."""
-    given = {**GIVEN, "--calib-data": calibration, "--calib-images": 9, "--verify-data": photographs}
-    # Ten photographs and untrained heads decide closely: what is held here is the graph, not the agreement.
-    flags = ["--int8", "--force-few-images", "--allow-mismatch", "--target", "onnx"]
-    options = [str(part) for option in given.items() for part in option]
-    found = CliRunner().invoke(main, ["--ckpt", str(checkpoint), *options, *flags, "-o", str(path)])
-    assert found.exit_code == 0, found.output
-    return found.output
-
-
-@pytest.fixture(scope="module")
-def quantised(tiny, photographs, checkpoint, tmp_path_factory):
-    """A model of two experts in INT8: bundle, graphs and what was said."""
-    folder = tmp_path_factory.mktemp("int8")
-    path = folder / "mge.plan"
-    lines = export_int8(checkpoint, photographs, photographs, path).splitlines()
-    with Bundle.open(path) as bundle:
-        manifest = bundle.manifest
-        bundle.extract(folder)
-    names = [stage.name for stage in manifest.stages]
-    graphs = {name: onnx.load(folder / "onnx" / f"{name}.onnx").graph for name in names}
-    model = load_checkpoint(checkpoint)
-    frames = tiny.load_frames(photographs, model.config.preprocess)
-    return SimpleNamespace(
-        model=model, manifest=manifest, path=path, folder=folder / "onnx", graphs=graphs, lines=lines, frames=frames
-    )  # fmt: skip
 
 
 def producers(graph):
@@ -275,11 +226,11 @@ def test_the_bundle_answers_on_a_cpu_nearly_as_the_model(quantised):
     assert 1e-4 < np.abs(found - wanted).max() / np.abs(wanted).max() < 0.15
 
 
-def test_twice_the_same_folder_gives_the_same_bytes(quantised, checkpoint, photographs, tmp_path):
+def test_twice_the_same_folder_gives_the_same_bytes(quantised, export_int8, photographs, tmp_path):
     # Its name and the dates of its files are no part of what is learned.
     renamed = tmp_path / "renamed"
     shutil.copytree(photographs, renamed, copy_function=shutil.copyfile)
-    export_int8(checkpoint, photographs, renamed, tmp_path / "again.plan")
+    export_int8(renamed, tmp_path / "again.plan")
     assert (tmp_path / "again.plan").read_bytes() == quantised.path.read_bytes()
 
 
@@ -316,171 +267,6 @@ def test_int8_without_images_is_a_defect_of_the_caller(tiny, tmp_path):
     request = Int8Request(CalibrationImages(np.zeros((1, 64, 64, 3), np.uint8), "0" * 64, "a test"), Int8Options())
     with pytest.raises(ValueError, match="belong to int8"):
         export_bundle(model, tmp_path / "x.plan", Precision.FP16, images, int8=request)
-
-
-@pytest.fixture(scope="module")
-def rtx():
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
-    from mge_runtime.trt.vendor import load_vendor
-
-    return load_vendor("tensorrt-rtx")
-
-
-def build_all(path, vendor, capabilities):
-    from mge_runtime.trt.batch import BatchRange
-    from mge_runtime.trt.build import ahead_of_time, build_engines
-    from mge_runtime.trt.builder import BuildOptions
-
-    with Bundle.open(path) as bundle:
-        (target,) = ahead_of_time(vendor, capabilities)
-        options = BuildOptions(BatchRange.parse("1,2,8"))
-        with build_engines(bundle, vendor, target, gpu=None, options=options) as new:
-            return {stage: plan.stat().st_size for stage, plan in new.plans.items()}, new.details
-
-
-@pytest.mark.parametrize("capability", ["sm86", "sm120"])
-def test_the_real_builder_takes_every_stage(quantised, rtx, capability):
-    sizes, details = build_all(quantised.path, rtx, [capability])
-    assert set(sizes) == {"ingest", *TRUNKS, "mixture"}
-    for stage in TRUNKS:
-        assert details.precision[stage]["attested"] == "network"
-        assert details.precision[stage]["type"] == "int8"
-        assert details.precision[stage]["layers"]["CONVOLUTION"] == {"float16": 14 + (stage != "gate")}
-
-
-@pytest.mark.parametrize("stage", TRUNKS)
-def test_in_the_parsed_network_quantised_convolutions_read_two_dequantize_layers(quantised, rtx, stage):
-    from mge_runtime.trt.network import parse_stage
-
-    path = quantised.folder / f"{stage}.onnx"
-    parsed = parse_stage(rtx, quantised.manifest.stage(stage), path.read_bytes(), path)
-    layers = [parsed.network.get_layer(index) for index in range(parsed.network.num_layers)]
-    made = {layer.get_output(0).name: layer.type.name for layer in layers}
-    both = [
-        layer
-        for layer in layers
-        if layer.type.name == "CONVOLUTION"
-        and layer.num_inputs > 1
-        and [made.get(layer.get_input(index).name) for index in (0, 1)] == ["DEQUANTIZE", "DEQUANTIZE"]
-    ]
-    assert len(both) == len(quantised_convolutions(quantised.graphs[stage]))
-
-
-def test_a_bundle_that_tells_of_more_than_it_has_is_not_built(quantised, rtx, tmp_path):
-    manifest = quantised.manifest
-    models = {}
-    for stage in manifest.stages:
-        weights = quantised.folder / f"{stage.name}.weights"
-        models[stage.name] = StageModel(quantised.folder / f"{stage.name}.onnx", weights if weights.exists() else None)
-    plan = manifest.precision["gate"]
-    told = {**plan, "quantized": {**plan["quantized"], "convolutions": 99}}
-    write_bundle(
-        tmp_path / "x.plan", dataclasses.replace(manifest, precision={**manifest.precision, "gate": told}), models
-    )
-    with pytest.raises(BuildError, match=r"stage gate: \d+ convolutions read two DequantizeLinear; expected 99"):
-        build_all(tmp_path / "x.plan", rtx, ["sm86"])
-
-
-def inspected(*kinds):
-    """What an engine inspector says of convolutions, one for each (input, weights, output), in TensorRT 11's words."""
-    layers = [
-        {
-            "LayerType": "CaskConvolution",
-            "Inputs": [{"Name": "x", "DataType": read}],
-            "Outputs": [{"Name": "y", "DataType": put}],
-            "Weights": {"Type": weights, "Count": 9},
-        }
-        for read, weights, put in kinds
-    ]
-    return json.dumps({"Layers": layers})
-
-
-def test_an_engines_convolutions_are_int8_or_half():
-    plan = {"type": "int8", "operators": {"Conv": {"float16": 2}}}
-    found = attest_engine("s", inspected(("Int8", "Int8", "Float"), ("Half", "Half", "Half")), plan)
-    assert found is not None
-    with pytest.raises(BuildError, match="1 convolutions compute in float32; expected float16"):
-        attest_engine("s", inspected(("Int8", "Int8", "Int8"), ("Float", "Float", "Float")), plan)
-    with pytest.raises(BuildError, match="1 convolutions compute in int8; expected float16"):
-        attest_engine("s", inspected(("Int8", "Int8", "Half")), {"type": "fp16"})
-
-
-def save_pictures(folder, count):
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    for number in range(count):
-        Image.fromarray(random.integers(0, 255, (8, 8, 3), np.uint8)).save(folder / f"{number}.png")
-
-
-def test_calibration_images_are_drawn_by_seed_and_hashed(tiny, tmp_path):
-    preprocess = tiny.make_model().config.preprocess
-    save_pictures(tmp_path / "a", 12)
-    read = lambda limit, seed: read_calibration_images(tmp_path, preprocess, limit=limit, seed=seed, few=True)  # noqa: E731
-    assert np.array_equal(read(5, 0).frames, read(5, 0).frames)
-    assert read(5, 0).sha256 == read(5, 0).sha256
-    assert read(5, 0).sha256 != read(5, 1).sha256
-    assert len(read(0, 0).frames) == 12
-    # All of them are the same set in another order, and a smaller draw is the beginning of a larger one.
-    assert read(0, 0).sha256 == read(0, 1).sha256
-    assert not np.array_equal(read(0, 0).frames, read(0, 1).frames)
-    assert {frame.tobytes() for frame in read(0, 0).frames} == {frame.tobytes() for frame in read(0, 1).frames}
-    assert np.array_equal(read(0, 0).frames[:5], read(5, 0).frames)
-    before = read(0, 0).sha256
-    (tmp_path / "a/3.png").write_bytes((tmp_path / "a/4.png").read_bytes())
-    assert read(0, 0).sha256 != before
-
-
-def test_a_damaged_image_is_left_out_and_said(tiny, tmp_path):
-    save_pictures(tmp_path, 3)
-    (tmp_path / "1.png").write_bytes(b"no picture")
-    lines = []
-    preprocess = tiny.make_model().config.preprocess
-    found = read_calibration_images(tmp_path, preprocess, limit=0, seed=0, few=True, say=lines.append)
-    assert len(found.frames) == 2
-    assert len(lines) == 1
-    assert "1.png" in lines[0]
-
-
-def test_too_few_images_are_refused(tiny, tmp_path):
-    save_pictures(tmp_path / "few", MIN_IMAGES - 1)
-    preprocess = tiny.make_model().config.preprocess
-    with pytest.raises(InputError, match=r"few gave 99 images to calibrate on; expected at least 100"):
-        read_calibration_images(tmp_path / "few", preprocess, limit=0, seed=0)
-    save_pictures(tmp_path / "few", MIN_IMAGES)
-    assert len(read_calibration_images(tmp_path / "few", preprocess, limit=0, seed=0).frames) == MIN_IMAGES
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--int8"], "--int8 learns ranges from photographs and none were named: add --calib-data DIR"),
-        (["--calib-data", "{few}"], "--calib-data is for --int8, which was not asked for"),
-        (["--int8", "--calib-data", "{nowhere}"], "nowhere is nothing; expected a folder of images to calibrate on"),
-        (["--int8", "--calib-data", "{file}"], "1.png is a file; expected a folder of images to calibrate on"),
-        (["--int8", "--calib-data", "{empty}"], "empty"),
-        (["--int8", "--calib-data", "{few}"], "gave 3 images to calibrate on; expected at least 100"),
-        (["--int8", "--calib-data", "{damaged}", "--force-few-images"], "gave 0 images to calibrate on"),
-        (["--int8", "--calib-data", "{few}", "--max-drop", "nan"], "'--max-drop': 'nan' is no number; expected one in"),
-        (["--int8", "--calib-data", "{few}", "--min-box-iou", "nan"], "'--min-box-iou': 'nan' is no number; expected"),
-        (["--int8", "--calib-data", "{few}", "--min-box-iou", "1"], "'--min-box-iou': 1.0 is not in the range 0<=x<1"),
-    ],
-    ids=["no-data", "data-alone", "missing", "file", "empty", "few", "damaged", "nan-drop", "nan-iou", "iou"],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, arguments, message):
-    save_pictures(tmp_path / "few", 3)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged/1.png").write_bytes(b"no picture")
-    places = {name: str(tmp_path / name) for name in ("few", "empty", "damaged", "nowhere")}
-    places["file"] = str(tmp_path / "few/1.png")
-    out = tmp_path / "out"
-    out.mkdir()
-    arguments = [argument.format(**places) for argument in arguments]
-    found = CliRunner().invoke(main, ["--ckpt", str(checkpoint), "-o", str(out / "mge.plan"), *arguments])
-    assert found.exit_code == (2 if message.startswith(("--", "'--")) else 1)
-    last = found.output.strip().splitlines()[-1]
-    assert message in last
-    assert list(out.iterdir()) == []
 
 
 def test_a_stage_whose_box_moves_too_far_stays_in_half_and_says_so(tiny, photographs, tmp_path, monkeypatch):
