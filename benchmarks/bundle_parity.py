@@ -9,6 +9,7 @@ and a 1st percentile of at least 0.95. The median crop must keep at most 60 % of
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import numpy as np
@@ -47,9 +48,11 @@ def compare(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> list
 
 def main() -> int:
     """Compare two files; 1 where a limit is not met."""
-    if len(sys.argv) != 3:
-        raise SystemExit(__doc__)
-    with np.load(sys.argv[1]) as first, np.load(sys.argv[2]) as second:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help=".npz of the checkpoint's answers")
+    parser.add_argument("bundle", help=".npz of the bundle's")
+    arguments = parser.parse_args()
+    with np.load(arguments.checkpoint) as first, np.load(arguments.bundle) as second:
         if first["names"].tolist() != second["names"].tolist():
             raise SystemExit("the two files are not about the same images")
         print(f"{len(first['names'])} images")

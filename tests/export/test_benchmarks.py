@@ -1,6 +1,9 @@
-"""Benchmarks that hold a figure exit with 1 where it is not met."""
+"""Every benchmark says how it is called, and those that hold a figure exit with 1 where it is not met."""
 
+import ast
 import importlib.util
+import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -19,6 +22,29 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def arguments_of(script):
+    """What a script takes, as it is written in it: options with their dashes, arguments without."""
+    takes = {"option", "argument", "add_argument"}
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    first = [call.args[0] for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr in takes]
+    return [name.value.partition("/")[0] for name in first]
+
+
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda script: script.stem)
+def test_every_script_says_how_it_is_called(script, monkeypatch, capsys):
+    names = arguments_of(script)
+    assert names
+    monkeypatch.syspath_prepend(BENCHMARKS)  # they lean on each other
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in names:
+        shown = name if name.startswith("-") else f"({name}|{name.upper()})"
+        assert re.search(rf"^ *{shown}\b|[ \[]{shown}\b", out, re.MULTILINE), name
 
 
 @pytest.fixture
