@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mge_export.level import drop_expansions
 from mge_export.pooling import pool_maxima
+from mge_export.rows import gather_rows
 from mge_export.stages import Stage
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import BATCH, StageSpec, TensorSpec
@@ -68,6 +69,7 @@ def export_graph(stage: Stage) -> StageGraph:
     _strip(model)
     pool_maxima(model)
     drop_expansions(model)
+    gather_rows(model)
     _check_border(spec, model)
     weights = externalize(model, weights_name(spec.name))
     return StageGraph(spec, model, weights)
