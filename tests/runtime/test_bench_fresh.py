@@ -61,3 +61,16 @@ def test_a_temporary_folder_that_cannot_be_used_is_one_line(trunked, monkeypatch
     with pytest.raises(OutputError, match=r"^cannot use the temporary folder: No such file.*set TMPDIR") as error:
         fresh.measure_fresh(trunked, choice, 1, np.zeros((32, 32, 3), np.uint8), 0.0)
     assert "\n" not in str(error.value)
+
+
+def test_a_cache_of_its_own_has_the_users_engines_and_nothing_that_was_hashed(tmp_path, monkeypatch):
+    theirs, own = tmp_path / "theirs", tmp_path / "own"
+    monkeypatch.setenv("MGE_CACHE_DIR", str(theirs))
+    for folder in ("hashed", "engines"):
+        (theirs / folder).mkdir(parents=True)
+        (theirs / folder / "file").touch()
+    assert [kept.name for kept in fresh._cache(own, engines=True).iterdir()] == ["engines"]
+    assert (own / "engines" / "file").is_file()
+    assert list(fresh._cache(tmp_path / "plain", engines=False).iterdir()) == []
+    assert fresh._stamps(theirs).keys() == {"file"}
+    assert fresh._stamps(own) == {}
