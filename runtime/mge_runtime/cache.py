@@ -1,4 +1,4 @@
-"""Where mge keeps what can be made again: engines, measured kernels, which files were hashed."""
+"""Where mge keeps what can be made again: engines, measured kernels."""
 
 from __future__ import annotations
 

@@ -69,6 +69,13 @@ class Field:
             self.fail("the 64 hexadecimal digits of a SHA-256")
         return text
 
+    def crc32(self) -> str:
+        """8 hexadecimal digits."""
+        text = self.text()
+        if len(text) != 8 or not set(text) <= set("0123456789abcdef"):
+            self.fail("the 8 hexadecimal digits of a CRC-32")
+        return text
+
     def items(self) -> list[Field]:
         """The elements of a list."""
         if not isinstance(self._value, list):

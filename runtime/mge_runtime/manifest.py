@@ -14,7 +14,7 @@ from mge_runtime.fields import Field, JsonValue, parse_json
 from mge_runtime.spec import BATCH, Preprocess, SegmentSpec, StageSpec, TensorSpec, ViewSpec
 from mge_runtime.wiring import check_wiring
 
-__all__ = ["FRAME", "SCHEMA_VERSION", "Entry", "Manifest"]
+__all__ = ["FRAME", "SCHEMA_VERSION", "Entry", "Manifest", "read_entry"]
 
 SCHEMA_VERSION = 1
 FRAME = "frame"  # the chain's one input: uint8 RGB [B, S, S, 3]
@@ -43,6 +43,7 @@ class Entry:
 
     sha256: str  # 64 hexadecimal digits
     size: int  # bytes
+    crc32: str | None = None  # 8 hexadecimal digits, as the archive names it; None: written before it was kept here
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Manifest:
             parity=fields["parity"].optional(lambda f: {key: value.value for key, value in f.table().items()}),
             tools={name: value.text() for name, value in fields["tools"].table().items()},
             checkpoint_sha256=fields["checkpoint_sha256"].optional(Field.sha256),
-            entries={name: _entry(f) for name, f in fields["entries"].table().items()},
+            entries={name: read_entry(f) for name, f in fields["entries"].table().items()},
         )
         manifest.check()
         return manifest
@@ -196,6 +197,12 @@ def _view(f: Field) -> ViewSpec:
     )
 
 
-def _entry(f: Field) -> Entry:
-    fields = f.members(("sha256", "size"))
-    return Entry(sha256=fields["sha256"].sha256(), size=fields["size"].integer(0))
+def read_entry(f: Field) -> Entry:
+    """What a document says of one file; `crc32` may be missing.
+
+    Raises:
+        BundleError: a field is missing, unknown or of the wrong type.
+    """
+    crc = f.table().get("crc32")
+    fields = f.members(("sha256", "size") if crc is None else ("sha256", "size", "crc32"))
+    return Entry(fields["sha256"].sha256(), fields["size"].integer(), crc and crc.optional(Field.crc32))

@@ -10,7 +10,7 @@ from mge_runtime.spec import SegmentSpec, TensorSpec, ViewSpec
 
 @pytest.fixture
 def manifest(tiny):
-    return tiny.make_manifest(tiny.make_stages()).with_entries({"onnx/gate.onnx": Entry("0" * 64, 7)})
+    return tiny.make_manifest(tiny.make_stages()).with_entries({"onnx/gate.onnx": Entry("0" * 64, 7, "0" * 8)})
 
 
 def edited(manifest, path, value):
@@ -53,6 +53,7 @@ def test_equal_manifests_have_equal_bytes(manifest, tiny):
         (("preprocess", "mean", 0), "0.5", r"preprocess\.mean\[0\]"),
         (("views", 0, "box"), 3, r"views\[0\]\.box"),
         (("entries", "onnx/gate.onnx", "sha256"), "xyz", r"sha256"),
+        (("entries", "onnx/gate.onnx", "crc32"), "12345", r"crc32 is \"12345\"; expected the 8 hexadecimal digits"),
         (("entries", "onnx/gate.onnx", "size"), -1, r"entries\.onnx/gate\.onnx\.size"),
         (("tools",), [], "tools is "),
         (("gate",), KeyError, "gate"),

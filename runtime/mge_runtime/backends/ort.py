@@ -65,13 +65,13 @@ def session_options(ort: Any, bundle: Bundle) -> Any:
 
 @contextmanager
 def weights_checked(bundle: Bundle) -> Generator[None]:
-    """Open sessions inside this block: the weights are hashed in other threads meanwhile.
+    """Open sessions inside this block: the weights are held by their CRC-32 in other threads meanwhile.
 
     Raises:
         BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
     names = [stage_weights(stage.name) for stage in bundle.manifest.stages]
-    with bundle.verifying([name for name in names if name in bundle.sizes], again=False):
+    with bundle.verifying([name for name in names if name in bundle.sizes], quick=True):
         yield
     if not bundle.in_place():
         raise BundleError(f"{bundle.path} was replaced while it was being opened; open it again")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from mge_runtime.bundle.layout import CALIBRATION, engine_description
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import Field, JsonValue, parse_json
-from mge_runtime.manifest import Entry
+from mge_runtime.manifest import Entry, read_entry
 
 __all__ = ["Calibration", "EngineDescription"]
 
@@ -39,10 +39,7 @@ class EngineDescription:
         if fields["target"].text() != target:
             fields["target"].fail(f'"{target}", the folder it lies in')
         _check_hash(fields["manifest_sha256"], document, manifest_sha256, "build the engines again with mge-build")
-        plans: dict[str, Entry] = {}
-        for stage, field in fields["plans"].table().items():
-            values = field.members(("sha256", "size"))
-            plans[stage] = Entry(values["sha256"].sha256(), values["size"].integer())
+        plans = {stage: read_entry(field) for stage, field in fields["plans"].table().items()}
         details = {key: value.value for key, value in fields["details"].table().items()}
         return cls(manifest_sha256, target, plans, details)
 

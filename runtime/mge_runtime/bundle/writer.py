@@ -188,8 +188,8 @@ def _add_hashed(archive: ArchiveWriter, name: str, data: bytes | Path) -> Entry:
             digest.update(chunk)
             yield chunk
 
-    size = archive.add(name, chunks()).size
-    return Entry(digest.hexdigest(), size)
+    added = archive.add(name, chunks())
+    return Entry(digest.hexdigest(), added.size, f"{added.crc:08x}")
 
 
 def _chunks(data: bytes | Path) -> Iterator[bytes]:

@@ -1,0 +1,99 @@
+"""Opening holds the weights by the CRC-32 that the manifest names: no SHA-256 of half a gigabyte at each start."""
+
+import json
+import zipfile
+
+import pytest
+
+from mge_runtime import Pipeline
+from mge_runtime.bundle import Bundle
+from mge_runtime.bundle.archive import ArchiveWriter
+from mge_runtime.errors import BundleError
+
+WEIGHTS = "onnx/gate.weights"
+
+
+def rewrite(path, change):
+    """Write a bundle's entries anew, as a tool would that knows ZIP files and nothing of manifests."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    change(entries)
+    with path.open("w+b") as stream:
+        archive = ArchiveWriter(stream)
+        for name, data in entries.items():
+            archive.add(name, [data])
+        archive.finish()
+
+
+def flip(path, name):
+    with Bundle.open(path) as bundle:
+        offset = bundle.region(name).offset
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        (value,) = stream.read(1)
+        stream.seek(offset)
+        stream.write(bytes([value ^ 1]))
+
+
+def forget_crc(entries):
+    """Make the manifest one of a bundle from before it named them."""
+    manifest = json.loads(entries["manifest.json"])
+    for entry in manifest["entries"].values():
+        del entry["crc32"]
+    entries["manifest.json"] = json.dumps(manifest).encode()
+
+
+def refuse(*_):
+    raise AssertionError("it was hashed")
+
+
+def check(path):
+    with Bundle.open(path) as bundle, bundle.verifying([WEIGHTS], quick=True):
+        pass
+
+
+def test_what_the_manifest_names_is_that_of_the_archive(bundle_path):
+    with Bundle.open(bundle_path) as bundle, zipfile.ZipFile(bundle_path) as archive:
+        named = {name: entry.crc32 for name, entry in bundle.manifest.entries.items()}
+        assert named == {name: f"{archive.getinfo(name).CRC:08x}" for name in named}
+        assert WEIGHTS in named
+
+
+def test_opening_does_not_hash_the_weights_and_finds_one_flipped_bit(copy, monkeypatch):
+    verify = Bundle._verify
+
+    def graphs_alone(self, entry, write=None):
+        return refuse() if entry.name.endswith(".weights") else verify(self, entry, write)
+
+    monkeypatch.setattr(Bundle, "_verify", graphs_alone)
+    Pipeline.open(copy, "cpu").close()
+    flip(copy, WEIGHTS)
+    with pytest.raises(BundleError, match=r"onnx/gate\.weights do not match"):
+        Pipeline.open(copy, "cpu")
+
+
+def test_weights_of_another_model_are_refused_at_once(copy):
+    def swap(entries):
+        entries[WEIGHTS] = bytes(len(entries[WEIGHTS]))
+
+    rewrite(copy, swap)
+    with pytest.raises(BundleError, match=r"entry onnx/gate\.weights has [0-9a-f]{8} as CRC-32, manifest\.json says"):
+        Bundle.open(copy)
+
+
+def test_a_bundle_that_names_no_crc_is_hashed(copy, monkeypatch):
+    rewrite(copy, forget_crc)
+    check(copy)
+    flip(copy, WEIGHTS)
+    with pytest.raises(BundleError, match="do not match"):
+        check(copy)
+    monkeypatch.setattr(Bundle, "_verify", refuse)
+    with pytest.raises(AssertionError, match="it was hashed"):
+        check(copy)
+
+
+def test_all_else_still_hashes(copy, monkeypatch):
+    monkeypatch.setattr(Bundle, "_verify", refuse)
+    with Bundle.open(copy) as bundle, pytest.raises(AssertionError, match="it was hashed"):
+        bundle.verify()
+    check(copy)
