@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import median
 
 from mge_runtime.bench.arithmetic import Arithmetic
-from mge_runtime.bench.fresh import FIRST, LATER, PLAIN, Fresh
+from mge_runtime.bench.fresh import BUNDLE, PLAIN, Fresh
 from mge_runtime.bench.noise import Noise
 from mge_runtime.bench.results import BatchResult, Results
 from mge_runtime.bench.stats import FEWEST_FOR_P99, Ratio
@@ -111,19 +111,16 @@ def _noise(noise: Noise) -> Iterator[str]:
 
 def _fresh(found: Results, fresh: Fresh) -> Table:
     rows: list[list[str]] = []
-    for name, starts in ((FIRST, fresh.first), (LATER, fresh.later), (PLAIN, fresh.files)):
+    for name, starts in ((BUNDLE, fresh.bundle), (PLAIN, fresh.files)):
         if starts:
             seconds = [start.seconds for start in starts]
             peaks = [start.peak for start in starts if start.peak is not None]
             peak = format_bytes(max(peaks)) if peaks else "unknown"
             rows.append([name, f"{median(seconds):.3f}", f"{min(seconds):.3f}", peak, str(len(seconds))])
     notes: list[str] = []
-    for ratio, whole in (
-        (fresh.first_ratio, fresh.first_ratio_of_medians),
-        (fresh.later_ratio, fresh.later_ratio_of_medians),
-    ):
-        if ratio is not None and whole is not None:
-            notes.append(f"{ratio.name}: ratio of the medians {whole:.3f}; round by round: {_numbers(ratio)}")
+    ratio, whole = fresh.ratio, fresh.ratio_of_medians
+    if ratio is not None and whole is not None:
+        notes.append(f"{ratio.name}: ratio of the medians {whole:.3f}; round by round: {_numbers(ratio)}")
     notes += _noise(fresh.noise)
     weights = found.memory
     limit = 2 * weights.weights_fp32 + 300_000_000
@@ -131,10 +128,10 @@ def _fresh(found: Results, fresh: Fresh) -> Table:
         f"weights as FP32: {format_bytes(weights.weights_fp32)} (twice that and 300 MB: {format_bytes(limit)}); "
         f"stored: {format_bytes(weights.weights_stored)}"
     )
-    devices = [start.device for start in (*fresh.first, *fresh.later) if start.device is not None]
+    devices = [start.device for start in fresh.bundle if start.device is not None]
     if devices:
         notes.append(f"device memory in use, by all processes: {format_bytes(max(devices))}")
-    report = fresh.first[0].report or {}
+    report = fresh.bundle[0].report or {}
     notes += [f"device: {key} {value}" for key, value in report.items() if key.endswith("_bytes")]
     title = "A fresh process, from its start to the first answer (batch 1), s"
     return Table(title, ("", "median", "least", "peak memory", "rounds"), rows, notes)
