@@ -39,7 +39,13 @@ def gather_rows(model: onnx.ModelProto) -> int:
     constants = {tensor.name: tensor for tensor in graph.initializer}
 
     def constant(name: str) -> _Array | None:
-        return numpy_helper.to_array(constants[name]) if name in constants else None
+        """An initializer, or what transposing makes of one: the exporter computes that for small ones alone."""
+        if name in constants:
+            return numpy_helper.to_array(constants[name])
+        node = producers.get(name)
+        source = constant(node.input[0]) if node is not None and node.op_type == "Transpose" else None
+        order = next((list(one.ints) for one in node.attribute if one.name == "perm"), None) if node else None
+        return None if source is None else source.transpose(order)
 
     added: dict[str, list[onnx.NodeProto]] = {}  # name of a replaced node -> what comes in its place
     for product in graph.node:

@@ -15,7 +15,16 @@ CLASSES, CHANNELS = 4, 6
 
 
 def graph(
-    *, counted=None, keepdims=0, column=(1,), matrix=None, follow=(), reads_one_hot=False, reads_row=False, swap=False
+    *,
+    counted=None,
+    keepdims=0,
+    column=(1,),
+    matrix=None,
+    follow=(),
+    reads_one_hot=False,
+    reads_row=False,
+    swap=False,
+    transposed=0,
 ):
     """Scores [B, 4] -> first guess -> one-hot @ [4, 6] -> what follows; the one-hot or the row may be outputs too."""
     node = onnx.helper.make_node
@@ -42,7 +51,8 @@ def graph(
         node("Unsqueeze", ["guess", "column"], ["guesses"], name="guesses"),
         node("Equal", ["guesses", "counted"] if swap else ["counted", "guesses"], ["is"], name="is"),
         node("Cast", ["is"], ["one_hot"], name="one_hot", to=1),
-        node("MatMul", ["one_hot", "matrix"], ["row"], name="row"),
+        *(node("Transpose", ["matrix" * (n == 0) or f"t{n}"], [f"t{n + 1}"], name=f"t{n}") for n in range(transposed)),
+        node("MatMul", ["one_hot", f"t{transposed}" if transposed else "matrix"], ["row"], name="row"),
     ]
     last = "row"
     for number, step in enumerate(follow):
@@ -77,13 +87,26 @@ SCORES = np.random.default_rng(1).normal(0, 1, (7, CLASSES)).astype(np.float32)
         ({}, ["ArgMax", "Gather"]),
         ({"swap": True}, ["ArgMax", "Gather"]),
         ({"column": (-1,)}, ["ArgMax", "Gather"]),
+        ({"matrix": np.arange(24, dtype=np.float32).reshape(CHANNELS, CLASSES), "transposed": 1}, ["ArgMax", "Gather"]),
+        ({"transposed": 2}, ["ArgMax", "Gather"]),
         ({"follow": ("Unsqueeze", "Div", "Relu", "ReduceMean")}, ["ArgMax", "Gather"]),
         ({"follow": ("Relu", "Softmax", "Relu")}, ["ArgMax", "Gather", "Softmax", "Relu"]),
         ({"follow": ("DivEach", "Relu")}, ["ArgMax", "Gather", "Div", "Relu"]),
         ({"follow": ("Relu",), "reads_row": True}, ["ArgMax", "Gather", "Relu"]),
         ({"reads_one_hot": True}, ["ArgMax", "Unsqueeze", "Equal", "Cast", "Gather"]),
     ],
-    ids=["alone", "swapped", "counted from the end", "Grad-CAM's", "mixed", "by a vector", "row read", "one-hot read"],
+    ids=[
+        "alone",
+        "swapped",
+        "counted from the end",
+        "transposed",
+        "transposed twice",
+        "Grad-CAM's",
+        "mixed",
+        "by a vector",
+        "row read",
+        "one-hot read",
+    ],
 )
 def test_a_row_is_gathered_with_what_is_computed_from_it_alone(change, left):
     model = graph(**change)
