@@ -8,7 +8,7 @@ Categorization", ICCV 2019, and its published code.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -62,25 +62,31 @@ def normalized_maxima(cam: Tensor, size: int) -> Tensor:
 
     The map is upsampled to `size` x `size` pixels, bilinear with corners aligned (`F.interpolate`), but only the pixels
     that can be the largest or smallest of a row or column are computed: between two cells of the map a row is straight,
-    so its extremes are the first and the last pixel there.
+    so its extremes are the first and the last pixel there. Columns and rows are computed at once, the map and its
+    transpose side by side.
 
     Args:
-        cam: [B, h, w].
+        cam: [B, h, h].
         size: pixels, > 1.
 
     Returns:
-        [B, 2, size]: columns (along x), then rows (along y); all 0 where the map is flat.
+        [B, size, 2]: at each pixel, of the column there (x) and of the row there (y); all 0 where the map is flat.
+
+    Raises:
+        ValueError: the map is not square.
     """
-    height, width = cam.shape[1:]
-    across = _upsample(cam, 2, _Pixels.all(width, size))  # [B, h, size]
-    columns = _upsample(across, 1, _Pixels.extreme(height, size))  # [B, few, size]
-    few = across.index_select(2, cam.new_tensor(_Pixels.extreme(width, size).numbers, dtype=torch.int64))
-    rows = _upsample(few, 1, _Pixels.all(height, size))  # [B, size, few]
-    maxima = torch.stack((columns.amax(1), rows.amax(2)), 1)
-    low, high = rows.amin((1, 2))[:, None, None], maxima.amax((1, 2), keepdim=True)
+    _, cells, width = cam.shape
+    if cells != width:
+        raise ValueError(f"an attention map of {cells} x {width} cells; expected a square one")
+    both = torch.cat((cam, cam.transpose(1, 2)), 2)
+    few = _upsample(both, size, extremes=True)  # [B, few, 2h], across the axis that is kept
+    lines = few.unflatten(2, (2, cells)).permute(0, 3, 2, 1).flatten(2)  # [B, h, 2few]
+    pixels = _upsample(lines, size).unflatten(2, (2, -1))  # [B, size, 2, few]
+    maxima = pixels.amax(3)
+    low, high = pixels.amin((1, 2, 3), keepdim=True)[..., 0], maxima.amax((1, 2), keepdim=True)
     span = high - low
-    flat = span <= FLAT * torch.maximum(low.abs(), high.abs())
-    return torch.where(flat, 0, maxima - low) / torch.where(flat, 1, span)
+    flat = span <= FLAT * torch.maximum(high, -low)
+    return (maxima - low) / torch.where(flat, torch.inf, span)
 
 
 def extent_box(kept: Tensor) -> Tensor:
@@ -90,15 +96,15 @@ def extent_box(kept: Tensor) -> Tensor:
     width or height becomes the whole image.
 
     Args:
-        kept: bool [B, 2, S]: columns and rows that hold a kept pixel.
+        kept: bool [B, S, 2]: columns and rows that hold a kept pixel.
 
     Returns:
         [B, 4] float32: x0, y0, x1, y1 in pixels, whole numbers, half-open.
     """
-    size = kept.shape[-1]
-    index = torch.arange(size, device=kept.device, dtype=torch.float32)
-    first = torch.where(kept, index, float(size)).amin(2)
-    last = torch.where(kept, index, -1.0).amax(2)
+    size = kept.shape[1]
+    index = torch.arange(size, device=kept.device, dtype=torch.float32)[:, None]
+    first = torch.where(kept, index, float(size)).amin(1)
+    last = torch.where(kept, index, -1.0).amax(1)
     whole = torch.tensor((0.0, 0.0, size, size), device=kept.device)
     usable = (last - first).amin(1, keepdim=True) > 0
     return torch.where(usable, torch.cat((first, last), 1), whole)
@@ -122,8 +128,8 @@ def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
     """Cut a box out of each image and resize it, bilinear with corners aligned.
 
     Equals `F.interpolate(image[:, :, y0:y1, x0:x1], (size, size), mode="bilinear", align_corners=True)` image by image:
-    output pixel j takes its value at x0 + j (x1 - x0 - 1) / (size - 1). Bilinear weights are separable, so rows are
-    resampled first, then columns.
+    output pixel j takes its value at x0 + j (x1 - x0 - 1) / (size - 1). Bilinear weights are separable: columns are
+    resampled first, then rows, each time with the axis turned to the front, so that whole lines are copied.
 
     Args:
         image: [B, 3, H, W].
@@ -133,66 +139,56 @@ def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
     Returns:
         [B, 3, size, size]. No gradient reaches `box`.
     """
-    start, last = box[:, :2, None], box[:, 2:, None] - 1
-    steps = torch.arange(size, device=image.device, dtype=torch.float32)
+    height, width = image.shape[2:]
+    # One vector holds the columns, then the rows.
+    axis = torch.arange(2, device=image.device).repeat_interleave(size)
+    steps = torch.arange(size, device=image.device, dtype=torch.float32).repeat(2)
+    before_last = torch.tensor((width - 2.0, height - 2.0), device=image.device).repeat_interleave(size)
+    start, last = box.index_select(1, axis), box.index_select(1, axis + 2) - 1
     # Rounding may push the last position past the box by one ulp; the pixel there is not part of the crop.
-    position = torch.minimum(start + steps * ((last - start) / (size - 1)), last)  # [B, 2, size]
-    low = position.floor()
-    fraction = (position - low).to(image.dtype)
-    low, high = low.long(), torch.minimum(low + 1, last).long()
-    tall = _resample_rows(image, low[:, 1], high[:, 1], fraction[:, 1])
-    return _resample_rows(tall.transpose(2, 3), low[:, 0], high[:, 0], fraction[:, 0]).transpose(2, 3)
+    position = torch.minimum(start + steps * ((last - start) / (size - 1)), last)  # [B, 2 size]
+    low = torch.minimum(position.floor(), before_last)
+    columns, rows = (position - low).to(image.dtype)[:, :, None, None].split(size, 1)
+    first_columns, first_rows = low.long()[:, :, None].split(size, 1)
+    turned = _between(image.permute(0, 3, 1, 2), first_columns, columns)  # [B, size, 3, H]
+    return _between(turned.permute(0, 3, 1, 2), first_rows, rows).permute(0, 3, 1, 2)
 
 
-def _resample_rows(image: Tensor, low: Tensor, high: Tensor, fraction: Tensor) -> Tensor:
-    """Between rows `low` and `high` [B, S] of each image [B, C, H, W], `fraction` of the way: [B, C, S, W].
+def _between(lines: Tensor, low: Tensor, fraction: Tensor) -> Tensor:
+    """Between line `low` and the next of each image [B, L, a, b], `fraction` of the way: [B, S, a, b].
 
-    Whole rows are taken from all images at once: an index for each row, not for each value, and rows are copied.
+    `low` is [B, S, 1], `fraction` [B, S, 1, 1]; at the end of a box 0 of the next line is taken.
     """
-    batch, channels, height, width = image.shape
-    rows = image.reshape(-1, width)
-    first = height * torch.arange(batch * channels, device=image.device).view(-1, channels, 1)  # of each channel
 
     def take(index: Tensor) -> Tensor:
-        return rows.index_select(0, (first + index[:, None]).reshape(-1)).view(-1, channels, index.shape[1], width)
+        # The export knows this by its expanded index, and copies whole lines (`mge_export.lines`).
+        return lines.gather(1, index[..., None].expand(-1, -1, *lines.shape[2:]))
 
     below = take(low)
-    return below + (take(high) - below) * fraction[:, None, :, None]
+    return below + (take(low + 1) - below) * fraction
 
 
-@dataclass(frozen=True)
-class _Pixels:
-    """Pixels along one axis of an upsampled map, and the cells that they lie between."""
-
-    numbers: list[int]
-    low: list[int]  # cell
-    high: list[int]
-    fraction: list[float]  # of the way from low to high
-
-    @classmethod
-    def all(cls, cells: int, size: int) -> _Pixels:
-        """Every pixel, as `F.interpolate` with corners aligned places them."""
-        position = np.arange(size, dtype=np.float32) * (np.float32(cells - 1) / np.float32(size - 1))
-        low = np.minimum(position.astype(np.int64), cells - 1)
-        high = np.minimum(low + 1, cells - 1)
-        return cls(list(range(size)), low.tolist(), high.tolist(), (position - low).tolist())
-
-    @classmethod
-    def extreme(cls, cells: int, size: int) -> _Pixels:
-        """The first and the last pixel between each two cells."""
-        pixels = cls.all(cells, size)
-        ends = [n for n in range(size) if n in (0, size - 1) or pixels.low[n - 1] < pixels.low[n]]
-        chosen = sorted({*ends, *(n - 1 for n in ends if n > 0)})
-        pick = lambda values: [values[n] for n in chosen]  # noqa: E731
-        return cls(chosen, pick(pixels.low), pick(pixels.high), pick(pixels.fraction))
+def _upsample(maps: Tensor, size: int, *, extremes: bool = False) -> Tensor:
+    """Interpolate axis 1 of maps [B, h, n] at `size` pixels, or at the few that can be extreme: [B, pixels, n]."""
+    cells, weights = _taps(maps.shape[1], size, extremes)
+    taps = maps.index_select(1, maps.new_tensor(cells, dtype=torch.int64)) * maps.new_tensor(weights)[:, None]
+    return taps.unflatten(1, (2, -1)).sum(1)
 
 
-def _upsample(cam: Tensor, axis: int, pixels: _Pixels) -> Tensor:
-    """Interpolate one axis (1 or 2) of a map [B, h, w] at some pixels."""
-    low, high = (
-        cam.index_select(axis, cam.new_tensor(cells, dtype=torch.int64)) for cells in (pixels.low, pixels.high)
-    )
-    fraction = cam.new_tensor(pixels.fraction)
-    if axis == 1:
-        fraction = fraction[:, None]
-    return low * (1 - fraction) + high * fraction
+@cache
+def _taps(cells: int, size: int, extremes: bool) -> tuple[list[int], list[float]]:
+    """Cells below all pixels, then those above, and how much of each; placed as `F.interpolate` with corners aligned.
+
+    `extremes`: only the first and the last pixel between each two cells.
+    """
+    position = np.arange(size, dtype=np.float32) * (np.float32(cells - 1) / np.float32(size - 1))
+    low = np.minimum(position.astype(np.int64), cells - 1)
+    high = np.minimum(low + 1, cells - 1)
+    above = position - low
+    chosen = np.arange(size)
+    if extremes:
+        first = np.diff(low, prepend=-1) > 0  # pixel at or behind a cell
+        first[-1] = True
+        chosen = np.flatnonzero(first | np.append(first[1:], True))
+    taps = np.concatenate((low[chosen], high[chosen])), np.concatenate((1 - above[chosen], above[chosen]))
+    return taps[0].tolist(), taps[1].tolist()

@@ -109,8 +109,7 @@ class Expert(nn.Module):
 
     def answer(self, c5: Tensor, parts: Tensor) -> Tensor:
         """The concatenated head: both halves normalised to length 10, neither trained through: -> [B, C]."""
-        pooled = F.normalize(c5.detach().mean((2, 3)))
-        halves = (NORM_SCALE * pooled, NORM_SCALE * F.normalize(parts.detach()))
+        halves = (NORM_SCALE * _unit(c5.detach().mean((2, 3))), NORM_SCALE * _unit(parts.detach()))
         return self.concat_head(torch.cat(halves, 1))
 
 
@@ -193,6 +192,11 @@ def _feature_norms(config: MGEConfig, channels4: int, channels5: int) -> tuple[n
     if not config.normalize_features:
         return nn.Identity(), nn.Identity()
     return nn.BatchNorm2d(channels4), nn.Sequential(nn.BatchNorm2d(channels5), nn.ReLU())
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """`F.normalize` without its expansion of the norm, which would be an operator of its own in the exported graph."""
+    return vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

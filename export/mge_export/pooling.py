@@ -12,6 +12,8 @@ from collections import Counter
 import onnx
 from onnx import helper, numpy_helper
 
+from mge_export.surgery import replace_nodes
+
 __all__ = ["pool_maxima"]
 
 
@@ -54,12 +56,7 @@ def pool_maxima(model: onnx.ModelProto) -> int:
             added[node.name].append(moved)
             added[cast.name] = []
     if added:
-        nodes = [new for node in graph.node for new in added.get(node.name, [node])]
-        read = {name for node in nodes for name in node.input}
-        tensors = [tensor for tensor in graph.initializer if tensor.name in read]
-        for field, parts in (("node", nodes), ("initializer", tensors)):
-            graph.ClearField(field)
-            getattr(graph, field).extend(parts)
+        replace_nodes(graph, added)
     return replaced
 
 

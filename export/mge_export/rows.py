@@ -16,6 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from mge_export.surgery import replace_nodes
+
 __all__ = ["gather_rows"]
 
 _Array = NDArray[Any]
@@ -67,7 +69,7 @@ def gather_rows(model: onnx.ModelProto) -> int:
         added[product.name] = []
         added[last.name] = [gather]
     if added:
-        _replace(graph, added)
+        replace_nodes(graph, added)
     return sum(map(len, added.values()))
 
 
@@ -115,19 +117,3 @@ def _each_row(
         if keeps and all(axis > 0 and rows.shape[axis] == 1 for axis in axes):
             return rows  # the mean of one number
     return None
-
-
-def _replace(graph: onnx.GraphProto, added: dict[str, list[onnx.NodeProto]]) -> None:
-    """Put new nodes in place of old ones, and leave out what nobody reads any more."""
-    nodes = [new for node in graph.node for new in added.get(node.name, [node])]
-    outputs = {tensor.name for tensor in graph.output}
-    while True:
-        read = outputs | {name for node in nodes for name in node.input}
-        kept = [node for node in nodes if read & set(node.output)]
-        if len(kept) == len(nodes):
-            break
-        nodes = kept
-    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
-    for field, parts in (("node", nodes), ("initializer", tensors)):
-        graph.ClearField(field)
-        getattr(graph, field).extend(parts)

@@ -11,7 +11,7 @@ from mge.model import GlobalHead
 
 def boxes_of(mask):
     kept = torch.as_tensor(mask) > 0
-    return extent_box(torch.stack((kept.any(1), kept.any(2)), 1)).tolist()
+    return extent_box(torch.stack((kept.any(1), kept.any(2)), 2)).tolist()
 
 
 def test_a_box_ends_before_the_last_kept_pixel():
@@ -51,13 +51,18 @@ def upsampled(cam, size):
     return (full - low) / (high - low)
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(14, 14, 448), (5, 7, 40), (4, 4, 10), (7, 3, 9), (1, 4, 8)])
-def test_maxima_are_those_of_the_whole_upsampled_map(height, width, size):
-    cam = torch.randn(50, height, width, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("cells", "size"), [(14, 448), (7, 40), (4, 10), (7, 9), (2, 8), (9, 6)])
+def test_maxima_are_those_of_the_whole_upsampled_map(cells, size):
+    cam = torch.randn(50, cells, cells, generator=torch.Generator().manual_seed(0))
     full = upsampled(cam, size)
     found = normalized_maxima(cam, size)
-    torch.testing.assert_close(found, torch.stack((full.amax(1), full.amax(2)), 1), atol=2e-6, rtol=0)
+    torch.testing.assert_close(found, torch.stack((full.amax(1), full.amax(2)), 2), atol=2e-6, rtol=0)
     assert (found.amax((1, 2)) == 1).all()
+
+
+def test_a_map_that_is_not_square_is_refused():
+    with pytest.raises(ValueError, match="4 x 5 cells; expected a square one"):
+        attention_box(torch.zeros(1, 4, 5), 32, 0.2)
 
 
 def test_maxima_fill_zero_to_one_and_are_zero_where_flat():
@@ -65,12 +70,12 @@ def test_maxima_fill_zero_to_one_and_are_zero_where_flat():
     scaled = normalized_maxima(maps, 9)
     assert scaled[0].max() == 1
     assert 0 < scaled[0].min() < 1
-    assert torch.equal(scaled[1], torch.zeros(2, 9))
+    assert torch.equal(scaled[1], torch.zeros(9, 2))
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
 def test_attention_box_equals_search_over_pixels(threshold):
-    cam = torch.randn(6, 5, 7, generator=torch.Generator().manual_seed(0))
+    cam = torch.randn(6, 7, 7, generator=torch.Generator().manual_seed(0))
     for scaled, box in zip(upsampled(cam, 40).numpy(), attention_box(cam, 40, threshold).tolist(), strict=True):
         rows, columns = np.nonzero(scaled >= np.float32(threshold))
         assert box == [columns.min(), rows.min(), columns.max(), rows.max()]

@@ -214,7 +214,7 @@ def photographs(size):
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.8, 0.999])
 def test_boxes_by_hand(reference, threshold):
     generator = torch.Generator().manual_seed(0)
-    cams = torch.randn(40, 5, 4, generator=generator).exp()
+    cams = torch.randn(40, 5, 5, generator=generator).exp()
     cams[::3] -= 2  # maps of either sign
     cams[0], cams[1] = 0.0, 3.5  # flat
     cams[2], cams[2, 1, 2] = 0.0, 1.0  # one peak
@@ -238,7 +238,7 @@ def test_flat_map_and_lone_pixels_are_the_whole_image():
     whole = [0, 0, size, size]
     expected = [whole, whole, whole, [200, 100, 201, 101], [0, 0, size - 1, size - 1]]
     kept = kept > 0
-    assert extent_box(torch.stack((kept.any(1), kept.any(2)), 1)).tolist() == expected
+    assert extent_box(torch.stack((kept.any(1), kept.any(2)), 2)).tolist() == expected
 
 
 def test_crops_by_hand(reference):
