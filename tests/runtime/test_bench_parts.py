@@ -133,11 +133,18 @@ def test_pytorch_gets_the_chains_threads_and_the_report_says_how_many_it_used(tr
 
 def test_pictures_in_a_row_are_answered_both_ways(trunked, inputs):
     with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
-        found = measure_pipelined(pipeline, inputs, 2, 9, chain_ms=1.0, seconds=1.0)
-    assert (found.images, found.distinct, len(found.frames_s)) == (9, 7, 3)
-    assert found.ratio.median == pytest.approx(
-        sorted(a / b for a, b in zip(found.files_s, found.frames_s, strict=True))[1]
-    )
+        few, many, one = (
+            measure_pipelined(pipeline, inputs, 2, images, chain_ms=1.0, seconds=1.0) for images in (10, 321, 1)
+        )
+        open_ended = measure_pipelined(pipeline, inputs, 2, None, chain_ms=1.0, seconds=0.03)
+    assert (few.images, few.distinct, few.round_images) == (10, 7, (3, 3, 4))
+    assert (many.images, sum(many.round_images), max(many.round_images)) == (321, 321, 46)
+    assert len(many.files_s) == len(many.frames_s) == 7
+    assert one.round_images == (1,)
+    assert open_ended.round_images == (10, 10, 10), "5 runs of 2 take 5 ms, three rounds both ways 30"
+    assert few.ratio.median == pytest.approx(sorted(a / b for a, b in zip(few.files_s, few.frames_s, strict=True))[1])
+    assert few.total_ratio == pytest.approx(sum(few.files_s) / sum(few.frames_s))
+    assert few.image_ms(few.files_s)[2] == pytest.approx(1e3 * few.files_s[2] / 4)
 
 
 def test_energy_is_read_from_every_package_and_each_counter_wraps_by_itself(tmp_path):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
+from math import ceil
 from typing import TYPE_CHECKING
 
 from mge_runtime.bench.noise import Noise, Watch
@@ -19,16 +20,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipelined", "measure_pipelined"]
 
-_ROUNDS = 3
-_LEAST, _MOST = 4, 200  # runs of the chain in a round
+_ROUNDS = 3  # at least
+_BLOCK = 50  # images in a round at most: what disturbs the machine for a while then meets both ways
+_LEAST, _MOST = 4, 200  # runs of the chain in a round, where their number is left open
 
 
 @dataclass(frozen=True)
 class Pipelined:
-    """Rounds of both ways, in the same process on the same sessions."""
+    """Rounds of both ways, each over pictures of its own, in the same process on the same sessions."""
 
-    images: int  # in each round
+    images: int  # of all rounds, each answered both ways
     distinct: int  # pictures behind them
+    round_images: tuple[int, ...]
     files_s: tuple[float, ...]  # seconds of each round, picture files to predictions
     frames_s: tuple[float, ...]  # the chain alone
     noise: Noise
@@ -37,6 +40,15 @@ class Pipelined:
     def ratio(self) -> Ratio:
         """What decoding costs although it is hidden, round by round."""
         return Ratio.of("JPEG to answer, pipelined / compute alone", self.files_s, self.frames_s)
+
+    @property
+    def total_ratio(self) -> float:
+        """The same over all images together."""
+        return sum(self.files_s) / sum(self.frames_s)
+
+    def image_ms(self, seconds: Sequence[float]) -> list[float]:
+        """Milliseconds an image of each round."""
+        return [1e3 * s / count for s, count in zip(seconds, self.round_images, strict=True)]
 
 
 def measure_pipelined(
@@ -55,7 +67,7 @@ def measure_pipelined(
         pipeline: opened with one stream, warm.
         inputs: the pictures, taken again from the start where there are too few.
         batch: pictures in one run of the chain.
-        images: in each round; None: as many as fit.
+        images: altogether; None: as many as fit.
         chain_ms: of one run of the chain, to tell what fits.
         seconds: to spend.
         say: is told how far it is.
@@ -64,26 +76,31 @@ def measure_pipelined(
         InputError: a picture cannot be read any more.
     """
     runs = min(_MOST, max(_LEAST, int(seconds * 1e3 / (2 * _ROUNDS * chain_ms))))
-    count = runs * batch if images is None else images
+    count = _ROUNDS * runs * batch if images is None else images
+    rounds = max(min(_ROUNDS, count), ceil(count / max(_BLOCK, batch)) if images is not None else 0)
     numbers = list(islice(cycle(range(len(inputs.files))), count))
+    ends = [count * (number + 1) // rounds for number in range(rounds)]
+    blocks = [numbers[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
-    def from_files() -> None:
+    def from_files(numbers: Sequence[int]) -> None:
         for _, answer in pipeline.predict_iter((inputs.files[n] for n in numbers), batch=batch):
             if isinstance(answer, InputError):
                 raise answer
 
-    def from_frames() -> None:
-        for first in range(0, count, batch):
+    def from_frames(numbers: Sequence[int]) -> None:
+        for first in range(0, len(numbers), batch):
             pipeline.run(inputs.frames[numbers[first : first + batch]])
 
     ways = {"files": from_files, "frames": from_frames}
     taken: dict[str, list[float]] = {way: [] for way in ways}
     watch, orders = Watch(), shuffled(list(ways), apart=False)
-    for number in range(_ROUNDS):
+    for number, block in enumerate(blocks, 1):
         for way in next(orders):
             start = time.perf_counter()
-            ways[way]()
+            ways[way](block)
             taken[way].append(time.perf_counter() - start)
-        say(f"round {number + 1} of {_ROUNDS}")
-    noise = watch.stop("compute alone", [s * 1e3 for s in taken["frames"]])
-    return Pipelined(count, min(count, len(inputs.files)), tuple(taken["files"]), tuple(taken["frames"]), noise)
+        say(f"round {number} of {rounds}")
+    sizes = tuple(map(len, blocks))
+    noise = watch.stop("compute alone", [1e3 * s / size for s, size in zip(taken["frames"], sizes, strict=True)])
+    distinct = min(count, len(inputs.files))
+    return Pipelined(count, distinct, sizes, tuple(taken["files"]), tuple(taken["frames"]), noise)

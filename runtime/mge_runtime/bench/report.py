@@ -35,7 +35,7 @@ class BenchReport:
         """All of it, for scripts; see docs/performance.md for what each name means."""
         values: dict[str, Any] = asdict(self.results)
         if (pipelined := self.results.pipelined) is not None:
-            values["pipelined"]["ratio"] = asdict(pipelined.ratio)
+            values["pipelined"] |= {"ratio": asdict(pipelined.ratio), "total_ratio": pipelined.total_ratio}
         if (fresh := self.results.fresh) is not None:
             values["fresh"] |= fresh.summary()
         if (energy := self.results.energy) is not None:

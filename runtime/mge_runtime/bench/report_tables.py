@@ -24,13 +24,15 @@ def report_tables(found: Results) -> Iterator[Table]:
     for batch in found.batches:
         yield from _batch(batch)
     if (pipelined := found.pipelined) is not None:
-        count = pipelined.images
-        rows = [
-            [name, f"{min(s) / count * 1e3:.2f}", f"{median(s) / count * 1e3:.2f}", str(len(s))]
-            for name, s in (("JPEG to answer", pipelined.files_s), ("compute alone", pipelined.frames_s))
+        ways = (("JPEG to answer", pipelined.files_s), ("compute alone", pipelined.frames_s))
+        times = {name: pipelined.image_ms(seconds) for name, seconds in ways}
+        rows = [[name, f"{min(ms):.2f}", f"{median(ms):.2f}", str(len(ms))] for name, ms in times.items()]
+        notes = [
+            _line(pipelined.ratio),
+            f"{pipelined.images} images each way, {pipelined.distinct} of them distinct, over all of them "
+            f"{pipelined.total_ratio:.3f}; one stream",
+            *_noise(pipelined.noise),
         ]
-        notes = [_line(pipelined.ratio), f"{count} images a round, {pipelined.distinct} of them distinct; one stream"]
-        notes += _noise(pipelined.noise)
         title = "Many images, the next ones decoded meanwhile, ms an image"
         yield Table(title, ("", "least", "median", "rounds"), rows, notes)
     if found.fresh is not None:

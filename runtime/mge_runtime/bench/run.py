@@ -51,7 +51,7 @@ class Request:
     threads: int | None = None
     iterations: int | None = None  # of each contender; None: as many as fit
     warmup: int | None = None  # runs before; None: until steady
-    images: int | None = None  # of each pipelined round; None: as many as fit
+    images: int | None = None  # of the pipelined rounds together; None: as many as fit
     ckpt: Path | None = None  # for PyTorch's contenders
     quick: bool = False  # a fifth of the time
 

@@ -54,7 +54,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--images",
     "image_count",
     type=click.IntRange(min=1),
-    help="Images in each round of pictures to answers.  [default: as many as fit 20 s]",
+    help="Images of the rounds of pictures to answers.  [default: as many as fit 20 s]",
 )
 @click.option(
     "--ckpt",
