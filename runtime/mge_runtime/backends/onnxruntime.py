@@ -53,7 +53,7 @@ class OnnxRuntimeBackend(StagedBackend):
         self.streams = min(self.threads, _MOST_STREAMS) if streams == "auto" else streams
 
     def open_stages(self, bundle: Bundle) -> dict[str, StageRunner]:
-        """Open a session for each stage; the weights are hashed in another thread meanwhile.
+        """Open a session for each stage; the weights are checked in another thread meanwhile.
 
         Raises:
             BundleError: an entry is damaged, or the file was replaced meanwhile.

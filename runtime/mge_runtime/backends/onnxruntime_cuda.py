@@ -43,7 +43,7 @@ class OnnxRuntimeCudaBackend(Backend):
         self._graphs = graphs
 
     def open_chain(self, bundle: Bundle) -> Executor:
-        """Open a session for each segment; the weights are hashed in other threads meanwhile.
+        """Open a session for each segment; the weights are checked in other threads meanwhile.
 
         Raises:
             BundleError: an entry is damaged, or the file was replaced meanwhile.
