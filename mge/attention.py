@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["attention_box", "class_gradient", "crop_resize", "extent_box", "grad_cam", "normalized_maxima"]
@@ -114,12 +115,15 @@ def attention_box(cam: Tensor, size: int, threshold: float) -> Tensor:
     """Box around everything that an attention map holds above a share of its range.
 
     Args:
-        cam: [B, h, w].
+        cam: [B, h, h].
         size: pixels, the side of the image that the map looks at.
         threshold: in [0, 1); a pixel is kept where the normalised map is at least this.
 
     Returns:
         [B, 4] float32, see `extent_box`; the whole image where the map is flat.
+
+    Raises:
+        ValueError: the map is not square.
     """
     return extent_box(normalized_maxima(cam, size) >= threshold)
 
@@ -132,7 +136,7 @@ def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
     resampled first, then rows, each time with the axis turned to the front, so that whole lines are copied.
 
     Args:
-        image: [B, 3, H, W].
+        image: [B, 3, H, W], H and W > 1.
         box: [B, 4] float32: x0, y0, x1, y1 in pixels, whole numbers, half-open, not empty.
         size: pixels, > 1.
 
@@ -148,24 +152,24 @@ def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
     # Rounding may push the last position past the box by one ulp; the pixel there is not part of the crop.
     position = torch.minimum(start + steps * ((last - start) / (size - 1)), last)  # [B, 2 size]
     low = torch.minimum(position.floor(), before_last)
-    columns, rows = (position - low).to(image.dtype)[:, :, None, None].split(size, 1)
-    first_columns, first_rows = low.long()[:, :, None].split(size, 1)
+    columns, rows = (position - low).to(image.dtype)[:, :, None].split(size, 1)
+    # Lines of all images lie in one table, those of each behind those of the one before.
+    lines = torch.tensor((width, height), device=image.device).repeat_interleave(size)
+    number = low.long() + torch.arange(image.shape[0], device=image.device)[:, None] * lines
+    first_columns, first_rows = number.split(size, 1)
     turned = _between(image.permute(0, 3, 1, 2), first_columns, columns)  # [B, size, 3, H]
     return _between(turned.permute(0, 3, 1, 2), first_rows, rows).permute(0, 3, 1, 2)
 
 
 def _between(lines: Tensor, low: Tensor, fraction: Tensor) -> Tensor:
-    """Between line `low` and the next of each image [B, L, a, b], `fraction` of the way: [B, S, a, b].
+    """Between some lines of all images [B, L, a, b] and the next ones, `fraction` of the way: [B, S, a, b].
 
-    `low` is [B, S, 1], `fraction` [B, S, 1, 1]; at the end of a box 0 of the next line is taken.
+    `low` [B, S] numbers the lines of all images, `fraction` is [B, S, 1]; at the end of a box 0 of the next is taken.
+    A line is copied whole, by one index: as a Gather along the first axis, which every runtime has and can capture.
     """
-
-    def take(index: Tensor) -> Tensor:
-        # The export knows this by its expanded index, and copies whole lines (`mge_export.lines`).
-        return lines.gather(1, index[..., None].expand(-1, -1, *lines.shape[2:]))
-
-    below = take(low)
-    return below + (take(low + 1) - below) * fraction
+    table = lines.reshape(-1, lines.shape[2] * lines.shape[3])
+    below = F.embedding(low, table)
+    return (below + (F.embedding(low + 1, table) - below) * fraction).unflatten(2, lines.shape[2:])
 
 
 def _upsample(maps: Tensor, size: int, *, extremes: bool = False) -> Tensor:

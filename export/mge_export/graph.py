@@ -12,7 +12,6 @@ from onnx.external_data_helper import set_external_data
 from torch import Tensor
 
 from mge_export.level import drop_expansions
-from mge_export.lines import gather_lines
 from mge_export.pooling import pool_maxima
 from mge_export.rows import gather_rows
 from mge_export.stages import Stage
@@ -71,7 +70,6 @@ def export_graph(stage: Stage) -> StageGraph:
     pool_maxima(model)
     drop_expansions(model)
     gather_rows(model)
-    gather_lines(model)
     _check_border(spec, model)
     weights = externalize(model, weights_name(spec.name))
     return StageGraph(spec, model, weights)

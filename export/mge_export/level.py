@@ -11,6 +11,8 @@ from collections import Counter
 import onnx
 from onnx import numpy_helper, shape_inference
 
+from mge_export.surgery import replace_nodes
+
 __all__ = ["drop_expansions"]
 
 _EACH_BY_ITSELF = frozenset({"Cast", "Div", "Mul", "Relu"})  # on a map and a scalar
@@ -32,7 +34,8 @@ def drop_expansions(model: onnx.ModelProto) -> int:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     inferred = shape_inference.infer_shapes(model).graph
     shapes = {
-        value.name: [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        # An axis of which nothing is known equals no other.
+        value.name: [axis.dim_param or axis.dim_value or object() for axis in value.type.tensor_type.shape.dim]
         for value in (*inferred.value_info, *graph.input)
     }
 
@@ -66,9 +69,7 @@ def drop_expansions(model: onnx.ModelProto) -> int:
         if len(small) == len(large) == 4 and small[2:] == [1, 1] and small[1] == large[1]:
             dropped[node.output[0]] = node.input[0]
     if dropped:
-        nodes = [node for node in graph.node if not dropped.keys() & set(node.output)]
-        for node in nodes:
+        for node in graph.node:
             node.input[:] = [dropped.get(name, name) for name in node.input]
-        graph.ClearField("node")
-        graph.node.extend(nodes)
+        replace_nodes(graph, {})
     return len(dropped)

@@ -2,7 +2,8 @@
 
 `mge.attention.class_gradient` picks the class of the highest score by a product: the backward of a gather would be
 a ScatterElements. In the forward graph the product reads the whole matrix for one row of it. What is computed from that
-row alone, as the division and the ReLU before Grad-CAM's average, is computed once for all rows instead.
+row alone, as the division and the ReLU before Grad-CAM's average, is computed once for all rows instead. The table is a
+second copy of the head's matrix: 1.6 MB for 200 classes of 2048 channels.
 """
 
 from __future__ import annotations

@@ -205,4 +205,6 @@ def read_entry(f: Field) -> Entry:
     """
     crc = f.table().get("crc32")
     fields = f.members(("sha256", "size") if crc is None else ("sha256", "size", "crc32"))
-    return Entry(fields["sha256"].sha256(), fields["size"].integer(), crc and crc.optional(Field.crc32))
+    return Entry(
+        fields["sha256"].sha256(), fields["size"].integer(), None if crc is None else crc.optional(Field.crc32)
+    )

@@ -109,9 +109,9 @@ def test_the_precision_plan_is_read_from_the_graphs(exported):
         convolutions = sum(node.op_type == "Conv" for node in exported.graphs[name].graph.node)
         assert plan["Conv"] == {wanted: convolutions}
         assert plan["Gemm"] == {"float32": 2}
-    copied = plans["expert_1"]["operators"]
-    assert copied["GatherND"] == {"float32": 4}, "the lines of the crop"
-    assert set(copied["Gather"]) == {"float32"}
+    gathers = plans["expert_1"]["operators"]["Gather"]  # four make the crop, the others upsample the map
+    assert set(gathers) == {"float32"}
+    assert gathers["float32"] > 4
     assert plans["gate"]["operators"]["Softmax"] == {"float32": 1}
     assert plans["expert_1"]["type"] == exported.precision.value
     assert "float16" not in str(plans["mixture"])

@@ -12,7 +12,7 @@ from mge_export.precision import Precision
 from mge_export.stages import build_stages
 
 
-def graph(*, relu=True, reads_map=False, axes=(2, 3), cell=(2, 3), rest=(5, 3, 4), batch=None):
+def graph(*, relu=True, reads_map=False, axes=(2, 3), cell=(2, 3), rest=(5, 3, 4), batch=None, axis="batch"):
     """Vector [B, 5] -> one cell -> map [B, 5, 3, 4] -> / 12 -> ReLU -> mean; the map may be an output itself."""
     node = onnx.helper.make_node
     constants = {
@@ -35,7 +35,7 @@ def graph(*, relu=True, reads_map=False, axes=(2, 3), cell=(2, 3), rest=(5, 3, 4
     outputs = [onnx.helper.make_tensor_value_info("y", 1, None)]
     if reads_map:
         outputs.append(onnx.helper.make_tensor_value_info("level", 1, None))
-    inputs = [onnx.helper.make_tensor_value_info("x", 1, ["batch", 5])]
+    inputs = [onnx.helper.make_tensor_value_info("x", 1, [axis, 5])]
     tensors = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
     made = onnx.helper.make_graph(nodes, "g", inputs, outputs, tensors)
     return onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
@@ -60,8 +60,14 @@ def test_the_mean_of_a_level_map_is_its_one_value(relu):
 
 @pytest.mark.parametrize(
     "change",
-    [{"reads_map": True}, {"axes": (2,)}, {"batch": 4}, {"cell": (1, 3), "rest": (5, 5, 4)}],
-    ids=["read by others", "averaged along one axis", "expanded along the batch", "not level"],
+    [{"reads_map": True}, {"axes": (2,)}, {"batch": 4}, {"cell": (1, 3), "rest": (5, 5, 4)}, {"axis": None}],
+    ids=[
+        "read by others",
+        "averaged along one axis",
+        "expanded along the batch",
+        "not level",
+        "of a batch without a name",
+    ],
 )
 def test_other_maps_stay(change):
     model = graph(**change)

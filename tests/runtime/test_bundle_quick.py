@@ -92,8 +92,10 @@ def test_a_bundle_that_names_no_crc_is_hashed(copy, monkeypatch):
         check(copy)
 
 
-def test_all_else_still_hashes(copy, monkeypatch):
+def test_all_else_still_hashes(copy, tmp_path, monkeypatch):
     monkeypatch.setattr(Bundle, "_verify", refuse)
-    with Bundle.open(copy) as bundle, pytest.raises(AssertionError, match="it was hashed"):
-        bundle.verify()
+    with Bundle.open(copy) as bundle:
+        for use in (bundle.verify, lambda: bundle.read(WEIGHTS), lambda: bundle.extract(tmp_path / "out")):
+            with pytest.raises(AssertionError, match="it was hashed"):
+                use()
     check(copy)

@@ -129,7 +129,7 @@ class Backend(ABC):
 
     @abstractmethod
     def open_chain(self, bundle: Bundle) -> Executor:
-        """Open every stage; each entry that is used is checked against its hash before this returns.
+        """Open every stage; each entry that is used is checked before this returns.
 
         Raises:
             BundleError: an entry is damaged.

@@ -42,7 +42,7 @@ def open_segments(
 
     Args:
         ort: the module `onnxruntime`.
-        bundle: where graphs and weights lie; whoever calls checks the weights' hashes.
+        bundle: where graphs and weights lie; whoever calls checks the weights.
         device: where the segments run and their tensors lie.
         stream: what they run on.
         graphs: whether ONNX Runtime may capture CUDA graphs.

@@ -36,7 +36,7 @@ class StagedBackend(Backend):
 
     @abstractmethod
     def open_stages(self, bundle: Bundle) -> dict[str, StageRunner]:
-        """Open every stage, by name; each entry that is used is checked against its hash before this returns.
+        """Open every stage, by name; each entry that is used is checked before this returns.
 
         Raises:
             BundleError: an entry is damaged.

@@ -109,8 +109,7 @@ def open_yardstick(path: Path, choice: Choice, threads: int | None, seconds: flo
             trunks = _work(parts)
     except BackendError:  # which the rounds report
         trunks = None
-    int8 = any(plan.get("type") == "int8" for plan in manifest.precision.values())
-    return Yardstick(open_rates(choice, manifest, threads, seconds), chain, trunks, int8)
+    return Yardstick(open_rates(choice, manifest, threads, seconds), chain, trunks, manifest.is_int8)
 
 
 def measured_arithmetic(

@@ -110,7 +110,7 @@ class DeviceOperator(Stepped):
             taken.append(end.ms_since(start) / self.repeats)
         self.steps_ms = {ONCE: median(taken)}
 
-    def fill(self, seconds: float) -> None:
+    def repeat_for(self, seconds: float) -> None:
         """Execute it so often that a run takes as long as this, or a little more."""
         self.run()
         wanted = seconds * 1e3 / _GROUPS / max(self.steps_ms[ONCE], 1e-6)

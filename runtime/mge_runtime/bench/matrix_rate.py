@@ -90,7 +90,7 @@ def open_rates(choice: Choice, manifest: Manifest, threads: int | None, seconds:
 
     def milliseconds(size: int) -> float:
         with closing(product(size)) as operator:
-            operator.fill(_RUN_SECONDS / 4)
+            operator.repeat_for(_RUN_SECONDS / 4)
             operator.run()
             return operator.steps_ms[ONCE]
 
@@ -100,8 +100,8 @@ def open_rates(choice: Choice, manifest: Manifest, threads: int | None, seconds:
         matrix = stack.enter_context(closing(product(size)))
         shape = (_STREAMED // itemsize,)
         memory = stack.enter_context(closing(DeviceOperator(ort, device, "Relu", 1, dtype, shape, count)))
-        matrix.fill(_RUN_SECONDS)
-        memory.fill(_RUN_SECONDS)
+        matrix.repeat_for(_RUN_SECONDS)
+        memory.repeat_for(_RUN_SECONDS)
         stack.pop_all()
     return Rates(matrix, memory, dtype, size)
 

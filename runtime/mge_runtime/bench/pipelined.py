@@ -77,7 +77,7 @@ def measure_pipelined(
     """
     runs = min(_MOST, max(_LEAST, int(seconds * 1e3 / (2 * _ROUNDS * chain_ms))))
     count = _ROUNDS * runs * batch if images is None else images
-    rounds = max(min(_ROUNDS, count), ceil(count / max(_BLOCK, batch)) if images is not None else 0)
+    rounds = max(min(_ROUNDS, count), ceil(count / max(_BLOCK, batch)))
     numbers = list(islice(cycle(range(len(inputs.files))), count))
     ends = [count * (number + 1) // rounds for number in range(rounds)]
     blocks = [numbers[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -29,8 +29,8 @@ def report_tables(found: Results) -> Iterator[Table]:
         rows = [[name, f"{min(ms):.2f}", f"{median(ms):.2f}", str(len(ms))] for name, ms in times.items()]
         notes = [
             _line(pipelined.ratio),
-            f"{pipelined.images} images each way, {pipelined.distinct} of them distinct, over all of them "
-            f"{pipelined.total_ratio:.3f}; one stream",
+            f"{pipelined.images} images each way, {pipelined.distinct} of them distinct; ratio over all "
+            f"together {pipelined.total_ratio:.3f}; one stream",
             *_noise(pipelined.noise),
         ]
         title = "Many images, the next ones decoded meanwhile, ms an image"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mge_runtime.bundle.wire import WireError, fields, varint
@@ -41,12 +42,10 @@ def graph_fields(model: bytes) -> list[tuple[int, memoryview]]:
     Raises:
         BundleError: the bytes are no ONNX model.
     """
-    try:
+    with _reading():
         for number, _, value in fields(memoryview(model)):
             if number == _GRAPH:
                 return [(part, content) for part, _, content in fields(value)]
-    except WireError as error:
-        raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
     raise BundleError("a stage's graph is no ONNX model (it has no graph); expected one that mge-export wrote")
 
 
@@ -56,29 +55,45 @@ def graph_nodes(parts: Sequence[tuple[int, memoryview]]) -> list[Node]:
     Raises:
         BundleError: one cannot be read, or holds a graph of its own.
     """
-    try:
+    with _reading():
         return [_node(value) for number, value in parts if number == NODE]
-    except (WireError, UnicodeDecodeError) as error:
-        raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
 
 
 def member_name(message: memoryview, number: int) -> str:
-    """A message's text of a field; empty where it has none."""
-    return bytes(next((value for field, _, value in fields(message) if field == number), b"")).decode()
+    """A message's text of a field; empty where it has none.
+
+    Raises:
+        BundleError: it cannot be read.
+    """
+    with _reading():
+        return bytes(next((value for field, _, value in fields(message) if field == number), b"")).decode()
 
 
 def tensor_dims(tensor: memoryview) -> list[int]:
-    """Sizes of the axes of a TensorProto, written one by one or packed."""
+    """Sizes of the axes of a TensorProto, written one by one or packed.
+
+    Raises:
+        BundleError: they cannot be read.
+    """
     dims: list[int] = []
-    for number, raw, value in fields(tensor):
-        if number == _DIMS:
-            position, packed = 0, raw[0] & 7 == 2
-            while position < len(value):
-                size, position = varint(value, position)
-                dims.append(size)
-                if not packed:
-                    break
+    with _reading():
+        for number, raw, value in fields(tensor):
+            if number == _DIMS:
+                position, packed = 0, raw[0] & 7 == 2
+                while position < len(value):
+                    size, position = varint(value, position)
+                    dims.append(size)
+                    if not packed:
+                        break
     return dims
+
+
+@contextmanager
+def _reading() -> Generator[None]:
+    try:
+        yield
+    except (WireError, UnicodeDecodeError) as error:
+        raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
 
 
 def _node(value: memoryview) -> Node:

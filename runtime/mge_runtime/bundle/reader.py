@@ -48,7 +48,8 @@ class Bundle:
     """A bundle open for reading; use it as a context manager or call `close`.
 
     Opening checks the directory (every header), the manifest and that each model entry it names is there in its size
-    and with its CRC-32. Model entries and engines are hashed when they are read. Reading is safe from several threads.
+    and with its CRC-32. Graphs and engines are hashed when they are read; what is mapped is checked by `verifying`.
+    Reading is safe from several threads.
     """
 
     def __init__(self, path: Path, descriptor: int, mapped: mmap.mmap) -> None:

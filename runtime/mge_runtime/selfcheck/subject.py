@@ -86,6 +86,7 @@ def open_subject(
     from mge_runtime.pipeline import Pipeline
 
     with Bundle.open(path) as bundle:
+        bundle.verify()  # a report names the manifest's hash, and opening does not hash the weights
         manifest, digest = bundle.manifest, bundle.manifest_sha256
         choice = choose(device, backend, bundle=bundle)
         if choice.build:
