@@ -159,8 +159,8 @@ def test_a_pair_before_any_sum_of_heads_and_crop_is_found(quantised):
     nodes = quantised_nodes(model.graph)
     check_quantization("expert_1", model, nodes)
     sums = [node.name for node in model.graph.node if node.op_type == "Add" and not residual(node)]
-    # The part head's bias, the places the crop looks at; for columns and rows the next line, and what is cut out.
-    assert len(sums) == 6
+    # Bias of the part head; where the crop looks, in which lines; for either axis the next line and what is cut out.
+    assert len(sums) == 7
     assert len(pixels & set(sums)) == 2
     for name in sums:
         spoiled = with_pair(model, name, 0)

@@ -56,7 +56,7 @@ def test_an_operator_runs_on_memory_of_the_device(device):
     operator = DeviceOperator(ort, device, "MatMul", 2, dtype, (128, 128), 1)
     try:
         assert operator.name == f"MatMul of 128 x 128, {dtype}"
-        operator.fill(0.003)
+        operator.repeat_for(0.003)
         operator.run()
         assert 0 < operator.steps_ms[ONCE] < 100
         assert operator.repeats > 1
