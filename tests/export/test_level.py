@@ -85,6 +85,4 @@ def test_an_exported_expert_has_no_gradient_map_and_the_same_attention(tiny):
     found = dict(zip(names, session.run(names, {session.get_inputs()[0].name: image}), strict=True))
     wanted = stage.module(torch.from_numpy(image))[names.index("heatmap_1")].numpy()
     np.testing.assert_allclose(found["heatmap_1"], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
-    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in inferred}
-    assert all(ranks[node.output[0]] == 2 for node in model.graph.node if node.op_type == "Expand")
+    assert "Expand" not in {node.op_type for node in model.graph.node}

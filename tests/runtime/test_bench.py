@@ -23,13 +23,6 @@ from mge_runtime.errors import BackendError, CheckpointError
 
 
 @pytest.fixture(scope="module")
-def trunked(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("trunked") / "mge.plan"
-    tiny.write_trunked_bundle(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def quick(trunked, tmp_path_factory):
     """One quick run over two batch sizes: its JSON, its Markdown and its results."""
     out = tmp_path_factory.mktemp("report") / "report.md"

@@ -10,13 +10,6 @@ from mge_runtime.errors import BackendError, OutputError
 from mge_runtime.pipeline import Pipeline
 
 
-@pytest.fixture(scope="module")
-def trunked(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("trunked") / "mge.plan"
-    tiny.write_trunked_bundle(path)
-    return path
-
-
 def test_a_fresh_process_that_fails_says_why(trunked, tmp_path):
     (tmp_path / "mge.plan").write_bytes(trunked.read_bytes()[:-100])
     with pytest.raises(BackendError, match=r"a fresh process did not answer: error: .*cut short"):

@@ -27,13 +27,6 @@ from mge_runtime.sources import find_images
 
 
 @pytest.fixture(scope="module")
-def trunked(tiny, tmp_path_factory):
-    path = tmp_path_factory.mktemp("trunked") / "mge.plan"
-    tiny.write_trunked_bundle(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def inputs(photos, tmp_path_factory):
     """Photographs in files, with what a 32-pixel chain reads of them."""
     folder = tmp_path_factory.mktemp("photographs")

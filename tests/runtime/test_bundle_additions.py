@@ -1,26 +1,17 @@
+import importlib.util
 import threading
-import zipfile
+from pathlib import Path
 
 import pytest
 
 from mge_runtime.bundle import Bundle, add_calibration, add_engine, writer
-from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError
 
+spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
+zip_entries = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(zip_entries)
+
 TARGET = "tensorrt-10.3-sm87-linux-aarch64"
-
-
-def _contents(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def _archive(path, entries):
-    with path.open("w+b") as stream:
-        archive = ArchiveWriter(stream)
-        for name, data in entries.items():
-            archive.add(name, [data])
-        archive.finish()
 
 
 def test_engines_and_calibration_are_added_beside_an_unchanged_model(copy, bundle_path):
@@ -45,7 +36,7 @@ def test_engines_and_calibration_are_added_beside_an_unchanged_model(copy, bundl
         bundle.verify()
         with pytest.raises(BundleError, match="no engine for cpu"):
             bundle.engine("cpu")
-    before, after = _contents(bundle_path), _contents(copy)
+    before, after = zip_entries.read_entries(bundle_path), zip_entries.read_entries(copy)
     assert {name: after[name] for name in before} == before
 
 
@@ -59,9 +50,11 @@ def test_additions_of_another_manifest_are_refused(copy, tiny, tmp_path):
         right = bundle.manifest_sha256
     add_calibration(copy, {"temperature": 1.5})
     add_engine(copy, TARGET, {"gate": b"g"}, {}, manifest_sha256=right)
-    contents = _contents(copy)
+    contents = zip_entries.read_entries(copy)
     for name in ("calibration.json", f"engines/{TARGET}/engine.json"):
-        _archive(tmp_path / "mixed.plan", {**contents, name: contents[name].replace(right.encode(), digest.encode())})
+        zip_entries.write_entries(
+            tmp_path / "mixed.plan", {**contents, name: contents[name].replace(right.encode(), digest.encode())}
+        )
         with (
             Bundle.open(tmp_path / "mixed.plan") as bundle,
             pytest.raises(BundleError, match=r"mixed\.plan: .* belongs to the manifest"),

@@ -1,10 +1,12 @@
 """Bundles that are damaged, foreign or made to mislead are refused in one line."""
 
+import importlib.util
 import io
 import os
 import pickle
 import struct
 import zipfile
+from pathlib import Path
 
 import onnx
 import pytest
@@ -12,6 +14,10 @@ import pytest
 from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.bundle.archive import ArchiveError, ArchiveWriter, read_directory
 from mge_runtime.errors import BundleError
+
+spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
+zip_entries = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(zip_entries)
 
 TARGET = "tensorrt-10.3-sm87-linux-aarch64"
 
@@ -100,12 +106,16 @@ def test_a_flipped_byte_anywhere(copy, bundle_path):
     open_and_read_all(copy)
 
 
-def test_only_what_is_opened_is_hashed(copy):
-    with Bundle.open(copy) as bundle:
-        region = bundle.region("onnx/gate.weights")
-    with copy.open("r+b") as stream:
-        stream.seek(region.offset)
+def spoil_gate(path):
+    with Bundle.open(path) as bundle:
+        offset = bundle.region("onnx/gate.weights").offset
+    with path.open("r+b") as stream:
+        stream.seek(offset)
         stream.write(b"\x7f")
+
+
+def test_only_what_is_opened_is_hashed(copy):
+    spoil_gate(copy)
     with Bundle.open(copy) as bundle:
         bundle.read("onnx/expert_1.onnx")
         bundle.verify(["onnx/expert_1.weights"])
@@ -116,11 +126,7 @@ def test_only_what_is_opened_is_hashed(copy):
 
 
 def test_a_damaged_entry_is_the_reason_even_where_the_opening_failed_first(copy):
-    with Bundle.open(copy) as bundle:
-        region = bundle.region("onnx/gate.weights")
-    with copy.open("r+b") as stream:
-        stream.seek(region.offset)
-        stream.write(b"\x7f")
+    spoil_gate(copy)
     with (
         Bundle.open(copy) as bundle,
         pytest.raises(BundleError, match="do not match"),
@@ -163,7 +169,9 @@ def test_a_damaged_engine_is_refused(copy, tmp_path):
     with Bundle.open(copy) as bundle:
         digest = bundle.manifest_sha256
     add_engine(copy, TARGET, {"gate": b"good"}, {}, manifest_sha256=digest)
-    _archive(tmp_path / "swapped.plan", {**_contents(copy), f"engines/{TARGET}/gate.plan": b"evil"})
+    zip_entries.write_entries(
+        tmp_path / "swapped.plan", {**zip_entries.read_entries(copy), f"engines/{TARGET}/gate.plan": b"evil"}
+    )
     with Bundle.open(tmp_path / "swapped.plan") as bundle:
         for use in (lambda: bundle.read(f"engines/{TARGET}/gate.plan"), lambda: bundle.extract(tmp_path / "out")):
             with pytest.raises(BundleError, match=r"gate\.plan has [0-9a-f]{8} as CRC-32, .*engine\.json says"):
@@ -172,19 +180,6 @@ def test_a_damaged_engine_is_refused(copy, tmp_path):
 
 
 # --- malice -------------------------------------------------------------------------------------------------------
-
-
-def _archive(path, entries):
-    with path.open("w+b") as stream:
-        archive = ArchiveWriter(stream)
-        for name, data in entries.items():
-            archive.add(name, [data])
-        archive.finish()
-
-
-def _contents(path):
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
 
 
 @pytest.mark.parametrize(
@@ -196,21 +191,21 @@ def test_names_that_lead_elsewhere_are_refused(bundle_path, tmp_path, name):
     # The same length, so that only the name differs from what a writer could have made.
     path = tmp_path / "evil.plan"
     stand_in = "onnx/" + "a" * (len(name.encode()) - 10) + ".onnx"
-    _archive(path, {**_contents(bundle_path), stand_in: b"x"})
+    zip_entries.write_entries(path, {**zip_entries.read_entries(bundle_path), stand_in: b"x"})
     path.write_bytes(path.read_bytes().replace(stand_in.encode(), name.encode()))
     assert "which no bundle has" in error_of(path)
 
 
 def test_a_missing_and_a_surplus_model_entry_are_refused(bundle_path, tmp_path):
-    contents = _contents(bundle_path)
+    contents = zip_entries.read_entries(bundle_path)
     path = tmp_path / "mge.plan"
-    _archive(path, {name: data for name, data in contents.items() if name != "onnx/gate.weights"})
+    zip_entries.write_entries(path, {name: data for name, data in contents.items() if name != "onnx/gate.weights"})
     assert "onnx/gate.weights" in error_of(path)
-    _archive(path, {**contents, "onnx/other.onnx": b"x"})
+    zip_entries.write_entries(path, {**contents, "onnx/other.onnx": b"x"})
     assert "onnx/other.onnx" in error_of(path)
-    _archive(path, {**contents, "onnx/gate.weights": b"longer than before"})
+    zip_entries.write_entries(path, {**contents, "onnx/gate.weights": b"longer than before"})
     assert "18 bytes" in error_of(path)
-    _archive(path, {name: data for name, data in contents.items() if name != "manifest.json"})
+    zip_entries.write_entries(path, {name: data for name, data in contents.items() if name != "manifest.json"})
     assert "holds no manifest.json" in error_of(path)
 
 
@@ -223,10 +218,10 @@ def test_a_missing_and_a_surplus_model_entry_are_refused(bundle_path, tmp_path):
     ],
 )
 def test_what_is_wrong_with_the_manifest_is_said_with_the_file(bundle_path, tmp_path, before, after, message):
-    contents = _contents(bundle_path)
+    contents = zip_entries.read_entries(bundle_path)
     assert before in contents["manifest.json"]
     path = tmp_path / "mge.plan"
-    _archive(path, {**contents, "manifest.json": contents["manifest.json"].replace(before, after)})
+    zip_entries.write_entries(path, {**contents, "manifest.json": contents["manifest.json"].replace(before, after)})
     assert error_of(path).startswith(f"{path}: ")
     assert message in error_of(path)
 

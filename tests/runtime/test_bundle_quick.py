@@ -1,28 +1,29 @@
 """Opening holds the weights by the CRC-32 that the manifest names: no SHA-256 of half a gigabyte at each start."""
 
+import importlib.util
 import json
 import zipfile
+import zlib
+from pathlib import Path
 
 import pytest
 
 from mge_runtime import Pipeline
 from mge_runtime.bundle import Bundle
-from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError
+from mge_runtime.selfcheck.subject import open_subject
+
+spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
+zip_entries = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(zip_entries)
 
 WEIGHTS = "onnx/gate.weights"
 
 
 def rewrite(path, change):
-    """Write a bundle's entries anew, as a tool would that knows ZIP files and nothing of manifests."""
-    with zipfile.ZipFile(path) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
+    entries = zip_entries.read_entries(path)
     change(entries)
-    with path.open("w+b") as stream:
-        archive = ArchiveWriter(stream)
-        for name, data in entries.items():
-            archive.add(name, [data])
-        archive.finish()
+    zip_entries.write_entries(path, entries)
 
 
 def flip(path, name):
@@ -79,6 +80,21 @@ def test_weights_of_another_model_are_refused_at_once(copy):
     rewrite(copy, swap)
     with pytest.raises(BundleError, match=r"entry onnx/gate\.weights has [0-9a-f]{8} as CRC-32, manifest\.json says"):
         Bundle.open(copy)
+
+
+def test_a_forged_crc_passes_opening_and_neither_verifying_nor_the_self_check(copy):
+    def forge(entries):
+        entries[WEIGHTS] = bytes(len(entries[WEIGHTS]))
+        manifest = json.loads(entries["manifest.json"])
+        manifest["entries"][WEIGHTS]["crc32"] = f"{zlib.crc32(entries[WEIGHTS]):08x}"
+        entries["manifest.json"] = json.dumps(manifest).encode()
+
+    rewrite(copy, forge)
+    check(copy)
+    with Bundle.open(copy) as bundle, pytest.raises(BundleError, match=r"onnx/gate\.weights do not match"):
+        bundle.verify()
+    with pytest.raises(BundleError, match=r"onnx/gate\.weights do not match"):
+        open_subject(copy, "cpu")
 
 
 def test_a_bundle_that_names_no_crc_is_hashed(copy, monkeypatch):
