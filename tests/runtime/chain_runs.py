@@ -1,6 +1,10 @@
 """What tests of executors share: frames for the tiny chain, everything that it puts out, and how runs are compared."""
 
 import numpy as np
+import onnxruntime
+
+from mge_runtime.backends.ort_segment import open_segments
+from mge_runtime.device import DeviceExecutor
 
 EVERY = {
     "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
@@ -26,3 +30,21 @@ def same(found, expected):
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def open_capturable(bundle, device, **options):
+    """The chain on a device that lets everything be captured, as CUDA does."""
+
+    def open_units(device, stream):
+        for unit in open_segments(onnxruntime, bundle, device, stream):
+            prepare = unit.prepare
+
+            def capturable(addresses, stream, prepare=prepare):
+                launch = prepare(addresses, stream)
+                launch.why_not_captured = lambda _: None
+                return launch
+
+            unit.prepare = capturable
+            yield unit
+
+    return DeviceExecutor(bundle.manifest, device, open_units, **options)

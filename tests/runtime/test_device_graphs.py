@@ -7,8 +7,7 @@ import onnxruntime
 import pytest
 
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.backends.ort_segment import open_segments
-from mge_runtime.device import DeviceExecutor, Graph
+from mge_runtime.device import Graph
 from mge_runtime.device.host import HostDevice
 
 spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
@@ -41,25 +40,9 @@ class _Replaying(HostDevice):
         return Replay()
 
 
-def open_capturable(bundle, device, **options):
-    def open_units(device, stream):
-        for unit in open_segments(onnxruntime, bundle, device, stream):
-            prepare = unit.prepare
-
-            def capturable(addresses, stream, prepare=prepare):
-                launch = prepare(addresses, stream)
-                launch.why_not_captured = lambda _: None
-                return launch
-
-            unit.prepare = capturable
-            yield unit
-
-    return DeviceExecutor(bundle.manifest, device, open_units, **options)
-
-
 def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected):
     device = _Replaying()
-    chain = open_capturable(bundle, device)
+    chain = runs.open_capturable(bundle, device)
     for run, log in enumerate(([], ["capture", "launch"], ["launch"], ["launch"])):
         device.log.clear()
         same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
@@ -76,7 +59,7 @@ def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected
 
 def test_a_refused_capture_is_asked_for_once_and_its_reason_kept(bundle, expected):
     device = _Replaying(refusal=True)
-    chain = open_capturable(bundle, device)
+    chain = runs.open_capturable(bundle, device)
     for run in range(4):
         same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
     assert device.log == ["capture"]
@@ -88,7 +71,7 @@ def test_a_refused_capture_is_asked_for_once_and_its_reason_kept(bundle, expecte
 
 def test_graphs_can_be_turned_off_and_units_can_decline(bundle):
     for options, open_chain, why in (
-        ({"graphs": False}, open_capturable, "graphs are turned off"),
+        ({"graphs": False}, runs.open_capturable, "graphs are turned off"),
         ({}, lambda b, d: open_ort_chain(onnxruntime, b, d), "ONNX Runtime has graphs on CUDA alone"),
     ):
         device = _Replaying()
@@ -102,7 +85,7 @@ def test_graphs_can_be_turned_off_and_units_can_decline(bundle):
 
 def test_graphs_of_a_batch_size_that_goes_are_closed(bundle):
     device = _Replaying()
-    chain = open_capturable(bundle, device)
+    chain = runs.open_capturable(bundle, device)
     chain.run(frames(9), 1, {"logits_1"})
     for batch in range(1, 9):
         chain.run(frames(batch), 1, {"logits_1"})

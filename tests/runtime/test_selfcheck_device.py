@@ -1,16 +1,16 @@
 """The self-check's comparisons on the host as a device; and that each of them can fail."""
 
+import importlib.util
 import mmap
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
-from mge_runtime.backends.ort_segment import open_segments
 from mge_runtime.bundle import Bundle
-from mge_runtime.device import DeviceExecutor, Graph
+from mge_runtime.device import Graph
 from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
 from mge_runtime.selfcheck.answers import check_batches, check_graphs, check_parity
@@ -18,6 +18,10 @@ from mge_runtime.selfcheck.compare import compared_tensors
 from mge_runtime.selfcheck.copies import check_copies, check_graph_copies
 from mge_runtime.selfcheck.memory import HOST_LIMIT, check_memory, host_memory
 from mge_runtime.selfcheck.together import check_together
+
+spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
+runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runs)
 
 
 def unchanged(tensors, _):
@@ -55,20 +59,7 @@ class OnDevice:
     def __init__(self, path, device, graphs, change=unchanged):
         with Bundle.open(path) as bundle:
             self.manifest = bundle.manifest
-
-            def open_units(device, stream):
-                for unit in open_segments(onnxruntime, bundle, device, stream):
-                    prepare = unit.prepare
-
-                    def capturable(addresses, stream, prepare=prepare):
-                        launch = prepare(addresses, stream)
-                        launch.why_not_captured = lambda _: None
-                        return launch
-
-                    unit.prepare = capturable
-                    yield unit
-
-            self.chain = DeviceExecutor(bundle.manifest, device, open_units, graphs=graphs)
+            self.chain = runs.open_capturable(bundle, device, graphs=graphs)
         self.max_batch, self.device, self.change = None, device, change
 
     def run(self, frames, *, outputs=None):
