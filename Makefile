@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types unit format wheel check-bare check-jetson check-tensorrt check-python clean
+.PHONY: help setup demo test lint types unit fuzz format wheel check-bare check-jetson check-tensorrt check-python clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -55,6 +55,9 @@ types: $(READY) ## pyright, strict on the runtime
 
 unit: $(READY) ## the tests
 	$(BIN)/python -m pytest -q
+
+fuzz: $(READY) ## some 20,000 damaged and forged inputs; `make test` tries 500
+	MGE_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -q -p no:timeout tests/runtime/test_fuzz_*.py
 
 format: $(READY) ## put the sources into shape
 	$(BIN)/ruff check --fix-only .
