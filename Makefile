@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types unit fuzz format wheel check-bare check-jetson check-tensorrt check-python clean
+.PHONY: help setup demo test lint types unit fuzz format wheel check-bare check-network check-jetson check-tensorrt check-python clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -69,6 +69,9 @@ wheel: $(READY) ## build the wheel into dist/
 check-bare: wheel ## install the wheel alone, answer without torch
 	$(BIN)/python tests/runtime/tiny_chain.py dist/tiny.plan
 	benchmarks/check_bare.sh dist/tiny.plan $(PYTHON)
+
+check-network: $(READY) ## does an answering process ask for a host or write anything? twenty seconds under strace
+	MGE_NETWORK_SECONDS=20 $(BIN)/python -m pytest -q tests/test_privacy.py
 
 check-jetson: wheel ## would pip find everything on JetPack 6 (Python 3.10, aarch64)? nothing is installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/check_jetson.sh

@@ -21,13 +21,15 @@ from typing import Any
 import click
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnx import TensorProto, helper
 from torch import nn
 
 from mge.attention import crop_resize
 from mge_export.graph import OPSET
+from mge_runtime.backends.ort import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 Way = Callable[[], Any]
 
@@ -130,7 +132,6 @@ def way(graph: onnx.ModelProto | list[onnx.NodeProto], feeds: dict[str, np.ndarr
         graph = helper.make_model(helper.make_graph(graph, "g", inputs, outputs), opset_imports=opsets, ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, feeds)
 

@@ -157,16 +157,17 @@ def quantize_static_chain(stages: tuple[Stage, ...], models: Models, frames: np.
 
     It is given the graphs in FP32, since it cannot read FP16 ones without changing them.
     """
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
+    from mge_runtime.backends.ort import load_onnxruntime
     from mge_runtime.bundle.cpu_graph import cpu_graph
 
-    class Reader(CalibrationDataReader):
+    quantization = load_onnxruntime("onnxruntime.quantization")
+
+    class Reader(quantization.CalibrationDataReader):
         def __init__(self, inputs: Mapping[str, np.ndarray]) -> None:
             count = len(next(iter(inputs.values())))
             self._batches = iter([{k: v[i : i + BATCH] for k, v in inputs.items()} for i in range(0, count, BATCH)])
 
-        def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._batches, None)
 
     done: Models = {}
@@ -178,14 +179,14 @@ def quantize_static_chain(stages: tuple[Stage, ...], models: Models, frames: np.
         if stage.has_trunk:
             with tempfile.TemporaryDirectory() as folder:
                 target = Path(folder) / "quantised.onnx"
-                quantize_static(
+                quantization.quantize_static(
                     wide,
                     target,
                     Reader(inputs),
-                    quant_format=QuantFormat.QDQ,
+                    quant_format=quantization.QuantFormat.QDQ,
                     per_channel=True,
-                    activation_type=QuantType.QInt8,
-                    weight_type=QuantType.QInt8,
+                    activation_type=quantization.QuantType.QInt8,
+                    weight_type=quantization.QuantType.QInt8,
                     nodes_to_quantize=[layer.node for layer in find_layers(models[name], is_trunk_weight)],
                     extra_options={"ActivationSymmetric": True, "QuantizeBias": False, "WeightSymmetric": True},
                 )

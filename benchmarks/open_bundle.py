@@ -34,8 +34,9 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": pea
 """
 _BUNDLE = """
 import sys, time
-import onnxruntime
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.pipeline import Pipeline
+load_onnxruntime()
 threads = int(sys.argv[2])
 start, cpu_start = time.perf_counter(), time.process_time()
 pipeline = Pipeline.open(sys.argv[1], device="cpu", threads=threads)
@@ -43,8 +44,9 @@ seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_st
 """
 _FILES = """
 import sys, time
-import onnxruntime
 import mge_runtime.pipeline
+from mge_runtime.backends.ort import load_onnxruntime
+onnxruntime = load_onnxruntime()
 threads = int(sys.argv[2])
 start, cpu_start = time.perf_counter(), time.process_time()
 sessions = []

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import onnxruntime
 import torch
 
 from mge.data.folder import normalize
@@ -16,6 +15,7 @@ from mge.model import MGENet
 from mge_export.activations import ActivationWatch
 from mge_export.half_kernels import HalfKernels
 from mge_export.stages import Stage
+from mge_runtime.backends.ort import import_onnxruntime
 from mge_runtime.bundle.cpu_graph import cpu_graph, integer_entries
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import StageSpec
@@ -78,14 +78,14 @@ def onnx_runner(folder: Path, specs: Sequence[StageSpec], int8: Literal["exact",
     Raises:
         ExportError: ONNX Runtime refuses a graph.
     """
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     if int8 is not None:  # read from bytes, so their weights must be told where they lie
-        options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         for key, value in (integer_entries() if int8 == "fast" else {"session.disable_quant_qdq": "1"}).items():
             options.add_session_config_entry(key, value)
-    sessions: dict[str, onnxruntime.InferenceSession] = {}
+    sessions: dict[str, Any] = {}
     for spec in specs:
         try:
             path = folder / f"{spec.name}.onnx"

@@ -15,6 +15,7 @@ from mge_calibration.int8.insert import insert_quantization, quantize_weight
 from mge_calibration.int8.sessions import learn_ranges, open_graph, run_all
 from mge_calibration.int8.sites import find_layers
 from mge_calibration.int8.stage import Int8Options, quantize_stage
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.errors import BundleError
 from mge_runtime.spec import StageSpec, TensorSpec
@@ -300,11 +301,9 @@ def test_options_that_are_none_are_refused(name, value):
 
 
 def test_on_a_cpu_the_trunk_is_integer_and_answers_alike(stage, images, quantised, tmp_path):
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    options.log_severity_level = 3
     fast = cpu_graph(quantised.model.SerializeToString(), fast=True)
     session = onnxruntime.InferenceSession(fast, options, providers=["CPUExecutionProvider"])
     operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]

@@ -1,14 +1,16 @@
 import collections
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from mge.model import GlobalHead
 from mge_export.dual_head import DualHead
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.errors import ExportError
+
+onnxruntime = load_onnxruntime()
 
 CHANNELS, CLASSES, SIDE = 24, 5, 3
 

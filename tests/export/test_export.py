@@ -2,7 +2,6 @@ import itertools
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -11,8 +10,11 @@ from mge_export.images import find_verify_images, generated_images
 from mge_export.precision import Precision, check_precision
 from mge_export.runners import onnx_runner, reference_tensors, run_chain
 from mge_runtime import Pipeline
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import ExportError, InputError
+
+onnxruntime = load_onnxruntime()
 
 
 @pytest.fixture(scope="session")

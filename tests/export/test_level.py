@@ -2,7 +2,6 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -10,6 +9,9 @@ from mge_export.graph import export_graph, inlined
 from mge_export.level import drop_expansions
 from mge_export.precision import Precision
 from mge_export.stages import build_stages
+from mge_runtime.backends.ort import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 
 def graph(*, relu=True, reads_map=False, axes=(2, 3), cell=(2, 3), rest=(5, 3, 4), batch=None, axis="batch"):

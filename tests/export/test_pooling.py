@@ -2,7 +2,6 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -10,6 +9,9 @@ from mge_export.graph import export_graph, inlined
 from mge_export.pooling import pool_maxima
 from mge_export.precision import Precision
 from mge_export.stages import build_stages
+from mge_runtime.backends.ort import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])

@@ -2,13 +2,15 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from mge_export.graph import export_graph
 from mge_export.precision import Precision
 from mge_export.rows import gather_rows
 from mge_export.stages import build_stages
+from mge_runtime.backends.ort import load_onnxruntime
+
+onnxruntime = load_onnxruntime()
 
 CLASSES, CHANNELS = 4, 6
 

@@ -1,10 +1,12 @@
 """What tests of executors share: frames for the tiny chain, everything that it puts out, and how runs are compared."""
 
 import numpy as np
-import onnxruntime
 
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.backends.ort_segment import open_segments
 from mge_runtime.device import DeviceExecutor
+
+onnxruntime = load_onnxruntime()
 
 EVERY = {
     "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",

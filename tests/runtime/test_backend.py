@@ -7,6 +7,7 @@ import pytest
 
 from mge_runtime.backends import StageRunner
 from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.chain import Chain
 from mge_runtime.errors import BackendError, BundleError
@@ -26,8 +27,7 @@ def frames(count, seed=0):
 
 def by_hand(bundle, folder, batch):
     """The chain as anyone would run the extracted files: every stage once its inputs are there."""
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     bundle.extract(folder)
     tensors, todo = {"frame": batch}, list(bundle.manifest.stages)
     while todo:
@@ -67,6 +67,28 @@ def test_an_old_or_broken_onnxruntime_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(__version__="1.9.2"))
     with pytest.raises(BackendError, match=r"1\.9\.2 is too old; expected 1\.22"):
         OnnxRuntimeBackend()
+
+
+@pytest.mark.parametrize(("verbose", "heard"), [(None, False), ("0", False), ("1", True), ("2", True)])
+def test_onnx_runtime_writes_to_the_terminal_only_where_it_is_asked_to(bundle_path, monkeypatch, capfd, verbose, heard):
+    """A run that fails is an error to ONNX Runtime's own log; to a user it is one line, the exception's."""
+    code = (
+        "import sys, numpy as np\n"
+        "from mge_runtime import BackendError, Bundle\n"
+        "from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend\n"
+        "with Bundle.open(sys.argv[1]) as bundle: stages = OnnxRuntimeBackend(threads=1).open_stages(bundle)\n"
+        "rows = {f'logits_{k}': np.zeros((k, 5), np.float32) for k in (1, 2, 3)}\n"
+        "try: stages['mixture'].run({'gate': np.zeros((1, 3), np.float32), **rows})\n"
+        "except BackendError as error: print(error)\n"
+    )
+    monkeypatch.delenv("MGE_VERBOSE", raising=False)
+    if verbose is not None:
+        monkeypatch.setenv("MGE_VERBOSE", verbose)
+    subprocess.run([sys.executable, "-c", code, bundle_path], check=True)
+    output, errors = capfd.readouterr()
+    assert "ONNX Runtime failed in stage" in output
+    assert ("[E:onnxruntime" in errors) == heard, errors
+    assert heard or errors == ""
 
 
 # --- running ------------------------------------------------------------------------------------------------------

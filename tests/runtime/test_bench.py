@@ -9,17 +9,19 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
-import onnxruntime
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bench import fresh, inputs, run, toolchain
 from mge_runtime.bench.report import BenchReport
 from mge_runtime.bench.run import run_bench
 from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.cli.bench import main
 from mge_runtime.errors import BackendError, CheckpointError
+
+onnxruntime = load_onnxruntime()
 
 
 @pytest.fixture(scope="module")

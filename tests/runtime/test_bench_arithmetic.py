@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from mge_runtime.backends import choose
 from mge_runtime.backends.onnxruntime_cuda import import_cuda_onnxruntime, preload_libraries
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.backends.ort_layers import Layer, stage_layers
 from mge_runtime.bench.arithmetic import Work, Yardstick, measured_arithmetic, open_yardstick
 from mge_runtime.bench.device_operator import ONCE, DeviceOperator, operator_model
@@ -18,6 +18,8 @@ from mge_runtime.bench.report_tables import _arithmetic
 from mge_runtime.bench.rounds import Series
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
+
+onnxruntime = load_onnxruntime()
 
 # By hand, from tiny_chain: 4 channels of 8 x 8, each a sum of 3 x 4 x 4 products; then 4 x 5 of the linear layer.
 CONVOLUTION = Layer(4 * 8 * 8 * 3 * 4 * 4, 4 * 3 * 4 * 4, 3 * 32 * 32 + 4 * 8 * 8)

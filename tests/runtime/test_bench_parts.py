@@ -4,11 +4,11 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import numpy as np
-import onnxruntime
 import pytest
 from PIL import Image
 
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bench import toolchain
 from mge_runtime.bench.contenders import PartsContender
 from mge_runtime.bench.energy import find_meter, measure_energy
@@ -24,6 +24,8 @@ from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import InputError
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.sources import find_images
+
+onnxruntime = load_onnxruntime()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import Bundle, StageModel, write_bundle
 from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError, OutputError
@@ -72,8 +73,7 @@ def test_parts_of_the_archive_that_would_need_zip64_are_refused():
 
 
 def test_extracted_stages_are_ordinary_onnx_models(bundle_path, tmp_path):
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     with Bundle.open(bundle_path) as bundle:
         written = bundle.extract(tmp_path / "out")
         stages = bundle.manifest.stages

@@ -5,18 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 import mge_runtime.pipeline
 from mge_runtime import Pipeline
 from mge_runtime.backends.base import Backend
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.backends.ort_segment import OrtSegment, open_segments
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.device import DeviceExecutor
 from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError, BundleError
+
+onnxruntime = load_onnxruntime()
 
 spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
 runs = importlib.util.module_from_spec(spec)

@@ -3,12 +3,14 @@
 import importlib.util
 from pathlib import Path
 
-import onnxruntime
 import pytest
 
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.device import Graph
 from mge_runtime.device.host import HostDevice
+
+onnxruntime = load_onnxruntime()
 
 spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
 runs = importlib.util.module_from_spec(spec)

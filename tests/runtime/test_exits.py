@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from mge_runtime.backends.base import Span, split
 from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.backends.ort_segment import open_segments
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.calibrated import ExitPoint, confidence
@@ -21,6 +21,8 @@ from mge_runtime.device.rows import Rows
 from mge_runtime.device.space import Space
 from mge_runtime.errors import BackendError
 from mge_runtime.spec import SegmentSpec
+
+onnxruntime = load_onnxruntime()
 
 spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
 runs = importlib.util.module_from_spec(spec)

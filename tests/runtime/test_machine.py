@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mge_runtime import machine_probe
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.errors import InputError
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.machine_probe import describe_machine
@@ -79,8 +80,7 @@ def test_describing_a_machine_without_gpu_imports_no_library():
 
 
 def test_versions_from_metadata_are_those_of_the_modules():
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     machine = describe_machine()
     assert machine.libraries["onnxruntime"] == onnxruntime.__version__
     assert describe_machine(always=True).libraries == machine.libraries

@@ -2,15 +2,17 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.bundle.onnx_merge import merge_stages
 from mge_runtime.errors import BundleError
 from mge_runtime.spec import StageSpec, TensorSpec
+
+onnxruntime = load_onnxruntime()
 
 
 def spec(name):

@@ -7,11 +7,11 @@ import sys
 from dataclasses import replace
 
 import numpy as np
-import onnxruntime
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import add_engine
 from mge_runtime.cli.bench import main
 from mge_runtime.errors import BackendError
@@ -22,6 +22,8 @@ from mge_runtime.selfcheck.pictures import Frames
 from mge_runtime.selfcheck.run import run_checks
 from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.engines import EngineDetails
+
+onnxruntime = load_onnxruntime()
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from mge_calibration.int8.ranges import Magnitudes, pick_range
+from mge_runtime.backends.ort import import_onnxruntime
 from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.cpus import cpu_count
 
@@ -38,9 +38,9 @@ def open_graph(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Run:
     own = [tensor.name for tensor in watched.graph.output]
     inputs = {tensor.name for tensor in watched.graph.input}
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs if name not in {*own, *inputs})
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    options.log_severity_level = 3
     # Its fusions would also quantise weights and biases that the graph leaves float.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     graph = cpu_graph(watched.SerializeToString(), fast=False)

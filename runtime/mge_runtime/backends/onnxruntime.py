@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["OnnxRuntimeBackend"]
 
 _MOST_STREAMS = 8  # each keeps activations of its own: with "auto", memory must not grow with the number of processors
-_INSTALL = 'pip install "mge[cpu]"'
 
 
 class OnnxRuntimeBackend(StagedBackend):
@@ -47,7 +46,7 @@ class OnnxRuntimeBackend(StagedBackend):
     device = "cpu"
 
     def __init__(self, threads: int | None = None, streams: Streams = 1) -> None:
-        self._ort = import_onnxruntime(_INSTALL)
+        self._ort = import_onnxruntime()
         self.version: str = self._ort.__version__
         self.threads = cpu_count() if threads is None else threads
         self.streams = min(self.threads, _MOST_STREAMS) if streams == "auto" else streams

@@ -10,6 +10,8 @@ that way and at 604 MB this way.)
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -21,14 +23,52 @@ from mge_runtime.spec import TensorSpec
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
 
-__all__ = ["check_border", "import_onnxruntime", "one_line", "session_options", "weights_checked"]
+__all__ = [
+    "check_border",
+    "import_onnxruntime",
+    "load_onnxruntime",
+    "log_severity",
+    "one_line",
+    "session_options",
+    "weights_checked",
+]
 
 # The first release with `session.model_external_initializers_file_folder_path` (microsoft/onnxruntime #23557).
 OLDEST = (1, 22)
-_ERRORS_ALONE = 3  # log severity
 
 
-def import_onnxruntime(install: str) -> Any:
+def load_onnxruntime(module: str = "onnxruntime") -> Any:
+    """Import ONNX Runtime: the one place that does, since some things must be said before and directly after.
+
+    From 1.29 on it sends telemetry, and writes an identifier and a queue below HOME, as soon as it is loaded. Unless
+    the environment already says something else, `ORT_DISABLE_TELEMETRY=1` keeps it from all of that.
+
+    Args:
+        module: "onnxruntime", or one of its submodules.
+
+    Raises:
+        ImportError: it is missing or broken.
+    """
+    off = os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1") == "1"
+    first = "onnxruntime" not in sys.modules
+    ort: Any = importlib.import_module("onnxruntime")
+    if first:  # else it is the program's own, as the program set it up
+        ort.set_default_logger_severity(log_severity())
+        if off:
+            ort.disable_telemetry_events()  # on Windows the variable is not read
+    return ort if module == "onnxruntime" else importlib.import_module(module)
+
+
+def log_severity() -> int:
+    """From which severity on ONNX Runtime's C++ code writes to stderr, past Python: 4, fatal errors alone.
+
+    What fails is raised as an error of ours, and its warnings are about choices that a user did not make. The
+    environment variable MGE_VERBOSE asks for more: 1 for warnings (2) and errors (3), 2 for everything (0).
+    """
+    return {"1": 2, "2": 0}.get(os.environ.get("MGE_VERBOSE", ""), 4)
+
+
+def import_onnxruntime(install: str = 'pip install "mge[cpu]"') -> Any:
     """The module `onnxruntime`.
 
     Args:
@@ -38,7 +78,7 @@ def import_onnxruntime(install: str) -> Any:
         BackendError: it is missing, broken or too old.
     """
     try:
-        module: Any = importlib.import_module("onnxruntime")
+        module = load_onnxruntime()
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise BackendError(f"onnxruntime cannot be imported: {error}; install it again: {install}") from error
@@ -57,7 +97,7 @@ def session_options(ort: Any, bundle: Bundle) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ALONE
+    options.log_severity_level = log_severity()
     folder = str(bundle.path.parent)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     return options

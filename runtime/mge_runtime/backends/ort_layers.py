@@ -40,7 +40,7 @@ def stage_layers(bundle: Bundle) -> dict[str, tuple[Layer, ...]]:
         BundleError: a graph is damaged.
         BackendError: ONNX Runtime is missing or cannot open a stage, or a shape cannot be inferred.
     """
-    ort = import_onnxruntime('pip install "mge[cpu]"')
+    ort = import_onnxruntime()
     return {stage.name: _layers(ort, bundle, stage.name) for stage in bundle.manifest.stages}
 
 

@@ -138,7 +138,6 @@ class DeviceOperator(Stepped):
 
     def _open(self, ort: Any, model: bytes, threads: int) -> Any:
         options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors alone
         providers: list[Any] = ["CPUExecutionProvider"]
         if self._device.kind == "cuda":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -137,7 +137,7 @@ def _open_device(choice: Choice) -> tuple[Any, Device]:
     if choice.device == "cpu":
         from mge_runtime.device.host import HostDevice
 
-        return import_onnxruntime('pip install "mge[cpu]"'), HostDevice()
+        return import_onnxruntime(), HostDevice()
     from mge_runtime.backends.onnxruntime_cuda import import_cuda_onnxruntime, preload_libraries
     from mge_runtime.device.cuda import CudaDevice
 

@@ -6,7 +6,6 @@ A script of its own that imports nothing of this project: it is run by its path,
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -28,7 +27,9 @@ def main(folder: str, frame: str, size: str, threads: str, provider: str, *stage
     """
     import numpy as np
 
-    onnxruntime: Any = importlib.import_module("onnxruntime")
+    from mge_runtime.backends.ort import load_onnxruntime
+
+    onnxruntime = load_onnxruntime()
 
     sessions: list[Any] = []
     for stage in stages:
