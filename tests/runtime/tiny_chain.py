@@ -1,7 +1,8 @@
 """A hand-made chain of the same shape as an exported one: ingest, K experts, gate, mixture; a few kilobytes, no torch.
 
-The numbers mean nothing, but every output depends on the picture, boxes included, and the weights come as float32,
-float16 and int8.
+The numbers mean nothing, but every output depends on the picture, boxes included. Weights come as float32 and float16,
+and everything is computed in FP32 from plain weights: ONNX Runtime on CUDA takes DequantizeLinear and MatMul together,
+and then differs by 2e-3 from the CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ _ONNX_TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "uint8": TensorProto.UINT8,
-    "int8": TensorProto.INT8,
 }
 
 
@@ -124,8 +124,7 @@ def _expert(k, last, rng):
 def _gate(rng):
     g = Graph("gate", ["image_1"], ["gate"])
     pooled = g.node("Flatten", [g.node("GlobalAveragePool", ["image_1"], "pooled")], "flat")
-    quantised = g.weight("fc.weight", rng.integers(-100, 100, (3, EXPERTS), np.int8))
-    fc = g.node("DequantizeLinear", [quantised, g.const("scale", np.float32(0.02).reshape(()))], "fc.float")
+    fc = g.weight("fc.weight", rng.standard_normal((3, EXPERTS)).astype(np.float32))
     g.node("Softmax", [g.node("MatMul", [pooled, fc], "scores")], "gate", axis=1)
     return g
 
