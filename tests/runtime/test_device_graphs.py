@@ -1,14 +1,22 @@
 """Graphs of a chain on a device: when a run is captured, when launched, and what is said where it cannot be."""
 
 import importlib.util
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import onnx
 import pytest
 
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.ort_segment import open_segments
+from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.device import Graph
 from mge_runtime.device.host import HostDevice
+from mge_runtime.errors import BackendError
 
 onnxruntime = load_onnxruntime()
 
@@ -16,6 +24,18 @@ spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__fil
 runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runs)
 EVERY, frames, same = runs.EVERY, runs.frames, runs.same
+
+
+def test_the_hand_made_chain_asks_for_fp32_alone(tiny):
+    """What the tests marked `gpu` compare must not differ by more than the order of FP32 sums."""
+    for graph in tiny.make_stages():
+        model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph.model().graph), strict_mode=True)
+        kinds = {t.name: t.type.tensor_type.elem_type for t in (*model.graph.value_info, *model.graph.input)}
+        kinds |= {t.name: t.data_type for t in model.graph.initializer}
+        for node in model.graph.node:
+            assert node.op_type not in ("QuantizeLinear", "DequantizeLinear")
+            if node.op_type in ("Conv", "MatMul", "Gemm"):
+                assert {kinds[name] for name in node.input} == {onnx.TensorProto.FLOAT}, node
 
 
 class _Replaying(HostDevice):
@@ -85,6 +105,78 @@ def test_graphs_can_be_turned_off_and_units_can_decline(bundle):
         chain.close()
 
 
+class _Gate:
+    """Stops a chain inside its next run, at the first unit, until it is let on; or lets it fail there."""
+
+    def __init__(self, chain):
+        self.inside, self.let_on, self.fails, self.stops = threading.Event(), threading.Event(), False, False
+        unit = chain._units[0]
+        prepare = unit.prepare
+
+        def gated(addresses, stream):
+            launch = prepare(addresses, stream)
+            enqueue = launch.enqueue
+
+            def stopped(stream):
+                if self.stops:
+                    self.inside.set()
+                    assert self.let_on.wait(30)
+                if self.fails:
+                    raise BackendError("no kernel was found")
+                enqueue(stream)
+
+            launch.enqueue = stopped
+            return launch
+
+        unit.prepare = gated
+
+
+@pytest.fixture
+def pair(bundle):
+    """Two chains of one process, the gate of the first, and a way to run them in threads of their own."""
+    chains = [runs.open_capturable(bundle, _Replaying()) for _ in range(2)]
+    gate = _Gate(chains[0])
+    with ThreadPoolExecutor(2) as pool:
+        yield chains, gate, lambda number, batch: pool.submit(chains[number].run, frames(batch), 3, {"logits"})
+        gate.let_on.set()
+    for chain in chains:
+        chain.close()
+
+
+def test_first_runs_and_captures_take_turns_and_later_runs_do_not(pair):
+    (first, second), gate, start = pair
+    gate.stops = True
+    for log in ([], ["capture", "launch"]):  # the first run, then the one that is captured
+        gate.inside.clear()
+        gate.let_on.clear()
+        running = start(0, 2)
+        assert gate.inside.wait(30)
+        other = start(1, 2)
+        assert wait([other], 0.2).not_done, "another pipeline's run did not wait for its turn"
+        gate.let_on.set()
+        for run in (running, other):
+            run.result(30)
+        assert first._device.log == second._device.log == log
+    gate.inside.clear()
+    gate.let_on.clear()
+    running = start(0, 2)
+    assert gate.inside.wait(30)
+    start(1, 2).result(30)  # while the first chain's third run has not ended
+    assert not running.done()
+
+
+def test_a_first_run_that_fails_gives_its_turn_back(pair, expected):
+    (first, second), gate, start = pair
+    gate.fails = True
+    for _ in range(2):
+        with pytest.raises(BackendError, match="no kernel was found"):
+            start(0, 2).result(30)
+    gate.fails = False
+    wanted = {"logits": expected.run(frames(2)).tensors["logits"]}
+    for chain in (second, first):
+        same(chain.run(frames(2), 3, {"logits"}).tensors, wanted)
+
+
 def test_graphs_of_a_batch_size_that_goes_are_closed(bundle):
     device = _Replaying()
     chain = runs.open_capturable(bundle, device)
@@ -100,6 +192,80 @@ def test_graphs_of_a_batch_size_that_goes_are_closed(bundle):
     assert left == [3, 4, 5, 6, 7, 8, 1, 9], "the least recently used batch size makes way"
     chain.close()
     assert device.log.count("close") == 8
+
+
+class _Opening:
+    """ONNX Runtime that notes the options of CUDA's provider and refuses some, and opens the rest on the CPU."""
+
+    __version__ = onnxruntime.__version__
+    SessionOptions = onnxruntime.SessionOptions
+
+    def __init__(self, refuses):
+        self.refuses, self.tried = refuses, []
+
+    def InferenceSession(self, graph, options, providers, **_):
+        (name, asked), fallback = providers
+        assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
+        tried = tuple(asked[option] == "1" for option in ("prefer_nhwc", "enable_cuda_graph", "use_tf32"))
+        self.tried.append(tried)
+        if self.refuses(*tried[:2]):
+            raise RuntimeError("all compute graph nodes have not\nbeen partitioned")
+        session = onnxruntime.InferenceSession(graph, options, providers=[fallback])
+        return SimpleNamespace(
+            get_inputs=session.get_inputs, get_outputs=session.get_outputs, get_providers=lambda: [name]
+        )
+
+
+CAPTURED_NHWC, CAPTURED_NCHW, PLAIN_NHWC, PLAIN_NCHW = (True, True), (False, True), (True, False), (False, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "graphs", "refused", "ways"),
+    [
+        ("fp32", True, (), [CAPTURED_NCHW]),
+        ("fp32", True, (CAPTURED_NCHW,), [CAPTURED_NCHW, PLAIN_NCHW]),
+        ("fp32", False, (), [PLAIN_NCHW]),
+        ("fp16", True, (), [CAPTURED_NHWC]),
+        ("int8", True, (CAPTURED_NHWC,), [CAPTURED_NHWC, CAPTURED_NCHW]),
+        ("fp16", True, (CAPTURED_NHWC, CAPTURED_NCHW), [CAPTURED_NHWC, CAPTURED_NCHW, PLAIN_NHWC]),
+        ("fp16", False, (), [PLAIN_NHWC]),
+        ("fp16", False, (PLAIN_NHWC,), [PLAIN_NHWC, PLAIN_NCHW]),
+    ],
+)
+def test_fp16_opens_with_tensor_cores_in_the_best_layout_that_works(tiny, tmp_path, kind, graphs, refused, ways):
+    stages = tiny.make_stages()
+    manifest = tiny.make_manifest(stages)
+    precision = {**manifest.precision, "expert_2": {"type": kind}, "mixture": {}}  # a plan may say nothing of a stage
+    models = {g.spec.name: g.model() for g in stages}
+    write_bundle(tmp_path / "mge.plan", replace(manifest, precision=precision), models)
+    ort, device = _Opening(lambda *way: way in refused), HostDevice()
+    device.kind = "cuda"
+    with Bundle.open(tmp_path / "mge.plan") as opened:
+        first, second, third = open_segments(ort, opened, device, device.create_stream(), graphs=graphs)
+    half = kind != "fp32"
+    tried = [way for way in ort.tried if way[2] == half] if half else ort.tried[: len(ways)]
+    assert tried == [(*way, half) for way in ways], "the second segment alone has tensor cores"
+    assert first.opened["tensor_cores"] is third.opened["tensor_cores"] is False
+    names = [f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a graph" for nhwc, capture in ways]
+    assert (second.opened["way"], second.opened["tensor_cores"]) == (names[-1], half)
+    assert list(second.opened["refused"]) == names[:-1]
+    assert all("have not been partitioned" in why for why in second.opened["refused"].values())
+    assert (second.why_plain is None) == ways[-1][1]
+
+
+def test_a_segment_that_opens_in_no_way_says_why(bundle):
+    device = HostDevice()
+    device.kind = "cuda"
+    with pytest.raises(BackendError, match=r"cannot open segment 1 \(ingest, expert_1\): all compute graph nodes have"):
+        list(open_segments(_Opening(lambda *_: True), bundle, device, device.create_stream()))
+
+
+def test_what_units_say_of_themselves_is_in_the_report(bundle):
+    chain = open_ort_chain(onnxruntime, bundle, HostDevice())
+    assert chain.report()["opened"] == {}
+    chain._units[1].opened = {"way": "NHWC with a graph"}
+    assert chain.report()["opened"] == {"segment 2 (expert_2)": {"way": "NHWC with a graph"}}
+    chain.close()
 
 
 @pytest.mark.gpu

@@ -9,11 +9,18 @@ if every node computes on the GPU and no copy between host and device was put in
 from then on. A graph is bound to shapes and addresses; each batch size gets one of its own through the run option
 `gpu_graph_id`, so the batch stays dynamic in one session and the weights are on the GPU once. Where such a session does
 not open, the segment runs without a graph, and the reason is kept.
+
+Segments with stages in FP16 open with tensor cores, which ONNX Runtime's option for TF32 stands for: without it, it
+drops every kernel of cuDNN that uses them, for FP16 too. They compute in NHWC where that can be captured, in NCHW with
+a graph otherwise (docs/performance.md has the figures, and why NCHW rounds more). What is left in FP32 beside products,
+as attention and crops, no tensor core touches; the heads' products round their factors to 10 bits then, as FP16 does
+with the features that they read. FP32 segments stay as they were: in FP32, without tensor cores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,11 +35,13 @@ from mge_runtime.spec import StageSpec, TensorSpec
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.device.base import Device, Stream
+    from mge_runtime.fields import JsonValue
 
 __all__ = ["OrtSegment", "open_segments"]
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_HALF = ("fp16", "int8")  # INT8 stages are in FP16 around their integer layers
 
 
 def open_segments(
@@ -78,20 +87,14 @@ class OrtSegment(Unit):
         self.outputs = list(made.values())
         self.why_plain: str | None = None  # why ONNX Runtime captures no graph; None: it does
         self.ort = ort
-        self.session: Any = None
         self._graph_ids: dict[tuple[int, ...], int] = {}
         graph = merge_stages(stages, {stage.name: located_graph(bundle, stage.name) for stage in stages}, self.name)
-        if device.kind != "cuda":
-            self.why_plain = "ONNX Runtime has graphs on CUDA alone"
-        elif not graphs:
-            self.why_plain = "graphs are turned off"
+        if device.kind == "cuda":
+            half = any(bundle.manifest.precision.get(stage.name, {}).get("type") in _HALF for stage in stages)
+            self.session: Any = self._open_cuda(bundle, graph, stream, graphs=graphs, half=half)
         else:
-            try:
-                self.session = self._open(bundle, graph, stream, graphs=True)
-            except BackendError as error:
-                self.why_plain = str(error)
-        if self.session is None:
-            self.session = self._open(bundle, graph, stream, graphs=False)
+            self.why_plain = "ONNX Runtime has graphs on CUDA alone"
+            self.session = self._open(bundle, graph, [_CPU])
         check_border(self.name, self.session, self.inputs, self.outputs)
 
     def prepare(self, addresses: Addresses, stream: Stream) -> Launch:  # noqa: ARG002 - the session knows its stream
@@ -108,18 +111,35 @@ class OrtSegment(Unit):
         """Release the session."""
         self.session = None
 
-    def _open(self, bundle: Bundle, graph: bytes, stream: Stream, *, graphs: bool) -> Any:
-        providers: list[Any] = [_CPU]
-        if self.device.kind == "cuda":
+    def _open_cuda(self, bundle: Bundle, graph: bytes, stream: Stream, *, graphs: bool, half: bool) -> Any:
+        """Open in the first way that works: with a graph before without, where `half` says so in NHWC before NCHW."""
+        ways = list(product((True, False) if graphs else (False,), (True, False) if half else (False,)))
+        refused: dict[str, JsonValue] = {}
+        session: Any = None
+        for capture, nhwc in ways:
             options = {
                 "device_id": str(self.device.index),
                 "user_compute_stream": str(stream.handle),
-                "enable_cuda_graph": "1" if graphs else "0",
-                "use_tf32": "0",  # FP32 means FP32
+                "enable_cuda_graph": str(int(capture)),
+                "use_tf32": str(int(half)),
+                "prefer_nhwc": str(int(nhwc)),
                 "arena_extend_strategy": "kSameAsRequested",  # the default doubles what it asks for
             }
-            # Nodes that compute shapes belong on the CPU, so the CPU provider stays allowed.
-            providers = [(_CUDA, options), _CPU]
+            way = f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a graph"
+            try:
+                # Nodes that compute shapes belong on the CPU, so the CPU provider stays allowed.
+                session = self._open(bundle, graph, [(_CUDA, options), _CPU])
+            except BackendError as error:
+                if (capture, nhwc) == ways[-1]:
+                    raise
+                refused[way] = str(error)
+            else:
+                self.why_plain = None if capture else next(map(str, refused.values()), "graphs are turned off")
+                self.opened = {"way": way, "tensor_cores": half, "refused": refused}
+                break
+        return session
+
+    def _open(self, bundle: Bundle, graph: bytes, providers: list[Any]) -> Any:
         try:
             session = self.ort.InferenceSession(
                 graph, session_options(self.ort, bundle), providers=providers, enable_fallback=0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
 
 __all__ = ["DeviceExecutor"]
+
+# Held by one run of this process until its program is captured or known never to be. Until then libraries allocate,
+# search for kernels and capture, some of it in threads of their own, and what one pipeline allocates may end what
+# another captures. Later runs do none of that and do not wait.
+_FIRST_RUNS = threading.Lock()
 
 
 class DeviceExecutor(Executor):
@@ -95,26 +101,29 @@ class DeviceExecutor(Executor):
         start = time.perf_counter()
         self._check(frames)
         self._device.activate()
-        try:
-            return self._run(frames, split(segments, exits), set(outputs), start)
-        except BaseException:
-            # Nothing may still run over memory that the caller now thinks is free; the error that led here is the
-            # one worth telling.
-            with suppress(Exception):
-                self._stream.synchronize()
-            with suppress(Exception):
-                self._programs.close()
-            raise
+        with ExitStack() as turn:
+            try:
+                return self._run(frames, split(segments, exits), set(outputs), start, turn)
+            except BaseException:
+                # Nothing may still run over memory that the caller now thinks is free; the error that led here is the
+                # one worth telling.
+                with suppress(Exception):
+                    self._stream.synchronize()
+                with suppress(Exception):
+                    self._programs.close()
+                raise
 
     def report(self) -> dict[str, JsonValue]:
         """Bytes of device memory and host buffers, whether graphs run and why not, copies so far.
 
-        "copies" are those between host and device, "row_copies" those that move images together on the device.
+        "opened" is what units say of themselves, as the layout they compute in and why not in another; "copies" are
+        those between host and device, "row_copies" those that move images together on the device.
         """
         copies = self._device.counters
         return {
             "device": self._device.name,
             "units": len(self._units),
+            "opened": {unit.name: dict(unit.opened) for unit in self._units if unit.opened},
             "max_batch": self.max_batch,
             "scratch_bytes": self._arena.shared,
             "scratch_bytes_if_not_shared": self._arena.unshared,
@@ -139,10 +148,14 @@ class DeviceExecutor(Executor):
         with self._resources:
             self._stream.synchronize()
 
-    def _run(self, frames: Array, spans: Sequence[Span], outputs: set[str], start: float) -> ExecutorResult:
+    def _run(
+        self, frames: Array, spans: Sequence[Span], outputs: set[str], start: float, turn: ExitStack
+    ) -> ExecutorResult:
+        """Run; `turn` holds the turn of this process's first runs where one is needed, also while an error passes."""
         batch = len(frames)
         if batch > self._space.plan.max_batch:  # units without a limit
-            self._grow(1 << (batch - 1).bit_length())  # seldom: addresses change, graphs are lost
+            with _FIRST_RUNS:  # it allocates
+                self._grow(1 << (batch - 1).bit_length())  # seldom: addresses change, graphs are lost
         space, stream, manifest = self._space, self._stream, self._manifest
         before_upload, before_span, after_span, after_download = self._events
         rows = Rows(batch, outputs)
@@ -150,7 +163,10 @@ class DeviceExecutor(Executor):
         times_ms: dict[str, float] = {}
         fetched: dict[str, Array] = {}
         for span in spans:
-            program = self._programs.get(self._fitting(len(rows.running), batch), span.first, span.last, space)
+            size = self._fitting(len(rows.running), batch)
+            if not self._programs.is_settled(size, span.first, span.last):
+                turn.enter_context(_FIRST_RUNS)
+            program = self._programs.get(size, span.first, span.last, space)
             if span is spans[0]:
                 self._upload(frames, before_upload)
             stream.record(before_span)
@@ -162,6 +178,7 @@ class DeviceExecutor(Executor):
             stream.record(after_download)
             stream.synchronize()
             program.done()
+            turn.close()
             if span is spans[0]:
                 times_ms["upload"] = before_span.ms_since(before_upload)
             times_ms[_step(span, spans)] = after_span.ms_since(before_span)

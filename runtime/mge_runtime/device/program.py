@@ -35,6 +35,11 @@ class Program:
         self._why_plain: str | None = None if graphs else "graphs are turned off"
         self._runs = 0  # that were waited for without an error
 
+    @property
+    def settled(self) -> bool:
+        """Whether later runs are as the last one: it ran, and is captured or will never be."""
+        return self._runs > 0 and (self._graph is not None or self._why_plain is not None)
+
     def enqueue(self) -> None:
         """Put one run on the stream.
 

@@ -74,6 +74,11 @@ class Programs:
             ready.programs[first, last] = program
         return ready.programs[first, last]
 
+    def is_settled(self, batch: int, first: int, last: int) -> bool:
+        """Whether a program is there and no longer changes: nothing is prepared, searched for or captured any more."""
+        program = self._batches[batch].programs.get((first, last)) if batch in self._batches else None
+        return program is not None and program.settled
+
     def report(self) -> list[JsonValue]:
         """Each program: its batch size, after how many segments it begins (if any) and ends, whether it is a graph."""
         return [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mge_runtime.device.base import Stream
+    from mge_runtime.fields import JsonValue
 
 __all__ = ["Addresses", "Launch", "Unit"]
 
@@ -56,6 +57,7 @@ class Unit(ABC):
     min_batch: int = 1
     max_batch: int | None = None  # None: no limit but memory
     scratch_bytes: int = 0  # memory it needs while it runs, for its largest batch
+    opened: Mapping[str, JsonValue] = {}
 
     @abstractmethod
     def prepare(self, addresses: Addresses, stream: Stream) -> Launch:
