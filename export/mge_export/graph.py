@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 import torch
 from onnx.external_data_helper import set_external_data
@@ -15,6 +17,7 @@ from mge_export.level import drop_expansions
 from mge_export.pooling import pool_maxima
 from mge_export.rows import gather_rows
 from mge_export.stages import Stage
+from mge_export.surgery import replace_nodes
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import BATCH, StageSpec, TensorSpec
 
@@ -70,6 +73,7 @@ def export_graph(stage: Stage) -> StageGraph:
     pool_maxima(model)
     drop_expansions(model)
     gather_rows(model)
+    _count_by_size(model)
     _check_border(spec, model)
     weights = externalize(model, weights_name(spec.name))
     return StageGraph(spec, model, weights)
@@ -104,6 +108,44 @@ def _strip(model: onnx.ModelProto) -> None:
         part.ClearField("metadata_props")
         part.doc_string = ""
     graph.ClearField("value_info")
+
+
+def _count_by_size(model: onnx.ModelProto) -> None:
+    """Number a batch's images by the size of an input instead of its shape: Range(0, Size(x), n) / n, n of one image.
+
+    The exporter writes Range(0, Squeeze(Shape(x)), 1). On CUDA, ONNX Runtime keeps Shape's output on the host, and
+    Squeeze with it; but where it turns the layout to NHWC it looks at the graph a second time, finds that Shape has a
+    place already, and puts Squeeze on the GPU between two copies, which no CUDA graph may hold. Range reads a scalar
+    on the host, as Size writes it: nothing is left between the two that could be put anywhere else.
+    """
+    nodes = {output: node for node in model.graph.node for output in node.output}
+    images = {t.name: math.prod(axis.dim_value for axis in t.type.tensor_type.shape.dim[1:]) for t in model.graph.input}
+    for node in [node for node in model.graph.node if node.op_type == "Range"]:
+        squeeze = nodes.get(node.input[1])
+        shape = nodes.get(squeeze.input[0]) if squeeze is not None and squeeze.op_type == "Squeeze" else None
+        if squeeze is None or shape is None or shape.op_type != "Shape" or shape.input[0] not in images:
+            continue
+        ends = {attribute.name: attribute.i for attribute in shape.attribute}
+        zero, one = (_scalar(model, node.input[i]) for i in (0, 2))
+        if (ends.get("start", 0), ends.get("end")) != (0, 1) or (zero, one) != (0, 1):
+            continue
+        name, numbers = node.name, node.output[0]
+        step = onnx.numpy_helper.from_array(np.array(images[shape.input[0]]), f"{numbers}_step")
+        size, steps = f"{numbers}_size", f"{numbers}_steps"
+        model.graph.initializer.append(step)
+        counted = [
+            onnx.helper.make_node("Size", [shape.input[0]], [size], name=f"{name}_size"),
+            onnx.helper.make_node("Range", [node.input[0], size, step.name], [steps], name=f"{name}_steps"),
+            onnx.helper.make_node("Div", [steps, step.name], [numbers], name=name),
+        ]
+        replace_nodes(model.graph, {name: counted})
+
+
+def _scalar(model: onnx.ModelProto, name: str) -> int | None:
+    """The value of a whole constant, None where a tensor is something else."""
+    tensor = next((tensor for tensor in model.graph.initializer if tensor.name == name), None)
+    value = None if tensor is None else onnx.numpy_helper.to_array(tensor)
+    return int(value) if value is not None and value.ndim == 0 and value.dtype == np.int64 else None
 
 
 def _check_border(spec: StageSpec, model: onnx.ModelProto) -> None:

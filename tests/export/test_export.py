@@ -85,6 +85,22 @@ def test_graphs_have_dynamic_batches_exact_names_and_no_operator_that_tensorrt_r
     assert readers == ["Cast"], "uint8 must be cast before anything else"
 
 
+def test_nothing_lies_between_a_shape_and_what_reads_it_on_the_host(exported):
+    """ONNX Runtime puts such a node on the GPU when it turns the layout to NHWC, between copies, and captures nothing.
+
+    Which inputs CUDA's kernels read on the host: ONNX Runtime's `InputMemoryType(OrtMemTypeCPUInput, ...)`.
+    """
+    on_host = {"Range": (0, 1, 2), "Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (1, 2, 3, 4)}
+    counted = 0
+    for name, model in exported.graphs.items():
+        shapes = {node.output[0] for node in model.graph.node if node.op_type in ("Shape", "Size")}
+        for node in model.graph.node:
+            read = [position for position, tensor in enumerate(node.input) if tensor in shapes]
+            assert set(read) <= set(on_host.get(node.op_type, ())), f"{name}: {node.op_type} reads a shape on the GPU"
+            counted += len(read)
+    assert counted, "the crop numbers the images of a batch"
+
+
 def test_weights_lie_aligned_outside_the_graph_and_no_path_of_this_machine_inside(exported):
     for name, model in exported.graphs.items():
         data = model.SerializeToString()
