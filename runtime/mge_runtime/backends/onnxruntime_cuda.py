@@ -1,6 +1,6 @@
 """ONNX Runtime on an NVIDIA GPU: each segment one session, on one stream, over memory of the device layer.
 
-Experimental: not yet run on a GPU by this project.
+Experimental: ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA).
 """
 
 from __future__ import annotations
