@@ -102,6 +102,7 @@ def test_a_device_that_answers_as_the_cpu_passes(on_device, frames):
         result = check(subject, frames)
         assert result.outcome == "passed", result
         assert result.found
+    assert check_graphs(subject, frames).numbers["opened"] == {}
     parity = check_parity(subject, frames)
     assert parity.numbers["images"] == len(frames)
     assert parity.numbers["gate_relative"] <= 1e-4

@@ -98,6 +98,7 @@ def check_graphs(subject: Subject, frames: NDArray[np.uint8]) -> Check:
             failures += [f"batch {batch}: {failure}" for failure in compared.failures]
             numbers |= {f"batch_{batch}_{key}": value for key, value in compared.numbers.items()}
             found.append(f"batch {batch}: {compared.summary}")
+        numbers["opened"] = opened.report().get("opened", {})  # layouts, and why not others
     return judged(name, failures, "; ".join(found), expected, numbers)
 
 
