@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from mge_runtime.backends import StageRunner
 from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.onnxruntime_cuda import preload_libraries
 from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.chain import Chain
@@ -62,8 +64,6 @@ def test_a_missing_onnxruntime_is_said_with_its_command():
 
 
 def test_an_old_or_broken_onnxruntime_is_refused(monkeypatch):
-    import types
-
     monkeypatch.setitem(sys.modules, "onnxruntime", types.SimpleNamespace(__version__="1.9.2"))
     with pytest.raises(BackendError, match=r"1\.9\.2 is too old; expected 1\.22"):
         OnnxRuntimeBackend()
@@ -89,6 +89,11 @@ def test_onnx_runtime_writes_to_the_terminal_only_where_it_is_asked_to(bundle_pa
     assert "ONNX Runtime failed in stage" in output
     assert ("[E:onnxruntime" in errors) == heard, errors
     assert heard or errors == ""
+
+
+def test_what_onnx_runtime_prints_while_it_looks_for_cuda_is_no_answer(capfd):
+    preload_libraries(types.SimpleNamespace(preload_dlls=lambda: print("Failed to load libcudnn.so.9")))
+    assert capfd.readouterr() == ("", "")
 
 
 # --- running ------------------------------------------------------------------------------------------------------

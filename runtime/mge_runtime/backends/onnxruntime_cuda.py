@@ -5,7 +5,7 @@ Experimental: ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA).
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 from mge_runtime.backends.base import Backend, Executor
@@ -99,5 +99,6 @@ def preload_libraries(ort: Any) -> None:
     """Load CUDA and cuDNN from where pip put them; the dynamic loader would look in system folders alone."""
     preload = getattr(ort, "preload_dlls", None)  # from 1.21 on
     if preload is not None:
-        with suppress(OSError):  # what is missing is said when the session opens
+        # What is missing is said when the session opens; here it would be printed, between answers or into JSON.
+        with suppress(OSError), redirect_stdout(None):
             preload()
