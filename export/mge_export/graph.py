@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import torch
 from onnx.external_data_helper import set_external_data
-from onnxscript import opset18 as op
+from onnxscript import opset18
 from torch import Tensor
 
 from mge_export.stages import Stage
@@ -70,6 +70,9 @@ def export_graph(stage: Stage) -> StageGraph:
     _check_border(spec, model)
     weights = externalize(model, weights_name(spec.name))
     return StageGraph(spec, model, weights)
+
+
+op: Any = opset18  # its functions are typed for NumPy arrays, not for a graph's values
 
 
 def _amax(value: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
