@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types unit fuzz format wheel check-bare check-network check-jetson check-tensorrt check-python clean
+.PHONY: help setup demo test lint types unit fuzz format wheel check-bare check-network check-jetson check-tensorrt check-python check-oldest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -81,6 +81,9 @@ check-tensorrt: $(READY) ## do the bindings of TensorRT 10.3, 10.16 and 11.4 hol
 
 check-python: wheel ## the runtime's tests on another Python: make check-python OTHER=python3.10, as on JetPack 6
 	benchmarks/check_python.sh $(OTHER)
+
+check-oldest: ## training and export with the oldest packages that pyproject allows (downloads about 6 GB)
+	benchmarks/check_oldest.sh $(PYTHON)
 
 clean: ## remove what the other targets made, the environment too
 	rm -rf .venv dist build $(DEMO) runs .pytest_cache .ruff_cache

@@ -9,16 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attention_box", "class_gradient", "crop_resize", "extent_box", "grad_cam", "normalized_maxima"]
+from mge_runtime.errors import TrainingError
+
+__all__ = [
+    "StatesGradient",
+    "attention_box",
+    "class_gradient",
+    "crop_resize",
+    "differentiate",
+    "extent_box",
+    "grad_cam",
+    "normalized_maxima",
+]
 
 # Of a map's largest value: a smaller range is what rounding leaves of a flat map when it is upsampled (some 1e-7).
 FLAT = 1e-6  # relative range below which a map is flat: a few float32 roundings
+
+
+@runtime_checkable
+class StatesGradient(Protocol):
+    """A head that says the gradient of its scores in closed form, so that nothing has to be differentiated."""
+
+    def __call__(self, features: Tensor, /) -> Tensor:
+        """Features [B, D, h, w] to scores [B, C]."""
+        ...
+
+    def class_gradient(self, features: Tensor, class_index: Tensor) -> Tensor:
+        """D score_t / d features, as [B, D, h, w], or as [B, D, 1, 1] where it is the same at every cell.
+
+        Args:
+            features: [B, D, h, w].
+            class_index: [B] int64, the class t of each image.
+        """
+        ...
 
 
 def class_gradient(
@@ -27,19 +57,50 @@ def class_gradient(
     """Scores of a head and the gradient of one class's score with respect to the features.
 
     Args:
-        head: differentiable, features [B, D, h, w] -> scores [B, C], each image by itself.
+        head: features [B, D, h, w] -> scores [B, C], each image by itself; `StatesGradient`, or differentiable.
         features: [B, D, h, w].
         class_index: [B] int64, the class t of each image; None: the class with the largest score.
 
     Returns:
-        Scores [B, C] and d score_t / d features [B, D, h, w].
+        Scores [B, C] and d score_t / d features [B, D, h, w] ([B, D, 1, 1] where the head states it so).
+
+    Raises:
+        TrainingError: autograd gives a gradient of zeros although the scores depend on the features.
     """
-    scores, pullback, *_ = torch.func.vjp(head, features)
-    index = scores.argmax(1) if class_index is None else class_index
-    # A one-hot product picks the class: the backward of a gather would be a ScatterElements, which TensorRT refuses.
-    one_hot = (torch.arange(scores.shape[1], device=scores.device) == index[:, None]).to(scores.dtype)
-    (gradient,) = pullback(one_hot)
+    if isinstance(head, StatesGradient):
+        scores = head(features)
+        return scores, head.class_gradient(features, scores.argmax(1) if class_index is None else class_index)
+    scores, gradient = differentiate(head, features, class_index)
+    if not gradient.any() and _depends(head, features):
+        raise TrainingError(
+            f"the gradient of {type(head).__name__} is zero everywhere although its scores depend on the features "
+            f"(torch {torch.__version__}, inference mode {'on' if torch.is_inference_mode_enabled() else 'off'}); "
+            "expected autograd's: compute under torch.no_grad(), or give the head a method class_gradient"
+        )
     return scores, gradient
+
+
+def differentiate(
+    head: Callable[[Tensor], Tensor], features: Tensor, class_index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `class_gradient` by autograd alone, in operators that `make_fx` traces; zeros are not looked for."""
+    # `torch.func.vjp` inside inference mode gives zeros with torch up to 2.11, without a word.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = features.detach().clone().requires_grad_()
+        scores = head(leaf)
+        index = scores.argmax(1) if class_index is None else class_index
+        # A one-hot product picks the class: the backward of a gather is a ScatterElements, which TensorRT refuses.
+        one_hot = (torch.arange(scores.shape[1], device=scores.device) == index[:, None]).to(scores.dtype)
+        (gradient,) = torch.autograd.grad(scores, leaf, one_hot)
+    return scores.detach(), gradient
+
+
+@torch.no_grad()
+def _depends(head: Callable[[Tensor], Tensor], features: Tensor) -> bool:
+    """Whether the scores change when the features are moved a little, each by another amount."""
+    step = 1e-2 * features.abs().amax().clamp_min(1)
+    moves = torch.linspace(-1, 1, features.numel(), device=features.device).view_as(features)
+    return not torch.equal(head(features + step * moves), head(features))
 
 
 def grad_cam(features: Tensor, gradient: Tensor) -> Tensor:
@@ -49,12 +110,14 @@ def grad_cam(features: Tensor, gradient: Tensor) -> Tensor:
 
     Args:
         features: [B, D, h, w].
-        gradient: [B, D, h, w], d score_t / d features.
+        gradient: [B, D, h, w] or [B, D, 1, 1], d score_t / d features.
 
     Returns:
         [B, h, w], of any sign and scale.
     """
-    weights = gradient.relu().mean((2, 3), keepdim=True)
+    weights = gradient.relu()
+    if weights.shape[2:].numel() > 1:  # else one cell stands for all, and the exported graph needs no mean
+        weights = weights.mean((2, 3), keepdim=True)
     return (weights * features).sum(1)
 
 
@@ -145,16 +208,16 @@ def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
     """
     height, width = image.shape[2:]
     # One vector holds the columns, then the rows.
-    axis = torch.arange(2, device=image.device).repeat_interleave(size)
+    axis = torch.arange(2, device=image.device).repeat_interleave(size, 0)
     steps = torch.arange(size, device=image.device, dtype=torch.float32).repeat(2)
-    before_last = torch.tensor((width - 2.0, height - 2.0), device=image.device).repeat_interleave(size)
+    before_last = torch.tensor((width - 2.0, height - 2.0), device=image.device).repeat_interleave(size, 0)
     start, last = box.index_select(1, axis), box.index_select(1, axis + 2) - 1
     # Rounding may push the last position past the box by one ulp; the pixel there is not part of the crop.
     position = torch.minimum(start + steps * ((last - start) / (size - 1)), last)  # [B, 2 size]
     low = torch.minimum(position.floor(), before_last)
     columns, rows = (position - low).to(image.dtype)[:, :, None].split(size, 1)
     # Lines of all images lie in one table, those of each behind those of the one before.
-    lines = torch.tensor((width, height), device=image.device).repeat_interleave(size)
+    lines = torch.tensor((width, height), device=image.device).repeat_interleave(size, 0)
     number = low.long() + torch.arange(image.shape[0], device=image.device)[:, None] * lines
     first_columns, first_rows = number.split(size, 1)
     turned = _between(image.permute(0, 3, 1, 2), first_columns, columns)  # [B, size, 3, H]

@@ -66,7 +66,7 @@ def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
 
 
 class GlobalHead(nn.Module):
-    """Class scores from the average of the features; what Grad-CAM differentiates."""
+    """Class scores from the average of the features; what Grad-CAM differentiates, here in closed form."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -75,6 +75,13 @@ class GlobalHead(nn.Module):
     def forward(self, c5: Tensor) -> Tensor:
         """Features [B, D, h, w] to scores [B, C]."""
         return self.fc(c5.mean((2, 3)))
+
+    def class_gradient(self, c5: Tensor, class_index: Tensor) -> Tensor:
+        """W[t] / (h w), the same at every cell: features [B, D, h, w] and classes t [B] to [B, D, 1, 1]."""
+        row = F.embedding(class_index, self.fc.weight)
+        # In the wider type: the weights of an export may be in half, the features under autocast.
+        row = row.to(torch.promote_types(row.dtype, c5.dtype))
+        return (row / c5.shape[2:].numel())[:, :, None, None]
 
 
 class Expert(nn.Module):

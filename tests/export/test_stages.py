@@ -1,9 +1,11 @@
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from mge_export.graph import export_graph
 from mge_export.precision import Precision
 from mge_export.runners import reference_tensors, run_chain, torch_runner
 from mge_export.stages import build_stages, segments, views
@@ -97,3 +99,14 @@ def test_thresholds_belong_to_their_crop(tiny):
     model.config = dataclasses.replace(model.config, box_thresholds=(0.3, 0.7))
     modules = [stage.module for stage in build_stages(model, Precision.FP32) if stage.spec.name.startswith("expert")]
     assert [module.threshold for module in modules] == [0.3, 0.7, None]
+
+
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
+def test_the_attention_costs_a_row_and_a_pooling(tiny, precision):
+    graph = export_graph(build_stages(tiny.make_model(), precision)[1]).model.graph
+    kinds = Counter(node.op_type for node in graph.node)
+    # One map is averaged, c5; no map is expanded, and no class picked by a product over all of them.
+    assert (kinds["ReduceMean"], kinds["Expand"], kinds["MatMul"], kinds["Equal"]) == (1, 0, 0, 0)
+    (pool,) = (node for node in graph.node if node.op_type == "GlobalMaxPool")
+    (conv,) = (node for node in graph.node if pool.input[0] in node.output)  # in half: no Cast of the whole map
+    assert (conv.op_type, "part_conv" in conv.input[1]) == ("Conv", True)

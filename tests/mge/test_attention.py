@@ -5,8 +5,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mge.attention import attention_box, class_gradient, crop_resize, extent_box, grad_cam, normalized_maxima
-from mge.model import GlobalHead
+from mge.attention import (
+    StatesGradient,
+    attention_box,
+    class_gradient,
+    crop_resize,
+    extent_box,
+    grad_cam,
+    normalized_maxima,
+)
+from mge.config import MGEConfig
+from mge.model import GlobalHead, MGENet
+from mge_runtime.errors import TrainingError
 
 
 def boxes_of(mask):
@@ -98,25 +108,59 @@ def test_crop_resize_equals_slicing_and_interpolating():
     torch.testing.assert_close(crops[1], images[1], atol=1e-5, rtol=0)
 
 
-def test_class_gradient_is_autograd_of_the_chosen_score():
-    torch.manual_seed(0)
-    head = torch.nn.Sequential(GlobalHead(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 5))
-    features = torch.randn(4, 8, 3, 3, requires_grad=True)
-    labels = torch.tensor([4, 0, 2, 2])
-    scores, gradient = class_gradient(head, features.detach(), labels)
-    picked = head(features).gather(1, labels[:, None]).sum()
-    (expected,) = torch.autograd.grad(picked, features)
-    torch.testing.assert_close(scores, head(features))
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
+class DetachedHead(torch.nn.Module):
+    """Its scores depend on the features; autograd does not know."""
+
+    def forward(self, features):
+        return features.detach().mean((2, 3)) + 0 * features.mean((2, 3))
 
 
-def test_class_gradient_without_labels_takes_the_first_guess():
+def make_head(route):
     torch.manual_seed(0)
     head = GlobalHead(8, 5)
-    features = torch.randn(3, 8, 4, 4)
-    scores, gradient = class_gradient(head, features)
-    expected = head.fc.weight[scores.argmax(1)][:, :, None, None].expand_as(features) / 16
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
+    return head if route == "stated" else torch.nn.Sequential(head, torch.nn.Tanh(), torch.nn.Linear(5, 5))
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([4, 0, 2, 2]), None], ids=["labels", "first guess"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("route", ["stated", "differentiated"])
+def test_class_gradient_is_autograd_of_the_chosen_score(route, mode, labels):
+    head = make_head(route)
+    features = torch.randn(4, 8, 3, 3, requires_grad=True)
+    wanted_scores = head(features)
+    classes = wanted_scores.argmax(1) if labels is None else labels
+    (wanted,) = torch.autograd.grad(wanted_scores.gather(1, classes[:, None]).sum(), features)
+    with mode():
+        scores, gradient = class_gradient(head, features.detach().clone(), labels)
+    torch.testing.assert_close(scores, wanted_scores, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.expand_as(wanted), wanted, rtol=1e-6, atol=1e-9)
+    assert isinstance(head, StatesGradient) is (route == "stated")
+    assert all(parameter.grad is None for parameter in head.parameters())
+
+
+def test_attention_in_inference_mode_is_attention():
+    config = MGEConfig("test_resnet", tuple("abc"), experts=2, image_size=64, resize=64, box_thresholds=(0.5,))
+    model = MGENet(config).eval()
+    model.attention_head = lambda _: head
+    head = torch.nn.Sequential(model.experts[0].global_head, torch.nn.Sigmoid())  # states nothing
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(images)
+    with torch.inference_mode():
+        found = model(images)
+    assert wanted.experts[0].heatmap.abs().max() > 0
+    assert torch.equal(found.experts[0].heatmap, wanted.experts[0].heatmap)
+    assert torch.equal(found.experts[1].image, wanted.experts[1].image)
+
+
+def test_a_gradient_of_zeros_is_refused_where_the_scores_depend_on_the_features():
+    with pytest.raises(TrainingError, match=r"DetachedHead is zero everywhere.*torch \d.*inference mode off.*no_grad"):
+        class_gradient(DetachedHead(), torch.randn(2, 5, 3, 3))
+
+
+def test_a_gradient_of_zeros_stands_where_the_scores_do_not_move():
+    head = torch.nn.Sequential(GlobalHead(8, 5), torch.nn.Threshold(1e3, 7))
+    assert not class_gradient(head, torch.randn(2, 8, 3, 3))[1].any()
 
 
 def test_grad_cam_takes_the_relu_of_the_gradient_before_the_mean():
@@ -127,3 +171,9 @@ def test_grad_cam_takes_the_relu_of_the_gradient_before_the_mean():
         for k in range(3):
             expected[b] += np.maximum(gradient[b, k].numpy(), 0).mean() * features[b, k].numpy()
     np.testing.assert_allclose(grad_cam(features, gradient).numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_grad_cam_of_a_gradient_that_is_the_same_at_every_cell():
+    features = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    gradient = torch.randn(2, 3, 1, 1, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(grad_cam(features, gradient), grad_cam(features, gradient.expand_as(features)))
