@@ -63,7 +63,7 @@ def test_engines_go_into_the_bundle_beside_those_of_other_targets(path):
         (["--batch", "8,1"], "the batch range is 8,8,1; expected MIN <= OPT <= MAX"),
         (["--target", "rtx:sm86", "--into-bundle", "--backend", "tensorrt"], "ahead of time by tensorrt-rtx alone"),
         (["--target", "rtx:sm86", "--into-bundle", "--workspace", "9999999999"], "the workspace is 9999999999000000 b"),
-        (["--device", "gpu"], "the device is 'gpu'; engines are built for a GPU: expected cuda:0"),
+        (["--device", "cpu"], "the device is 'cpu'; engines are built for a GPU: expected cuda:0"),
     ],
 )
 def test_what_cannot_be_built_is_one_line_and_changes_nothing(path, arguments, message):

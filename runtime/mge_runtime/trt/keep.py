@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mge_runtime.backends.choice import device_name
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.layout import target_of
 from mge_runtime.errors import BackendError
@@ -134,8 +135,8 @@ def _check_writable(bundle: Bundle, targets: Sequence[str]) -> None:
 
 
 def _gpu_index(device: str) -> int:
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or not number.isdecimal():
+    kind, _, number = device_name(device).partition(":")
+    if kind != "cuda":
         raise BackendError(f"the device is {device!r}; engines are built for a GPU: expected cuda:0, or another index")
     return int(number)
 
