@@ -100,7 +100,7 @@ class Pipeline:
             path: the `mge.plan` file.
             device: "auto", "cpu" or "cuda:0".
             backend: "auto", "onnxruntime", "tensorrt" or "tensorrt-rtx".
-            threads: processors to compute with, at most those that this process may use; None: all of them.
+            threads: processors to compute with; None: all that this process may use.
             streams: pictures (or batches) computed at once by `predict_iter`, sharing the processors. 1 answers one
                 picture soonest; "auto" answers the most pictures a second, at the price of several runs' memory.
             graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.

@@ -49,7 +49,7 @@ class OnnxRuntimeBackend(StagedBackend):
     def __init__(self, threads: int | None = None, streams: Streams = 1) -> None:
         self._ort = import_onnxruntime(_INSTALL)
         self.version: str = self._ort.__version__
-        self.threads = min(threads or cpu_count(), cpu_count())
+        self.threads = cpu_count() if threads is None else threads
         self.streams = min(self.threads, _MOST_STREAMS) if streams == "auto" else streams
 
     def open_stages(self, bundle: Bundle) -> dict[str, StageRunner]:

@@ -104,6 +104,7 @@ def main(
     An image that cannot be read is reported and passed over; the exit code is 1 then, as it is after Ctrl-C or SIGTERM.
     Files appear whole or not at all: what is printed and the pictures stay after an interrupt, a CSV file does not.
     """
+    from mge_runtime.fonts import undrawable
     from mge_runtime.pipeline import Pipeline
     from mge_runtime.report import csv_table, is_stdout, json_error, json_line, picture_folder, text_block, text_line
     from mge_runtime.sources import find_images
@@ -126,6 +127,8 @@ def main(
         if pipeline.choice.remark:
             click.echo(f"note: {printable(pipeline.choice.remark)}", err=True)
         manifest = pipeline.manifest
+        if pictures and (remark := undrawable(map(printable, manifest.class_names))):
+            click.echo(f"note: {remark}", err=True)
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
         step = stack.enter_context(_progress(found))
