@@ -129,6 +129,24 @@ def test_csv_is_streamed_to_standard_output(expected):
     assert sorted(path.name for path in Path().iterdir()) == ["in", "mge.plan"]
 
 
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ('"$@" in >&-', "error: cannot print: standard output is closed; name another place for the output"),
+        ('"$@" in --csv - >&-', "error: cannot print the CSV table: standard output is closed; name a file for it"),
+        (
+            'mkdir gone; cd gone; rmdir ../gone; "$@" ../in',
+            "error: cannot work in this folder: No such file or directory; expected one that exists, cd to it",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_where_nothing_can_be_printed_or_found_it_is_one_line(script, line):
+    shell = ["sh", "-c", script, "sh", *COMMAND]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", [line])
+
+
 @pytest.mark.usefixtures("folder")
 def test_csv_into_a_device_leaves_the_device():
     try:

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 import click
 
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import MGEError, OutputError, one_line
+from mge_runtime.errors import InputError, MGEError, OutputError, one_line
 
 __all__ = ["at_most_cpus", "echo", "format_bytes", "report", "reports_errors"]
 
@@ -34,12 +34,21 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
         if reconfigure := getattr(sys.stdout, "reconfigure", None):
             reconfigure(errors="replace")  # a class name that the terminal's encoding lacks is no reason to stop
         try:
+            _require_working_folder()
             return command(*args, **kwargs)
         except MGEError as error:
             report(error)
             raise SystemExit(1) from error
 
     return wrapped
+
+
+def _require_working_folder() -> None:
+    """Refuse a working folder that was removed: no relative path can be found from there."""
+    try:
+        os.getcwd()  # noqa: PTH109 - Path would have to be imported for it
+    except OSError as error:
+        raise InputError(f"cannot work in this folder: {error.strerror}; expected one that exists, cd to it") from error
 
 
 def report(error: MGEError) -> None:
@@ -51,8 +60,11 @@ def echo(text: str, *, nl: bool = True) -> None:
     """Print to standard output.
 
     Raises:
-        OutputError: it cannot be written; a closed pipe (`| head`) passes, which click ends quietly.
+        OutputError: it is closed or cannot be written; a closed pipe (`| head`) passes, which click ends quietly.
     """
+    stdout: object = sys.stdout  # None where the process was started without one
+    if stdout is None:
+        raise OutputError("cannot print: standard output is closed; name another place for the output")
     try:
         click.echo(text, nl=nl)
     except BrokenPipeError:
