@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge_runtime.cli.common import reports_errors
-from mge_runtime.errors import BackendError, InputError, MGEError, OutputError
+from mge_runtime.cli.common import at_most_cpus, echo, report, reports_errors
+from mge_runtime.errors import BackendError, MGEError, OutputError
 
 if TYPE_CHECKING:
     from mge_calibration.calibrate import Learned
@@ -86,7 +86,13 @@ SHARE = _Share()
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option("--threads", type=click.IntRange(min=1), help="Processors to compute with.  [default: all]")
+@click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(min=1),
+    callback=at_most_cpus,
+    help="Processors to compute with.  [default: all]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was written to the bundle.")
 @click.version_option(package_name="mge")
 @reports_errors
@@ -127,17 +133,15 @@ def main(
         request = Request(bundle, data, exit_data, Promise(epsilon, delta), seed, device, backend, threads)
         if report_to is not None:
             _make_folder(report_to)
-        learned = learn(request, say=lambda line: click.echo(line, err=True), problem=_report, progress=_progress)
+        learned = learn(request, say=lambda line: click.echo(line, err=True), problem=report, progress=_progress)
         values = bundle_values(learned, as_values(learned))
         if report_to is not None:
             _draw(learned, report_to)
             with atomic_path(report_to / _REPORT) as part:
                 part.write_bytes(Calibration(learned.manifest_sha256, values).to_json())
         publish(learned, values)  # last: where a report cannot be written the bundle stays as it was
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="replace")  # a name that the terminal's encoding lacks is no reason to stop
-    written = json.dumps(values, indent=1, ensure_ascii=False)
-    click.echo(written if as_json else as_text(learned) + f"\n{bundle}: calibrated")
+    written = json.dumps(values, indent=1)  # in ASCII: every locale can print it
+    echo(written if as_json else as_text(learned) + f"\n{bundle}: calibrated")
     if learned.unreadable:
         click.echo(f"{learned.unreadable} images could not be read", err=True)
         raise SystemExit(1)
@@ -175,12 +179,6 @@ def _remove(path: Path) -> None:
         raise OutputError(
             f"cannot remove {path}: {error.strerror}; expected the picture of an earlier calibration: move it away"
         ) from error
-
-
-def _report(error: InputError) -> None:
-    from mge_runtime.report import printable
-
-    click.echo("error: " + printable(" ".join(str(error).split())), err=True)
 
 
 def _progress(images: int) -> Callable[[], None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from mge_export.report import format_report
 from mge_export.stages import Stage, build_stages, segments, views
 from mge_runtime.bundle import StageModel, write_bundle
 from mge_runtime.errors import ExportError, OutputError
+from mge_runtime.files import check_writable, temporary_folder
 from mge_runtime.manifest import Manifest
 
 __all__ = ["ExportResult", "check_output", "export_bundle", "file_sha256"]
@@ -86,8 +87,7 @@ def export_bundle(
         raise ValueError(f"{precision.value} was asked for; images to calibrate on belong to int8, and int8 needs them")
     check_output(path)
     config = model.config
-    with tempfile.TemporaryDirectory(prefix="mge-export-") as name:
-        folder = Path(name)
+    with temporary_folder("export") as folder:
         say(f"splitting {config.experts} x {config.arch} into stages, {precision.value}")
         stages, chain = build_stages(model, precision, half_linear=half_linear), segments(config)
         plans: dict[str, dict[str, Any]] = {}
@@ -144,15 +144,13 @@ def export_bundle(
 
 
 def check_output(path: Path) -> None:
-    """Find out before the work, not after it, that a place cannot be written: write there.
-
-    Permissions do not tell: root passes them on a read-only file system, and a disk may be full.
+    """Find out before the work, not after it, that a place cannot be written.
 
     Raises:
         OutputError: it cannot.
     """
     folder = path.parent
-    try:
+    with suppress(OSError):  # check_writable says it
         if path.is_dir():
             raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
         if folder.is_file():
@@ -161,13 +159,7 @@ def check_output(path: Path) -> None:
             raise OutputError(f"cannot write {path}: no folder {folder}; make it or name another place with -o")
         if path.exists() and not path.is_file():
             raise OutputError(f"cannot write {path}: it is a device or a pipe; expected a file name")
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{path.name}.", suffix=".part") as probe:
-            probe.write(bytes(4096))
-            probe.flush()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; expected a writable folder, name another place with -o"
-        ) from error
+    check_writable(path)
 
 
 def file_sha256(path: Path) -> str:

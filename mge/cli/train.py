@@ -143,7 +143,7 @@ def _launch(fabric: Fabric) -> None:
 def _make_folder(out: Path, *, replace: bool) -> None:
     """Make sure that a run can be written before it costs anything."""
     from mge_runtime.errors import OutputError
-    from mge_runtime.files import atomic_path
+    from mge_runtime.files import check_writable
 
     if (out / "last.pt").exists() and not replace:
         raise OutputError(
@@ -154,9 +154,7 @@ def _make_folder(out: Path, *, replace: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make folder {out}: {error.strerror}; name another with --out") from error
-    with atomic_path(out / "probe"):
-        pass
-    (out / "probe").unlink(missing_ok=True)  # another process of this run may have been quicker
+    check_writable(out / "last.pt")
 
 
 def _refuse_model_options(options: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mge_runtime.pool import PipelinePool
     from mge_runtime.prediction import Prediction
 
+    __version__: str
+
 __all__ = [
     "BackendError",
     "Bundle",
@@ -51,6 +53,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mge")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -24,7 +24,11 @@ __all__ = [
     "MGEError",
     "OutputError",
     "TrainingError",
+    "one_line",
+    "printable",
 ]
+
+_JOINERS = "\u200c\u200d"  # zero width: Persian, Indic scripts and emoji are spelled with them
 
 
 class MGEError(Exception):
@@ -61,3 +65,13 @@ class TrainingError(MGEError):
 
 class OutputError(MGEError):
     """A place that cannot be written."""
+
+
+def printable(text: str) -> str:
+    """Replace what must not reach a terminal (control characters, undecodable bytes) by "?"."""
+    return "".join(c if c.isprintable() or c in _JOINERS else " " if c.isspace() and c > "\x85" else "?" for c in text)
+
+
+def one_line(error: Exception | str) -> str:
+    """An error as one line that any terminal may be given: names in it come from files and from strangers."""
+    return printable(" ".join(str(error).split()))

@@ -2,70 +2,197 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from mge_runtime.errors import OutputError
 
-__all__ = ["atomic_path", "lock"]
+__all__ = ["atomic_path", "check_writable", "lock", "temporary_folder"]
+
+_PART = (
+    ".mge-part"  # ends every temporary name; its owner holds a lock, so one without a lock was left by a dead process
+)
+_LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
-    """Yield a temporary path beside `path` that replaces it when the block ends without an error.
+    """Yield a temporary path whose content takes the place of `path` when the block ends without an error.
 
-    The temporary file lies in the same folder, so the last step is one rename: readers see the old file or the whole
-    new one. On any error, `KeyboardInterrupt` included, the temporary file is removed and `path` stays as it was.
+    A file is replaced by one rename from the same folder: readers see the old file or the whole new one. The new one
+    has the old one's permissions and, where this process may give it away, its owner. A link is followed. A pipe or a
+    character device is opened before the block and written to after it. On any error, `KeyboardInterrupt` included, the
+    temporary file is removed and `path` stays as it was; what a killed process left beside it goes at the next writing.
 
     Raises:
-        OutputError: the folder is missing or cannot be written. An `OSError` of the block that belongs elsewhere (a
-            closed pipe, a file of another name) passes as it is.
+        OutputError: the place cannot be written, or is no file, pipe or character device. An `OSError` of the block
+            that belongs elsewhere (a closed pipe, a file of another name) passes as it is.
+    """
+    target = Path(path)
+    with ExitStack() as stack:
+        stream = None
+        try:
+            place, old = _destination(target)
+            if place is None:  # a pipe waits here for its reader; what /dev/fd/3 stands for may be a log that grows
+                stream = stack.enter_context(target.open("ab", buffering=0))
+                place = Path(tempfile.gettempdir(), target.name)
+            temporary = stack.enter_context(_part(place, private=old is not None))
+        except OSError as error:
+            raise _unwritable(target, error) from error
+        try:
+            yield temporary
+            if stream is not None:
+                with temporary.open("rb") as content:
+                    shutil.copyfileobj(content, stream)
+                return
+            if old is not None:
+                _take_over(temporary, old)
+            _flush(temporary)
+            temporary.replace(place)
+        except BrokenPipeError:
+            raise  # no regular file raises it: it is the reader of what is written who has enough
+        except OSError as error:
+            if error.filename is not None and str(error.filename) not in (str(temporary), str(target), str(place)):
+                raise
+            reason = error.strerror or error
+            raise OutputError(f"cannot write {target}: {reason}; the old file, if any, is unchanged") from error
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work that `atomic_path` would fail: a temporary file is written there, and removed.
+
+    Permissions do not tell: root passes them on a read-only file system, and a disk may be full.
+
+    Raises:
+        OutputError: it would.
     """
     target = Path(path)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        place, _ = _destination(target)
+        if place is not None:
+            with _part(place) as temporary:
+                temporary.write_bytes(bytes(4096))
     except OSError as error:
-        raise OutputError(
-            f"cannot write {target}: {error.strerror}; expected a writable folder, name another place"
-        ) from error
-    os.close(handle)
-    temporary = Path(name)
+        raise _unwritable(target, error) from error
+
+
+@contextmanager
+def temporary_folder(purpose: str) -> Generator[Path]:
+    """Make a folder for large temporary files in TMPDIR; what killed processes left there goes first.
+
+    Args:
+        purpose: a word for its name.
+
+    Raises:
+        OutputError: it cannot be made, or there is no room for what the block writes.
+    """
+    parent = Path(tempfile.gettempdir())
     try:
-        yield temporary
-        # mkstemp makes files private; a published file gets the mode that the user's umask gives any other.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        _flush(temporary)
-        temporary.replace(target)
-    except BrokenPipeError:
-        raise  # no regular file raises it: it is the reader of what the block prints that has enough
+        with _part(parent / f"mge-{purpose}") as part:
+            folder = _folder_of(part)
+            folder.mkdir(mode=0o700)
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
-        if error.filename is not None and str(error.filename) not in (str(temporary), str(target)):
+        if _PART not in str(error.filename) and error.errno not in _NO_ROOM:
             raise
-        reason = error.strerror or error
-        raise OutputError(f"cannot write {target}: {reason}; the old file, if any, is unchanged") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+        raise OutputError(
+            f"cannot write to {parent}: {error.strerror or error}; expected a temporary folder with room: "
+            "set TMPDIR to another"
+        ) from error
 
 
-def lock(descriptor: int) -> None:
+def lock(descriptor: int, *, wait: bool = True) -> None:
     """Hold an open file for this process until the descriptor is closed; wait for whoever holds it.
 
     Windows has no lock that lets others read meanwhile; there nothing is held.
 
     Raises:
+        BlockingIOError: another holds it, without `wait`.
         OSError: the file system has no locks.
     """
     if sys.platform != "win32":
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def _destination(target: Path) -> tuple[Path | None, os.stat_result | None]:
+    """Where a file is put and what it replaces; no place where the target is written to as it is.
+
+    Raises:
+        OutputError: the target is of a kind that is not written.
+        OSError: it cannot be looked at.
+    """
+    try:
+        found = target.stat()
+    except FileNotFoundError:  # or a link to a file that is to be made
+        return Path(os.path.realpath(target)), None
+    if stat.S_ISDIR(found.st_mode):
+        raise OutputError(f"cannot write {target}: it is a folder; expected a file name")
+    if stat.S_ISREG(found.st_mode) and not _is_descriptor(target):
+        return Path(os.path.realpath(target)), found
+    if stat.S_ISBLK(found.st_mode) or stat.S_ISSOCK(found.st_mode):
+        raise OutputError(f"cannot write {target}: it is a disk or a socket; expected a file, a pipe or a terminal")
+    return None, None
+
+
+def _is_descriptor(target: Path) -> bool:
+    """Whether a name stands for an open descriptor, as /dev/stdout does: the file behind it may be another's log."""
+    while target.is_symlink():
+        if os.path.realpath(target.parent).startswith("/proc/"):
+            return True
+        target = target.parent / target.readlink()
+    return False
+
+
+def _unwritable(target: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {target}: {error.strerror}; expected a writable folder, name another place")
+
+
+@contextmanager
+def _part(place: Path, *, private: bool = False) -> Generator[Path]:
+    """Make a temporary file beside a place; it is locked as long as the block runs, and gone after it."""
+    _sweep(place.parent)
+    stem = place.name.encode("utf-8", "ignore")[:_LONGEST_STEM].decode("utf-8", "ignore")
+    while True:
+        path = place.with_name(f".{stem}.{secrets.token_hex(4)}{_PART}")
+        with suppress(FileExistsError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+            with suppress(OSError):  # a file system without locks, where nobody sweeps either
+                lock(descriptor)
+            if os.fstat(descriptor).st_nlink:
+                break
+            os.close(descriptor)  # swept before it was locked
+    if sys.platform == "win32":  # where an open file can be neither renamed nor removed
+        os.close(descriptor)
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        if sys.platform != "win32":
+            os.close(descriptor)
+
+
+def _take_over(path: Path, old: os.stat_result) -> None:
+    """Give a new file the owner and the permissions of the one that it replaces."""
+    if sys.platform != "win32":
+        with suppress(OSError):
+            os.chown(path, old.st_uid, old.st_gid)
+    path.chmod(stat.S_IMODE(old.st_mode))
 
 
 def _flush(path: Path) -> None:
@@ -73,5 +200,37 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _folder_of(part: Path) -> Path:
+    return Path(f"{part}.d")
+
+
+@cache
+def _sweep(folder: Path) -> None:
+    """Remove what dead processes of this user left in a folder; once for each folder, for it may hold many files."""
+    if sys.platform == "win32":
+        return
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(_PART):
+                with suppress(OSError):
+                    _remove_dead(Path(entry.path))
+
+
+def _remove_dead(part: Path) -> None:
+    """Remove a temporary file, and the folder that belongs to it, unless somebody holds it.
+
+    Raises:
+        OSError: somebody does, or it cannot be removed.
+    """
+    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        lock(descriptor, wait=False)
+        if os.fstat(descriptor).st_uid == os.geteuid():
+            shutil.rmtree(_folder_of(part), ignore_errors=True)
+            part.unlink()
     finally:
         os.close(descriptor)

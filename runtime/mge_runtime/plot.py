@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mge_runtime.errors import printable
+from mge_runtime.fonts import font_for
+
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 __all__ = ["INK", "MUTED", "Canvas", "Colour", "blend_heatmap", "expert_colour", "fitted", "shortened"]
 
@@ -77,20 +78,14 @@ def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return values
 
 
-@cache
-def _font(size: int) -> FreeTypeFont | ImageFont:
-    from PIL import ImageFont
-
-    return ImageFont.load_default(size)
-
-
 def shortened(text: str, size: int, width: float) -> str:
     """Cut the middle out of a text that is wider than `width` pixels at font `size`: both ends tell classes apart."""
-    if _font(size).getlength(text) <= width:
+    font = font_for(text, size)
+    if font.getlength(text) <= width:
         return text
     for keep in range(len(text) - 1, 0, -1):
         short = f"{text[: (keep + 1) // 2].rstrip()}…{text[len(text) - keep // 2 :].lstrip()}"
-        if _font(size).getlength(short) <= width:
+        if font.getlength(short) <= width:
             return short
     return "…"
 
@@ -125,9 +120,11 @@ class Canvas:
 
         `anchor` as Pillow names it: "la" for left and top, "ra" for right and top.
         """
-        while size > 18 and _font(size).getlength(text) > width:  # large letters shrink before they lose letters
+        text = printable(text)
+        while size > 18 and font_for(text, size).getlength(text) > width:  # large letters shrink before they are lost
             size -= 2
-        self._draw.text((left, top), shortened(text, size, width), fill=colour, font=_font(size), anchor=anchor)
+        font = font_for(text, size)
+        self._draw.text((left, top), shortened(text, size, width), fill=colour, font=font, anchor=anchor)
 
     def bar(self, left: int, top: int, width: int, height: int, share: float, colour: Colour) -> None:
         """Draw a bar filled to `share` (0 to 1) of its width."""
@@ -146,14 +143,15 @@ class Canvas:
     def tag(self, edges: np.ndarray, text: str, colour: Colour, corner: int) -> None:
         """Label a box at its top left (`corner` 0), top right, bottom right or bottom left, inside the picture."""
         x0, y0, x1, y1 = self._inside(edges)
-        wide, high = round(_font(13).getlength(text)) + 10, 19
+        font = font_for(text, 13)
+        wide, high = round(font.getlength(text)) + 10, 19
         left = x0 if corner % 4 in (0, 3) else x1 - wide + 1
         top = y0 - high if corner % 4 in (0, 1) else y1 + 1
         left = min(max(left, 0), max(self.image.width - wide, 0))
         top = min(max(top, 0), max(self.image.height - high, 0))
         self._draw.rectangle((left, top, left + wide - 1, top + high - 1), fill=colour, outline=(0, 0, 0))
         light = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-        self._draw.text((left + 5, top + 3), text, fill=(0, 0, 0) if light > 110 else (255, 255, 255), font=_font(13))
+        self._draw.text((left + 5, top + 3), text, fill=(0, 0, 0) if light > 110 else (255, 255, 255), font=font)
 
     def _inside(self, edges: np.ndarray) -> tuple[int, int, int, int]:
         """The pixels, both ends counted, that edges cover; at least one, within the picture."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
-from mge_runtime.errors import OutputError
+from mge_runtime.cli.common import echo
+from mge_runtime.errors import InputError, OutputError, one_line, printable
 from mge_runtime.files import atomic_path
 from mge_runtime.sources import SAVED_SUFFIX, NamedImage
 
@@ -23,19 +25,15 @@ __all__ = [
     "CsvTable",
     "PictureFolder",
     "csv_table",
+    "is_stdout",
+    "json_error",
     "json_line",
     "picture_folder",
-    "printable",
     "text_block",
     "text_line",
 ]
 
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
-
-
-def printable(text: str) -> str:
-    """Replace what must not reach a terminal (control characters, undecodable bytes) by "?"."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def text_line(image: str, prediction: Prediction) -> str:
@@ -60,23 +58,57 @@ def text_block(image: str, prediction: Prediction, top_k: int, saved: Path | Non
 
 def json_line(image: str, prediction: Prediction, top_k: int, saved: Path | None = None) -> str:
     """One image as one line of JSON, in ASCII so that every locale can print it."""
-    record = {"image": image, **prediction.to_dict(top_k=top_k)}
-    return json.dumps(record if saved is None else {**record, "saved": str(saved)})
+    record = {"image": _unicode(image), **prediction.to_dict(top_k=top_k)}
+    return json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))})
+
+
+def json_error(image: str, error: InputError) -> str:
+    """An image that could not be answered, and why, as one line of JSON in ASCII."""
+    return json.dumps({"image": _unicode(image), "error": one_line(error)})
+
+
+def _unicode(name: str) -> str:
+    """A file's name as JSON can hold it: bytes that are no UTF-8 become U+FFFD."""
+    return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+class _Stdout:
+    """Standard output for CSV: bytes of names as they are, every row at once.
+
+    Raises:
+        OutputError: it is closed.
+    """
+
+    def __init__(self) -> None:
+        stdout: TextIO | None = sys.stdout  # None where the process was started without one
+        if stdout is None:
+            raise OutputError("cannot print the CSV table: standard output is closed; name a file for it")
+        self.isatty = stdout.isatty
+        if reconfigure := getattr(stdout, "reconfigure", None):
+            reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
+
+    def write(self, text: str) -> None:
+        echo(text, nl=False)
 
 
 class CsvTable:
-    """Rows of a CSV file, one for each answered image; made by `csv_table`."""
+    """Rows of CSV, one for each image; made by `csv_table`.
 
-    def __init__(self, path: Path, experts: int, top_k: int) -> None:
-        self._stream = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-        self._writer = csv.writer(self._stream, lineterminator="\n")
+    Values are written as they are, so that a program reads what was answered: a name that begins with "=" is no formula
+    here, and a spreadsheet has to be told so ("import as text"). A terminal gets what it can show.
+    """
+
+    def __init__(self, stream: TextIO | _Stdout, experts: int, top_k: int) -> None:
+        self._text = printable if stream.isatty() else str
+        self._writer = csv.writer(stream, lineterminator="\n")
         self._experts, self._top_k = experts, top_k
         numbers = range(1, experts + 1)
         header = ["image", "class_index", "class_name", "probability"]
         header += [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("class_name", "probability")]
         header += ["calibrated", "experts_used", *(f"gate_{k}" for k in numbers)]
         header += [f"box_{k}_{edge}" for k in numbers for edge in ("x0", "y0", "x1", "y1")]
-        self._writer.writerow([*header, "width", "height", "total_ms"])
+        self._columns = [*header, "width", "height", "total_ms", "error"]
+        self._write(self._columns)
 
     def add(self, image: str, prediction: Prediction) -> None:
         """Write one row; what did not run (gate, later experts) stays empty."""
@@ -88,16 +120,24 @@ class CsvTable:
         row += ["yes" if prediction.calibrated else "no"]
         row += [prediction.experts_used, *(values["gate"] or [""] * self._experts)]
         row += [edge for box in values["boxes"] for edge in box] + [""] * (4 * missing)
-        self._writer.writerow([*row, prediction.width, prediction.height, values["timings_ms"]["total"]])
+        self._write([*row, prediction.width, prediction.height, values["timings_ms"]["total"], ""])
 
-    def close(self) -> None:
-        """Finish the file."""
-        self._stream.close()
+    def add_error(self, image: str, error: InputError) -> None:
+        """Write the row of an image that could not be answered: its name and why."""
+        self._write([image, *[""] * (len(self._columns) - 2), one_line(error)])
+
+    def _write(self, row: Iterable[object]) -> None:
+        self._writer.writerow([self._text(value) if isinstance(value, str) else value for value in row])
+
+
+def is_stdout(path: Path | None) -> bool:
+    """Whether a path given for an output is standard output."""
+    return path is not None and str(path) in ("-", "/dev/stdout")
 
 
 @contextmanager
 def csv_table(path: Path | None, experts: int, top_k: int) -> Generator[CsvTable | None, None, None]:
-    """Open a CSV file that appears whole at the end of the block, or not at all.
+    """Open a CSV file that appears whole at the end of the block, or not at all; "-" prints row by row.
 
     Raises:
         OutputError: the place cannot be written; said before anything is computed.
@@ -105,14 +145,14 @@ def csv_table(path: Path | None, experts: int, top_k: int) -> Generator[CsvTable
     if path is None:
         yield None
         return
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; expected the name of a CSV file")
-    with atomic_path(path) as temporary:
-        table = CsvTable(temporary, experts, top_k)
-        try:
-            yield table
-        finally:
-            table.close()
+    if is_stdout(path):
+        yield CsvTable(_Stdout(), experts, top_k)
+        return
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+    ):
+        yield CsvTable(stream, experts, top_k)
 
 
 class PictureFolder:

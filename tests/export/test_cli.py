@@ -1,5 +1,6 @@
 import hashlib
 import os
+import resource
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(checkpoint
     bundle, work = checkpoint.parent / "mge.plan", tmp_path / "work"
     bundle.write_bytes(b"the old one")
     work.mkdir()
-    monkeypatch.setattr(export.tempfile, "tempdir", str(work))
+    monkeypatch.setattr("tempfile.tempdir", str(work))
     monkeypatch.setattr(writer.ArchiveWriter, "finish", interrupt)
     result = invoke("--ckpt", checkpoint, "--verify-images", 1)
     assert refused(result, "interrupted (SIGTERM)", f"nothing was written to {bundle}", "run it again")
@@ -162,14 +163,14 @@ def test_a_place_that_cannot_be_written(checkpoint, tmp_path):
     assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path / "none" / "mge.plan"), "no folder", "-o")
     assert refused(invoke("--ckpt", checkpoint, "-o", checkpoint / "mge.plan"), f"{checkpoint} is a file", "-o")
     assert refused(invoke("--ckpt", checkpoint, "-o", "/dev/null"), "a device or a pipe")
-    assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path / ("x" * 300)), "too long", "-o")
+    assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path / ("x" * 300)), "too long", "name another place")
     assert leftovers(tmp_path) == {"best.pt"}
 
 
 def test_writing_is_tried_not_asked_for(monkeypatch, tmp_path):
     """Root may write anywhere, says the system; it cannot in /proc."""
     monkeypatch.setattr(os, "access", lambda *_: True)
-    with pytest.raises(OutputError, match=r"cannot write /proc/mge\.plan: .*-o"):
+    with pytest.raises(OutputError, match=r"cannot write /proc/mge\.plan: .*name another place"):
         export.check_output(Path("/proc/mge.plan"))
     (tmp_path / "mge.plan").write_bytes(b"the old one")
     export.check_output(tmp_path / "mge.plan")
@@ -177,13 +178,14 @@ def test_writing_is_tried_not_asked_for(monkeypatch, tmp_path):
     assert (tmp_path / "mge.plan").read_bytes() == b"the old one"
 
 
-def test_a_full_disk_is_found_before_the_work(monkeypatch, tmp_path):
-    def full(**_):
-        return Path("/dev/full").open("wb")
-
-    monkeypatch.setattr(export.tempfile, "NamedTemporaryFile", full)
-    with pytest.raises(OutputError, match="No space left"):
-        export.check_output(tmp_path / "mge.plan")
+def test_a_full_disk_is_found_before_the_work(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="File too large"):
+            export.check_output(tmp_path / "mge.plan")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(("option", "word"), [("-h", "Usage:"), ("--version", version("mge"))])

@@ -42,6 +42,6 @@ def test_a_temporary_folder_that_cannot_be_used_is_one_line(trunked, monkeypatch
     with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
         choice = pipeline.choice
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
-    with pytest.raises(OutputError, match=r"^cannot use the temporary folder: No such file.*set TMPDIR") as error:
+    with pytest.raises(OutputError, match=r"^cannot write to .*: No such file.*set TMPDIR") as error:
         fresh.measure_fresh(trunked, choice, 1, np.zeros((32, 32, 3), np.uint8), 0.0)
     assert "\n" not in str(error.value)

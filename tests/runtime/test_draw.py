@@ -1,12 +1,14 @@
 """The picture of an answer shows what the prediction says, whatever the photograph's shape."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mge_runtime import fonts
 from mge_runtime.decode import decode_image
 from mge_runtime.draw import draw_prediction
 from mge_runtime.plot import Canvas, blend_heatmap, expert_colour, fitted, shortened
@@ -182,3 +184,45 @@ def test_real_photographs_stay_recognisable():
         untouched = (np.abs(photo - scaled).max(-1) == 0).mean()
         assert untouched > 0.9, path
         assert untouched < 1, path
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A machine with one font, DejaVu Sans: Latin, Greek, Cyrillic, Arabic and more, nothing of East Asia."""
+    import matplotlib as mpl
+
+    shutil.copy(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", tmp_path)
+    (tmp_path / "Broken.ttf").write_text("no font")
+    monkeypatch.setattr(fonts, "_FOLDERS", (tmp_path, tmp_path / "missing"))
+    caches = (fonts._installed, fonts._best, fonts._has)
+    for one in caches:
+        one.cache_clear()
+    yield
+    for one in caches:
+        one.cache_clear()
+
+
+@pytest.mark.usefixtures("installed")
+def test_names_of_other_scripts_are_drawn_with_a_font_of_the_system():
+    image = grey(200, 300)
+    pictures = {}
+    for text in ("Певчий дрозд", "Grünspecht", "κίσσα", "\U0010ffff" * 8):
+        canvas = Canvas.blank(400, 40)
+        canvas.text(0, 0, text, 26)
+        pictures[text] = canvas.image.tobytes()
+        assert (fonts.undrawable([text]) is None) == (text[0] != "\U0010ffff")
+    assert len(set(pictures.values())) == 4
+    for letters in ("дрозд", "ü", "ά"):  # no letter is the box of those that are missing
+        font = fonts.font_for(letters, 20)
+        assert bytes(font.getmask("\U0010ffff")) not in {bytes(font.getmask(letter)) for letter in letters}
+    draw_prediction(image, answer(image, names=("Певчий дрозд", "line\nbreak\x1b", "猫", "\u202e", "e")))
+    assert fonts.font_for("plain", 15) is fonts._load(None, 15)
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_no_font_draws_is_said_with_what_to_install():
+    said = fonts.undrawable(["robin", "дрозд", "山雀 3", "𓅃"])
+    assert said is not None
+    assert said.startswith("no font here draws 山 雀 𓅃, so ")
+    assert "the package fonts-noto-cjk and fonts-noto-core of Debian" in said
+    assert fonts.undrawable(["robin", "дрозд"]) is None

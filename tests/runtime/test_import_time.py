@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -53,6 +54,7 @@ def test_public_names_are_there():
     for name in mge_runtime.__all__:
         assert getattr(mge_runtime, name).__name__ == name
     assert set(mge_runtime.__all__) <= set(dir(mge_runtime))
+    assert mge_runtime.__version__ == version("mge")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mge_runtime.nothing
 

@@ -1,5 +1,8 @@
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +32,7 @@ def flat(result):
 
 
 def test_it_shows_what_is_inside_and_what_runs(bundle_path):
-    result = run(bundle_path)
+    result = run(bundle_path, "--all")
     assert result.exit_code == 0
     for text in (
         "5: bird 0, bird 1",
@@ -45,6 +48,34 @@ def test_it_shows_what_is_inside_and_what_runs(bundle_path):
     ):
         assert text in result.output
     assert all(len(line) <= 110 for line in result.output.splitlines()[1:])
+
+
+def test_it_is_ten_lines(tiny, bundle_path, tmp_path):
+    from dataclasses import replace
+
+    from mge_runtime.bundle import write_bundle
+
+    graphs = tiny.make_stages()
+    names = tuple(f"a species with a long name {index}" for index in range(5))
+    manifest = replace(tiny.make_manifest(graphs), class_names=names, parity=PARITY, model={"arch": "tiny" * 50})
+    write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
+    add_calibration(tmp_path / "mge.plan", {"temperatures": {"answer_1": 1.5, "answer_2": 1.25, "logits": 1}})
+    target = add(tmp_path / "mge.plan")
+    for path, texts in (
+        (
+            bundle_path,
+            ["parity     not measured", "engines    none", "classes    5: bird 0", "fp32 in 6 stages"],
+        ),
+        (
+            tmp_path / "mge.plan",
+            ["parity     out of tolerance: box_1", f"engines    {target}", "answer_1 1.5"],
+        ),
+    ):
+        lines = run(path).output.splitlines()
+        assert len(lines) == 10
+        assert all(len(line) <= 110 for line in lines[1:])
+        for text in ["runs here  onnxruntime on cpu", *texts]:
+            assert text in "\n".join(lines)
 
 
 def test_json_holds_the_whole_manifest(bundle_path):
@@ -68,7 +99,7 @@ def test_it_shows_temperatures_and_exits_in_words(bundle_path, tmp_path):
         "data": {"temperatures": {"images": 500, "sha256": "0" * 64}, "exits": {"images": 2000, "sha256": "1" * 64}},
     }
     add_calibration(path, values)
-    output = flat(run(path))
+    output = flat(run("--all", path))
     for text in (
         "calibrated temperatures: answer_1 1.312, answer_2 1.5, logits 1.07 (from 500 images)",
         "exits (--exit calibrated): after segment 1 where answer_1 has a confidence of at least 0.93, "
@@ -80,10 +111,12 @@ def test_it_shows_temperatures_and_exits_in_words(bundle_path, tmp_path):
     values["exits"]["thresholds"]["answer_1"] = None
     values["runs_on"] = {"backend": "tensorrt", "device": "cuda:0"}
     add_calibration(path, values)
-    assert "on images like those, with tensorrt on cuda:0" in flat(run(path))
-    assert "exits (--exit calibrated): after segment 2 where answer_2" in flat(run(path))
+    assert "on images like those, with tensorrt on cuda:0" in flat(run("--all", path))
+    assert "exits (--exit calibrated): after segment 2 where answer_2" in flat(run("--all", path))
     add_calibration(path, {**values, "temperatures": {}})
-    assert "calibrated cannot be read: calibration.json: temperatures.answer_1 is null; expected" in flat(run(path))
+    assert "calibrated cannot be read: calibration.json: temperatures.answer_1 is null; expected" in flat(
+        run("--all", path)
+    )
 
 
 def test_it_shows_additions(bundle_path, tmp_path):
@@ -91,7 +124,7 @@ def test_it_shows_additions(bundle_path, tmp_path):
     temperatures = {"answer_1": 1.5, "answer_2": 1.25, "logits": 1}
     add_calibration(path, {"temperatures": temperatures})
     target = add(path)
-    output = flat(run(path))
+    output = flat(run("--all", path))
     for text in (
         "calibrated temperatures: answer_1 1.5, answer_2 1.25, logits 1 no early exits: none was found that keeps",
         f"engines {target}: 6 stages, 12 B, batch 1 to 8, experimental: not yet run",
@@ -104,8 +137,8 @@ def test_it_shows_additions(bundle_path, tmp_path):
     with Bundle.open(path) as bundle:
         digest = bundle.manifest_sha256
     add_engine(path, "foreign", {"gate": b"g"}, {"batch": 3, "precision": [], "version": 1}, manifest_sha256=digest)
-    assert "foreign: 1 stages, 1 B, experimental: not yet run" in flat(run(path))
-    assert "does not fit: cannot be read: the bundle has engines for 'foreign'" in flat(run(path))
+    assert "foreign: 1 stages, 1 B, experimental: not yet run" in flat(run("--all", path))
+    assert "does not fit: cannot be read: the bundle has engines for 'foreign'" in flat(run("--all", path))
 
 
 def add(path):
@@ -125,7 +158,7 @@ def test_it_says_what_would_run_on_a_recorded_machine(bundle_path, tmp_path):
     path = shutil.copy(bundle_path, tmp_path / "mge.plan")
     target = add(path)
     orin = MACHINES / "jetson-agx-orin-jetpack-6.2.json"
-    output = flat(run(path, "--as-machine", orin))
+    output = flat(run("--all", path, "--as-machine", orin))
     for text in (
         "machine NVIDIA Jetson AGX Orin Developer Kit, linux aarch64, Python 3.10.12, cuda:0 Orin (sm87, 16",
         "65.89 GB shared with the CPU, driver for CUDA 12.6, tensorrt 10.3.0",
@@ -151,14 +184,14 @@ def test_engines_in_this_machines_cache_are_shown(bundle_path, tmp_path, monkeyp
     with Bundle.open(bundle_path) as bundle:
         plans = {"gate": tmp_path / "plan"}
         store_engines(bundle.manifest_sha256, target, Gpu("Orin", "sm87", 1, 16), plans, details)
-    output = flat(run(bundle_path))
+    output = flat(run("--all", bundle_path))
     assert f"{target} in the cache, {tmp_path}" in output
     assert "1 stages, 3 B, batch 2, experimental: not yet run built by version 10.3.0, ahead of time" in output
-    assert "cache" not in flat(run(bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
+    assert "cache" not in flat(run("--all", bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
 
 
 def test_backends_with_one_reason_share_a_line(bundle_path):
-    output = flat(run(bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
+    output = flat(run("--all", bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
     assert "not tensorrt, tensorrt-rtx, onnxruntime on cuda:0: no NVIDIA driver is installed" in output
     assert "x86_64, Python 3.11.7, no GPU, tensorrt-rtx 1.7.1.116" in output
 
@@ -275,9 +308,37 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(tiny, tmp_path):
     names = ("\x1b[31mred", "b", "c", "d", "e")
     manifest = replace(tiny.make_manifest(graphs), class_names=names)
     write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
-    output = run(tmp_path / "mge.plan").output
-    assert "?[31mred" in output
-    assert "\x1b" not in output
+    for options in ([], ["--all"], ["--json"]):
+        output = run(tmp_path / "mge.plan", *options).output
+        assert "[31mred" in output
+        assert "\x1b" not in output
+    for bundle in ("\x1b[31mred\x9b.plan", "\udcff.plan"):
+        result = run(bundle)
+        assert result.stderr.startswith("error: no bundle at ?")
+        assert result.stderr[:-1].isprintable()
+
+
+def test_an_interrupted_extraction_is_one_line(bundle_path, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("mge_runtime.files._flush", stop)
+    result = run(bundle_path, "--extract", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the extraction was interrupted (SIGTERM): ")
+    assert result.stderr.count("\n") == 1
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_line(bundle_path):
+    command = [sys.executable, "-c", "from mge_runtime.cli.info import main; main()", str(bundle_path)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1,
+        ["error: cannot print: No space left on device; name another place for the output"],
+    )
 
 
 @pytest.mark.parametrize(

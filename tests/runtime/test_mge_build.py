@@ -63,7 +63,7 @@ def test_engines_go_into_the_bundle_beside_those_of_other_targets(path):
         (["--batch", "8,1"], "the batch range is 8,8,1; expected MIN <= OPT <= MAX"),
         (["--target", "rtx:sm86", "--into-bundle", "--backend", "tensorrt"], "ahead of time by tensorrt-rtx alone"),
         (["--target", "rtx:sm86", "--into-bundle", "--workspace", "9999999999"], "the workspace is 9999999999000000 b"),
-        (["--device", "gpu"], "the device is 'gpu'; engines are built for a GPU: expected cuda:0"),
+        (["--device", "cpu"], "the device is 'cpu'; engines are built for a GPU: expected cuda:0"),
     ],
 )
 def test_what_cannot_be_built_is_one_line_and_changes_nothing(path, arguments, message):
@@ -168,7 +168,7 @@ def test_what_cannot_be_kept_is_found_out_before_anything_is_built(path, monkeyp
 
     monkeypatch.setattr("mge_runtime.trt.build.build_engine", built)
     with monkeypatch.context() as patch:
-        patch.setattr("tempfile.NamedTemporaryFile", full)
+        patch.setattr("pathlib.Path.write_bytes", full)
         result = run(path, "--target", "rtx:sm86", "--into-bundle")
         assert result.exit_code == 1
         assert f"cannot write {path}: No space left on device; expected a writable folder" in result.stderr
@@ -195,11 +195,11 @@ def test_turing_is_refused_before_the_other_targets_are_built(tiny, tmp_path, mo
     assert "stage expert_2 cannot run on sm75: its MatMul are in FP32" in result.stderr
 
 
-def test_a_full_temporary_folder_is_one_line(path, monkeypatch):
-    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+def test_a_temporary_folder_that_cannot_be_used_is_one_line(path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(path.parent / "missing"))
     result = run(path, "--target", "rtx:sm86", "--into-bundle")
     assert result.exit_code == 1
-    assert "No space left on device; expected a temporary folder with room for them: set TMPDIR" in result.stderr
+    assert "No such file or directory; expected a temporary folder with room: set TMPDIR" in result.stderr
 
 
 def full(*_, **__):

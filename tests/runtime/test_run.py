@@ -6,10 +6,12 @@ import os
 import pty
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from mge_runtime import Pipeline
 from mge_runtime.bundle import add_calibration
 from mge_runtime.cli.run import main
+from mge_runtime.cpus import cpu_count
 from mge_runtime.prediction import softmax
 from mge_runtime.sources import SAVED_SUFFIX
 
@@ -36,6 +39,16 @@ def folder(tmp_path, photos, bundle_path, monkeypatch):
         Image.fromarray(pixels).save(path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@contextmanager
+def held_signals():
+    """Signals as a shell leaves them: one without job control starts what is in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 ORDER = ["in/1.png", "in/2.png", "in/10.png", "in/deep/1.png"]
@@ -99,6 +112,67 @@ def test_csv(expected):
         assert [float(row[f"box_3_{e}"]) for e in ("x0", "y0", "x1", "y1")] == pytest.approx(
             prediction.boxes[2].tolist(), abs=0.01
         )
+
+
+def test_csv_is_streamed_to_standard_output(expected):
+    rows = list(csv.DictReader(run("in", "--csv", "-").stdout.splitlines()))
+    assert [(row["image"], row["class_name"]) for row in rows] == [(n, expected[n].class_name) for n in ORDER]
+    assert "would both be printed" in run("in", "--csv", "-", "--json", code=2).stderr
+    raw = os.fsdecode(b"in/\xff.png")
+    try:
+        shutil.copy("in/1.png", raw)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    for where in ("-", "/dev/stdout"):
+        done = subprocess.run([*COMMAND, raw, "--csv", where], capture_output=True, timeout=60, check=True)
+        assert done.stdout.splitlines()[1].startswith(b"in/\xff.png,")
+    assert sorted(path.name for path in Path().iterdir()) == ["in", "mge.plan"]
+
+
+@pytest.mark.parametrize(
+    ("script", "line"),
+    [
+        ('"$@" in >&-', "error: cannot print: standard output is closed; name another place for the output"),
+        ('"$@" in --csv - >&-', "error: cannot print the CSV table: standard output is closed; name a file for it"),
+        (
+            'mkdir gone; cd gone; rmdir ../gone; "$@" ../in',
+            "error: cannot work in this folder: No such file or directory; expected one that exists, cd to it",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_where_nothing_can_be_printed_or_found_it_is_one_line(script, line):
+    shell = ["sh", "-c", script, "sh", *COMMAND]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", [line])
+
+
+@pytest.mark.usefixtures("folder")
+def test_csv_into_a_device_leaves_the_device():
+    try:
+        os.mknod("null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        Path("null").write_bytes(b"")
+    except OSError:
+        pytest.skip("no device can be made here")
+    run("in", "--csv", "null")
+    assert Path("null").is_char_device()
+
+
+@pytest.mark.usefixtures("folder")
+def test_more_threads_than_processors_are_cut():
+    result = run("in/1.png", "-j", 100_000, "--streams", 100_000, "-b", 2)
+    count = cpu_count()
+    assert result.stderr.splitlines() == [
+        f"note: {name} 100000 is cut to {count}, the processors that this process may use"
+        for name in ("--threads", "--streams")
+    ]
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "mge_runtime", "in/1.png", "--json"]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["image"] == "in/1.png"
 
 
 @pytest.mark.usefixtures("folder")
@@ -183,7 +257,9 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
     whole = Path("in/10.png").read_bytes()
     Path("in/6.png").write_bytes(whole[: len(whole) // 2])
     result = run("in", "missing.jpg", "none/*.jpg", "--json", "--csv", "table.csv", "--save", "out", code=1)
-    assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == ORDER
+    records = {record["image"]: record for record in map(json.loads, result.stdout.splitlines())}
+    failed = ["in/5.jpg", "in/6.png", "missing.jpg"]
+    assert [name for name in records if name not in failed] == ORDER
     errors = result.stderr.splitlines()
     assert len(errors) == 5
     assert errors[0].startswith("error: no image matches none/*.jpg")
@@ -194,7 +270,15 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
     assert errors[2].startswith("error: cannot decode in/6.png: image file is truncated")
     assert errors[3].startswith("error: no image at missing.jpg")
     assert errors[4] == "4 of 8 could not be answered"
-    assert len(Path("table.csv").read_text().splitlines()) == 5
+    rows = {row["image"]: row for row in csv.DictReader(Path("table.csv").read_text().splitlines())}
+    assert list(rows) == list(records)
+    for name in ORDER:
+        assert "error" not in records[name]
+        assert rows[name]["error"] == ""
+    for name, line in zip(failed, errors[1:4], strict=True):
+        assert f"error: {records[name]['error']}" == f"error: {rows[name]['error']}" == line
+        assert list(records[name]) == ["image", "error"]
+        assert rows[name]["class_name"] == ""
     assert len(list(Path("out").iterdir())) == 4
 
 
@@ -211,7 +295,7 @@ def test_nothing_to_answer():
     ("options", "message"),
     [
         (["--csv", "none/table.csv"], "cannot write none/table.csv: No such file or directory"),
-        (["--csv", "in"], "cannot write in: it is a folder; expected the name of a CSV file"),
+        (["--csv", "in"], "cannot write in: it is a folder; expected a file name"),
         (["--save", "mge.plan"], "cannot write pictures to mge.plan: File exists"),
         (["--save", "mge.plan/out"], "cannot write pictures to mge.plan/out: Not a directory"),
         (["--engine", "none.plan"], "none.plan"),
@@ -234,16 +318,21 @@ def test_usage_errors_exit_with_2(options):
     run(*options, *(["in"] if options else []), code=2)
 
 
-def test_an_interrupted_csv_is_not_left_behind(folder, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_csv_is_not_left_behind(folder, monkeypatch, number):
     Path("table.csv").write_text("old")
 
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+    def stop(_, image, __):
+        if image == "in/10.png":
+            signal.raise_signal(number)
 
     monkeypatch.setattr("mge_runtime.report.CsvTable.add", stop)
-    result = CliRunner().invoke(main, ["in", "--csv", "table.csv"])
-    assert result.exit_code == 1
-    assert "Aborted!" in result.stderr
+    with held_signals():
+        result = run("in", "--csv", "table.csv", code=1)
+    assert result.stderr == (
+        f"error: the run was interrupted ({number.name}): 2 of 4 images were done; table.csv was not written\n"
+    )
+    assert len(result.stdout.splitlines()) == 3
     assert Path("table.csv").read_text() == "old"
     assert sorted(path.name for path in folder.iterdir()) == ["in", "mge.plan", "table.csv"]
 
@@ -255,6 +344,9 @@ def test_names_that_would_upset_a_terminal():
     assert "\x1b" not in run(name).stdout
     assert run(name).stdout.startswith("in/?[31mred?line.png\n")
     assert json.loads(run(name, "--json").stdout)["image"] == name
+    result = run("in", "--engine", "\x1b[31m\x9b.plan", code=1)
+    assert result.stderr == result.stderr.replace("\x1b", "").replace("\x9b", "")
+    assert "?[31m?.plan" in result.stderr
     raw = os.fsdecode(b"in/\xff.png")
     try:
         shutil.copy("in/1.png", raw)
@@ -262,6 +354,9 @@ def test_names_that_would_upset_a_terminal():
         pytest.skip("this file system takes UTF-8 names alone")
     assert run(raw, "--csv", "table.csv").stdout.startswith("in/?.png\n")
     assert b"in/\xff.png," in Path("table.csv").read_bytes()
+    (line,) = run(raw, "--json").stdout.splitlines()
+    assert "\\ud" not in line  # half a character: some readers of JSON refuse the whole line
+    assert json.loads(line)["image"].startswith("in/\ufffd")
 
 
 @pytest.mark.parametrize("options", [[], ["--csv", "table.csv"]])
@@ -281,17 +376,19 @@ def test_many_images_in_a_closed_pipe_end_quietly(folder, options):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("options", [[], ["--csv", "-"]])
 @pytest.mark.usefixtures("folder")
-def test_a_full_disk_is_one_line():
+def test_a_full_disk_is_one_line(options):
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([*COMMAND, "in"], stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+        done = subprocess.run([*COMMAND, "in", *options], stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
     assert done.returncode == 1
     assert done.stderr.decode().splitlines() == [
-        "error: cannot print the answers: No space left on device; name another place for the output"
+        "error: cannot print: No space left on device; name another place for the output"
     ]
 
 
-def test_a_terminal_gets_a_progress_bar_and_ctrl_c_is_clean(folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_terminal_gets_a_progress_bar_and_a_signal_ends_it_in_one_line(folder, number):
     many = folder / "many"
     many.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
@@ -321,14 +418,14 @@ def test_a_terminal_gets_a_progress_bar_and_ctrl_c_is_clean(folder):
     watcher.start()
     for _ in range(5):
         assert process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     process.stdout.read()
     process.stdout.close()
     assert process.wait(60) == 1
     watcher.join(10)
     os.close(terminal)
     assert b"/10000" in shown
-    assert b"Aborted!" in shown
+    assert f"error: the run was interrupted ({number.name}): ".encode() in shown
     assert b"Traceback" not in shown
     assert not Path("table.csv").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["in", "many", "mge.plan"]

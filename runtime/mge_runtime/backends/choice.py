@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.trt.engines import EngineSet
 
-__all__ = ["BACKENDS", "Candidate", "Choice", "choose"]
+__all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_name"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # best first
-_DEVICE = re.compile(r"auto|cpu|cuda:\d{1,4}")
+_CUDA = re.compile(r"cuda|(?:cuda:)?(\d{1,4})", re.ASCII)
 _AUTO = "leave device and backend at auto, which takes what runs here"
 
 
@@ -76,7 +76,7 @@ def choose(
     """Pick the best backend that can run here. Nothing of an engine but its description is read.
 
     Args:
-        device: "auto" (the first GPU, or the CPU), "cpu" or "cuda:0" (any index).
+        device: "auto" (the first GPU, or the CPU), "cpu" or "cuda:0" (any index; "cuda" and "0" are the same).
         backend: "auto", "tensorrt", "tensorrt-rtx" or "onnxruntime".
         bundle: what is to run: its engines and its precision count; None: no engine is there.
         machine: where; None: on this machine.
@@ -85,8 +85,7 @@ def choose(
     Raises:
         BackendError: an unknown device or backend, or none that can run; the message gives the reason of each.
     """
-    if not _DEVICE.fullmatch(device):
-        raise BackendError(f'the device is {device!r}; expected "auto", "cpu" or "cuda:0"')
+    device = device_name(device)
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"the backend is {backend!r}; expected auto, {', '.join(BACKENDS)}")
     cuda = "cuda:0" if device in ("auto", "cpu") else device
@@ -101,6 +100,19 @@ def choose(
         raise BackendError(_refusal(device, backend, wanted, machine, bundle))
     better = tuple(wanted[: wanted.index(best)])
     return Choice(best.backend, best.device, best.reason, better, best.engines, best.build, machine)
+
+
+def device_name(text: str) -> str:
+    """A device as it is called everywhere: "cuda" and "0" are "cuda:0".
+
+    Raises:
+        BackendError: the text names no device.
+    """
+    if text in ("auto", "cpu"):
+        return text
+    if (found := _CUDA.fullmatch(text)) is None:
+        raise BackendError(f'the device is {text!r}; expected "auto", "cpu", "cuda:0" or another index, "cuda" or "0"')
+    return f"cuda:{int(found[1] or 0)}"
 
 
 def _this_machine(device: str, backend: str) -> Machine:

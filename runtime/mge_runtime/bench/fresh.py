@@ -20,8 +20,9 @@ from mge_runtime.bench.rounds import shuffled
 from mge_runtime.bench.stats import Ratio
 from mge_runtime.bundle import Bundle
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import BackendError, OutputError
+from mge_runtime.errors import BackendError
 from mge_runtime.fields import JsonValue
+from mge_runtime.files import temporary_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,14 +99,8 @@ def measure_fresh(
         BackendError: a process failed.
         OutputError: the temporary folder cannot be written.
     """
-    try:
-        with tempfile.TemporaryDirectory(prefix="mge-bench-") as folder:
-            return _measure(path, choice, threads, frame, seconds, say, Path(folder))
-    except OSError as error:
-        raise OutputError(
-            f"cannot use the temporary folder: {error.strerror or error}; "
-            "expected room for the bundle's stages in it: set TMPDIR to another place"
-        ) from error
+    with temporary_folder("bench") as folder:
+        return _measure(path, choice, threads, frame, seconds, say, folder)
 
 
 def _measure(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import at_most_cpus, reports_errors
 
 if TYPE_CHECKING:
     from mge_runtime.bench.inputs import Inputs
@@ -42,7 +42,13 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option("--selfcheck", is_flag=True, help="Check answers, memory, copies and graphs; measures no speed.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option("--threads", type=click.IntRange(min=1), help="Processors to compute with on the CPU.  [default: all]")
+@click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(min=1),
+    callback=at_most_cpus,
+    help="Processors to compute with on the CPU.  [default: all]",
+)
 @click.option(
     "--batch", default="1", show_default=True, callback=_batches, metavar="N,N,...", help="Batch sizes to measure."
 )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import click
 
-from mge_runtime.errors import MGEError
+from mge_runtime.cpus import cpu_count
+from mge_runtime.errors import InputError, MGEError, OutputError, one_line
 
-__all__ = ["format_bytes", "reports_errors"]
+__all__ = ["at_most_cpus", "echo", "format_bytes", "report", "reports_errors"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -28,13 +31,59 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(command)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if reconfigure := getattr(sys.stdout, "reconfigure", None):
+            reconfigure(errors="replace")  # a class name that the terminal's encoding lacks is no reason to stop
         try:
+            _require_working_folder()
             return command(*args, **kwargs)
         except MGEError as error:
-            click.echo("error: " + " ".join(str(error).split()), err=True)
+            report(error)
             raise SystemExit(1) from error
 
     return wrapped
+
+
+def _require_working_folder() -> None:
+    """Refuse a working folder that was removed: no relative path can be found from there."""
+    try:
+        os.getcwd()  # noqa: PTH109 - Path would have to be imported for it
+    except OSError as error:
+        raise InputError(f"cannot work in this folder: {error.strerror}; expected one that exists, cd to it") from error
+
+
+def report(error: MGEError) -> None:
+    """Print one line about an error on standard error."""
+    click.echo(f"error: {one_line(error)}", err=True)
+
+
+def echo(text: str, *, nl: bool = True) -> None:
+    """Print to standard output.
+
+    Raises:
+        OutputError: it is closed or cannot be written; a closed pipe (`| head`) passes, which click ends quietly.
+    """
+    stdout: object = sys.stdout  # None where the process was started without one
+    if stdout is None:
+        raise OutputError("cannot print: standard output is closed; name another place for the output")
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python would try again at its end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"cannot print: {error.strerror}; name another place for the output") from error
+
+
+def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
+    """A callback of click: cut a number of threads to the processors that there are, and say so."""
+    del context
+    if value is None or value <= (count := cpu_count()):
+        return value
+    click.echo(
+        f"note: {parameter.opts[-1]} {value} is cut to {count}, the processors that this process may use", err=True
+    )
+    return count
 
 
 def format_bytes(count: int) -> str:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import echo, reports_errors
+from mge_runtime.errors import OutputError, printable
+from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -20,6 +22,7 @@ UNTRIED = "experimental: not yet run"
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", default="mge.plan")
+@click.option("--all", "everything", is_flag=True, help="Also print stages, segments, the parity report, the machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, the whole manifest included, as JSON.")
 @click.option("--verify", is_flag=True, help="Check every entry against its hash.")
 @click.option(
@@ -42,13 +45,19 @@ UNTRIED = "experimental: not yet run"
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
-    bundle: str, as_json: bool, verify: bool, extract: str | None, show_machine: bool, as_machine: Path | None
+    bundle: str,
+    everything: bool,
+    as_json: bool,
+    verify: bool,
+    extract: str | None,
+    show_machine: bool,
+    as_machine: Path | None,
 ) -> None:
     """Show what is inside BUNDLE (default: mge.plan) and what would run here and why."""
     if show_machine:
         from mge_runtime.machine_probe import describe_machine
 
-        click.echo(describe_machine(always=True).to_json().decode(), nl=False)
+        echo(describe_machine(always=True).to_json().decode(), nl=False)
         return
     machine = None if as_machine is None else _recorded(as_machine)
     from mge_runtime.bundle import Bundle
@@ -62,18 +71,19 @@ def main(
         if extract is not None:
             from mge_runtime.extract import extract_bundle
 
-            written = extract_bundle(opened, extract)
+            with interruptible("the extraction", f"{extract} may lack files; each is whole, run it again", OutputError):
+                written = extract_bundle(opened, extract)
         if as_json:
             if extract is not None:
                 facts["extracted"] = [str(path) for path in written]
-            click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+            echo(json.dumps(facts, indent=1))  # in ASCII: every locale can print it
             return
-        from mge_runtime.cli.info_text import info_lines
+        from mge_runtime.cli.info_text import brief_lines, info_lines
 
-        for line in info_lines(facts):
-            click.echo(line)
+        for line in info_lines(facts) if everything else brief_lines(facts):
+            echo(line)
         if extract is not None:
-            click.echo(f"extracted  {len(written)} files to {Path(extract)}")
+            echo(f"extracted  {len(written)} files to {printable(extract)}")
 
 
 def _recorded(path: Path) -> Machine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -11,19 +12,37 @@ from mge_runtime.cli.common import format_bytes
 from mge_runtime.cli.info_calibration import calibration_lines
 from mge_runtime.cli.info_here import engine_lines, here_lines, machine_line
 from mge_runtime.cli.info_parity import parity_lines
+from mge_runtime.errors import printable
 
-__all__ = ["info_lines"]
+__all__ = ["brief_lines", "info_lines"]
 
 _WIDTH = 110  # characters
 _INDENT = 11
 
 
-def info_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """Lines for people, from what `describe` returned."""
+def brief_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """Ten lines for people, from what `describe` returned; more only where nothing runs."""
     manifest = facts["manifest"]
-    yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])}")
-    checked = ", every entry matches its hash" if facts.get("verified") else ""
-    yield from _row("", f"schema {manifest['schema_version']}, manifest {facts['manifest_sha256'][:16]}{checked}")
+    yield from _bundle(facts)
+    yield from _row("model", _pairs(manifest["model"]) or "unknown", lines=1)
+    yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=1)
+    yield from _row("input", _preprocess(manifest["preprocess"]), lines=1)
+    stages = Counter(manifest["precision"].get(s["name"], {}).get("type", "unknown") for s in manifest["stages"])
+    yield from _row("precision", ", ".join(f"{kind} in {count} stages" for kind, count in stages.items()), lines=1)
+    parity = list(parity_lines(manifest["parity"]))
+    failed = [line for line in parity if line.startswith("out of tolerance")]
+    yield from _row("parity", "; ".join(failed or parity[:1]), lines=1)
+    found = [*facts["engines"], *(f"{engine['target']} in the cache" for engine in facts["cached_engines"])]
+    yield from _row("engines", ", ".join(found) or "none; ONNX alone", lines=1)
+    yield from _row("calibrated", "; ".join(calibration_lines(facts["calibration"], manifest)), lines=1)
+    runs = next(here_lines(facts["here"]))
+    yield from _row(_runs_label(facts), runs, lines=None if facts["here"]["backend"] is None else 1)
+
+
+def info_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """All lines for people, from what `describe` returned."""
+    manifest = facts["manifest"]
+    yield from _bundle(facts)
     if manifest["model"]:
         yield from _row("model", _pairs(manifest["model"]))
     yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=3)
@@ -43,10 +62,20 @@ def info_lines(facts: dict[str, Any]) -> Iterator[str]:
     for number, line in enumerate(calibration_lines(facts["calibration"], manifest)):
         yield from _row("" if number else "calibrated", line)
     yield from _row("machine", machine_line(facts["machine"]))
-    label = "runs there" if facts["here"]["recorded"] else "runs here"
     for number, line in enumerate(here_lines(facts["here"])):
-        yield from _row("" if number else label, line)
+        yield from _row("" if number else _runs_label(facts), line)
     yield from _row("", "everything, operators and the whole parity report included: --json")
+
+
+def _bundle(facts: dict[str, Any]) -> Iterator[str]:
+    yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])} (more: --all)")
+    checked = ", every entry matches its hash" if facts.get("verified") else ""
+    schema = facts["manifest"]["schema_version"]
+    yield from _row("", f"schema {schema}, manifest {facts['manifest_sha256'][:16]}{checked}")
+
+
+def _runs_label(facts: dict[str, Any]) -> str:
+    return "runs there" if facts["here"]["recorded"] else "runs here"
 
 
 def _stages(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
@@ -90,7 +119,7 @@ def _plain(value: Any) -> str:
 def _row(label: str, text: str, *, lines: int | None = None) -> Iterator[str]:
     """Wrap a text beside its label; at most `lines` lines of it."""
     # Texts come from the file: what is no printable character must not reach the terminal.
-    body = "".join(c if c.isprintable() else "?" for c in text.lstrip())
+    body = printable(text.lstrip())
     indent = _INDENT + len(text) - len(body)
     wrapped = [body]
     if len(body) > _WIDTH - indent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import reports_errors
-from mge_runtime.errors import InputError, OutputError
+from mge_runtime.cli.common import at_most_cpus, echo, report, reports_errors
+from mge_runtime.errors import InputError, MGEError, printable
+from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,13 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 @click.argument("images", nargs=-1, required=True)
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to answer with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
-@click.option("--csv", "csv_path", metavar="FILE", type=click.Path(path_type=Path), help="Also write a CSV table.")
+@click.option(
+    "--csv",
+    "csv_path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write a CSV table; - prints it, row by row, instead of text.",
+)
 @click.option(
     "--save",
     "save_to",
@@ -52,13 +58,20 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
     type=click.IntRange(min=1),
     help=f"Likeliest classes to report.  [default: {_TOP}; as text for several images: 1]",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images computed at once.")
-@click.option("--threads", type=click.IntRange(min=1), help="Processors to compute with.  [default: all]")
+@click.option("-b", "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in one run.")
+@click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(min=1),
+    callback=at_most_cpus,
+    help="Processors to compute with.  [default: all]",
+)
 @click.option(
     "--streams",
     type=click.IntRange(min=1),
+    callback=at_most_cpus,
     help=f"Images (or batches) computed side by side.  [default: 1; from {_MANY} images on: one for each processor]",
 )
 @click.option(
@@ -88,43 +101,56 @@ def main(
 ) -> None:
     """Answer IMAGES: files, folders (with their subfolders), quoted patterns, or - for one image on standard input.
 
-    An image that cannot be read is reported and passed over; the exit code is 1 then.
+    An image that cannot be read is reported and passed over; the exit code is 1 then, as it is after Ctrl-C or SIGTERM.
+    Files appear whole or not at all: what is printed and the pictures stay after an interrupt, a CSV file does not.
     """
+    from mge_runtime.fonts import undrawable
     from mge_runtime.pipeline import Pipeline
-    from mge_runtime.report import csv_table, json_line, picture_folder, text_block, text_line
+    from mge_runtime.report import csv_table, is_stdout, json_error, json_line, picture_folder, text_block, text_line
     from mge_runtime.sources import find_images
 
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="replace")  # a class name that the terminal's encoding lacks is no reason to stop
-    found, problems = find_images(images)
-    for problem in problems:
-        _report(problem)
-    if not found:
-        raise SystemExit(1)
-    failed = len(problems)
-    in_lines = len(found) > 1 and top_k is None
+    csv_printed = is_stdout(csv_path)
+    if csv_printed and as_json:
+        raise click.UsageError("--json and --csv - would both be printed; name a file for the CSV table")
     with ExitStack() as stack:
+        interrupt = stack.enter_context(interruptible("the run", "nothing was answered", MGEError))
+        found, problems = find_images(images)
+        for problem in problems:
+            report(problem)
+        if not found:
+            raise SystemExit(1)
+        failed = len(problems)
+        in_lines = len(found) > 1 and top_k is None
         pictures = stack.enter_context(picture_folder(save_to, found))
         streams_wanted = streams or (1 if len(found) < _MANY else "auto")
         pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at))
         if pipeline.choice.remark:
-            click.echo(f"note: {pipeline.choice.remark}", err=True)
+            click.echo(f"note: {printable(pipeline.choice.remark)}", err=True)
         manifest = pipeline.manifest
+        if pictures and (remark := undrawable(map(printable, manifest.class_names))):
+            click.echo(f"note: {remark}", err=True)
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
         step = stack.enter_context(_progress(found))
         answers = pipeline.predict_iter((image.source() for image in found), batch=batch)
-        for image, (source, answer) in zip(found, answers, strict=True):
+        for number, (image, (source, answer)) in enumerate(zip(found, answers, strict=True)):
+            interrupt.consequence = f"{number} of {len(found)} images were done" + (
+                f"; {csv_path} was not written" if csv_path and not csv_printed else ""
+            )
             try:
                 if isinstance(answer, InputError):
                     raise answer
                 saved = pictures.save(image, source, answer) if pictures else None
             except InputError as error:
                 failed += 1
-                step(image, None)
-                _report(error)
+                step(image, json_error(image.name, error) if as_json else None)
+                report(error)
+                if table:
+                    table.add_error(image.name, error)
                 continue
-            if as_json:
+            if csv_printed:
+                step(image, None)
+            elif as_json:
                 step(image, json_line(image.name, answer, top_k, saved))
             elif in_lines:
                 step(image, text_line(image.name, answer))
@@ -138,35 +164,18 @@ def main(
         raise SystemExit(1)
 
 
-def _report(error: InputError) -> None:
-    from mge_runtime.report import printable
-
-    click.echo("error: " + printable(" ".join(str(error).split())), err=True)
-
-
-def _print(text: str) -> None:
-    try:
-        click.echo(text)
-    except BrokenPipeError:
-        raise  # the reader has enough (`| head`); click ends quietly
-    except OSError as error:
-        # Python would try again at its end, and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(f"cannot print the answers: {error.strerror}; name another place for the output") from error
-
-
 @contextmanager
 def _progress(images: list[NamedImage]) -> Generator[Callable[[NamedImage, str | None], None], None, None]:
     """Yield what prints an answer; many images get a bar on standard error where that is a terminal."""
     if len(images) < _MANY or not sys.stderr.isatty():
-        yield lambda _, text: None if text is None else _print(text)
+        yield lambda _, text: None if text is None else echo(text)
         return
     with click.progressbar(length=len(images), file=sys.stderr, show_pos=True, item_show_func=_shown) as bar:
 
         def step(image: NamedImage, text: str | None) -> None:
             click.echo("\r\x1b[K", nl=False, err=True)  # the bar makes way for the line and comes back below it
             if text is not None:
-                _print(text)
+                echo(text)
             bar.update(1, image)
 
         yield step
@@ -174,6 +183,4 @@ def _progress(images: list[NamedImage]) -> Generator[Callable[[NamedImage, str |
 
 def _shown(image: NamedImage | None) -> str | None:
     """The name beside the bar: the end of it, which differs from image to image."""
-    from mge_runtime.report import printable
-
     return None if image is None else printable(image.name[-40:])

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 from mge_runtime.backends import Choice, open_backend
 from mge_runtime.bundle import Bundle, add_engine
-from mge_runtime.errors import BackendError, OutputError
+from mge_runtime.errors import BackendError
 from mge_runtime.fields import JsonValue
+from mge_runtime.files import temporary_folder
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.selfcheck.check import Check, judged, not_run
 from mge_runtime.selfcheck.subject import Subject
@@ -50,14 +49,9 @@ def check_refused(subject: Subject) -> Check:
     )
     failures: list[str] = []
     lines: dict[str, JsonValue] = {}
-    with tempfile.TemporaryDirectory(prefix="mge-selfcheck-") as folder:
-        copy = Path(folder) / subject.path.name
-        try:
-            shutil.copyfile(subject.path, copy)
-        except OSError as error:
-            raise OutputError(
-                f"cannot copy {subject.path} to {copy}: {error.strerror}; expected room for it"
-            ) from error
+    with temporary_folder("selfcheck") as folder:
+        copy = folder / subject.path.name
+        shutil.copyfile(subject.path, copy)
         for what, (target, details) in _misfits(backend, machine, gpu).items():
             plans = {stage.name: _NO_ENGINE for stage in subject.manifest.stages}
             add_engine(copy, target.name, plans, details.to_dict(), manifest_sha256=subject.manifest_sha256)

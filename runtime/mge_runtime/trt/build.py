@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.bundle.layout import stage_weights
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.device.cuda import CudaDevice
-from mge_runtime.errors import BuildError, BundleError, OutputError
+from mge_runtime.errors import BuildError, BundleError
+from mge_runtime.files import temporary_folder
 from mge_runtime.machine import this_platform
 from mge_runtime.trt.builder import BuildOptions, build_engine
 from mge_runtime.trt.cache import store_engines, timing_cache_path
@@ -121,7 +121,7 @@ def build_engines(
     precision: dict[str, Mapping[str, JsonValue]] = {}
     seconds: dict[str, float] = {}
     scratch: dict[str, int] = {}
-    with _temporary_folder() as folder:
+    with temporary_folder("build") as folder:
         plans: dict[str, Path] = {}
         for stage in manifest.stages:
             start = time.perf_counter()
@@ -143,7 +143,7 @@ def build_engines(
                     raise _replaced(bundle) from error
                 raise
             plans[stage.name] = folder / f"{stage.name}.plan"
-            _write(plans[stage.name], built.data)
+            plans[stage.name].write_bytes(built.data)
             if timing:
                 timing.store(measured)
             seconds[stage.name] = round(time.perf_counter() - start, 3)
@@ -253,30 +253,6 @@ def build_into_cache(
     vendor = load_vendor(backend)
     with build_native(bundle, machine, index, vendor, options=options, say=say, progress=progress) as new:
         return store_engines(bundle.manifest_sha256, new.target, machine.gpus[index], new.plans, new.details)
-
-
-@contextmanager
-def _temporary_folder() -> Generator[Path]:
-    try:
-        folder = tempfile.TemporaryDirectory(prefix="mge-build-")
-    except OSError as error:
-        raise _no_room(error, tempfile.gettempdir()) from error
-    with folder as name:
-        yield Path(name)
-
-
-def _write(path: Path, data: memoryview) -> None:
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise _no_room(error, path.parent) from error
-
-
-def _no_room(error: OSError, folder: str | Path) -> OutputError:
-    return OutputError(
-        f"cannot write engines to {folder}: {error.strerror or error}; expected a temporary folder with room for them: "
-        "set TMPDIR to another"
-    )
 
 
 def _replaced(bundle: Bundle) -> BundleError:

@@ -86,6 +86,8 @@ def store_engines(
 
 
 def _write(place: Path, plans: Mapping[str, Path], description: EngineDescription) -> None:
+    for left in place.parent.glob(".new-*"):  # by a process that died: the caller holds the lock
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=place.parent) as name:
         fresh = Path(name) / "engines"
         fresh.mkdir()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mge_runtime.backends.choice import device_name
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.layout import target_of
-from mge_runtime.errors import BackendError, OutputError
+from mge_runtime.errors import BackendError
+from mge_runtime.files import check_writable
 from mge_runtime.machine import Machine
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.trt.build import (
@@ -130,18 +131,12 @@ def _check_writable(bundle: Bundle, targets: Sequence[str]) -> None:
         OutputError: the folder cannot be written.
     """
     bundle.verify([name for name in bundle.sizes if target_of(name) not in targets])
-    try:
-        with tempfile.NamedTemporaryFile(dir=bundle.path.parent, prefix=f".{bundle.path.name}.", suffix=".part"):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {bundle.path}: {error.strerror or error}; expected a writable folder: copy the bundle to one"
-        ) from error
+    check_writable(bundle.path)
 
 
 def _gpu_index(device: str) -> int:
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or not number.isdecimal():
+    kind, _, number = device_name(device).partition(":")
+    if kind != "cuda":
         raise BackendError(f"the device is {device!r}; engines are built for a GPU: expected cuda:0, or another index")
     return int(number)
 
