@@ -96,6 +96,8 @@ def run_bench(
     with Bundle.open(request.path) as bundle:
         facts, memory = _facts(bundle), _memory(bundle)
         choice = choose(request.device, request.backend, bundle=bundle)
+        if choice.remark:
+            say(f"note: {choice.remark}")
         library = open_backend(choice, bundle, threads=request.threads).version
         if request.ckpt is not None:
             say("reading the checkpoint")

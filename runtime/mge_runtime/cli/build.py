@@ -34,7 +34,10 @@ _MEGABYTE = 1_000_000
 @click.option("--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes to build for.")
 @click.option("--opt-level", type=click.IntRange(0, 5), help="0 builds quickest, 5 runs quickest.  [default: 3]")
 @click.option(
-    "--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory a layer may use.  [default: all]"
+    "--workspace",
+    type=click.IntRange(1),
+    metavar="MB",
+    help="Scratch memory a layer may use.  [default: all; on a Jetson a quarter of what is available]",
 )
 @click.option(
     "--timing-cache",
