@@ -82,19 +82,19 @@ def main(
             click.echo(f"{target}: {place}")
             interrupt.consequence = "it is finished for the targets that were printed; run it again for the others"
 
-        with shown_progress(interrupt) as progress:
-            build_targets(
-                bundle,
-                requests,
-                into_bundle=into_bundle,
-                backend=backend,
-                device=device,
-                options=options,
-                say=lambda line: click.echo(line, err=True),
-                progress=progress,
-                log=(lambda line: click.echo(line, err=True)) if verbose else None,
-                kept=kept,
-            )
+        build_targets(
+            bundle,
+            requests,
+            into_bundle=into_bundle,
+            backend=backend,
+            device=device,
+            options=options,
+            say=lambda line: click.echo(line, err=True),
+            progress=shown_progress(interrupt),
+            held=interrupt.held,
+            log=(lambda line: click.echo(line, err=True)) if verbose else None,
+            kept=kept,
+        )
     click.echo(
         "TensorRT execution is experimental: not yet run; mge-bench --selfcheck checks it on the device", err=True
     )
