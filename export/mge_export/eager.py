@@ -194,8 +194,8 @@ def to_images(frames: np.ndarray, config: MGEConfig) -> Tensor:
 
 def eager_contenders(
     ckpt: Path, frames: np.ndarray, threads: int | None, device: str
-) -> list[Contender | EagerUnavailable]:
-    """All of PyTorch's ways, opened on one copy of the weights.
+) -> Iterator[Contender | EagerUnavailable]:
+    """All of PyTorch's ways, opened one after the other on one copy of the weights; compiling comes last.
 
     Args:
         ckpt: a checkpoint, ours or the authors'.
@@ -216,7 +216,7 @@ def eager_contenders(
         raise InputError(
             f"frames are {frames.dtype} {list(frames.shape)}; {ckpt} takes uint8 [B, {size}, {size}, 3], B at least 1"
         )
-    return list(_open(model, frames, threads, device))
+    return _open(model, frames, threads, device)
 
 
 def _open(
@@ -230,7 +230,7 @@ def _open(
             torch.backends.cudnn.benchmark = True
         except (RuntimeError, AssertionError) as error:
             reason = f"PyTorch cannot use {device}: {_first_line(error)}"
-    for kind in (AuthorsContender, CompiledContender, ModelContender):
+    for kind in (AuthorsContender, ModelContender, CompiledContender):
         for autocast in (False, True) if cuda else (False,):
             try:
                 if reason is not None:

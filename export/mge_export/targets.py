@@ -96,16 +96,16 @@ class EnginePlan:
         if self.turing:
             say(f"the linear heads are in FP16 for every target, because of {TURING}")
         try:
-            with shown_progress(interrupt) as progress:
-                build_targets(
-                    path,
-                    self.requests,
-                    into_bundle=True,
-                    options=BuildOptions(self.batch),
-                    machine=self.machine,
-                    say=say,
-                    progress=progress,
-                )
+            build_targets(
+                path,
+                self.requests,
+                into_bundle=True,
+                options=BuildOptions(self.batch),
+                machine=self.machine,
+                say=say,
+                progress=shown_progress(interrupt),
+                held=interrupt.held,
+            )
         except (BuildError, BackendError) as error:
             if self.asked or interrupt.requested:
                 raise

@@ -16,7 +16,7 @@ from typing import Any
 
 from mge_runtime.machine import Gpu, Machine, this_platform
 
-__all__ = ["describe_machine"]
+__all__ = ["available_memory", "describe_machine"]
 
 # Name in a description -> the module, and the distributions that may bring it.
 _LIBRARIES = {
@@ -27,6 +27,7 @@ _LIBRARIES = {
     "cuda-bindings": ("cuda.bindings", ("cuda-bindings",)),
 }
 _UNKNOWN = "unknown"  # version of a library that was not looked up, or has no metadata and was not imported
+_MEMORY = Path("/proc/meminfo")
 _MODEL = Path("/proc/device-tree/model")  # on boards with a device tree, as a Jetson
 
 
@@ -69,6 +70,15 @@ def describe_machine(
         providers=_providers(),
         board=_board(),
     )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that new work can have without swapping, as Linux estimates it; None elsewhere."""
+    try:
+        lines = _MEMORY.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _has_module(name: str) -> bool:

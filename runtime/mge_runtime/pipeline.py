@@ -94,7 +94,9 @@ class Pipeline:
         exit: Exit = "never",
         calibration: bool = True,
     ) -> Pipeline:
-        """Open a bundle and make its chain ready to run.
+        """Open a bundle and make its chain ready to run, with the best that is ready here: engines are not built.
+
+        Where engines are missing that would run, the logger "mge_runtime" gets one line with the command to build them.
 
         Args:
             path: the `mge.plan` file.
@@ -120,6 +122,8 @@ class Pipeline:
             raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
         with Bundle.open(path) as bundle:
             choice = choose(device, backend, bundle=bundle)
+            if choice.command is not None:
+                logging.getLogger("mge_runtime").warning(choice.remark)
             return cls(
                 bundle, choice, threads=threads, streams=streams, graphs=graphs, exit=exit, calibration=calibration
             )

@@ -132,9 +132,9 @@ def test_contenders_of_a_checkpoint(checkpoint, tiny, photographs):
     model, path = checkpoint
     frames = tiny.load_frames(photographs, model.config.preprocess)
     threads = torch.get_num_threads()
-    found = eager.eager_contenders(path, frames, threads, "cpu")
-    assert [way.name for way in found] == [eager.AUTHORS, eager.COMPILED, eager.MODEL]
-    authors, compiled, plain = found
+    found = list(eager.eager_contenders(path, frames, threads, "cpu"))
+    assert [way.name for way in found] == [eager.AUTHORS, eager.MODEL, eager.COMPILED], "what takes long comes last"
+    authors, plain, compiled = found
     assert isinstance(compiled, EagerUnavailable)
     assert str(compiled) == "torch.compile does not work here: no C++ compiler"
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_contenders_of_a_checkpoint(checkpoint, tiny, photographs):
 
 @pytest.mark.usefixtures("refused")
 def test_a_failure_is_one_line(checkpoint, monkeypatch):
-    way = eager.eager_contenders(checkpoint[1], np.zeros((1, 64, 64, 3), np.uint8), None, "cpu")[0]
+    way = next(eager.eager_contenders(checkpoint[1], np.zeros((1, 64, 64, 3), np.uint8), None, "cpu"))
 
     def refuse(*_):
         raise torch.OutOfMemoryError("no memory left\nand many lines more")
@@ -163,7 +163,7 @@ def test_a_failure_is_one_line(checkpoint, monkeypatch):
 @pytest.mark.usefixtures("refused")
 def test_threads_are_set_where_the_work_is_done(checkpoint):
     before = torch.get_num_threads()
-    way = eager.eager_contenders(checkpoint[1], np.zeros((1, 64, 64, 3), np.uint8), before + 1, "cpu")[0]
+    way = next(eager.eager_contenders(checkpoint[1], np.zeros((1, 64, 64, 3), np.uint8), before + 1, "cpu"))
     try:
         torch.set_num_threads(before)
         way.run()
@@ -194,7 +194,7 @@ def test_without_a_number_of_threads_pytorch_takes_what_the_chain_takes(checkpoi
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu_is_a_reason_for_each_way(checkpoint):
-    found = eager.eager_contenders(checkpoint[1], np.zeros((1, 64, 64, 3), np.uint8), None, "cuda:0")
+    found = list(eager.eager_contenders(checkpoint[1], np.zeros((1, 64, 64, 3), np.uint8), None, "cuda:0"))
     assert [isinstance(way, EagerUnavailable) for way in found] == [True] * 6
     assert len({way.name for way in found}) == 6
     for way in found:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -14,12 +16,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.bench import fresh, inputs, run, toolchain
+from mge_runtime.bench import deadline, fresh, inputs, measure, pipelined, rounds, run, toolchain
+from mge_runtime.bench.deadline import NO_TIME, Deadline
 from mge_runtime.bench.report import BenchReport
 from mge_runtime.bench.run import run_bench
 from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.cli.bench import main
 from mge_runtime.errors import BackendError, CheckpointError
+from mge_runtime.pipeline import Pipeline
 
 onnxruntime = load_onnxruntime()
 
@@ -29,11 +33,10 @@ def quick(trunked, tmp_path_factory):
     """One quick run over two batch sizes: its JSON, its Markdown and its results."""
     out = tmp_path_factory.mktemp("report") / "report.md"
     arguments = ["--engine", str(trunked), "--device", "cpu", "--threads", "1", "--batch", "1,3", "--iterations", "12"]
-    arguments += ["--images", "5", "--warmup", "2", "--quick", "--json", "--out", str(out)]
+    arguments += ["--images", "5", "--warmup", "2", "--json", "--out", str(out)]
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fresh, "_LEAST_ROUNDS", 1)
-        patch.setattr(fresh, "_MOST_ROUNDS", 2)
+        patch.setattr(fresh, "_MOST_ROUNDS", 1)
         patch.setattr(inputs, "_HEIGHT", 96)
         patch.setattr(inputs, "_WIDTH", 128)
         patch.setattr(run, "run_bench", lambda *given: kept.append(run_bench(*given)) or kept[-1])
@@ -117,16 +120,13 @@ def test_the_markdown_can_be_posted(quick, trunked):
 def test_what_cannot_be_measured_is_listed_and_a_calibration_is_not_followed(copy, tmp_path, monkeypatch):
     """No trunks, no fresh processes, no matrix product: the rest is measured all the same."""
 
-    def fail(*_given):
-        raise BackendError("this device\nhas none")
-
-    monkeypatch.setattr(run, "measure_fresh", fail)
-    monkeypatch.setattr(run, "open_yardstick", fail)
+    monkeypatch.setattr(run, "measure_fresh", unavailable)
+    monkeypatch.setattr(run, "open_yardstick", unavailable)
     temperatures = {"answer_1": 2.0, "answer_2": 2.0, "logits": 2.0}
     add_calibration(copy, {"version": 1, "temperatures": temperatures, "exits": None, "data": {}})
     picture = tmp_path / "bird.jpg"
     Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(picture)
-    arguments = ["--engine", str(copy), "--device", "cpu", "--threads", "1", "--iterations", "5", "--quick"]
+    arguments = ["--engine", str(copy), "--device", "cpu", "--threads", "1", "--iterations", "5"]
     result = CliRunner().invoke(main, [*arguments, "--images", "4", str(picture)])
     assert result.exit_code == 0, result.output
     assert "bare trunks: no stage of mge.plan has a trunk that can be told from its weights' names" in result.stdout
@@ -137,10 +137,162 @@ def test_what_cannot_be_measured_is_listed_and_a_calibration_is_not_followed(cop
     assert "share of the device's matrix rate: this device has none" in result.stdout
 
 
+# --- the time it takes, and signals -------------------------------------------------------------------------------
+
+
+def unavailable(*_given, **_options):
+    raise BackendError("this device\nhas none")
+
+
+class Clock:
+    """Stands in for `time` in the bench: nobody waits for what the chain takes; a look at the clock takes 1 ms."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self):
+        self.now += 1e-3
+        return self.now
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A chain that takes 2 s a picture by the bench's own clock."""
+    clock = Clock()
+    for module in (deadline, rounds, pipelined):
+        monkeypatch.setattr(module, "time", clock)
+    timed = rounds.timed
+    for module in (rounds, measure):
+        monkeypatch.setattr(module, "timed", lambda contender, _clock=None: timed(contender, clock.perf_counter))
+    run_timed = Pipeline.run_timed
+
+    def slowly(self, frames, **options):
+        clock.now += 2.0 * len(frames)
+        return run_timed(self, frames, **options)
+
+    monkeypatch.setattr(Pipeline, "run_timed", slowly)
+    monkeypatch.setattr(run, "measure_fresh", lambda *_: None)
+    monkeypatch.setattr(run, "open_yardstick", unavailable)
+    monkeypatch.setattr(run, "find_meter", lambda _: "not asked")
+    monkeypatch.setattr(inputs, "_HEIGHT", 96)
+    monkeypatch.setattr(inputs, "_WIDTH", 128)
+    return clock
+
+
+@pytest.mark.parametrize("options", [[], ["--iterations", "1000", "--images", "1000", "--warmup", "1000"]])
+def test_a_run_keeps_to_its_time_and_lists_what_that_left_no_time_for(trunked, slow, options):
+    arguments = ["--engine", str(trunked), "--device", "cpu", "--threads", "1", "--seconds", "100", "-b", "1,2,64"]
+    result = CliRunner().invoke(main, [*arguments, *options, "--json"])
+    assert result.exit_code == 0, result.output
+    assert slow.now - 1000 <= 100 + 2 * 64, "soft to within one measurement"
+    assert result.stderr.splitlines()[0] == "this takes 100 s at most; --seconds names another time"
+    report = json.loads(result.stdout)
+    assert report["interrupted"] is None
+    assert [batch["batch"] for batch in report["batches"]] == [1, 2]
+    assert {"name": "batch 64", "reason": NO_TIME, "command": None} in report["not_run"]
+
+
+def test_pytorch_is_left_out_where_it_does_not_open_in_time(trunked, monkeypatch):
+    """A compiler asks nobody whether to go on."""
+
+    def make(*_given):
+        yield SimpleNamespace(name="eager")
+        time.sleep(30)
+
+    monkeypatch.setattr(toolchain, "_imported", lambda _: SimpleNamespace(eager_contenders=make))
+    begin = time.perf_counter()
+    found, missing = toolchain.eager_contenders(trunked, np.zeros((1, 32, 32, 3)), 1, "cpu", Deadline.after(0.2))
+    assert time.perf_counter() - begin < 10
+    assert ([way.name for way in found], list(missing.values())) == (["eager"], [NO_TIME])
+
+
+# Says "begun" when the first round is over; a round takes 0.1 s, and there are a million of them.
+STOPPED = """
+import sys, time
+from mge_runtime.bench import inputs, run
+from mge_runtime.bench.contenders import ChainContender
+from mge_runtime.cli.bench import main
+inputs._HEIGHT, inputs._WIDTH = 96, 128
+run.measure_fresh = lambda *given: None
+runs = ChainContender.run
+def slowly(self):
+    runs(self)
+    time.sleep(0.03)
+    print("ran", file=sys.stderr, flush=True)
+ChainContender.run = slowly
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_run_that_is_stopped_writes_what_it_has(trunked, tmp_path, number):
+    out = tmp_path / "report.md"
+    arguments = ["--engine", str(trunked), "--device", "cpu", "--threads", "1", "--json", "--out", str(out)]
+    arguments += ["--iterations", "1000000", "--warmup", "1"]
+    command = [sys.executable, "-c", STOPPED, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        ran = 0
+        for line in process.stderr:
+            ran += line == "ran\n"
+            if ran == 30:
+                break
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    consequence = "the report is of what was measured before"
+    assert stderr.splitlines()[-1] == f"error: the bench was interrupted ({number.name}): {consequence}"
+    assert "Traceback" not in stderr
+    report = json.loads(stdout)
+    assert report["interrupted"] == "batch 1"
+    (batch,) = report["batches"]
+    assert batch["rounds"] >= 1
+    assert {row["times"]["count"] for row in batch["rows"]} == {batch["rounds"] * batch["runs"]}
+    assert "| PARTIAL | it was interrupted during batch 1; what was measured before is here |" in out.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_a_batch_that_fails_takes_nothing_from_the_others(trunked, quick, monkeypatch):
+    def measured(_pipeline, _path, _pictures, batch, *, keep, **_options):
+        if batch == 2:
+            raise BackendError("out of memory")
+        keep(quick[2].batches[0])
+
+    monkeypatch.setattr(run, "measure_batch", measured)
+    for name in ("measure_fresh", "open_yardstick", "measure_pipelined"):
+        monkeypatch.setattr(run, name, unavailable)
+    arguments = ["--engine", str(trunked), "--device", "cpu", "--seconds", "600", "--json"]
+    result = CliRunner().invoke(main, [*arguments, "-b", "1,2"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [batch["batch"] for batch in report["batches"]] == [1]
+    assert {"name": "batch 2", "reason": "out of memory", "command": None} in report["not_run"]
+    result = CliRunner().invoke(main, [*arguments, "-b", "2"])
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "error: out of memory")
+
+
+def test_a_report_is_written_though_nobody_reads_what_is_printed(bundle_path, tmp_path):
+    out = tmp_path / "report.txt"
+    code = "from mge_runtime.cli.bench import main; main()"
+    arguments = ["--engine", str(bundle_path), "--device", "cpu", "--seconds", "1", "--out", str(out)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=writer, stderr=writer, check=False)
+    os.close(writer)
+    assert done.returncode == 1
+    assert out.read_text().startswith("date ")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "1e3", "86401", "9" * 401, ""])
+def test_seconds_are_a_number_of_them(bundle_path, seconds):
+    result = CliRunner().invoke(main, ["--engine", str(bundle_path), "--seconds", seconds])
+    assert result.exit_code == 2
+    assert "Invalid value for '--seconds'" in result.stderr
+
+
 # --- what it refuses ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", ["0", "1,x", "-1", "", "1,,2", "5000"])
+@pytest.mark.parametrize("batch", ["0", "1,x", "-1", "", "1,,2", "5000", "1,8,1e9", "9" * 5000])
 def test_an_unknown_batch_size_is_a_usage_error(bundle_path, batch):
     result = CliRunner().invoke(main, ["--engine", str(bundle_path), "--batch", batch])
     assert result.exit_code == 2
@@ -230,13 +382,13 @@ def test_each_noisy_section_warns_in_one_line(quick):
         return BenchReport(
             replace(
                 results,
-                batches=(results.batches[0], noisy(results.batches[1], batch)),
+                batches=[results.batches[0], noisy(results.batches[1], batch)],
                 pipelined=noisy(results.pipelined, pipelined),
                 fresh=noisy(results.fresh, fresh_ones),
             )
         )
 
-    results = replace(results, batches=tuple(replace(b, noise=replace(b.noise, warning=None)) for b in results.batches))
+    results = replace(results, batches=[replace(b, noise=replace(b.noise, warning=None)) for b in results.batches])
     quiet = with_warnings(None, None, None)
     assert quiet.warnings == json.loads(quiet.to_json())["warnings"] == []
     assert "WARNING" not in quiet.to_text()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mge_runtime.bench import fresh
+from mge_runtime.bench.deadline import UNBOUNDED, Deadline, TimeUp
 from mge_runtime.errors import BackendError, OutputError
 from mge_runtime.pipeline import Pipeline
 
@@ -29,7 +30,11 @@ def test_each_way_starts_once_in_a_round_after_one_that_does_not_count(trunked, 
     monkeypatch.setattr(fresh, "_start", watched)
     with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
         choice = pipeline.choice
-    measured = fresh.measure_fresh(trunked, choice, 1, np.zeros((32, 32, 3), np.uint8), 0.0)
+    monkeypatch.setattr(fresh, "_MOST_ROUNDS", 3)
+    kept = []
+    frame = np.zeros((32, 32, 3), np.uint8)
+    fresh.measure_fresh(trunked, choice, 1, frame, UNBOUNDED, lambda _line: None, kept.append)
+    (measured,) = kept
     assert len(measured.bundle) == len(measured.files) == 3
     assert started[:2] == [True, False]
     assert all(sorted(started[n : n + 2]) == [False, True] for n in (2, 4, 6))
@@ -43,5 +48,18 @@ def test_a_temporary_folder_that_cannot_be_used_is_one_line(trunked, monkeypatch
         choice = pipeline.choice
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(OutputError, match=r"^cannot write to .*: No such file.*set TMPDIR") as error:
-        fresh.measure_fresh(trunked, choice, 1, np.zeros((32, 32, 3), np.uint8), 0.0)
+        fresh.measure_fresh(trunked, choice, 1, np.zeros((32, 32, 3), np.uint8), UNBOUNDED, print, print)
     assert "\n" not in str(error.value)
+
+
+def test_an_incomplete_round_does_not_count_and_no_process_is_left_behind(trunked, monkeypatch):
+    with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
+        choice = pipeline.choice
+    limits = iter([1e9] * 5)
+    monkeypatch.setattr(Deadline, "left", property(lambda _: next(limits, 0.0)))
+    monkeypatch.setattr(fresh, "_start", lambda _: fresh.Start(1.0, None))
+    kept = []
+    frame = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(TimeUp):
+        fresh.measure_fresh(trunked, choice, 1, frame, Deadline.after(1e9), lambda _line: None, kept.append)
+    assert [(len(found.bundle), len(found.files)) for found in kept] == [(1, 1)]

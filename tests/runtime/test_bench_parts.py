@@ -11,6 +11,7 @@ from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bench import toolchain
 from mge_runtime.bench.contenders import PartsContender
+from mge_runtime.bench.deadline import UNBOUNDED, Deadline, TimeUp
 from mge_runtime.bench.energy import find_meter, measure_energy
 from mge_runtime.bench.inputs import Inputs, photograph_inputs
 from mge_runtime.bench.measure import measure_batch
@@ -118,25 +119,34 @@ def test_pytorch_gets_the_chains_threads_and_the_report_says_how_many_it_used(tr
     monkeypatch.setattr(toolchain, "_imported", lambda _: SimpleNamespace(eager_contenders=make))
     monkeypatch.setattr(toolchain, "cpu_count", lambda: 3)
     with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
-        kind = {"ckpt": trunked, "iterations": 5, "warmup": 1, "seconds": 1.0, "say": lambda _line: None}
-        found = measure_batch(pipeline, trunked, inputs, 1, threads=None, **kind)
-        measure_batch(pipeline, trunked, inputs, 1, threads=1, **kind)
+        kind = {"ckpt": trunked, "iterations": 5, "warmup": 1, "deadline": UNBOUNDED, "say": lambda _line: None}
+        results = []
+        measure_batch(pipeline, trunked, inputs, 1, threads=None, keep=results.append, **kind)
+        measure_batch(pipeline, trunked, inputs, 1, threads=1, keep=results.append, **kind)
+    found = results[0]
     assert asked == [3, 1]
     assert found.pytorch_threads == {"PyTorch eager": 3}
     assert "PyTorch computes with 3 threads" in next(iter(_batch(found))).notes
 
 
 def test_pictures_in_a_row_are_answered_both_ways(trunked, inputs):
+    kept = []
     with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
-        few, many, one = (
-            measure_pipelined(pipeline, inputs, 2, images, chain_ms=1.0, seconds=1.0) for images in (10, 321, 1)
-        )
-        open_ended = measure_pipelined(pipeline, inputs, 2, None, chain_ms=1.0, seconds=0.03)
+        kind = {"say": lambda _line: None, "keep": kept.append}
+        for images in (10, 321, 1):
+            measure_pipelined(pipeline, inputs, 2, images, chain_ms=1.0, deadline=UNBOUNDED, **kind)
+        for images in (None, 1000):
+            # By the chain's time that is named 15 runs of 2 fit, both ways; by the clock more do.
+            measure_pipelined(pipeline, inputs, 2, images, chain_ms=1000.0, deadline=Deadline.after(30.9), **kind)
+        with pytest.raises(TimeUp):
+            measure_pipelined(pipeline, inputs, 2, None, chain_ms=1000.0, deadline=Deadline.after(7), **kind)
+    few, many, one, open_ended, cut = kept
+    assert cut.images == 30
     assert (few.images, few.distinct, few.round_images) == (10, 7, (3, 3, 4))
     assert (many.images, sum(many.round_images), max(many.round_images)) == (321, 321, 46)
     assert len(many.files_s) == len(many.frames_s) == 7
     assert one.round_images == (1,)
-    assert open_ended.round_images == (10, 10, 10), "5 runs of 2 take 5 ms, three rounds both ways 30"
+    assert open_ended.round_images == (10, 10, 10)
     assert few.ratio.median == pytest.approx(sorted(a / b for a, b in zip(few.files_s, few.frames_s, strict=True))[1])
     assert few.total_ratio == pytest.approx(sum(few.files_s) / sum(few.frames_s))
     assert few.image_ms(few.files_s)[2] == pytest.approx(1e3 * few.files_s[2] / 4)

@@ -115,7 +115,9 @@ def test_steps_have_percentiles_and_what_lies_between_them_is_left_over():
 
 def test_a_plan_keeps_to_its_time_or_to_its_iterations():
     assert plan_rounds([1000, 1100], None, 40) == Plan(19, 1)
-    assert plan_rounds([9000, 8000], None, 40) == Plan(6, 1), "never fewer than six rounds"
+    assert plan_rounds([9000, 8000], None, 40) == Plan(2, 1), "what fits, though six are enough for an interval"
+    assert plan_rounds([9000, 8000], None, 1) == Plan(1, 1)
+    assert plan_rounds([2, 200], None, 4) == Plan(6, 2), "rounds go before runs in a round"
     assert plan_rounds([1, 2], None, 40).runs == 10
     plan = plan_rounds([1, 2], 100, 40)
     assert plan.rounds * plan.runs >= 100

@@ -42,7 +42,7 @@ def make(tiny, tmp_path, monkeypatch):
 )
 def test_one_bundle_has_the_engine_for_each(make, machine, backend, target):
     choice = chosen(make(*machines.EVERYWHERE), machine)
-    assert (choice.backend, choice.device, choice.build) == (backend, "cuda:0", False)
+    assert (choice.backend, choice.device, choice.command) == (backend, "cuda:0", None)
     assert choice.engines.description.target == target.target
     assert choice.gpu == machine.gpus[0]
     assert choice.reason == f"the engines {target.target} in the bundle are for {machine.gpus[0]}"
@@ -66,7 +66,7 @@ def test_one_bundle_has_the_engine_for_each(make, machine, backend, target):
 )
 def test_the_same_bundle_runs_its_onnx_elsewhere(make, machine, expected, not_tensorrt):
     choice = chosen(make(*machines.EVERYWHERE), machine)
-    assert (str(choice), choice.engines, choice.build) == (expected, None, False)
+    assert (str(choice), choice.engines, choice.command) == (expected, None, None)
     assert choice.passed_over[0].backend == "tensorrt"
     assert choice.passed_over[0].reason == not_tensorrt
 
@@ -95,17 +95,22 @@ def test_the_same_bundle_runs_its_onnx_elsewhere(make, machine, expected, not_te
         (machines.H100, "tensorrt", "mge-build mge.plan (on this device)"),
     ],
 )
-def test_without_engines_it_builds_and_names_the_command(make, machine, backend, command):
-    choice = chosen(make(), machine)
-    assert (choice.backend, choice.engines, choice.build) == (backend, None, True)
-    assert choice.reason == (
-        f"no engines are ready for {machine.gpus[0]} (the bundle has none): "
-        f"they are built on opening, into the cache; to build them now: {command}"
+def test_without_engines_the_rest_runs_and_one_line_names_the_command(make, machine, backend, command):
+    path = make()
+    choice = chosen(path, machine)
+    assert (choice.backend, choice.engines, choice.command) == ("onnxruntime", None, command)
+    reason = f"no engines are ready for {machine.gpus[0]} (the bundle has none); build them: {command}"
+    assert [c.reason for c in choice.passed_over if c.backend == backend] == [reason]
+    assert reason in choice.remark
+    assert "\n" not in choice.remark
+    assert refusal(path, machine, backend=backend) == (
+        f"nothing can run device 'auto' and backend '{backend}' ({backend} on cuda:0: {reason}); the bundle has no "
+        f"engines; this device is {machine.gpus[0]}, {machine.platform}"
     )
 
 
 SMALL_ORIN = replace(machines.ORIN.gpus[0], multiprocessors=14)
-RTX3060_TENSORRT = replace(machines.RTX3060, libraries={"tensorrt": "10.13.3.9", "cuda-core": "1.2.2"})
+RTX3060_TENSORRT = with_version(machines.RTX3060, "tensorrt", "10.13.3.9")
 
 
 @pytest.mark.parametrize(
@@ -146,9 +151,10 @@ RTX3060_TENSORRT = replace(machines.RTX3060, libraries={"tensorrt": "10.13.3.9",
 )
 def test_an_engine_for_something_else_is_never_chosen_and_the_line_says_why(make, machine, engine, why):
     choice = chosen(make(engine), machine)
-    assert (choice.engines, choice.build) == (None, True)
-    assert choice.reason.startswith(
-        f"no engines are ready for {machine.gpus[0]} ({engine.target} in the bundle {why}): they are built on opening"
+    assert (choice.backend, choice.engines) == ("onnxruntime", None)
+    reason = next(c.reason for c in choice.passed_over if c.command is not None)
+    assert reason.startswith(
+        f"no engines are ready for {machine.gpus[0]} ({engine.target} in the bundle {why}); build them: mge-build "
     )
 
 
@@ -160,11 +166,12 @@ def test_engines_that_were_built_here_without_a_gpu_are_chosen_for_the_device(ma
     machine = describe_machine(gpus=False)  # engines are for the platform they were built on
     here = replace(machines.RTX3060, system=machine.system, arch=machine.arch, libraries={**machine.libraries})
     choice = chosen(path, here)
-    assert (choice.backend, choice.build) == ("tensorrt-rtx", False)
+    assert choice.backend == "tensorrt-rtx"
     assert choice.engines.description.plans["expert_1"].size > 10_000
-    assert chosen(path, replace(here, gpus=machines.RTX4090.gpus)).reason.startswith(
+    other = chosen(path, replace(here, gpus=machines.RTX4090.gpus))
+    assert next(c.reason for c in other.passed_over if c.command is not None).startswith(
         f"no engines are ready for NVIDIA GeForce RTX 4090 (sm89) ({choice.engines.description.target} in the bundle "
-        "is for sm86 or sm120, this GPU is NVIDIA GeForce RTX 4090 (sm89)): "
+        "is for sm86 or sm120, this GPU is NVIDIA GeForce RTX 4090 (sm89)); "
     )
 
 
@@ -176,9 +183,8 @@ def test_rtx_engines_serve_every_gpu_of_their_capabilities(make):
 def test_engines_that_are_ready_go_before_engines_to_build(make):
     both = replace(machines.RTX3060, libraries={**machines.RTX3060.libraries, "tensorrt": "10.13.3.9"})
     choice = chosen(make(machines.FOR_RTX), both)
-    assert (choice.backend, choice.build) == ("tensorrt-rtx", False)
-    assert [(c.backend, c.build) for c in choice.passed_over] == [("tensorrt", True)]
-    assert chosen(make(), both).backend == "tensorrt"
+    assert choice.backend == "tensorrt-rtx"
+    assert [(c.backend, c.command is not None) for c in choice.passed_over] == [("tensorrt", True)]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,7 @@ def test_who_insists_reads_what_was_found_what_is_here_and_what_to_do(make, mach
 def test_turing_takes_no_fp32_products(make, operators, refused):
     path = make(operators=operators)
     if not refused:
-        assert chosen(path, machines.T4_RTX).build
+        assert chosen(path, machines.T4_RTX).command is not None
         return
     choice = chosen(path, machines.T4_RTX)
     assert str(choice) == "onnxruntime on cpu"
@@ -251,8 +257,8 @@ def test_turing_takes_no_fp32_products(make, operators, refused):
     assert "cannot run on sm75: its " in rtx.reason
     assert "mge-export --fp16 --target rtx:sm75" in rtx.reason
     assert "mge-build" not in refusal(path, machines.T4_RTX, backend="tensorrt-rtx")
-    assert chosen(path, machines.T4).build, "full TensorRT has FP32 products on Turing"
-    assert chosen(path, machines.RTX3060).build, "and TensorRT-RTX has them from Ampere on"
+    assert chosen(path, machines.T4).command, "full TensorRT has FP32 products on Turing"
+    assert chosen(path, machines.RTX3060).command, "and TensorRT-RTX has them from Ampere on"
 
 
 def test_the_cache_counts_on_this_machine_alone(make, monkeypatch, tmp_path):
@@ -271,10 +277,9 @@ def test_the_cache_counts_on_this_machine_alone(make, monkeypatch, tmp_path):
         found = find_engines(bundle, machines.ORIN, machines.ORIN.gpus[0], cache=True)
     assert [(f.in_bundle, f.problem is None) for f in found] == [(True, False), (False, True)]
     choice = chosen(path, machines.ORIN, cache=True)
-    assert not choice.build
     assert choice.engines.place.startswith("in the cache, ")
-    assert chosen(path, machines.ORIN).build
-    assert "10.3.1 is installed" in chosen(path, with_version(machines.ORIN, "tensorrt", "10.3.1"), cache=True).reason
+    assert chosen(path, machines.ORIN).engines is None
+    assert "10.3.1 is installed" in chosen(path, with_version(machines.ORIN, "tensorrt", "10.3.1"), cache=True).remark
 
 
 def test_engines_nobody_here_can_read_are_passed_over(make):
@@ -287,6 +292,6 @@ def test_engines_nobody_here_can_read_are_passed_over(make):
     add_engine(path, "tensorrt-rtx-of-tomorrow", {"gate": machines.NO_PLAN}, {}, manifest_sha256=digest)
     assert chosen(path, machines.RTX3060).engines.description.target == machines.FOR_RTX.target
     choice = chosen(path, with_version(machines.RTX3060, "tensorrt-rtx", "1.8.0.1"))
-    assert choice.build
-    assert "cannot be read: " in choice.reason
-    assert "is no target that this version of mge knows" in choice.reason
+    assert choice.engines is None
+    assert "cannot be read: " in choice.remark
+    assert "is no target that this version of mge knows" in choice.remark

@@ -5,14 +5,19 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mge_runtime.backends import choose, open_backend
 from mge_runtime.bundle import Bundle, write_bundle
-from mge_runtime.errors import BackendError, BundleError
-from mge_runtime.machine_probe import describe_machine
-from mge_runtime.trt.keep import native_library
+from mge_runtime.errors import BackendError, BuildError, BundleError
+from mge_runtime.pipeline import Pipeline
+from mge_runtime.trt.builder import BuildOptions
+from mge_runtime.trt.keep import build_targets, native_library
+from mge_runtime.trt.request import TargetRequest
+from mge_runtime.trt.vendor import LIBRARIES, Messages, Vendor
 
 place = Path(__file__).with_name("recorded_machines.py")
 spec = importlib.util.spec_from_file_location("mge_tests_recorded_machines", place)
@@ -149,20 +154,57 @@ def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it():
     assert (choice.device, reason) == ("cpu", "onnxruntime-gpu has no wheel for the GPU of a Jetson")
 
 
-def test_engines_are_built_on_opening_and_what_fails_there_is_one_line(make):
-    """Without a GPU the build ends where it would begin: at the device."""
-    vendor = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
-    if describe_machine().gpus:
-        pytest.skip("there is a GPU here")
-    machine = replace(machines.RTX3060, libraries=machines.RTX3060.libraries | {"tensorrt-rtx": vendor.__version__})
-    said = []
-    with Bundle.open(make()) as bundle:
-        choice = choose(bundle=bundle, machine=machine)
-        assert (choice.backend, choice.build) == ("tensorrt-rtx", True)
-        with pytest.raises(BackendError, match=r"^cuda:0 cannot be opened: .*") as caught:
-            open_backend(choice, bundle, say=said.append)
-    assert "\n" not in str(caught.value)
-    assert "no engines are ready for NVIDIA GeForce RTX 3060 (sm86)" in said[0]
+@pytest.mark.parametrize("machine", [machines.ORIN, machines.THOR, machines.RTX3060], ids=lambda m: m.gpus[0].name)
+def test_opening_builds_nothing_and_says_once_what_would(make, machine, monkeypatch, caplog):
+    """It runs what is ready; nothing of a builder is even imported."""
+    for module in ("trt.build", "trt.builder", "trt.keep"):
+        monkeypatch.setitem(sys.modules, f"mge_runtime.{module}", None)
+    path = make()
+    monkeypatch.setattr("mge_runtime.pipeline.choose", partial(choose, machine=machine))
+    with Pipeline.open(path, threads=1) as pipeline:
+        assert str(pipeline.choice) == "onnxruntime on cpu"
+        assert pipeline.run(np.zeros((1, 32, 32, 3), np.uint8))
+    (record,) = caplog.records
+    assert (record.name, record.getMessage()) == ("mge_runtime", pipeline.choice.remark)
+    assert f"no engines are ready for {machine.gpus[0]} (the bundle has none); build them: mge-build mge.plan" in (
+        record.getMessage()
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "expected"),
+    [
+        (machines.ORIN, BuildOptions(), 1_000_000 * 1024),
+        (replace(machines.ORIN, board=None), BuildOptions(), 1_000_000 * 1024),
+        (machines.ORIN, BuildOptions(workspace=5 << 20), 5 << 20),
+        (machines.H100, BuildOptions(), None),
+    ],
+    ids=["jetson", "integrated", "named", "memory of its own"],
+)
+def test_scratch_memory_is_bounded_where_cpu_and_gpu_share_it(make, machine, options, expected, monkeypatch, tmp_path):
+    """Up to the library's own builder, which stops here: full TensorRT cannot be installed."""
+    monkeypatch.setenv("MGE_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "meminfo").write_text("MemTotal: 64000000 kB\nMemFree: 1 kB\nMemAvailable: 4000000 kB\n")
+    monkeypatch.setattr("mge_runtime.machine_probe._MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr("mge_runtime.trt.build.CudaDevice", lambda _: SimpleNamespace(activate=lambda: None))
+    vendor = Vendor(LIBRARIES["tensorrt"], machine.libraries["tensorrt"], None, None, Messages())
+    monkeypatch.setattr("mge_runtime.trt.keep.load_vendor", lambda _: vendor)
+    given, said = [], []
+
+    def stop(*_, options, **__):
+        given.append(options.workspace)
+        raise BuildError("far enough")
+
+    monkeypatch.setattr("mge_runtime.trt.build.build_engine", stop)
+    native = TargetRequest.parse("native")
+    with pytest.raises(BuildError, match="far enough"):
+        build_targets(make(), [native], into_bundle=False, machine=machine, options=options, say=said.append)
+    assert given == [expected]
+    line = (
+        "a layer may use 1,024 MB of scratch memory, a quarter of what is available to CPU and GPU together; "
+        "--workspace names another limit"
+    )
+    assert (line in said) == (expected == 1_000_000 * 1024)
 
 
 def test_a_gpu_that_is_not_used_is_remarked(make):

@@ -168,7 +168,7 @@ def test_it_says_what_would_run_on_a_recorded_machine(bundle_path, tmp_path):
         assert text in output
     values = json.loads(run(path, "--as-machine", orin, "--json").output)
     assert values["machine"] == json.loads(orin.read_bytes())
-    assert (values["here"]["backend"], values["here"]["build"]) == ("tensorrt", False)
+    assert values["here"]["backend"] == "tensorrt"
     assert values["engines"][target]["misfit"] is None
     h100 = json.loads(run(path, "--as-machine", MACHINES / "h100-onnxruntime-gpu.json", "--json").output)
     assert h100["here"]["backend"] == "onnxruntime"

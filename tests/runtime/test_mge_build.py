@@ -149,6 +149,19 @@ def test_an_interrupted_build_says_so_and_leaves_the_bundle(path, tmp_path, numb
     assert [p.name for p in tmp_path.iterdir() if p.name != "work"] == ["mge.plan"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_signal_is_heard_before_the_library_builds(path, number):
+    """Reading and hashing a large bundle takes a while, too."""
+    code = "import os\nfrom mge_runtime.bundle import Bundle\n"
+    code += "def verify(*_):\n    os.kill(os.getpid(), int(os.environ['NUMBER']))\n    __import__('time').sleep(60)\n"
+    code += "Bundle.verify = verify\n" + PROGRAM
+    command = [sys.executable, "-c", code, str(path), "--into-bundle", "--target", "rtx:sm86"]
+    environment = {**os.environ, "NUMBER": str(int(number))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50, check=False)
+    line = f"error: the build was interrupted ({number.name}): {path} is as it was; run it again"
+    assert (done.returncode, done.stderr.splitlines()) == (1, [line])
+
+
 def test_a_killed_build_leaves_the_bundle(path, tmp_path):
     before = digest(path)
     process, _ = started(path, tmp_path)

@@ -216,6 +216,8 @@ def test_products_in_another_type_than_the_plan_are_refused(rtx, tmp_path):
         (lambda: BatchRange(0, 1, 1), "the batch range is 0,1,1"),
         (lambda: BatchRange.parse("1,x"), "the batch range is '1,x'; expected MIN,OPT,MAX, such as 1,1,8"),
         (lambda: BatchRange.parse(""), "the batch range is ''"),
+        (lambda: BatchRange.parse("1,8,1e9"), "the batch range is '1,8,1e9'"),
+        (lambda: BatchRange.parse("9" * 5000), "the batch range is '9{40}'; expected MIN,OPT,MAX"),
         (lambda: BuildOptions(optimization_level=6), "the optimisation level is 6; expected 0 to 5"),
         (lambda: BuildOptions(workspace=5), "the workspace is 5 bytes"),
         (lambda: BuildOptions(workspace=10**17), "the workspace is 1000000000000"),

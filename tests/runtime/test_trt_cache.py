@@ -1,4 +1,5 @@
 import json
+import os
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,17 @@ def test_a_timing_cache_is_read_and_added_to(tmp_path):
     first.store(b"")  # TensorRT gave nothing back
     assert TimingCache(path, named=True, say=said.append).content == b"measured"
     assert said == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_timing_cache_is_a_file(tmp_path):
+    """A pipe would wait for a writer, /dev/zero never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(
+            OutputError, match=r"cannot use the timing cache .*: it is no regular file; name another file"
+        ):
+            TimingCache(place, named=True, say=print)
 
 
 def test_a_timing_cache_that_cannot_be_used_stops_only_whoever_named_it(tmp_path):

@@ -28,7 +28,7 @@ class Candidate:
     available: bool
     reason: str  # why it can or cannot run here
     engines: EngineSet | None = None  # that fit, for the TensorRT backends
-    build: bool = False  # available, and its engines are built first
+    command: str | None = None  # that builds engines for it, where these are all that is missing
 
     def __str__(self) -> str:
         """For example "onnxruntime on cpu"."""
@@ -87,24 +87,25 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *,
             reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
             yield Candidate(name, device, True, reason, fitting)
             continue
-        yield _to_build(name, device, machine, gpu, bundle, theirs)
+        yield _without_engines(name, device, machine, gpu, bundle, theirs)
 
 
-def _to_build(
+def _without_engines(
     name: str, device: str, machine: Machine, gpu: Gpu, bundle: Bundle | None, found: Sequence[FoundEngines]
 ) -> Candidate:
-    """A candidate without engines that fit: it builds them, unless the model is one that it cannot build."""
+    """A candidate without engines that fit, with what would build them, unless the model is one that it cannot build.
+
+    Opening builds nothing: it would take minutes, and on a Jetson most of the memory, where somebody waits for answers.
+    """
     from mge_runtime.trt.fit import build_command, rtx_refusal
 
     if bundle is not None and name == "tensorrt-rtx" and (refusal := rtx_refusal(gpu, bundle.manifest)) is not None:
         return Candidate(name, device, False, refusal)
-    path = Path("mge.plan") if bundle is None else bundle.path
+    command = build_command(name, machine, gpu, Path("mge.plan") if bundle is None else bundle.path)
     why = "; ".join(f"{engines} {engines.problem}" for engines in found) or "the bundle has none"
-    reason = (
-        f"no engines are ready for {gpu} ({why}): they are built on opening, into the cache; "
-        f"to build them now: {build_command(name, machine, gpu, path)}"
+    return Candidate(
+        name, device, False, f"no engines are ready for {gpu} ({why}); build them: {command}", command=command
     )
-    return Candidate(name, device, True, reason, build=True)
 
 
 def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle | None) -> Candidate:

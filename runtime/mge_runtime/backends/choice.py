@@ -1,7 +1,7 @@
 """Which backend runs a bundle here, and why the others do not.
 
-Best first: engines that lie ready (TensorRT, then TensorRT-RTX), engines that this machine can build, ONNX Runtime on
-CUDA, ONNX Runtime on the CPU. All of it is decided from descriptions: of the machine, and of the engines.
+Best first: engines that lie ready (TensorRT, then TensorRT-RTX), ONNX Runtime on CUDA, ONNX Runtime on the CPU. All of
+it is decided from descriptions: of the machine, and of the engines.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class Choice:
     device: str
     reason: str
     passed_over: tuple[Candidate, ...]  # better ones that cannot run here or have no engines ready, best first
-    engines: EngineSet | None = None  # that run, for the TensorRT backends; None: they are built on opening
-    build: bool = False  # whether engines are built, into the cache, when the choice is opened
+    engines: EngineSet | None = None  # that run, for the TensorRT backends
     machine: Machine | None = field(default=None, repr=False)  # what it was made for
 
     def __str__(self) -> str:
@@ -52,6 +51,11 @@ class Choice:
             return None
         better = [c for c in self.passed_over if c.device != "cpu"]
         return f"running with {self}; not with {_grouped(better)}" if better else None
+
+    @property
+    def command(self) -> str | None:
+        """What would build the engines for a better way to run; None: engines are not what is missing."""
+        return next((c.command for c in self.passed_over if c.command is not None), None)
 
     @property
     def device_index(self) -> int:
@@ -93,13 +97,11 @@ def choose(
     machine = _this_machine(device, backend) if machine is None else machine
     every = candidates(machine, _index(cuda), bundle, cache=cache)
     wanted = [c for c in every if backend in ("auto", c.backend) and device in ("auto", c.device)]
-    able = [c for c in wanted if c.available]
-    # Engines that lie ready go before engines that would have to be built.
-    best = next((c for c in able if c.engines is not None), able[0] if able else None)
+    best = next((c for c in wanted if c.available), None)
     if best is None:
         raise BackendError(_refusal(device, backend, wanted, machine, bundle))
     better = tuple(wanted[: wanted.index(best)])
-    return Choice(best.backend, best.device, best.reason, better, best.engines, best.build, machine)
+    return Choice(best.backend, best.device, best.reason, better, best.engines, machine)
 
 
 def device_name(text: str) -> str:
@@ -139,6 +141,8 @@ def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Ma
     if bundle is None or not backend.startswith("tensorrt"):
         return f"{asked}; {here}; {_AUTO}"
     found = f"engines for {', '.join(bundle.targets)}" if bundle.targets else "no engines"
+    if any(c.command is not None for c in wanted):  # which the reasons name
+        return f"{asked}; the bundle has {found}; {here}"
     return f"{asked}; the bundle has {found}; {here}; {_build_advice(backend, machine, gpu, bundle)}"
 
 

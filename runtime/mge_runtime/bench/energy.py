@@ -15,7 +15,6 @@ from mge_runtime.bench.contender import Contender
 __all__ = ["Counter", "Energy", "Meter", "find_meter", "measure_energy"]
 
 _RAPL = Path("/sys/class/powercap")
-_SECONDS = 5.0  # a package counter moves every millisecond, NVML's every 20 to 100
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,14 @@ def find_meter(device: str, root: Path = _RAPL) -> Meter | str:
     return _nvml(int(device.partition(":")[2])) if device.startswith("cuda:") else _rapl(root)
 
 
-def measure_energy(meter: Meter, chain: Contender, batch: int, seconds: float = _SECONDS) -> Energy:
+def measure_energy(meter: Meter, chain: Contender, batch: int, seconds: float) -> Energy:
     """Run the chain alone for a while.
 
     Args:
         meter: what counts.
         chain: warm.
         batch: images in one of its runs.
-        seconds: for how long, at least.
+        seconds: for how long, at least; a package counter moves every millisecond, NVML's every 20 to 100.
     """
     runs = 0
     start, before = time.perf_counter(), [counter.joules() for counter in meter.counters]

@@ -15,6 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mge_runtime.bench import child, plain
+from mge_runtime.bench.deadline import Deadline
 from mge_runtime.bench.noise import Noise, Watch
 from mge_runtime.bench.rounds import shuffled
 from mge_runtime.bench.stats import Ratio
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["BUNDLE", "PLAIN", "Fresh", "Start", "measure_fresh"]
 
 BUNDLE, PLAIN = "from the bundle", "plain ONNX Runtime, same stages"
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
+_MOST_ROUNDS = 9
+_SECONDS = 20.0  # where nothing bounds the run
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ def measure_fresh(
     choice: Choice,
     threads: int | None,
     frame: NDArray[np.uint8],
-    seconds: float,
-    say: Callable[[str], None] = lambda _line: None,
-) -> Fresh:
+    deadline: Deadline,
+    say: Callable[[str], None],
+    keep: Callable[[Fresh], None],
+) -> None:
     """Start one process of each way in every round, in shuffled order.
 
     Args:
@@ -92,15 +95,17 @@ def measure_fresh(
         choice: what runs it.
         threads: as for `Pipeline.open`.
         frame: what is answered, uint8 [S, S, 3].
-        seconds: to spend, at least three rounds.
+        deadline: looked at between two processes.
         say: is told how far it is.
+        keep: is given the rounds, whatever ends them, if one of them was whole.
 
     Raises:
         BackendError: a process failed.
+        TimeUp: the deadline has passed.
         OutputError: the temporary folder cannot be written.
     """
     with temporary_folder("bench") as folder:
-        return _measure(path, choice, threads, frame, seconds, say, folder)
+        _measure(path, choice, threads, frame, deadline, say, keep, folder)
 
 
 def _measure(
@@ -108,10 +113,11 @@ def _measure(
     choice: Choice,
     threads: int | None,
     frame: NDArray[np.uint8],
-    seconds: float,
+    deadline: Deadline,
     say: Callable[[str], None],
+    keep: Callable[[Fresh], None],
     folder: Path,
-) -> Fresh:
+) -> None:
     raw = folder / "frame"
     frame.tofile(raw)
     mine = [sys.executable, "-m", child.__name__, str(path), str(raw), choice.device, choice.backend]
@@ -121,21 +127,26 @@ def _measure(
     if not engines:
         ways[PLAIN] = partial(_start, _plain(path, folder, raw, choice, threads or cpu_count()))
     for start in ways.values():
+        deadline.check()
         start()
     starts: dict[str, list[Start]] = {way: [] for way in ways}
-    begin, watch = time.perf_counter(), Watch()
+    begin, watch, seconds = time.perf_counter(), Watch(), deadline.seconds(_SECONDS)
     orders = shuffled(list(ways), apart=False)
-    for number in range(_MOST_ROUNDS):
-        for way in next(orders):
-            starts[way].append(ways[way]())
-        say(f"{number + 1} rounds")
-        passed = time.perf_counter() - begin
-        if number + 1 >= _LEAST_ROUNDS and passed * (number + 2) / (number + 1) > seconds:
-            break
-    reference = BUNDLE if engines else PLAIN
-    noise = watch.stop(reference, [start.seconds * 1e3 for start in starts[reference]])
-    reason = f"{choice} runs engines, which plain files do not hold" if engines else None
-    return Fresh(tuple(starts[BUNDLE]), tuple(starts.get(PLAIN, ())), noise, reason)
+    try:
+        for number in range(_MOST_ROUNDS):
+            for way in next(orders):
+                deadline.check()
+                starts[way].append(ways[way]())
+            say(f"{number + 1} rounds")
+            if (time.perf_counter() - begin) * (number + 2) / (number + 1) > seconds:
+                break
+    finally:
+        if whole := min(map(len, starts.values())):
+            bundle, files = (tuple(starts.get(way, ())[:whole]) for way in (BUNDLE, PLAIN))
+            reference = bundle if engines else files
+            noise = watch.stop(BUNDLE if engines else PLAIN, [start.seconds * 1e3 for start in reference])
+            reason = f"{choice} runs engines, which plain files do not hold" if engines else None
+            keep(Fresh(bundle, files, noise, reason))
 
 
 def _seconds(starts: Sequence[Start]) -> float:
@@ -156,10 +167,14 @@ def _start(command: Sequence[str]) -> Start:
     with tempfile.TemporaryFile("w+") as errors:
         begin = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
-            stdout: Any = process.stdout
-            first = stdout.readline()
-            seconds = time.perf_counter() - begin
-            rest = stdout.read()
+            try:
+                stdout: Any = process.stdout
+                first = stdout.readline()
+                seconds = time.perf_counter() - begin
+                rest = stdout.read()
+            except BaseException:  # a signal: it is not left behind
+                process.kill()
+                raise
         if process.returncode or first.strip() != "answered":
             errors.seek(0)
             why = (errors.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]

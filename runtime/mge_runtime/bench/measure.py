@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from mge_runtime.bench.arithmetic import measured_arithmetic
 from mge_runtime.bench.contender import Contender
 from mge_runtime.bench.contenders import ChainContender, PartsContender, PhotoContender, TrunkChainContender
+from mge_runtime.bench.deadline import NO_TIME, Deadline
 from mge_runtime.bench.noise import Watch
 from mge_runtime.bench.parts import HeadBundle, TrunkBundle
 from mge_runtime.bench.results import BatchResult, NotRun, Row, Step
-from mge_runtime.bench.rounds import Series, interleave, plan_rounds, warm_up
+from mge_runtime.bench.rounds import Series, interleave, plan_rounds, timed, warm_up
 from mge_runtime.bench.shares import derived_shares
 from mge_runtime.bench.stats import Percentiles, Ratio
 from mge_runtime.bench.toolchain import eager_contenders
@@ -37,6 +38,9 @@ _UPLOAD = "upload"
 _BETWEEN = "between the steps (derived)"
 _TRUNKS = "bare trunks"
 _HEADS = "experts up to their logits"
+_ROUNDS_SECONDS = 40.0  # where the number of iterations is left open and nothing bounds the run
+_PYTORCH_SHARE = 0.4  # of a batch size's time, to open PyTorch's ways
+_LEAST_RUNS = 3  # of each contender that there must be time for: one to warm up, two rounds
 
 
 def measure_batch(
@@ -49,10 +53,11 @@ def measure_batch(
     ckpt: Path | None,
     iterations: int | None,
     warmup: int | None,
-    seconds: float,
+    deadline: Deadline,
     say: Callable[[str], None],
+    keep: Callable[[BatchResult], None],
     yardstick: Yardstick | None = None,
-) -> BatchResult:
+) -> None:
     """Time everything with one batch size.
 
     Args:
@@ -64,71 +69,96 @@ def measure_batch(
         ckpt: the checkpoint for PyTorch's contenders; None: without them.
         iterations: of each contender, at least; None: as many as fit.
         warmup: runs of each before; None: until it is steady.
-        seconds: to spend on the rounds.
+        deadline: what it leaves no time for is not measured.
         say: is told what is being done.
+        keep: is given the times, whatever ends the rounds, if one of them was whole.
         yardstick: what the chain's arithmetic is held to; None: nothing.
 
     Raises:
         BackendError: the chain failed, or cannot run this batch.
         CheckpointError: the checkpoint cannot be read.
+        TimeUp: the deadline has passed before the first round.
     """
+    deadline.check()
     files, frames = inputs.batch(batch)
     chain, photos = ChainContender(pipeline, frames), PhotoContender(pipeline, files)
     chain.run()  # whether this batch runs at all
     not_run: list[NotRun] = []
     with ExitStack() as stack:
+        deadline.check()
         trunks, heads = _parts(pipeline, path, frames, threads, not_run)
+        contenders: list[Contender] = [c for c in (chain, trunks, heads, photos) if c is not None]
         eager: list[Contender] = []
         if ckpt is not None:
             say(f"batch {batch}: opening PyTorch's ways")
-            eager, missing = eager_contenders(ckpt, frames, threads, pipeline.choice.device)
+            limit = deadline.share(_PYTORCH_SHARE, 1)
+            eager, missing = eager_contenders(ckpt, frames, threads, pipeline.choice.device, limit)
             not_run += [NotRun(name, reason) for name, reason in missing.items()]
-        contenders: list[Contender] = [c for c in (chain, trunks, heads, photos) if c is not None]
         for contender in (*contenders, *eager):
             stack.callback(contender.close)
         say(f"batch {batch}: warming up")
-        contenders += _that_run(eager, not_run)
-        count, estimates = warm_up(contenders, warmup)
+        contenders = _fitting(contenders, eager, deadline, not_run)
+        count, estimates = warm_up(contenders, warmup, deadline)
         probes = [] if yardstick is None else [yardstick.rates.matrix, yardstick.rates.memory]
         probes_ms = sum(warm_up(probes, 1)[1].values())
-        plan = plan_rounds([estimates[contender.name] for contender in contenders], iterations, seconds, probes_ms)
+        seconds = deadline.seconds(_ROUNDS_SECONDS) if iterations is None else deadline.left
+        plan = plan_rounds(list(estimates.values()), iterations, seconds, probes_ms)
         total = plan.rounds * ((plan.runs + (plan.runs > 1)) * sum(estimates.values()) + probes_ms) / 1e3
-        say(f"batch {batch}: {plan.rounds} rounds of {plan.runs} runs, about {total:.0f} s")
+        say(f"batch {batch}: {plan.rounds} rounds of {plan.runs} runs, about {min(total, deadline.left):.0f} s")
         before, watch = host_memory(), Watch()
-        series = interleave(contenders, plan, lambda line: say(f"batch {batch}: {line}"), probes=probes)
+        series: dict[str, Series] = {}
+        ended: BaseException | None = None
+        try:
+            interleave(
+                contenders,
+                plan,
+                lambda line: say(f"batch {batch}: {line}"),
+                probes=probes,
+                deadline=deadline,
+                series=series,
+            )
+        except BaseException as error:  # a signal, or a failure: the whole rounds before it count all the same
+            ended = error
         after = host_memory()
-    probed = {probe.name: series.pop(probe.name) for probe in probes}
-    reference = series[trunks.name if trunks is not None else chain.name]
-    on_device = any(_UPLOAD in steps for block in series[chain.name].steps for steps in block)
-    return BatchResult(
-        batch=batch,
-        warm_up=count,
-        rounds=plan.rounds,
-        runs=plan.runs,
-        rows=tuple(_rows(series, on_device, batch)),
-        steps=tuple(_steps(series[chain.name])),
-        shares=tuple(
-            derived_shares(pipeline.manifest, series[chain.name], series[trunks.name], series[heads.name])
-            if isinstance(trunks, PartsContender) and heads is not None
-            else ()
-        ),
-        ratios=tuple(_ratios(series, trunks, eager, on_device)),
-        copies=_copies(on_device),
-        trunk_convolutions={} if trunks is None else {n: t.convolutions for n, t in trunks.trunks.items()},
-        growth=None if before is None or after is None else after - before,
-        noise=watch.stop(reference.contender.name, reference.medians),
-        not_run=tuple(not_run),
-        pytorch_threads=_pytorch_threads(eager),
-        arithmetic=None
-        if yardstick is None
-        else measured_arithmetic(
-            yardstick,
-            probed,
-            batch,
-            _computing(series[chain.name], on_device),
-            None if trunks is None else _computing(series[trunks.name], on_device),
-        ),
-    )
+    if series[chain.name].rounds:
+        probed = {probe.name: series.pop(probe.name) for probe in probes}
+        if trunks is not None and trunks.name not in series:  # there was no time for them
+            trunks = heads = None
+        reference = series[trunks.name if trunks is not None else chain.name]
+        on_device = any(_UPLOAD in steps for block in series[chain.name].steps for steps in block)
+        keep(
+            BatchResult(
+                batch=batch,
+                warm_up=count,
+                rounds=len(series[chain.name].rounds),
+                runs=plan.runs,
+                rows=tuple(_rows(series, on_device, batch)),
+                steps=tuple(_steps(series[chain.name])),
+                shares=tuple(
+                    derived_shares(pipeline.manifest, series[chain.name], series[trunks.name], series[heads.name])
+                    if isinstance(trunks, PartsContender) and heads is not None and heads.name in series
+                    else ()
+                ),
+                ratios=tuple(_ratios(series, trunks, eager, on_device)),
+                copies=_copies(on_device),
+                trunk_convolutions={} if trunks is None else {n: t.convolutions for n, t in trunks.trunks.items()},
+                growth=None if before is None or after is None else after - before,
+                noise=watch.stop(reference.contender.name, reference.medians),
+                not_run=tuple(not_run),
+                pytorch_threads=_pytorch_threads(eager),
+                arithmetic=None
+                if yardstick is None
+                else measured_arithmetic(
+                    yardstick,
+                    probed,
+                    batch,
+                    _computing(series[chain.name], on_device),
+                    None if trunks is None else _computing(series[trunks.name], on_device),
+                ),
+            )
+        )
+    if ended is not None:
+        raise ended
 
 
 def _parts(
@@ -160,17 +190,31 @@ def _trunk_command(choice: Choice) -> str | None:
     return f"mge-bench --backend onnxruntime --device {choice.device}"
 
 
-def _that_run(contenders: Sequence[Contender], not_run: list[NotRun]) -> list[Contender]:
-    """Those of the toolchain's contenders whose first run works."""
-    running: list[Contender] = []
-    for contender in contenders:
-        try:
-            contender.run()
-        except MGEError as error:
-            not_run.append(NotRun(contender.name, " ".join(str(error).split())))
+def _fitting(
+    contenders: Sequence[Contender], eager: Sequence[Contender], deadline: Deadline, not_run: list[NotRun]
+) -> list[Contender]:
+    """Run each once and keep those that there is time for, the first in any case; of PyTorch's also those that work."""
+    kept: list[Contender] = []
+    seconds = 0.0  # of one run of each that is kept
+    for contender in (*contenders, *eager):
+        took = 0.0
+        if not kept:
+            deadline.check()
+        fits = not kept or seconds * _LEAST_RUNS <= deadline.left
+        if fits:
+            try:
+                took = timed(contender) / 1e3
+            except MGEError as error:
+                if contender not in eager:
+                    raise
+                not_run.append(NotRun(contender.name, " ".join(str(error).split())))
+                continue
+        if fits and (not kept or (seconds + took) * _LEAST_RUNS <= deadline.left):
+            kept.append(contender)
+            seconds += took
         else:
-            running.append(contender)
-    return running
+            not_run.append(NotRun(contender.name, NO_TIME))
+    return kept
 
 
 def _pytorch_threads(eager: Sequence[Contender]) -> dict[str, int]:
@@ -223,9 +267,8 @@ def _ratios(
     for contender in eager:
         if contender.name in series:
             ratios.append(Ratio.of(f"{contender.name} / chain", series[contender.name].medians, chain.medians))
-    ratios.append(
-        Ratio.of("JPEG to Prediction, not pipelined / chain", series[PhotoContender.name].medians, chain.medians)
-    )
+    if (photos := series.get(PhotoContender.name)) is not None:
+        ratios.append(Ratio.of("JPEG to Prediction, not pipelined / chain", photos.medians, chain.medians))
     return ratios
 
 

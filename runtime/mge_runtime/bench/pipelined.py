@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from math import ceil
 from typing import TYPE_CHECKING
 
+from mge_runtime.bench.deadline import Deadline, TimeUp
 from mge_runtime.bench.noise import Noise, Watch
 from mge_runtime.bench.rounds import shuffled
 from mge_runtime.bench.stats import Ratio
@@ -23,6 +24,7 @@ __all__ = ["Pipelined", "measure_pipelined"]
 _ROUNDS = 3  # at least
 _BLOCK = 50  # images in a round at most: what disturbs the machine for a while then meets both ways
 _LEAST, _MOST = 4, 200  # runs of the chain in a round, where their number is left open
+_SECONDS = 20.0  # where nothing bounds the run
 
 
 @dataclass(frozen=True)
@@ -58,26 +60,35 @@ def measure_pipelined(
     images: int | None,
     *,
     chain_ms: float,
-    seconds: float,
-    say: Callable[[str], None] = lambda _line: None,
-) -> Pipelined:
+    deadline: Deadline,
+    say: Callable[[str], None],
+    keep: Callable[[Pipelined], None],
+) -> None:
     """Answer the same pictures both ways, in turn.
 
     Args:
         pipeline: opened with one stream, warm.
         inputs: the pictures, taken again from the start where there are too few.
         batch: pictures in one run of the chain.
-        images: altogether; None: as many as fit.
+        images: altogether, or as many of them as fit; None: as many as fit.
         chain_ms: of one run of the chain, to tell what fits.
-        seconds: to spend.
+        deadline: looked at after each run.
         say: is told how far it is.
+        keep: is given the rounds, whatever ends them, if one of them was whole.
 
     Raises:
         InputError: a picture cannot be read any more.
+        TimeUp: the deadline has passed.
     """
-    runs = min(_MOST, max(_LEAST, int(seconds * 1e3 / (2 * _ROUNDS * chain_ms))))
-    count = _ROUNDS * runs * batch if images is None else images
-    rounds = max(min(_ROUNDS, count), ceil(count / max(_BLOCK, batch)))
+    runs = int(deadline.seconds(_SECONDS) * 1e3 / (2 * chain_ms))  # of each way that fit
+    if images is None:
+        runs, wanted = min(runs, _ROUNDS * _MOST), min(_ROUNDS, runs // _LEAST)
+        count = runs * batch
+    else:
+        count, wanted = images if math.isinf(deadline.left) else min(images, runs * batch), _ROUNDS
+    if min(count, wanted) < 1:
+        raise TimeUp
+    rounds = max(min(wanted, count), math.ceil(count / max(_BLOCK, batch)))
     numbers = list(islice(cycle(range(len(inputs.files))), count))
     ends = [count * (number + 1) // rounds for number in range(rounds)]
     blocks = [numbers[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -86,21 +97,27 @@ def measure_pipelined(
         for _, answer in pipeline.predict_iter((inputs.files[n] for n in numbers), batch=batch):
             if isinstance(answer, InputError):
                 raise answer
+            deadline.check()
 
     def from_frames(numbers: Sequence[int]) -> None:
         for first in range(0, len(numbers), batch):
             pipeline.run(inputs.frames[numbers[first : first + batch]])
+            deadline.check()
 
     ways = {"files": from_files, "frames": from_frames}
     taken: dict[str, list[float]] = {way: [] for way in ways}
     watch, orders = Watch(), shuffled(list(ways), apart=False)
-    for number, block in enumerate(blocks, 1):
-        for way in next(orders):
-            start = time.perf_counter()
-            ways[way](block)
-            taken[way].append(time.perf_counter() - start)
-        say(f"round {number} of {rounds}")
-    sizes = tuple(map(len, blocks))
-    noise = watch.stop("compute alone", [1e3 * s / size for s, size in zip(taken["frames"], sizes, strict=True)])
-    distinct = min(count, len(inputs.files))
-    return Pipelined(count, distinct, sizes, tuple(taken["files"]), tuple(taken["frames"]), noise)
+    try:
+        for number, block in enumerate(blocks, 1):
+            for way in next(orders):
+                start = time.perf_counter()
+                ways[way](block)
+                taken[way].append(time.perf_counter() - start)
+            say(f"round {number} of {rounds}")
+    finally:
+        if whole := min(map(len, taken.values())):
+            sizes = tuple(map(len, blocks[:whole]))
+            files, frames = (tuple(taken[way][:whole]) for way in ("files", "frames"))
+            noise = watch.stop("compute alone", [1e3 * s / size for s, size in zip(frames, sizes, strict=True)])
+            answered = sum(sizes)
+            keep(Pipelined(answered, min(answered, len(inputs.files)), sizes, files, frames, noise))

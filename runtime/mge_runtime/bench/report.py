@@ -23,6 +23,11 @@ class BenchReport:
         self.results = results
 
     @property
+    def failed(self) -> bool:
+        """Whether nothing was measured."""
+        return not self.results.batches
+
+    @property
     def warnings(self) -> list[str]:
         """Why some figures are not to be trusted, by section."""
         found = self.results
@@ -69,8 +74,10 @@ class BenchReport:
         computing = f", {found.threads} threads" if found.threads is not None else ""
         speed = f", {cpu.mhz:.0f} MHz now" if cpu.mhz is not None else ""
         governor = f", governor {cpu.governor}" if cpu.governor else ", governor unknown"
+        stopped = f"it was interrupted during {found.interrupted}; what was measured before is here"
         calibrated = "; the bundle is calibrated, exits are not taken" if bundle.calibrated else ""
         return (
+            *([] if found.interrupted is None else [("PARTIAL", stopped)]),
             ("date", found.date),
             ("mge", found.mge),
             ("bundle", f"{bundle.name}, manifest {bundle.manifest_sha256}, {bundle.precision}"),

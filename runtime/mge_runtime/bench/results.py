@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mge_runtime.bench.energy import Energy
 from mge_runtime.bench.noise import Cpu, Noise
 from mge_runtime.bench.stats import Percentiles, Ratio
+from mge_runtime.fields import JsonValue
 from mge_runtime.machine import Machine
 
 if TYPE_CHECKING:
     from mge_runtime.bench.arithmetic import Arithmetic
     from mge_runtime.bench.fresh import Fresh
     from mge_runtime.bench.pipelined import Pipelined
-    from mge_runtime.fields import JsonValue
 
 __all__ = ["BatchResult", "BundleFacts", "Memory", "NotRun", "Results", "Row", "Step"]
 
@@ -93,9 +93,9 @@ class BundleFacts:
     calibrated: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Results:
-    """One run of `mge-bench`."""
+    """One run of `mge-bench`; its sections are added as they end."""
 
     mge: str  # version
     date: str  # UTC
@@ -108,10 +108,12 @@ class Results:
     machine: Machine
     cpu: Cpu
     versions: Mapping[str, str]  # of the Python packages that take part
-    batches: tuple[BatchResult, ...]
-    pipelined: Pipelined | None
-    fresh: Fresh | None
     memory: Memory
-    report: Mapping[str, JsonValue]  # what the executor says of memory and graphs; empty on a CPU
-    energy: Energy | None
-    not_run: tuple[NotRun, ...]
+    batches: list[BatchResult] = field(default_factory=list[BatchResult])
+    pipelined: Pipelined | None = None
+    fresh: Fresh | None = None
+    # What the executor says of memory and graphs; empty on a CPU.
+    report: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])
+    energy: Energy | None = None
+    not_run: list[NotRun] = field(default_factory=list[NotRun])
+    interrupted: str | None = None  # what was being measured when it was stopped; None: it came to its end

@@ -13,15 +13,16 @@ from statistics import median
 from typing import TypeVar
 
 from mge_runtime.bench.contender import Contender
+from mge_runtime.bench.deadline import UNBOUNDED, Deadline
 
-__all__ = ["Plan", "Series", "Stepped", "interleave", "plan_rounds", "shuffled", "warm_up"]
+__all__ = ["Plan", "Series", "Stepped", "interleave", "plan_rounds", "shuffled", "timed", "warm_up"]
 
 _T = TypeVar("_T")
 
 _STEADY = 0.05  # relative: a contender is warm when its last two runs beat the ones before by no more than this
 _LEAST_WARM_UP, _MOST_WARM_UP = 4, 20  # runs of each contender
-_WARM_UP_SECONDS = 20.0  # for all contenders together, but for the least
-_LEAST_ROUNDS, _MOST_ROUNDS = 6, 100  # fewer than six have no 95 % interval
+_WARM_UP_SECONDS, _WARM_UP_SHARE = 20.0, 0.25  # for all contenders together, and of the time that is left
+_ENOUGH_ROUNDS, _MOST_ROUNDS = 6, 100  # fewer than six have no 95 % interval
 _BLOCK_SECONDS = 0.02  # of the quickest contender: below, one run says more of the clock than of the work
 _MOST_RUNS = 10  # in a block
 _SHOWN = 5.0  # seconds between two lines of progress
@@ -64,27 +65,31 @@ class Plan:
     runs: int  # of each contender in a round, one after the other; before several, one is not counted
 
 
-def warm_up(contenders: Sequence[Contender], runs: int | None) -> tuple[int, dict[str, float]]:
+def warm_up(
+    contenders: Sequence[Contender], runs: int | None, deadline: Deadline = UNBOUNDED
+) -> tuple[int, dict[str, float]]:
     """Run all contenders in turn until none of them gets faster any more.
 
     Args:
         contenders: opened.
         runs: of each; None: until they are steady, or 20 s are over.
+        deadline: at most a quarter of the time is spent, but each runs once.
 
     Returns:
         How many runs each had, and the quickest of its last three in milliseconds, by name.
     """
     times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    start = time.perf_counter()
+    most = _WARM_UP_SECONDS if runs is None else math.inf
+    deadline = Deadline.after(min(most, _WARM_UP_SHARE * deadline.left))
     count = 0
     while count < (_MOST_WARM_UP if runs is None else max(runs, 1)):
         for contender in contenders:
             times[contender.name].append(timed(contender))
         count += 1
-        if runs is None and count >= _LEAST_WARM_UP:
-            steady = all(min(ms[-2:]) >= min(ms[:-2]) * (1 - _STEADY) for ms in times.values())
-            if steady or time.perf_counter() - start > _WARM_UP_SECONDS:
-                break
+        judged = runs is None and count >= _LEAST_WARM_UP
+        steady = judged and all(min(ms[-2:]) >= min(ms[:-2]) * (1 - _STEADY) for ms in times.values())
+        if steady or deadline.left <= 0:
+            break
     return count, {name: min(ms[-3:]) for name, ms in times.items()}
 
 
@@ -94,15 +99,17 @@ def plan_rounds(estimates_ms: Sequence[float], iterations: int | None, seconds: 
     Args:
         estimates_ms: of one run of each contender.
         iterations: at least so many of each, whatever time they take; None: as many as fit.
-        seconds: to spend.
+        seconds: to spend; infinite with a number of iterations.
         probes_ms: of what runs once in every round beside them.
     """
     runs = min(_MOST_RUNS, max(1, math.ceil(_BLOCK_SECONDS * 1e3 / min(estimates_ms))))
+    if not math.isinf(seconds):  # enough rounds go before runs in a round
+        runs = max(1, min(runs, int(seconds * 1e3 / sum(estimates_ms)) // _ENOUGH_ROUNDS - 1))
     if iterations is not None:
-        runs = max(1, min(runs, iterations // _LEAST_ROUNDS))
+        runs = max(1, min(runs, iterations // _ENOUGH_ROUNDS))
         return Plan(math.ceil(iterations / runs), runs)
     round_ms = sum(estimates_ms) * (runs + (runs > 1)) + probes_ms
-    return Plan(min(_MOST_ROUNDS, max(_LEAST_ROUNDS, int(seconds * 1e3 / round_ms))), runs)
+    return Plan(min(_MOST_ROUNDS, max(1, int(seconds * 1e3 / round_ms))), runs)
 
 
 def interleave(
@@ -111,6 +118,8 @@ def interleave(
     say: Callable[[str], None] = lambda _line: None,
     clock: Callable[[], float] = time.perf_counter,
     probes: Sequence[Contender] = (),
+    deadline: Deadline = UNBOUNDED,
+    series: dict[str, Series] | None = None,
 ) -> dict[str, Series]:
     """Run all contenders in every round, in an order that is drawn anew each time (`shuffled`).
 
@@ -120,12 +129,18 @@ def interleave(
         say: is told how far it is, every few seconds.
         clock: seconds; `time.process_time` leaves out what others do, and waiting, and adds up threads.
         probes: run once in each round, in a place that is drawn as the contenders' are.
+        deadline: when to stop, looked at between two blocks.
+        series: where to put the times, for whoever wants them however the rounds end.
 
     Returns:
-        The times by the contenders' names.
+        The times by the contenders' names, of whole rounds alone.
+
+    Raises:
+        TimeUp: the deadline has passed.
     """
     runs = {contender.name: plan.runs for contender in contenders} | {probe.name: 1 for probe in probes}
-    series = {contender.name: Series(contender) for contender in (*contenders, *probes)}
+    series = {} if series is None else series
+    series |= {contender.name: Series(contender) for contender in (*contenders, *probes)}
     shown = time.perf_counter()
     gc.collect()
     gc.freeze()  # what is there already (PyTorch has half a million objects) is not looked through again
@@ -133,12 +148,16 @@ def interleave(
         for number, order in enumerate(islice(shuffled([*contenders, *probes]), plan.rounds)):
             gc.collect()
             for contender in order:
+                deadline.check()
                 _block(contender, runs[contender.name], series[contender.name], clock)
             if time.perf_counter() - shown > _SHOWN:
                 shown = time.perf_counter()
                 say(f"round {number + 1} of {plan.rounds}")
     finally:
         gc.unfreeze()
+        whole = min(len(found.rounds) for found in series.values())
+        for found in series.values():
+            del found.rounds[whole:], found.steps[whole:]
     return series
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from mge_runtime.bench.contender import Contender
+from mge_runtime.bench.deadline import NO_TIME, UNBOUNDED, Deadline, TimeUp
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError, CheckpointError
 from mge_runtime.manifest import Manifest
@@ -59,7 +60,7 @@ def check_checkpoint(ckpt: Path, manifest: Manifest) -> None:
 
 
 def eager_contenders(
-    ckpt: Path, frames: NDArray[np.uint8], threads: int | None, device: str
+    ckpt: Path, frames: NDArray[np.uint8], threads: int | None, device: str, deadline: Deadline = UNBOUNDED
 ) -> tuple[list[Contender], dict[str, str]]:
     """Eager PyTorch as the method's authors run it, and compiled.
 
@@ -68,6 +69,7 @@ def eager_contenders(
         frames: uint8 [B, S, S, 3].
         threads: as for `Pipeline.open`; None: as many as the chain then takes, whatever PyTorch's own default is.
         device: "cpu" or "cuda:0".
+        deadline: what is not open by then is left out; compiling takes minutes for large trunks.
 
     Returns:
         The contenders, and why others do not work, by name.
@@ -76,12 +78,21 @@ def eager_contenders(
         BackendError: PyTorch or the toolchain is missing.
         CheckpointError: the file cannot be read.
     """
-    make: Callable[..., Sequence[object]] = _imported("mge_export.eager").eager_contenders
+    make: Callable[..., Iterable[object]] = _imported("mge_export.eager").eager_contenders
     if threads is None and device == "cpu":
         threads = cpu_count()  # PyTorch's own default may be another (OMP_NUM_THREADS)
-    found = make(ckpt, frames, threads, device)
-    missing = {str(getattr(f, "name", "PyTorch")): _line(f) for f in found if isinstance(f, Exception)}
-    return [cast("Contender", contender) for contender in found if not isinstance(contender, Exception)], missing
+    found: list[Contender] = []
+    missing: dict[str, str] = {}
+    try:
+        with deadline.enforced():
+            for way in make(ckpt, frames, threads, device):
+                if isinstance(way, Exception):
+                    missing[str(getattr(way, "name", "PyTorch"))] = _line(way)
+                else:
+                    found.append(cast("Contender", way))
+    except TimeUp:
+        missing["more of PyTorch (torch.compile is the last)"] = NO_TIME
+    return found, missing
 
 
 def _imported(name: str) -> Any:

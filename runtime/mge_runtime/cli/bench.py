@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import click
 
 from mge_runtime.cli.common import at_most_cpus, reports_errors
+from mge_runtime.errors import InputError, MGEError
+from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
+    from mge_runtime.bench.deadline import Deadline
     from mge_runtime.bench.inputs import Inputs
+    from mge_runtime.bench.run import Request
     from mge_runtime.bundle import Bundle
     from mge_runtime.sources import NamedImage
 
 _RUNS = 1000
-_MOST_BATCH = 4096
+_MOST_BATCH, _MOST_RUNS, _MOST_SECONDS = 4096, 1_000_000, 86_400
 
 
 class _Report(Protocol):
+    @property
+    def failed(self) -> bool: ...
     def to_json(self) -> str: ...
     def to_text(self) -> str: ...
     def to_markdown(self) -> str: ...
@@ -29,7 +36,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     """Read "1,8"."""
     sizes = [part.strip() for part in value.split(",")]
     for size in sizes:
-        if not size.isdecimal() or not 1 <= int(size) <= _MOST_BATCH:
+        if not size.isdecimal() or len(size) > 9 or not 1 <= int(size) <= _MOST_BATCH:
             raise click.BadParameter(
                 f"{size!r} is no batch size; expected numbers from 1 to {_MOST_BATCH}, such as 1,8", context, parameter
             )
@@ -50,17 +57,32 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="Processors to compute with on the CPU.  [default: all]",
 )
 @click.option(
-    "--batch", default="1", show_default=True, callback=_batches, metavar="N,N,...", help="Batch sizes to measure."
+    "-b",
+    "--batch",
+    default="1",
+    show_default=True,
+    callback=_batches,
+    metavar="N,N,...",
+    help="Batch sizes to measure.",
 )
 @click.option(
-    "--iterations", type=click.IntRange(min=1), help="Runs of each contender.  [default: as many as fit 40 s]"
+    "--seconds",
+    type=click.IntRange(1, _MOST_SECONDS),
+    help="Time of the whole run.  [default: 120 and 60 for each further batch size, or what --iterations takes]",
 )
-@click.option("--warmup", type=click.IntRange(min=1), help="Runs of each before.  [default: until they are steady]")
+@click.option(
+    "--iterations",
+    type=click.IntRange(1, _MOST_RUNS),
+    help="Runs of each contender.  [default: as many as there is time for]",
+)
+@click.option(
+    "--warmup", type=click.IntRange(1, _MOST_RUNS), help="Runs of each before.  [default: until they are steady]"
+)
 @click.option(
     "--images",
     "image_count",
-    type=click.IntRange(min=1),
-    help="Images of the rounds of pictures to answers.  [default: as many as fit 20 s]",
+    type=click.IntRange(1, _MOST_RUNS),
+    help="Images of the rounds of pictures to answers.  [default: as many as there is time for]",
 )
 @click.option(
     "--ckpt",
@@ -68,10 +90,9 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also measure PyTorch on this checkpoint, which the bundle was exported from.",
 )
-@click.option("--quick", is_flag=True, help="A fifth of the time, for a first look.")
 @click.option(
     "--runs",
-    type=click.IntRange(min=2),
+    type=click.IntRange(2, _MOST_RUNS),
     default=_RUNS,
     show_default=True,
     help="With --selfcheck: runs of the memory check.",
@@ -93,11 +114,11 @@ def main(
     backend: str,
     threads: int | None,
     batch: tuple[int, ...],
+    seconds: int | None,
     iterations: int | None,
     warmup: int | None,
     image_count: int | None,
     ckpt: Path | None,
-    quick: bool,
     runs: int,
     as_json: bool,
     out: Path | None,
@@ -105,12 +126,15 @@ def main(
     """Measure a bundle on this device, with photographs from IMAGES: files, folders or quoted patterns.
 
     The whole chain is timed beside its bare trunks (heads, attention and crops cut off) and, with --ckpt, beside eager
-    PyTorch, in interleaved rounds: ratios are taken within a round. Without IMAGES pictures are drawn.
+    PyTorch, in interleaved rounds: ratios are taken within a round. Without IMAGES pictures are drawn. It ends after
+    --seconds, but for the measurement that runs then; what there was no time for is listed as not run.
 
-    With --selfcheck it is checked instead, and no speed is measured. The exit code is 1 then if a check failed; what
-    cannot be checked here is listed as not run, with the reason, and counts neither way.
+    With --selfcheck it is checked instead, and no speed is measured. What cannot be checked here is listed as not run,
+    with the reason, and counts neither way.
+
+    The exit code is 1 if a check failed, if nothing could be measured, and after Ctrl-C or SIGTERM: the report is then
+    of what was measured before, and says so.
     """
-    from mge_runtime.errors import InputError
     from mge_runtime.sources import find_images
 
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
@@ -123,24 +147,33 @@ def main(
     if images and not found:
         work = "check" if selfcheck else "measure"
         raise InputError(f"no image was found; name photographs, or none to {work} with drawn pictures")
-    if selfcheck:
-        _selfcheck(found, engine, device, backend, threads, runs, as_json, out)
-        return
-    from mge_runtime.bench.report import BenchReport
-    from mge_runtime.bench.run import Request, run_bench
+    with interruptible("the bench", "nothing was measured yet", MGEError) as interrupt:
+        if selfcheck:
+            report = _selfcheck(found, engine, device, backend, threads, runs, interrupt)
+        else:
+            from mge_runtime.bench.run import Request
 
-    path = Path(engine)
-    request = Request(path, device, backend, batch, threads, iterations, warmup, image_count, ckpt, quick)
-    results = run_bench(request, lambda bundle: _inputs(found, bundle), lambda line: click.echo(line, err=True))
-    _give(BenchReport(results), as_json, out)
+            path = Path(engine)
+            request = Request(path, device, backend, batch, threads, iterations, warmup, image_count, ckpt, seconds)
+            report = _bench(request, found, interrupt)
+        interrupt.consequence = "the report is of what was measured before"
+        _give(report, as_json, out)
+        interrupt()
+    if report.failed:
+        raise SystemExit(1)
 
 
-def _inputs(found: list[NamedImage], bundle: Bundle) -> Inputs:
-    """Photographs, or drawn pictures where none was named."""
+def _bench(request: Request, found: list[NamedImage], interrupt: Interrupt) -> _Report:
     from mge_runtime.bench.inputs import drawn_inputs, photograph_inputs
+    from mge_runtime.bench.report import BenchReport
+    from mge_runtime.bench.run import run_bench
 
-    spec = bundle.manifest.preprocess
-    return photograph_inputs(found, spec) if found else drawn_inputs(spec)
+    def inputs(bundle: Bundle, deadline: Deadline) -> Inputs:
+        """Photographs, or drawn pictures where none was named."""
+        spec = bundle.manifest.preprocess
+        return photograph_inputs(found, spec, deadline) if found else drawn_inputs(spec)
+
+    return BenchReport(run_bench(request, inputs, _say, interrupt))
 
 
 def _selfcheck(
@@ -150,9 +183,8 @@ def _selfcheck(
     backend: str,
     threads: int | None,
     runs: int,
-    as_json: bool,
-    out: Path | None,
-) -> None:
+    interrupt: Interrupt,
+) -> _Report:
     from mge_runtime.selfcheck.pictures import drawn_frames, photograph_frames
     from mge_runtime.selfcheck.run import run_checks
     from mge_runtime.selfcheck.subject import open_subject
@@ -160,10 +192,13 @@ def _selfcheck(
     subject = open_subject(engine, device, backend, threads)
     preprocess = subject.manifest.preprocess
     frames = photograph_frames(found, preprocess) if found else drawn_frames(preprocess)
-    report = run_checks(subject, frames, runs=runs, say=lambda line: click.echo(line, err=True))
-    _give(report, as_json, out)
-    if report.failed:
-        raise SystemExit(1)
+    return run_checks(subject, frames, runs=runs, say=_say, interrupt=interrupt)
+
+
+def _say(line: str) -> None:
+    """Progress, on standard error; nobody there to read it is no reason to stop."""
+    with suppress(OSError):
+        click.echo(line, err=True)
 
 
 def _check_writable(out: Path) -> None:
@@ -184,8 +219,8 @@ def _give(report: _Report, as_json: bool, out: Path | None) -> None:
     """Print a report, and write it in the form that the file's suffix asks for."""
     from mge_runtime.files import atomic_path
 
-    click.echo(report.to_json() if as_json else report.to_text(), nl=False)
-    if out is not None:
+    if out is not None:  # first: the reader of what is printed may be gone
         forms = {".json": report.to_json, ".md": report.to_markdown}
         with atomic_path(out) as temporary:
             temporary.write_text(forms.get(out.suffix.lower(), report.to_text)(), encoding="utf-8")
+    click.echo(report.to_json() if as_json else report.to_text(), nl=False)

@@ -34,7 +34,10 @@ _MEGABYTE = 1_000_000
 @click.option("--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes to build for.")
 @click.option("--opt-level", type=click.IntRange(0, 5), help="0 builds quickest, 5 runs quickest.  [default: 3]")
 @click.option(
-    "--workspace", type=click.IntRange(1), metavar="MB", help="Scratch memory a layer may use.  [default: all]"
+    "--workspace",
+    type=click.IntRange(1),
+    metavar="MB",
+    help="Scratch memory a layer may use.  [default: all; on a Jetson a quarter of what is available]",
 )
 @click.option(
     "--timing-cache",
@@ -79,19 +82,19 @@ def main(
             click.echo(f"{target}: {place}")
             interrupt.consequence = "it is finished for the targets that were printed; run it again for the others"
 
-        with shown_progress(interrupt) as progress:
-            build_targets(
-                bundle,
-                requests,
-                into_bundle=into_bundle,
-                backend=backend,
-                device=device,
-                options=options,
-                say=lambda line: click.echo(line, err=True),
-                progress=progress,
-                log=(lambda line: click.echo(line, err=True)) if verbose else None,
-                kept=kept,
-            )
+        build_targets(
+            bundle,
+            requests,
+            into_bundle=into_bundle,
+            backend=backend,
+            device=device,
+            options=options,
+            say=lambda line: click.echo(line, err=True),
+            progress=shown_progress(interrupt),
+            held=interrupt.held,
+            log=(lambda line: click.echo(line, err=True)) if verbose else None,
+            kept=kept,
+        )
     click.echo(
         "TensorRT execution is experimental: not yet run; mge-bench --selfcheck checks it on the device", err=True
     )

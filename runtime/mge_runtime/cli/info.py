@@ -157,7 +157,6 @@ def _what_runs(bundle: Bundle, machine: Machine, *, cache: bool) -> dict[str, An
         "backend": choice.backend,
         "device": choice.device,
         "reason": choice.reason,
-        "build": choice.build,
         "status": None if choice.device == "cpu" else UNTRIED,
         "passed_over": [{"backend": c.backend, "device": c.device, "reason": c.reason} for c in choice.passed_over],
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -17,9 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["shown_progress"]
 
 
-@contextmanager
-def shown_progress(interrupt: Interrupt) -> Generator[StageProgress]:
-    """Yield what shows the progress of a build on a terminal, and stops the build where a signal asks for it."""
+def shown_progress(interrupt: Interrupt) -> StageProgress:
+    """What shows the progress of a build on a terminal, and stops the build where a signal asks for it."""
     terminal = sys.stderr.isatty()
     shown = ""
 
@@ -31,6 +28,4 @@ def shown_progress(interrupt: Interrupt) -> Generator[StageProgress]:
             click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
         return not interrupt.requested
 
-    # TensorRT calls back in the middle of foreign code, which an exception must not pass.
-    with interrupt.held():
-        yield progress
+    return progress

@@ -124,7 +124,7 @@ def main(
         pictures = stack.enter_context(picture_folder(save_to, found))
         streams_wanted = streams or (1 if len(found) < _MANY else "auto")
         pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at))
-        if pipeline.choice.remark:
+        if pipeline.choice.remark and pipeline.choice.command is None:  # else opening has said it
             click.echo(f"note: {printable(pipeline.choice.remark)}", err=True)
         manifest = pipeline.manifest
         if pictures and (remark := undrawable(map(printable, manifest.class_names))):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import MGEError
 from mge_runtime.selfcheck.answers import check_batches, check_graphs, check_parity
-from mge_runtime.selfcheck.check import Check
+from mge_runtime.selfcheck.check import Check, not_run
 from mge_runtime.selfcheck.copies import check_copies, check_graph_copies
 from mge_runtime.selfcheck.engines import check_attested, check_refused
 from mge_runtime.selfcheck.memory import check_memory
@@ -56,24 +56,37 @@ def all_checks(
 
 
 def run_checks(
-    subject: Subject, frames: Frames, *, runs: int = RUNS, say: Callable[[str], None] = lambda _line: None
+    subject: Subject,
+    frames: Frames,
+    *,
+    runs: int = RUNS,
+    say: Callable[[str], None] = lambda _line: None,
+    interrupt: Callable[[], None] = lambda: None,
 ) -> Report:
     """Check a bundle on one backend. A check that ends in an error has failed; the others go on.
+
+    After a `KeyboardInterrupt` the checks that are left are not run.
 
     Args:
         subject: what is checked.
         frames: what it is checked with.
         runs: of the memory check.
         say: is told what is being done.
+        interrupt: raises an interrupt that got lost.
 
     Raises:
         BundleError: the bundle has been replaced by something else meanwhile.
     """
     checks: list[Check] = []
-    for name, check in all_checks(frames.frames, runs, say):
+    to_do = all_checks(frames.frames, runs, say)
+    for number, (name, check) in enumerate(to_do):
         say(name)
         try:
+            interrupt()
             checks.append(check(subject))
+        except KeyboardInterrupt:
+            checks += [not_run(left, "interrupted", "the whole check") for left, _ in to_do[number:]]
+            break
         except MGEError as error:
             checks.append(Check(name, "failed", " ".join(str(error).split()), "no error"))
         except Exception as error:  # a defect, and the other checks may tell more about it

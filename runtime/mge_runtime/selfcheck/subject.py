@@ -67,7 +67,7 @@ class Subject:
 def open_subject(
     path: str | os.PathLike[str], device: str = "auto", backend: str = "auto", threads: int | None = None
 ) -> Subject:
-    """Choose what runs a bundle here, as `Pipeline.open` does; engines that are missing are built now.
+    """Choose what runs a bundle here, as `Pipeline.open` does.
 
     Args:
         path: the bundle.
@@ -78,7 +78,6 @@ def open_subject(
     Raises:
         BundleError: the file is missing, no bundle or damaged.
         BackendError: nothing can run it here.
-        BuildError: engines cannot be built.
     """
     from mge_runtime.backends import choose
     from mge_runtime.bundle import Bundle
@@ -89,9 +88,6 @@ def open_subject(
         bundle.verify()  # a report names the manifest's hash, and opening does not hash the weights
         manifest, digest = bundle.manifest, bundle.manifest_sha256
         choice = choose(device, backend, bundle=bundle)
-        if choice.build:
-            Pipeline(bundle, choice).close()
-            choice = choose(choice.device, choice.backend, bundle=bundle)
 
     def opened(graphs: bool) -> Opened:
         return Pipeline.open(path, choice.device, choice.backend, threads, graphs=graphs)

@@ -33,8 +33,9 @@ class BatchRange:
             BackendError: it is none of these.
         """
         parts = text.split(",")
-        if not 1 <= len(parts) <= 3 or not all(part.strip().isdecimal() for part in parts):
-            raise BackendError(f"the batch range is {text!r}; expected MIN,OPT,MAX, such as 1,1,8")
+        # Python reads no number of more than 4300 digits, and nobody a line with one.
+        if not 1 <= len(parts) <= 3 or not all(part.strip().isdecimal() and len(part) < 10 for part in parts):
+            raise BackendError(f"the batch range is {text[:40]!r}; expected MIN,OPT,MAX, such as 1,1,8")
         numbers = [int(part) for part in parts]
         return cls(numbers[0], numbers[len(numbers) // 2] if len(numbers) == 3 else numbers[0], numbers[-1])
 

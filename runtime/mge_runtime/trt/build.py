@@ -1,11 +1,11 @@
-"""Build the engines of a whole bundle, for one target: into the cache of this device or into the bundle."""
+"""Build the engines of a whole bundle, for one target."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,14 @@ from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import temporary_folder
 from mge_runtime.machine import this_platform
-from mge_runtime.trt.builder import BuildOptions, build_engine
-from mge_runtime.trt.cache import store_engines, timing_cache_path
-from mge_runtime.trt.engines import CachedEngines, EngineDetails
+from mge_runtime.machine_probe import available_memory
+from mge_runtime.trt.builder import SMALLEST_WORKSPACE, BuildOptions, build_engine
+from mge_runtime.trt.cache import timing_cache_path
+from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import Target
 from mge_runtime.trt.timing import TimingCache
 from mge_runtime.trt.turing import TURING, turing_refusal
-from mge_runtime.trt.vendor import Vendor, load_vendor
+from mge_runtime.trt.vendor import Vendor
 
 if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
@@ -37,7 +38,6 @@ __all__ = [
     "ahead_of_time",
     "build_engines",
     "build_into_bundle",
-    "build_into_cache",
     "build_native",
     "check_target",
     "native_target",
@@ -198,7 +198,8 @@ def build_native(
         machine: this one.
         index: of the CUDA device.
         vendor: the library.
-        options: how; the timing cache defaults to the one of this device, which saves time where it can be written.
+        options: how; the timing cache defaults to the one of this device, which saves time where it can be written, and
+            the workspace, where the GPU shares the machine's memory, to a quarter of what is available.
         say: shows a line for each stage.
         progress: is told of every step and may stop the build.
 
@@ -210,6 +211,15 @@ def build_native(
     gpu = machine.gpus[index]
     target = native_target(vendor, machine, gpu)
     options = options or BuildOptions()
+    if options.workspace is None and (machine.is_jetson or gpu.integrated):
+        # TensorRT counts all memory as the GPU's, tries kernels that take it, and the system kills the build
+        # (ultralytics/ultralytics #23945, which allows 1 GiB).
+        workspace = max(SMALLEST_WORKSPACE, (available_memory() or gpu.memory) // 4)
+        options = replace(options, workspace=workspace)
+        say(
+            f"a layer may use {workspace / 1e6:,.0f} MB of scratch memory, a quarter of what is available to CPU and "
+            "GPU together; --workspace names another limit"
+        )
     named = options.timing_cache
     timing = (
         None
@@ -222,37 +232,6 @@ def build_native(
         bundle, vendor, target, gpu=gpu, options=options, timing=timing, say=say, progress=progress
     ) as new:
         yield new
-
-
-def build_into_cache(
-    bundle: Bundle,
-    machine: Machine,
-    index: int,
-    backend: str,
-    *,
-    options: BuildOptions | None = None,
-    say: Say = lambda _line: None,
-    progress: StageProgress = lambda _stage, _share, _phase: True,
-) -> CachedEngines:
-    """Build a bundle's engines for a GPU of this machine and keep them in its cache.
-
-    Args:
-        bundle: open.
-        machine: this one.
-        index: of the CUDA device.
-        backend: "tensorrt" or "tensorrt-rtx".
-        options: how.
-        say: shows a line for each stage.
-        progress: is told of every step and may stop the build.
-
-    Raises:
-        BackendError: the library is missing, or the device cannot be opened.
-        BuildError: a stage cannot be built.
-        OutputError: the cache cannot be written.
-    """
-    vendor = load_vendor(backend)
-    with build_native(bundle, machine, index, vendor, options=options, say=say, progress=progress) as new:
-        return store_engines(bundle.manifest_sha256, new.target, machine.gpus[index], new.plans, new.details)
 
 
 def _replaced(bundle: Bundle) -> BundleError:

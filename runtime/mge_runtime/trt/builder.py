@@ -19,7 +19,7 @@ from mge_runtime.trt.vendor import Vendor
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["BuildOptions", "BuiltEngine", "build_engine"]
+__all__ = ["SMALLEST_WORKSPACE", "BuildOptions", "BuiltEngine", "build_engine"]
 
 LEVELS = range(6)  # of optimisation; 3 is TensorRT's default
 SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 1 << 20, 1 << 40  # bytes

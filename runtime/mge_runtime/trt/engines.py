@@ -111,7 +111,7 @@ class BundleEngines(EngineSet):
 
 
 class CachedEngines(EngineSet):
-    """Engines in a folder of their own, as `build_into_cache` wrote them.
+    """Engines in a folder of their own, as `store_engines` wrote them.
 
     Raises:
         BundleError: the folder's description is missing, damaged, or of another manifest or target.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,7 @@ def build_targets(
     machine: Machine | None = None,
     say: Say = lambda _line: None,
     progress: StageProgress = lambda _stage, _share, _phase: True,
+    held: Callable[[], AbstractContextManager[None]] = nullcontext,
     log: Say | None = None,
     kept: Callable[[str, str], None] = lambda _target, _place: None,
 ) -> None:
@@ -61,6 +62,7 @@ def build_targets(
         machine: this one; None: look.
         say: shows a line for each stage.
         progress: is told of every step and may stop the build.
+        held: keeps signals from raising inside its block: the library calls `progress` in the middle of foreign code.
         log: shows what the library says.
         kept: is told of each target that is kept, and where.
 
@@ -91,7 +93,9 @@ def build_targets(
             _check_writable(bundle, [job.target.name for job in jobs])
     for job in jobs:
         # Opened for each target: the one before has put a new file in this one's place.
-        with Bundle.open(path) as bundle, _built(job, bundle, index, options, say, progress) as new:
+        with Bundle.open(path) as bundle, ExitStack() as stack:
+            with held():
+                new = stack.enter_context(_built(job, bundle, index, options, say, progress))
             if into_bundle or job.machine is None:
                 if job.target.name in bundle.targets:
                     say(f"replaces the engines for {job.target} that {path} has")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ class TimingCache:
         self.content = b""  # what TensorRT is given, and gives back
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():  # a pipe would wait, a device never end
+                raise OSError(errno.EINVAL, "it is no regular file")
             self.content = path.read_bytes() if path.exists() else b""
             with atomic_path(path) as temporary:
                 temporary.write_bytes(self.content)
