@@ -169,6 +169,21 @@ class Bundle:
         return {entry.name: entry.size for entry in self._entries.values()}
 
     @property
+    def sha256(self) -> str:
+        """One hash over everything that can change an answer, whatever the order of the entries; nothing large is read.
+
+        It is the SHA-256 of what `sha256sum` prints of the bundle's JSON documents (`calibration.json`,
+        `engines/*/engine.json`, `manifest.json`), sorted by their names. The manifest names the hashes of graphs and
+        weights, `engine.json` those of engines; `verify` checks these.
+
+        Raises:
+            BundleError: a document was damaged.
+        """
+        documents = sorted(name for name in self._entries if name.endswith(".json"))
+        lines = [f"{hashlib.sha256(self._read_by_crc(name)).hexdigest()}  {name}\n" for name in documents]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The targets that the bundle holds engines for, sorted."""
         return tuple(sorted({target for name in self._entries if (target := target_of(name)) is not None}))
@@ -201,12 +216,22 @@ class Bundle:
         self._verify(self._entry(name), lambda chunk: parts.append(bytes(chunk)))
         return b"".join(parts)
 
-    def verify(self, names: Iterable[str] | None = None) -> None:
+    def verify(self, names: Iterable[str] | None = None, *, expected: str | None = None) -> None:
         """Check entries (all of them by default) against their hashes, in parallel.
 
+        Args:
+            names: the entries.
+            expected: what `sha256` must be, told by whom you trust; the bundle's own hashes find damage alone, since
+                whoever changes an entry can change the hash beside it.
+
         Raises:
-            BundleError: there is no such entry, or its bytes were damaged.
+            BundleError: the bundle has another hash, there is no such entry, or its bytes were damaged.
         """
+        if expected is not None and expected.lower() != self.sha256:
+            raise BundleError(
+                f"{self.path} has the hash {self.sha256}; expected {expected}: its model, its calibration or its "
+                "engines are others than those that this hash was told for; get the file again"
+            )
         with self.verifying(self._entries if names is None else names, threads=cpu_count()):
             pass
 
@@ -373,8 +398,13 @@ class Bundle:
         target = target_of(name)
         if target is None or name == engine_description(target):
             return None
-        plans = self.engine(target).plans
-        return next((plan for stage, plan in plans.items() if engine_plan(target, stage) == name), None)
+        for stage, plan in self.engine(target).plans.items():
+            if engine_plan(target, stage) == name:
+                return plan
+        raise BundleError(
+            f"{self.path} holds {name}, which its {engine_description(target)} does not list; it was changed after it "
+            "was written: build these engines again with mge-build"
+        )
 
     def _read_by_crc(self, name: str) -> bytes:
         return b"".join(self.chunks(name))

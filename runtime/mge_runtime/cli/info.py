@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mge_runtime.cli.common import reports_errors
 
@@ -21,7 +23,13 @@ UNTRIED = "experimental: not yet run"
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", default="mge.plan")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, the whole manifest included, as JSON.")
-@click.option("--verify", is_flag=True, help="Check every entry against its hash.")
+@click.option(
+    "--verify",
+    metavar="[SHA256]",
+    is_flag=False,
+    flag_value="",
+    help="Check every entry against its hash, and all of them against this one, which mge-info printed elsewhere.",
+)
 @click.option(
     "--extract",
     metavar="DIR",
@@ -42,7 +50,7 @@ UNTRIED = "experimental: not yet run"
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
-    bundle: str, as_json: bool, verify: bool, extract: str | None, show_machine: bool, as_machine: Path | None
+    bundle: str, as_json: bool, verify: str | None, extract: str | None, show_machine: bool, as_machine: Path | None
 ) -> None:
     """Show what is inside BUNDLE (default: mge.plan) and what would run here and why."""
     if show_machine:
@@ -50,13 +58,17 @@ def main(
 
         click.echo(describe_machine(always=True).to_json().decode(), nl=False)
         return
+    if verify and not re.fullmatch("[0-9A-Fa-f]{64}", verify):
+        if click.get_current_context().get_parameter_source("bundle") is not ParameterSource.DEFAULT:
+            raise click.BadParameter(f"{verify!r} is no SHA-256; expected 64 hexadecimal digits", param_hint="--verify")
+        bundle, verify = verify, ""  # mge-info --verify mge.plan
     machine = None if as_machine is None else _recorded(as_machine)
     from mge_runtime.bundle import Bundle
 
     with Bundle.open(bundle) as opened:
         facts = describe(opened, machine)
-        if verify:
-            opened.verify()
+        if verify is not None:
+            opened.verify(expected=verify or None)
             facts["verified"] = True
         written: list[Path] = []
         if extract is not None:
@@ -124,6 +136,7 @@ def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
     return {
         "path": str(bundle.path),
         "size": bundle.path.stat().st_size,
+        "sha256": bundle.sha256,
         "manifest_sha256": bundle.manifest_sha256,
         "manifest": json.loads(bundle.manifest.to_json()),
         "entries": dict(bundle.sizes),

@@ -23,7 +23,8 @@ def info_lines(facts: dict[str, Any]) -> Iterator[str]:
     manifest = facts["manifest"]
     yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])}")
     checked = ", every entry matches its hash" if facts.get("verified") else ""
-    yield from _row("", f"schema {manifest['schema_version']}, manifest {facts['manifest_sha256'][:16]}{checked}")
+    yield from _row("sha256", f"{facts['sha256']}{checked}")
+    yield from _row("", f"schema {manifest['schema_version']}, manifest {facts['manifest_sha256'][:16]}")
     if manifest["model"]:
         yield from _row("model", _pairs(manifest["model"]))
     yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=3)
