@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mge_runtime.errors import OutputError
 
 __all__ = ["atomic_path", "lock"]
+
+_POLL = 0.1  # seconds between looks at a lock that another holds
 
 
 @contextmanager
@@ -54,10 +57,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
             temporary.unlink()
 
 
-def lock(descriptor: int) -> None:
+def lock(descriptor: int, waiting: Callable[[], None] = lambda: None) -> None:
     """Hold an open file for this process until the descriptor is closed; wait for whoever holds it.
 
     Windows has no lock that lets others read meanwhile; there nothing is held.
+
+    Args:
+        descriptor: of the file.
+        waiting: is called ten times a second as long as another holds the file; what it raises ends the waiting.
 
     Raises:
         OSError: the file system has no locks.
@@ -65,7 +72,14 @@ def lock(descriptor: int) -> None:
     if sys.platform != "win32":
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                time.sleep(_POLL)
+            else:
+                return
 
 
 def _flush(path: Path) -> None:
