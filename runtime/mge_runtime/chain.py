@@ -140,7 +140,7 @@ class Chain:
 
     def _check(self, result: ExecutorResult) -> None:
         """Refuse outputs that cannot be right: a class that follows from a NaN heat map looks like any other."""
-        rows = [np.count_nonzero(result.segments_run > number) for number in range(len(self._manifest.segments))]
+        rows = [int(np.count_nonzero(result.segments_run > number)) for number in range(len(self._manifest.segments))]
         made = [(*source, result.tensors[name]) for name, source in self._sources.items() if name in result.tensors]
         for number, graph, spec, tensor in made:
             if tensor.shape != (rows[number], *spec.shape[1:]) or tensor.dtype != spec.dtype:

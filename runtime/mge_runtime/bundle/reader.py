@@ -28,6 +28,7 @@ from mge_runtime.bundle.layout import (
 )
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BundleError
+from mge_runtime.fields import LARGEST
 from mge_runtime.files import atomic_path
 from mge_runtime.manifest import Entry, Manifest
 
@@ -407,6 +408,11 @@ class Bundle:
         )
 
     def _read_by_crc(self, name: str) -> bytes:
+        if self._entry(name).size > LARGEST:
+            raise BundleError(
+                f"{self.path}: entry {name} has {self._entry(name).size} bytes; expected at most {LARGEST}: it was "
+                "changed after it was written, export it again"
+            )
         return b"".join(self.chunks(name))
 
     def _check_entries(self) -> None:

@@ -82,7 +82,9 @@ def write_bundle(
                     if data:  # a graph without external data has no weights entry
                         entries[name] = _add_hashed(archive, name, data)
             manifest = manifest.with_entries(entries)
-            archive.add(MANIFEST, [manifest.to_json()])
+            document = manifest.to_json()
+            Manifest.from_json(document)  # what is written can be opened
+            archive.add(MANIFEST, [document])
             archive.finish()
         if check is not None:
             check(temporary)
@@ -112,7 +114,9 @@ def add_calibration(
                 f"expected {manifest_sha256[:12]}, which the images were answered with; calibrate it again"
             )
         _copy(bundle, archive, [name for name in bundle.sizes if name != CALIBRATION])
-        archive.add(CALIBRATION, [Calibration(bundle.manifest_sha256, values).to_json()])
+        document = Calibration(bundle.manifest_sha256, values).to_json()
+        Calibration.from_json(document, manifest_sha256=bundle.manifest_sha256)
+        archive.add(CALIBRATION, [document])
 
 
 def add_engine(
@@ -151,8 +155,9 @@ def add_engine(
             raise BundleError(f"an engine for the stage {unknown[0]!r} was given; the bundle has no such stage")
         _copy(bundle, archive, [name for name in bundle.sizes if target_of(name) != target])
         entries = {stage: _add_hashed(archive, engine_plan(target, stage), plan) for stage, plan in plans.items()}
-        description = EngineDescription(manifest_sha256, target, entries, details)
-        archive.add(engine_description(target), [description.to_json()])
+        document = EngineDescription(manifest_sha256, target, entries, details).to_json()
+        EngineDescription.from_json(document, target=target, manifest_sha256=manifest_sha256)
+        archive.add(engine_description(target), [document])
 
 
 @contextmanager
