@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibrated", "ExitPoint", "Promise", "RunsOn", "confidence"]
 
+_TEMPERATURES = (1e-3, 1e3)  # mge-calibrate fits from 0.05 to 20; beyond, softmax is one class or says nothing
 _ADVICE = "calibrate again with mge-calibrate"
 
 
@@ -27,7 +28,7 @@ class ExitPoint:
 
     segments: int  # how many have run there, from 1
     answer: str  # the tensor [B, C] that answers there
-    temperature: float  # of that answer, > 0
+    temperature: float  # of that answer, in [0.001, 1000]
     threshold: float  # in [0, 1]: an image stops where its calibrated confidence is at least this
 
     def stops(self, logits: NDArray[Any]) -> NDArray[np.bool_]:
@@ -99,7 +100,7 @@ class Calibrated:
         temperatures = _member(root, "temperatures").members(answers)
         exits = _member(root, "exits").optional(lambda f: f.members(("epsilon", "delta", "thresholds")))
         return cls(
-            {name: _between(f, 0, None, "a number above 0") for name, f in temperatures.items()},
+            {name: f.number(*_TEMPERATURES) for name, f in temperatures.items()},
             None if exits is None else _thresholds(exits["thresholds"], answers[:-1]),
             None if exits is None else Promise(*(_share(exits[name]) for name in ("epsilon", "delta"))),
             images=_images(root),
@@ -190,11 +191,9 @@ def _share(f: Field) -> float:
     return _between(f, 0, 1, "a number between 0 and 1")
 
 
-def _between(f: Field, low: float, high: float | None, expected: str, *, closed: bool = False) -> float:
+def _between(f: Field, low: float, high: float, expected: str, *, closed: bool = False) -> float:
     number = f.number()
-    above = low <= number if closed else low < number
-    below = high is None or (number <= high if closed else number < high)
-    if not (above and below):
+    if not (low <= number <= high if closed else low < number < high):
         f.fail(expected)
     return number
 

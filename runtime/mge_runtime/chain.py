@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mge_runtime.backends.base import Backend, Executor
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, BundleError
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
 from mge_runtime.spec import SegmentSpec
@@ -75,6 +75,14 @@ class Chain:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self._manifest = bundle.manifest
         self._executor: Executor = backend.open_chain(bundle)
+        self._sources = {  # of each output: the segment and the graph that it comes from
+            spec.name: (number, graph, spec)
+            for number, segment in enumerate(bundle.manifest.segments)
+            for graph in segment.stages
+            for spec in bundle.manifest.stage(graph).outputs
+        }
+        # What is mapped from the file changes with it.
+        self._file = bundle.watched() if bundle.maps_weights and backend.maps_weights else None
         self.streams = backend.streams  # how many runs may be in flight at once
         self.max_batch = self._executor.max_batch  # most frames in one run; None: no limit but memory
 
@@ -96,8 +104,9 @@ class Chain:
             exits: where images that are sure enough stop; the others go on.
 
         Raises:
-            BackendError: a stage failed, the batch is larger than `max_batch`, or `segments` or an output does not
-                exist.
+            BundleError: the file whose weights are mapped was overwritten, or an output is not what the manifest says.
+            BackendError: a graph failed or an output is not finite, the batch is larger than `max_batch`, or `segments`
+                or an output does not exist.
         """
         manifest = self._manifest
         run = first_segments(manifest, segments)
@@ -109,7 +118,14 @@ class Chain:
                 f"asked to run {len(frames)} frames at once; the engines were built for at most {self.max_batch}: "
                 f"run fewer, or build for more with `mge-build --batch 1,1,{len(frames)}`"
             )
-        result: ExecutorResult = self._executor.run(frames, len(run), wanted, exits)
+        if self._file is not None:  # mapped pages that are gone would end the process
+            self._file.check()
+        try:
+            result: ExecutorResult = self._executor.run(frames, len(run), wanted, exits)
+        finally:
+            if self._file is not None:  # half of the weights may have been another model's
+                self._file.check()
+        self._check(result)
         return ChainResult(result.tensors, answer, result.times_ms, result.segments_run, manifest, result.step_segments)
 
     def report(self) -> dict[str, JsonValue]:
@@ -119,11 +135,31 @@ class Chain:
     def close(self) -> None:
         """Release every stage."""
         self._executor.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _check(self, result: ExecutorResult) -> None:
+        """Refuse outputs that cannot be right: a class that follows from a NaN heat map looks like any other."""
+        rows = [int(np.count_nonzero(result.segments_run > number)) for number in range(len(self._manifest.segments))]
+        made = [(*source, result.tensors[name]) for name, source in self._sources.items() if name in result.tensors]
+        for number, graph, spec, tensor in made:
+            if tensor.shape != (rows[number], *spec.shape[1:]) or tensor.dtype != spec.dtype:
+                raise BundleError(
+                    f"the output {spec.name} of the graph {graph} is {tensor.dtype} {list(tensor.shape)}; the manifest "
+                    f"says {spec.dtype} {[rows[number], *spec.shape[1:]]}: export the bundle again"
+                )
+        # Looked at all together, which is quicker, and one by one where there is something to say.
+        if not np.isfinite(np.concatenate([tensor.ravel() for *_, tensor in made])).all():
+            graph, name = next((graph, spec.name) for _, graph, spec, t in made if not np.isfinite(t).all())
+            raise BackendError(
+                f"the output {name} of the graph {graph} holds NaN or infinity; expected finite numbers: its weights "
+                "are damaged or overflow here, export it again in FP32"
+            )
 
     def _checked(self, outputs: Collection[str]) -> Collection[str]:
-        known = {tensor.name for stage in self._manifest.stages for tensor in stage.outputs}
-        if unknown := sorted(set(outputs) - known):
-            raise BackendError(f"no stage puts out a tensor {unknown[0]!r}; the chain has {', '.join(sorted(known))}")
+        if unknown := sorted(set(outputs) - self._sources.keys()):
+            known = ", ".join(sorted(self._sources))
+            raise BackendError(f"no stage puts out a tensor {unknown[0]!r}; the chain has {known}")
         return outputs
 
 

@@ -9,7 +9,8 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ _PART = (
 )
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+_POLL = 0.1  # seconds between looks at a lock that another holds
 
 
 @contextmanager
@@ -114,19 +117,32 @@ def temporary_folder(purpose: str) -> Generator[Path]:
         ) from error
 
 
-def lock(descriptor: int, *, wait: bool = True) -> None:
+def lock(descriptor: int, waiting: Callable[[], None] | None = lambda: None) -> None:
     """Hold an open file for this process until the descriptor is closed; wait for whoever holds it.
 
     Windows has no lock that lets others read meanwhile; there nothing is held.
 
+    Args:
+        descriptor: of the file.
+        waiting: is called ten times a second as long as another holds the file; what it raises ends the waiting.
+            None: do not wait.
+
     Raises:
-        BlockingIOError: another holds it, without `wait`.
+        BlockingIOError: another holds it, and nobody waits.
         OSError: the file system has no locks.
     """
     if sys.platform != "win32":
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if waiting is None:
+                    raise
+                waiting()
+            time.sleep(_POLL)
 
 
 def _destination(target: Path) -> tuple[Path | None, os.stat_result | None]:
@@ -228,7 +244,7 @@ def _remove_dead(part: Path) -> None:
     """
     descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        lock(descriptor, wait=False)
+        lock(descriptor, None)
         if os.fstat(descriptor).st_uid == os.geteuid():
             shutil.rmtree(_folder_of(part), ignore_errors=True)
             part.unlink()

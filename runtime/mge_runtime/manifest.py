@@ -6,6 +6,7 @@ It is written once, at export, and never changes afterwards: calibrations and en
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
@@ -19,6 +20,10 @@ __all__ = ["FRAME", "SCHEMA_VERSION", "Entry", "Manifest", "read_entry"]
 SCHEMA_VERSION = 1
 FRAME = "frame"  # the chain's one input: uint8 RGB [B, S, S, 3]
 
+_LONGEST_NAME = 255  # characters of a class's name, which is a folder's as a rule
+_LARGEST_FRAME = 4096  # pixels; such a frame has 50 MB, and each image made of it 200 MB
+_MOST_ELEMENTS = 2**28  # of a tensor of one image, 1 GB of float32
+_MOST_STAGES = 256
 _DOCUMENT = "manifest.json"
 _FIELDS = (
     "schema_version",
@@ -129,7 +134,7 @@ class Manifest:
             model={key: value.value for key, value in fields["model"].table().items()},
             class_names=_class_names(fields["class_names"]),
             preprocess=_preprocess(fields["preprocess"]),
-            stages=tuple(_stage(f) for f in fields["stages"].items()),
+            stages=_stages(fields["stages"]),
             segments=tuple(_segment(f) for f in fields["segments"].items()),
             views=tuple(_view(f) for f in fields["views"].items()),
             gate=fields["gate"].optional(Field.text),
@@ -147,24 +152,37 @@ class Manifest:
 
 
 def _class_names(f: Field) -> tuple[str, ...]:
-    names = tuple(name.text() for name in f.items())
+    names: dict[str, None] = {}
+    for item in f.items():
+        name = item.text(most=_LONGEST_NAME)
+        if name in names:  # an answer would not say which of them it means
+            item.fail("a name that no other class has")
+        names[name] = None
     if not names:
         f.fail("at least one class name")
-    return names
+    return tuple(names)
 
 
 def _preprocess(f: Field) -> Preprocess:
     fields = f.members(("resize", "size", "mean", "std"))
-    size = fields["size"].integer(2, 2**14)
-    resize = fields["resize"].integer(size, 2**15)
-    return Preprocess(resize=resize, size=size, mean=_triple(fields["mean"]), std=_triple(fields["std"]))
+    size = fields["size"].integer(2, _LARGEST_FRAME)
+    resize = fields["resize"].integer(size, 4 * size)
+    mean, std = _triple(fields["mean"], -1e3, 1e3), _triple(fields["std"], 1e-6, 1e3)
+    return Preprocess(resize=resize, size=size, mean=mean, std=std)
 
 
-def _triple(f: Field) -> tuple[float, float, float]:
-    values = [item.number() for item in f.items()]
+def _triple(f: Field, low: float, high: float) -> tuple[float, float, float]:
+    values = [item.number(low, high) for item in f.items()]
     if len(values) != 3:
         f.fail("three numbers, one for each of red, green and blue")
     return values[0], values[1], values[2]
+
+
+def _stages(f: Field) -> tuple[StageSpec, ...]:
+    stages = f.items()
+    if len(stages) > _MOST_STAGES:
+        f.fail(f"at most {_MOST_STAGES} stages")
+    return tuple(_stage(stage) for stage in stages)
 
 
 def _stage(f: Field) -> StageSpec:
@@ -181,7 +199,9 @@ def _tensor(f: Field) -> TensorSpec:
     axes = fields["shape"].items()
     if not axes or axes[0].value != BATCH:
         fields["shape"].fail(f'a shape whose first axis is "{BATCH}"')
-    shape = (BATCH, *(axis.integer(1, 2**31) for axis in axes[1:]))
+    shape = (BATCH, *(axis.integer(1, _MOST_ELEMENTS) for axis in axes[1:]))
+    if math.prod(axis for axis in shape if isinstance(axis, int)) > _MOST_ELEMENTS:
+        fields["shape"].fail(f"at most {_MOST_ELEMENTS} elements for one image")
     return TensorSpec(name=fields["name"].text(), dtype=fields["dtype"].text(), shape=shape)
 
 

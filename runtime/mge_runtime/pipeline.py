@@ -93,6 +93,7 @@ class Pipeline:
         graphs: bool = True,
         exit: Exit = "never",
         calibration: bool = True,
+        mmap: bool = True,
     ) -> Pipeline:
         """Open a bundle and make its chain ready to run, with the best that is ready here: engines are not built.
 
@@ -111,6 +112,9 @@ class Pipeline:
                 segment to stop after, from 1.
             calibration: whether to use the bundle's calibration; without, it is not even read, so that one which is
                 damaged can be made anew.
+            mmap: whether the weights may be mapped from the file. A file that is overwritten in place (`cp`, `scp`)
+                while a run is on may then end the process; outside a run the next one refuses to answer. False loads
+                them: opening takes up to twice the largest graph's weights more memory, running about none.
 
         Raises:
             BundleError: the file is missing, no bundle, damaged or of a newer schema, or its calibration is damaged.
@@ -120,7 +124,7 @@ class Pipeline:
             raise BackendError(f"asked to compute with {threads} threads; expected at least 1, or None for all")
         if streams != "auto" and streams < 1:
             raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
-        with Bundle.open(path) as bundle:
+        with Bundle.open(path, maps_weights=mmap) as bundle:
             choice = choose(device, backend, bundle=bundle)
             if choice.command is not None:
                 logging.getLogger("mge_runtime").warning(choice.remark)
@@ -158,7 +162,9 @@ class Pipeline:
 
         Raises:
             InputError: the picture cannot be read.
-            BackendError: the pipeline is closed or in use, there is no such exit, or a stage failed.
+            BundleError: the file was overwritten in place, or its graphs are not what its manifest says.
+            BackendError: the pipeline is closed or in use, there is no such exit, or a graph failed or put out numbers
+                that are not finite.
         """
         return self.predict_batch([source], exit=exit)[0]
 
@@ -169,7 +175,7 @@ class Pipeline:
 
         Raises:
             InputError: one of the pictures cannot be read; none is answered then.
-            BackendError: as for `predict`.
+            BundleError, BackendError: as for `predict`.
         """
         self._require_open()
         stops = self._stops(self.exit if exit is None else exit)
@@ -193,7 +199,7 @@ class Pipeline:
             Each source with its prediction or, for a picture that cannot be read, the error, in the order of `sources`.
 
         Raises:
-            BackendError: as for `predict`, or `batch` or `workers` is below 1.
+            BundleError, BackendError: as for `predict`, or `batch` or `workers` is below 1.
         """
         if batch < 1 or workers < 1:
             raise BackendError(f"asked for batches of {batch} and {workers} workers; expected at least 1 of each")
@@ -220,7 +226,7 @@ class Pipeline:
 
         Raises:
             InputError: `frames` has another type or shape.
-            BackendError: as for `predict`, there is no such output, or there are more frames than `max_batch`.
+            BundleError, BackendError: as for `predict`, there is no such output, or more frames than `max_batch`.
         """
         return self.run_timed(frames, exit=exit, outputs=outputs).tensors
 

@@ -1,10 +1,14 @@
 import importlib.util
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from mge_runtime.bundle import Bundle, add_calibration, add_engine, writer
+from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
@@ -98,16 +102,24 @@ def test_a_calibration_is_not_added_to_a_model_that_it_was_not_measured_with(cop
     assert copy.read_bytes() == before
 
 
-def test_a_calibration_waits_for_whoever_rewrites_the_bundle_and_looks_then(copy, tiny, monkeypatch):
+@pytest.fixture
+def newer(tiny, tmp_path):
+    """A newer export, beside the bundle that it is to replace."""
+    folder = tmp_path / "newer"
+    folder.mkdir()
+    tiny.write_tiny_bundle(folder / "new.plan", seed=1)
+    return folder / "new.plan"
+
+
+def test_a_calibration_waits_for_whoever_rewrites_the_bundle_and_looks_then(copy, newer, monkeypatch):
     """Between looking at a bundle and replacing it nobody else gets a turn: the hash is asked for under the lock."""
     with Bundle.open(copy) as bundle:
         digest = bundle.manifest_sha256
-    replaced = []
 
-    def late(descriptor):
-        if not replaced:  # somebody else's rewrite ends just before this one gets the lock
-            replaced.append(tiny.write_tiny_bundle(copy, seed=1))
-        lock(descriptor)
+    def late(descriptor, waiting):
+        if newer.exists():  # somebody else's rewrite ends just before this one gets the lock
+            newer.replace(copy)
+        lock(descriptor, waiting)
 
     lock = writer.lock
     monkeypatch.setattr(writer, "lock", late)
@@ -115,6 +127,116 @@ def test_a_calibration_waits_for_whoever_rewrites_the_bundle_and_looks_then(copy
         add_calibration(copy, {"temperature": 1.5}, manifest_sha256=digest)
     with Bundle.open(copy) as bundle:
         assert bundle.calibration() is None
+
+
+@pytest.mark.parametrize("how", ["renamed", "overwritten"])
+def test_an_old_model_never_replaces_a_newer_one_that_came_while_it_was_copied(copy, newer, monkeypatch, how):
+    with Bundle.open(copy) as bundle:
+        digest = bundle.manifest_sha256
+    contents = newer.read_bytes()
+
+    def late(archive):  # `mv` and `cp` ask nobody
+        finish(archive)
+        newer.replace(copy) if how == "renamed" else copy.write_bytes(contents)
+
+    finish = ArchiveWriter.finish
+    monkeypatch.setattr(ArchiveWriter, "finish", late)
+    additions = (
+        lambda: add_calibration(copy, {"temperature": 1.5}),
+        lambda: add_engine(copy, TARGET, {"gate": b"g"}, {}, manifest_sha256=digest),
+    )
+    original = copy.read_bytes()
+    for add in additions:
+        copy.write_bytes(original)
+        newer.write_bytes(contents)
+        with pytest.raises(BundleError, match=r"was replaced or overwritten while .*; the new file stays"):
+            add()
+        assert copy.read_bytes() == contents
+        assert [path.name for path in copy.parent.iterdir() if path.is_file()] == ["mge.plan"]
+
+
+def test_an_export_waits_for_an_addition_and_replaces_what_it_wrote(copy, tiny, monkeypatch, caplog):
+    copying, exported = threading.Event(), threading.Event()
+
+    def slow(archive):
+        finish(archive)
+        if threading.current_thread() is adding:
+            copying.set()
+            # The export says that it waits; it can be ready only after this thread has renamed its file.
+            while not caplog.records:
+                assert not exported.wait(0.01), "the export did not wait"
+
+    finish = ArchiveWriter.finish
+    monkeypatch.setattr(ArchiveWriter, "finish", slow)
+    adding = threading.Thread(target=add_calibration, args=(copy, {"temperature": 1.5}))
+    adding.start()
+    assert copying.wait(30)
+    written = tiny.write_tiny_bundle(copy, seed=1)
+    exported.set()
+    adding.join()
+    assert [record.getMessage() for record in caplog.records] == [f"waiting for another process that writes {copy}"]
+    with Bundle.open(copy) as bundle:
+        assert bundle.manifest == written
+        assert bundle.calibration() is None
+
+
+# `mge-build --into-bundle` with engines that take no time to build.
+BUILD = """
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from mge_runtime.cli.build import main
+from mge_runtime.trt import keep
+from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt.engines import EngineDetails
+from mge_runtime.trt.target import Target
+
+@contextmanager
+def build_engines(bundle, vendor, target, **options):
+    plan = Path(sys.argv[1]).with_name("gate.engine")
+    plan.write_bytes(b"an engine")
+    yield keep.NewEngines(target, {"gate": plan}, EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge"))
+
+class vendor: name, version = "tensorrt-rtx", "1.7"
+keep._vendor = lambda name, log: vendor
+keep.ahead_of_time = lambda vendor, capabilities: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")]
+keep.check_target = lambda manifest, target: None
+keep.build_engines = build_engines
+main([sys.argv[1], "--target", "rtx:sm86", "--into-bundle"])
+"""
+CALIBRATE = """
+import sys
+from mge_runtime.bundle import add_calibration
+from mge_runtime.errors import MGEError
+from mge_runtime.interrupt import interruptible
+try:
+    with interruptible("the calibration", "nothing changed", MGEError):
+        add_calibration(sys.argv[1], {})
+except MGEError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("program", [BUILD, CALIBRATE], ids=["build", "calibrate"])
+def test_whoever_waits_for_another_process_says_so_and_can_be_stopped(copy, program, number):
+    import fcntl
+
+    before = copy.read_bytes()
+    with copy.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with subprocess.Popen([sys.executable, "-c", program, copy], stderr=subprocess.PIPE, text=True) as process:
+            lines = []
+            for line in process.stderr:
+                lines.append(line)
+                if line.startswith("waiting for another process that writes "):
+                    process.send_signal(number)
+            assert process.wait(20) == 1
+    assert lines[-1].startswith("error: ")
+    assert f"was interrupted ({number.name})" in lines[-1]
+    assert copy.read_bytes() == before
+    assert not list(copy.parent.glob("*.part")) + list(copy.parent.glob(".*.part"))
 
 
 def test_a_bundle_stays_readable_while_it_is_replaced(copy):

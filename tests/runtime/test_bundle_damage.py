@@ -36,6 +36,25 @@ def error_of(path):
     return message
 
 
+def test_documents_of_any_size_are_not_read(copy):
+    entries = zip_entries.read_entries(copy)
+    padded = entries["manifest.json"] + b" " * 2**22
+    with Bundle.open(copy) as bundle:
+        digest = bundle.manifest_sha256
+    for name, data in (
+        ("manifest.json", padded),
+        ("calibration.json", padded),
+        (f"engines/{TARGET}/engine.json", padded),
+    ):
+        zip_entries.write_entries(copy, {**entries, name: data})
+        with pytest.raises(BundleError, match=rf"entry {name} has \d+ bytes; expected at most"), Bundle.open(copy) as b:
+            b.calibration() if name == "calibration.json" else b.engine(TARGET)
+    zip_entries.write_entries(copy, entries)
+    with pytest.raises(BundleError, match="expected at most"):
+        add_engine(copy, TARGET, {}, {"notes": "n" * 2**22}, manifest_sha256=digest)
+    assert zip_entries.read_entries(copy) == entries
+
+
 # --- damage -------------------------------------------------------------------------------------------------------
 
 
@@ -47,6 +66,10 @@ def test_missing_folder_empty_and_special(tmp_path):
     if os.geteuid() != 0:
         (tmp_path / "secret.plan").touch(mode=0)
         assert "Permission denied" in error_of(tmp_path / "secret.plan")
+    assert "no regular file" in error_of("/dev/null")
+    assert "no regular file" in error_of("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.plan")
+    assert "no regular file" in error_of(tmp_path / "pipe.plan")  # and nobody waits for a writer
     (tmp_path / "loop.plan").symlink_to("loop.plan")
     error_of(tmp_path / "loop.plan")
 

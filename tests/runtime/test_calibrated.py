@@ -84,9 +84,11 @@ def test_what_the_data_do_not_tell_stays_out(manifest):
     [
         ("temperatures", ..., r"temperatures is null; expected an object"),
         ("temperatures.logits", ..., r"temperatures\.logits is null; expected this field, which is missing"),
-        ("temperatures.logits", 0, r"temperatures\.logits is 0; expected a number above 0"),
-        ("temperatures.answer_1", -1.5, r"temperatures\.answer_1 is -1\.5; expected a number above 0"),
+        ("temperatures.logits", 0, r"temperatures\.logits is 0; expected a number from 0\.001 to 1000"),
+        ("temperatures.answer_1", -1.5, r"temperatures\.answer_1 is -1\.5; expected a number from 0\.001 to 1000"),
         ("temperatures.answer_1", True, r"temperatures\.answer_1 is true; expected a finite number"),
+        ("temperatures.logits", 5e-324, r"temperatures\.logits is 5e-324; expected a number from 0\.001 to 1000"),
+        ("temperatures.logits", 1.7e308, r"temperatures\.logits is 1\.7e\+308; expected a number from 0\.001 to 1000"),
         ("temperatures.answer_9", 1.0, r"temperatures\.answer_9 is 1\.0; expected no field of this name"),
         ("exits", 3, r"exits is 3; expected an object"),
         ("exits.delta", ..., r"exits\.delta is null; expected this field, which is missing"),

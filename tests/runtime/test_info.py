@@ -305,8 +305,7 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(tiny, tmp_path):
     from mge_runtime.bundle import write_bundle
 
     graphs = tiny.make_stages()
-    names = ("\x1b[31mred", "b", "c", "d", "e")
-    manifest = replace(tiny.make_manifest(graphs), class_names=names)
+    manifest = replace(tiny.make_manifest(graphs), model={"arch": "\x1b[31mred"})
     write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
     for options in ([], ["--all"], ["--json"]):
         output = run(tmp_path / "mge.plan", *options).output

@@ -60,6 +60,18 @@ def test_equal_manifests_have_equal_bytes(manifest, tiny):
         (("extra",), 1, "extra is 1; expected no field of this name"),
         (("schema_version",), KeyError, "schema_version"),
         (("schema_version",), "1", "schema_version"),
+        (("class_names", 0), "a" * 256, r'class_names\[0\] is "a+\.\.\.; expected a text of at most 255 characters'),
+        (("class_names", 0), "\x1b[2Jred", r'class_names\[0\] is "\\u001b\[2Jred"; .*without control characters'),
+        (("class_names", 0), "c1 \x9b31m", r'class_names\[0\] is "c1 \\u009b31m"; .*without control characters'),
+        (("class_names", 0), "two\nlines", r"class_names\[0\] is .*without control characters"),
+        (("class_names", 1), "bird 0", r"class_names\[1\] is \"bird 0\"; expected a name that no other class has"),
+        (("preprocess", "size"), 16384, r"preprocess\.size is 16384; expected a whole number from 2 to 4096"),
+        (("preprocess", "resize"), 32768, r"preprocess\.resize is 32768; expected a whole number from 32 to 128"),
+        (("preprocess", "std", 0), 0, r"preprocess\.std\[0\] is 0; expected a number from 1e-06 to 1000"),
+        (("preprocess", "mean", 1), -1e300, r"preprocess\.mean\[1\] is -1e\+300; expected a number from -1000 to 1000"),
+        (("stages", 1, "outputs", 0, "shape"), ["batch", 2**20, 2**20], r"outputs\[0\]\.shape .*at most 268435456 el"),
+        (("stages",), [{}] * 257, "expected at most 256 stages"),
+        (("tools", "\x1b[2J"), 3, r"manifest\.json: 'tools\.\\x1b\[2J' is 3; expected a text"),
     ],
 )
 def test_a_wrong_field_is_named_by_its_path(manifest, path, value, named):
@@ -71,6 +83,32 @@ def test_a_newer_schema_is_named_even_if_all_else_changed():
     data = json.dumps({"schema_version": SCHEMA_VERSION + 1, "anything": {}}).encode()
     with pytest.raises(BundleError, match=rf"schema version {SCHEMA_VERSION + 1}.*pip install --upgrade mge"):
         Manifest.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ("1" * 401, "a number has 401 digits"),
+        ("-1e999", "-1e999 is beyond every number"),
+        ("[" * 900 + "]" * 900, "nested more than 32 deep"),
+        ('{"a": ' * 40 + "1" + "}" * 40, "nested more than 32 deep"),
+        (r'"\ud800"', "surrogates not allowed"),
+        (r'{"\ud800": 1}', "surrogates not allowed"),
+        ('{"a": 1, "a": 2}', "two members of the same name"),
+        ("[" + "[]," * 1_500_000 + "[]]", r"has \d+ bytes; expected at most 4194304"),
+    ],
+)
+def test_what_would_break_its_readers_is_refused_wherever_it_lies(manifest, value, named):
+    data = edited(manifest, ("model", "arch"), "here").replace(b'"here"', value.encode())
+    with pytest.raises(BundleError, match=named) as caught:
+        Manifest.from_json(data)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_names_of_classes_may_be_of_any_script(manifest):
+    names = ("rouge-gorge\u00a0familier", "می\u200cخواهم", "クロツグミ", "👩\u200d🌾", "=cmd|'/C calc'!A0")  # noqa: RUF001
+    assert Manifest.from_json(replace(manifest, class_names=names).to_json()).class_names == names
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"schema_version": NaN}', b"[" * 100_000, b"[1]"])

@@ -126,6 +126,7 @@ class Backend(ABC):
     device: str  # "cpu" or "cuda:0"
     version: str  # of the library behind it
     streams: int  # how many runs of the chain may be in flight at once
+    maps_weights: bool = True  # whether an opened chain may read weights where they lie in the bundle's file
 
     @abstractmethod
     def open_chain(self, bundle: Bundle) -> Executor:

@@ -9,6 +9,7 @@ from mge_runtime.backends.base import Buffer, StageRunner, Streams
 from mge_runtime.backends.ort import (
     check_border,
     import_onnxruntime,
+    load_weights,
     one_line,
     session_options,
     weights_checked,
@@ -84,12 +85,14 @@ class OnnxRuntimeBackend(StagedBackend):
             graph = cpu_graph(graph, fast=True)
             for key, value in integer_entries().items():
                 options.add_session_config_entry(key, value)
+        loaded = load_weights(self._ort, options, bundle, graph)
         try:
             session = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception
             raise BackendError(
                 f"ONNX Runtime {self.version} cannot open stage {stage.name}: {one_line(error)}"
             ) from error
+        del loaded
         check_border(f"stage {stage.name}", session, stage.inputs, stage.outputs)
         return _Session(stage, session)
 

@@ -2,21 +2,24 @@
 
 The graphs stay small: their weights are read by ONNX Runtime from the bundle itself. Each graph's references to
 `<stage>.weights` are pointed at the bundle file and the place of that entry in it, so ONNX Runtime maps them as it maps
-an ordinary external-data file. (`add_external_initializers` and `add_external_initializers_from_files_in_memory` take
-mapped memory too, but copy it while a session opens: measured with 1.31, 432 MB of convolution weights peak at 1,468 MB
-that way and at 604 MB this way.)
+an ordinary external-data file. A bundle that is overwritten in place changes the weights of sessions that are open;
+with `mmap=False` they are loaded instead (`load_weights`; docs/adr/0004 has the cost).
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mge_runtime.bundle.layout import stage_weights
+from mge_runtime.bundle.onnx_graph import external_tensors
 from mge_runtime.errors import BackendError, BundleError
 from mge_runtime.spec import TensorSpec
 
@@ -27,6 +30,7 @@ __all__ = [
     "check_border",
     "import_onnxruntime",
     "load_onnxruntime",
+    "load_weights",
     "log_severity",
     "one_line",
     "session_options",
@@ -35,6 +39,9 @@ __all__ = [
 
 # The first release with `session.model_external_initializers_file_folder_path` (microsoft/onnxruntime #23557).
 OLDEST = (1, 22)
+# NumPy's name of TensorProto.DataType, of those that `mge-export` writes.
+_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
+_ORT_TYPES = {name: f"tensor({name})" for name in _DTYPES.values()} | {"float32": "tensor(float)"}
 
 
 def load_onnxruntime(module: str = "onnxruntime") -> Any:
@@ -103,6 +110,37 @@ def session_options(ort: Any, bundle: Bundle) -> Any:
     return options
 
 
+def load_weights(ort: Any, options: Any, bundle: Bundle, graph: bytes) -> object:
+    """Where a bundle's weights may not be mapped, read those of a `located_graph` into memory for its session.
+
+    Args:
+        ort: the module `onnxruntime`.
+        options: of the session that opens the graph.
+        bundle: where the weights lie.
+        graph: as the session opens it.
+
+    Returns:
+        What must be kept until the session is open, which then has copies of its own.
+
+    Raises:
+        BundleError: the graph is damaged, or the file was cut short meanwhile.
+    """
+    if bundle.maps_weights:
+        return None
+    values: dict[str, Any] = {}
+    for tensor in external_tensors(graph):
+        array = np.fromfile(bundle.path, np.uint8, tensor.length, offset=tensor.offset)
+        dtype, dims = _DTYPES.get(tensor.data_type), tensor.dims
+        if dtype is None or array.nbytes != math.prod(dims) * np.dtype(dtype).itemsize:
+            raise BundleError(
+                f"{bundle.path}: weight {tensor.name!r} has {array.nbytes} bytes for a tensor of ONNX type "
+                f"{tensor.data_type} and shape {list(dims)}; it was changed after it was written: export it again"
+            )
+        values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array.view(dtype).reshape(dims))
+    options.add_external_initializers(list(values), list(values.values()))
+    return values
+
+
 @contextmanager
 def weights_checked(bundle: Bundle) -> Generator[None]:
     """Open sessions inside this block: the weights are held by their CRC-32 in other threads meanwhile.
@@ -118,7 +156,7 @@ def weights_checked(bundle: Bundle) -> Generator[None]:
 
 
 def check_border(what: str, session: Any, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-    """Names at the graph's border must be those of the manifest; types and shapes are ONNX Runtime's to check.
+    """Names, types and shapes at the graph's border must be those of the manifest.
 
     Raises:
         BundleError: they are not.
@@ -127,11 +165,23 @@ def check_border(what: str, session: Any, inputs: Sequence[TensorSpec], outputs:
         ("inputs", session.get_inputs(), inputs),
         ("outputs", session.get_outputs(), outputs),
     ):
-        found, expected = sorted(node.name for node in nodes), sorted(tensor.name for tensor in tensors)
-        if found != expected:
+        found, expected = {node.name: node for node in nodes}, sorted(tensor.name for tensor in tensors)
+        if sorted(found) != expected:
             raise BundleError(
-                f"the graph of {what} has the {role} {found}; the manifest says {expected}: export it again"
+                f"the graph of {what} has the {role} {sorted(found)}; the manifest says {expected}: export it again"
             )
+        for tensor in tensors:
+            kind, shape = found[tensor.name].type, found[tensor.name].shape
+            # The first axis is the batch; others may have no size in the graph, and then have it when it runs.
+            fits = len(shape) == len(tensor.shape) and all(
+                axis == size or not isinstance(axis, int)
+                for axis, size in zip(shape[1:], tensor.shape[1:], strict=True)
+            )
+            if kind != _ORT_TYPES.get(tensor.dtype) or not fits:
+                raise BundleError(
+                    f"the graph of {what} has {tensor.name} as {kind} {shape}; the manifest says {tensor.dtype} "
+                    f"{list(tensor.shape)}: export it again"
+                )
 
 
 def one_line(error: Exception) -> str:

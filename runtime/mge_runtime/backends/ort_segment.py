@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.backends.ort import check_border, one_line, session_options
+from mge_runtime.backends.ort import check_border, load_weights, one_line, session_options
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.bundle.onnx_merge import merge_stages
 from mge_runtime.device.unit import Addresses, Launch, Unit
@@ -140,14 +140,15 @@ class OrtSegment(Unit):
         return session
 
     def _open(self, bundle: Bundle, graph: bytes, providers: list[Any]) -> Any:
+        session_opts = session_options(self.ort, bundle)
+        loaded = load_weights(self.ort, session_opts, bundle, graph)
         try:
-            session = self.ort.InferenceSession(
-                graph, session_options(self.ort, bundle), providers=providers, enable_fallback=0
-            )
+            session = self.ort.InferenceSession(graph, session_opts, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception
             raise BackendError(
                 f"ONNX Runtime {self.ort.__version__} cannot open {self.name}: {one_line(error)}"
             ) from error
+        del loaded
         wanted = _CUDA if self.device.kind == "cuda" else _CPU
         if wanted not in session.get_providers():  # it warns and goes on with the CPU where CUDA does not load
             raise BackendError(

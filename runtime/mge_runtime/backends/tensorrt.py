@@ -34,6 +34,7 @@ class TensorRTBackend(Backend):
     """
 
     streams = 1
+    maps_weights = False  # engines are copied to the device
 
     def __init__(self, vendor: Vendor, engines: EngineSet, device_index: int = 0, *, graphs: bool = True) -> None:
         self.name = vendor.name

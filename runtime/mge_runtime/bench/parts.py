@@ -6,16 +6,15 @@ with the very same options.
 
 from __future__ import annotations
 
-import mmap
 import os
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar, cast
 
 from mge_runtime.bench.cut import Trunk, cut_graph, find_trunk
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.layout import stage_graph
+from mge_runtime.bundle.reader import WatchedFile
 from mge_runtime.errors import BackendError
 from mge_runtime.manifest import FRAME
 from mge_runtime.spec import BATCH, SegmentSpec, StageSpec, TensorSpec
@@ -33,8 +32,8 @@ class PartBundle(Bundle, ABC):
 
     chained: ClassVar[bool] = False  # whether it is a chain that runs: from frames, all parts on the first image
 
-    def __init__(self, path: Path, descriptor: int, mapped: mmap.mmap) -> None:
-        super().__init__(path, descriptor, mapped)
+    def __init__(self, file: WatchedFile, *, maps_weights: bool = True) -> None:
+        super().__init__(file, maps_weights=maps_weights)
         self.trunks: dict[str, Trunk] = {}  # by stage, in the order they run
         self._graphs: dict[str, bytes] = {}
         stages: list[StageSpec] = []
@@ -56,14 +55,14 @@ class PartBundle(Bundle, ABC):
             self._graphs[stage_graph(name)] = cut_graph(graph, [old], {old: output.name, image.name: read.name})
             stages.append(StageSpec(name, (read,), (output,)))
         if not self.trunks:
-            raise BackendError(f"no stage of {path.name} has a trunk that can be told from its weights' names")
+            raise BackendError(f"no stage of {self.path.name} has a trunk that can be told from its weights' names")
         segment = SegmentSpec(tuple(stage.name for stage in stages), stages[-1].outputs[0].name)
         self.manifest = replace(self.manifest, stages=tuple(stages), segments=(segment,))
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> PartBundle:
+    def open(cls, path: str | os.PathLike[str], *, maps_weights: bool = True) -> PartBundle:
         """As `Bundle.open`, with the stages cut."""
-        return cast("PartBundle", super().open(path))
+        return cast("PartBundle", super().open(path, maps_weights=maps_weights))
 
     def __enter__(self) -> PartBundle:
         return self

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mge_runtime.bundle.onnx_nodes import tensor_dims
 from mge_runtime.bundle.wire import WireError, fields, varint, wire_field
 from mge_runtime.errors import BundleError
 
@@ -37,6 +38,8 @@ class ExternalTensor:
     location: str  # file name, relative to the model's
     offset: int  # bytes
     length: int  # bytes
+    data_type: int  # TensorProto.DataType
+    dims: tuple[int, ...]
 
 
 def external_tensors(graph: bytes) -> list[ExternalTensor]:
@@ -133,11 +136,13 @@ def _initializers(graph: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:
 
 def _external(tensor: memoryview) -> ExternalTensor | None:
     """Read a TensorProto; None where its data lies in the graph itself."""
-    name, external = "", False
+    name, external, data_type = "", False, 0
     pairs: dict[str, str] = {}
     for number, _, value in fields(tensor):
         if number == 8:
             name = bytes(value).decode()
+        elif number == 2:
+            data_type = varint(value, 0)[0]
         elif number == 14:
             external = varint(value, 0)[0] == _EXTERNAL
         elif number == 13:
@@ -147,7 +152,8 @@ def _external(tensor: memoryview) -> ExternalTensor | None:
         return None
     if "location" not in pairs or "length" not in pairs:
         raise WireError(f"weight {name!r} does not say in which file it lies and how long it is")
-    return ExternalTensor(name, pairs["location"], int(pairs.get("offset", "0")), int(pairs["length"]))
+    offset, length = int(pairs.get("offset", "0")), int(pairs["length"])
+    return ExternalTensor(name, pairs["location"], offset, length, data_type, tuple(tensor_dims(tensor)))
 
 
 def _count_external(message: memoryview, kind: str, depth: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import stat
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,52 @@ from mge_runtime.bundle.layout import (
 )
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BundleError
+from mge_runtime.fields import LARGEST
 from mge_runtime.files import atomic_path
 from mge_runtime.manifest import Entry, Manifest
 
-__all__ = ["Bundle", "Region"]
+__all__ = ["Bundle", "Region", "WatchedFile"]
 
 _CHUNK = 1 << 20  # bytes; hashing reads through a buffer, so that it does not fill memory with mapped pages
+
+
+class WatchedFile:
+    """A bundle's file kept open, to notice when somebody writes into it; close it after use.
+
+    Weights that are mapped change with the file: after `cp new.plan mge.plan` half of them may be another model's. A
+    file that takes the place of this one (`mv`) does no harm, since what is open here stays as it is.
+    """
+
+    def __init__(self, path: Path, descriptor: int, status: os.stat_result | None = None) -> None:
+        self.path = path
+        self.descriptor = descriptor  # -1: closed
+        self.status = status or os.fstat(descriptor)  # as it was before anything was read
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the descriptor back; closing twice does nothing."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def duplicate(self) -> WatchedFile:
+        """The same file, to be closed by itself."""
+        return WatchedFile(self.path, os.dup(self.descriptor), self.status)
+
+    def check(self) -> None:
+        """Make sure that nobody wrote into the file; this takes a microsecond.
+
+        Raises:
+            BundleError: its size or its time of change is another.
+        """
+        now = os.fstat(self.descriptor)
+        if (now.st_size, now.st_mtime_ns) != (self.status.st_size, self.status.st_mtime_ns):
+            raise BundleError(
+                f"{self.path} was overwritten while it was open, and with it the weights that are mapped from it; open "
+                "it again, and replace a bundle by a rename (mv), never in place (cp, scp, rsync --inplace)"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,11 +93,12 @@ class Bundle:
     Reading is safe from several threads.
     """
 
-    def __init__(self, path: Path, descriptor: int, mapped: mmap.mmap) -> None:
-        self.path = path
-        self._descriptor = descriptor
-        self._mapped = mapped
-        self._view = memoryview(mapped)
+    def __init__(self, file: WatchedFile, *, maps_weights: bool = True) -> None:
+        self.path = path = file.path
+        self.maps_weights = maps_weights  # whether backends may map the weights; else they load them
+        self._file = file
+        self._mapped = mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ)
+        self._view = memoryview(self._mapped)
         try:
             entries = read_directory(self._view)
         except ArchiveError as error:
@@ -71,30 +113,38 @@ class Bundle:
         self._check_entries()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+    def open(cls, path: str | os.PathLike[str], *, maps_weights: bool = True) -> Bundle:
         """Open a bundle for reading.
+
+        Args:
+            path: the file.
+            maps_weights: whether backends may map its weights, as `mmap` of `mge_runtime.Pipeline.open`.
 
         Raises:
             BundleError: the file is missing, no bundle, damaged, cut short or of a newer schema.
         """
         try:
             resolved = Path(path).resolve(strict=True)
-            descriptor = os.open(resolved, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            # A pipe that nobody writes to would block for ever.
+            descriptor = os.open(resolved, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         except FileNotFoundError as error:
             raise BundleError(f"no bundle at {path}: the file does not exist; check the name") from error
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
-            reason = getattr(error, "strerror", None) or error
-            raise BundleError(f"cannot open {path}: {reason}; expected a readable mge.plan file") from error
+            raise _cannot_open(path, error) from error
+        file = WatchedFile(resolved, descriptor)
         try:
-            if resolved.is_dir():
+            if stat.S_ISDIR(file.status.st_mode):
                 raise BundleError(f"cannot open {path}: it is a folder; expected an mge.plan file, name one inside it")
-            if not resolved.is_file():
+            if not stat.S_ISREG(file.status.st_mode):
                 raise BundleError(f"cannot open {path}: it is no regular file; expected an mge.plan file")
-            if os.fstat(descriptor).st_size == 0:
+            if file.status.st_size == 0:
                 raise not_a_bundle(str(path), b"", 0, "")
-            return cls(resolved, descriptor, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+            return cls(file, maps_weights=maps_weights)
+        except (OSError, ValueError) as error:  # ValueError: it is empty by now
+            file.close()
+            raise _cannot_open(path, error) from error
         except BaseException:
-            os.close(descriptor)
+            file.close()
             raise
 
     def __enter__(self) -> Bundle:
@@ -107,10 +157,9 @@ class Bundle:
 
     def close(self) -> None:
         """Release the file; what `view` lent stays valid until it is dropped."""
-        if self._descriptor < 0:
+        if self._file.descriptor < 0:
             return
-        os.close(self._descriptor)
-        self._descriptor = -1
+        self._file.close()
         self._view.release()
         with suppress(BufferError):  # a lent view keeps the mapping alive
             self._mapped.close()
@@ -119,6 +168,21 @@ class Bundle:
     def sizes(self) -> Mapping[str, int]:
         """Size in bytes of every entry, in the order of the file."""
         return {entry.name: entry.size for entry in self._entries.values()}
+
+    @property
+    def sha256(self) -> str:
+        """One hash over everything that can change an answer, whatever the order of the entries; nothing large is read.
+
+        It is the SHA-256 of what `sha256sum` prints of the bundle's JSON documents (`calibration.json`,
+        `engines/*/engine.json`, `manifest.json`), sorted by their names. The manifest names the hashes of graphs and
+        weights, `engine.json` those of engines; `verify` checks these.
+
+        Raises:
+            BundleError: a document was damaged.
+        """
+        documents = sorted(name for name in self._entries if name.endswith(".json"))
+        lines = [f"{hashlib.sha256(self._read_by_crc(name)).hexdigest()}  {name}\n" for name in documents]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -153,12 +217,22 @@ class Bundle:
         self._verify(self._entry(name), lambda chunk: parts.append(bytes(chunk)))
         return b"".join(parts)
 
-    def verify(self, names: Iterable[str] | None = None) -> None:
+    def verify(self, names: Iterable[str] | None = None, *, expected: str | None = None) -> None:
         """Check entries (all of them by default) against their hashes, in parallel.
 
+        Args:
+            names: the entries.
+            expected: what `sha256` must be, told by whom you trust; the bundle's own hashes find damage alone, since
+                whoever changes an entry can change the hash beside it.
+
         Raises:
-            BundleError: there is no such entry, or its bytes were damaged.
+            BundleError: the bundle has another hash, there is no such entry, or its bytes were damaged.
         """
+        if expected is not None and expected.lower() != self.sha256:
+            raise BundleError(
+                f"{self.path} has the hash {self.sha256}; expected {expected}: its model, its calibration or its "
+                "engines are others than those that this hash was told for; get the file again"
+            )
         with self.verifying(self._entries if names is None else names, threads=cpu_count()):
             pass
 
@@ -190,15 +264,25 @@ class Bundle:
                     pool.shutdown(cancel_futures=True)
 
     def in_place(self, descriptor: int | None = None) -> bool:
-        """Whether `path` still names the file that is open here (and as `descriptor`, if one is given).
+        """Whether `path` still names the file that is open here (and as `descriptor`, if one is given), as it was.
 
-        Asked by whoever opens `region().path` by itself: another process may replace the file at any time.
+        Asked by whoever opens `region().path` by itself: another process may replace or overwrite it at any time.
         """
         try:
-            opened = [os.fstat(d) for d in (self._descriptor, descriptor) if d is not None]
+            self._file.check()
+            opened = [os.fstat(d) for d in (self._file.descriptor, descriptor) if d is not None]
             return all(os.path.samestat(self.path.stat(), status) for status in opened)
-        except OSError:
+        except (OSError, BundleError):
             return False
+
+    def watched(self) -> WatchedFile:
+        """This file for whoever goes on using what it mapped after the bundle is closed.
+
+        Raises:
+            BundleError: the bundle is closed.
+        """
+        self._entry(MANIFEST)
+        return self._file.duplicate()
 
     def calibration(self) -> Calibration | None:
         """The calibration, if one was added.
@@ -290,7 +374,7 @@ class Bundle:
             raise self._damaged(entry.name)
 
     def _chunks(self, entry: ArchiveEntry) -> Iterator[memoryview]:
-        if self._descriptor < 0:
+        if self._file.descriptor < 0:
             raise BundleError(f"{self.path} is closed; open it again")
         buffer = memoryview(bytearray(min(_CHUNK, max(entry.size, 1))))
         position, end = entry.offset, entry.offset + entry.size
@@ -303,7 +387,7 @@ class Bundle:
 
     def _read_at(self, position: int, buffer: memoryview) -> int:
         if hasattr(os, "preadv"):
-            return os.preadv(self._descriptor, [buffer], position)
+            return os.preadv(self._file.descriptor, [buffer], position)
         part = self._view[position : position + len(buffer)]  # Windows has no read at a position
         buffer[: len(part)] = part
         return len(part)
@@ -315,10 +399,20 @@ class Bundle:
         target = target_of(name)
         if target is None or name == engine_description(target):
             return None
-        plans = self.engine(target).plans
-        return next((plan for stage, plan in plans.items() if engine_plan(target, stage) == name), None)
+        for stage, plan in self.engine(target).plans.items():
+            if engine_plan(target, stage) == name:
+                return plan
+        raise BundleError(
+            f"{self.path} holds {name}, which its {engine_description(target)} does not list; it was changed after it "
+            "was written: build these engines again with mge-build"
+        )
 
     def _read_by_crc(self, name: str) -> bytes:
+        if self._entry(name).size > LARGEST:
+            raise BundleError(
+                f"{self.path}: entry {name} has {self._entry(name).size} bytes; expected at most {LARGEST}: it was "
+                "changed after it was written, export it again"
+            )
         return b"".join(self.chunks(name))
 
     def _check_entries(self) -> None:
@@ -350,7 +444,7 @@ class Bundle:
                 )
 
     def _entry(self, name: str) -> ArchiveEntry:
-        if self._descriptor < 0:
+        if self._file.descriptor < 0:
             raise BundleError(f"{self.path} is closed; open it again")
         entry = self._entries.get(name)
         if entry is None:
@@ -364,6 +458,11 @@ class Bundle:
             f"{self.path}: the bytes of entry {name} do not match their hash; "
             f"the file was damaged after it was written: {advice}"
         )
+
+
+def _cannot_open(path: str | os.PathLike[str], error: Exception) -> BundleError:
+    reason = getattr(error, "strerror", None) or error
+    return BundleError(f"cannot open {path}: {reason}; expected a readable mge.plan file")
 
 
 @contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from mge_runtime.bundle.layout import (
 )
 from mge_runtime.bundle.onnx_graph import relocate
 from mge_runtime.bundle.reader import Bundle
-from mge_runtime.errors import BundleError, OutputError
+from mge_runtime.errors import BundleError
 from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path, lock
 from mge_runtime.manifest import Entry, Manifest
@@ -69,7 +71,7 @@ def write_bundle(
         raise BundleError(f"models of the stages {sorted(stage_models)} were given; expected {sorted(names)}")
     for stage in manifest.stages:
         _check_model(stage.name, stage_models[stage.name])
-    with atomic_path(path) as temporary:
+    with ExitStack() as held, atomic_path(path) as temporary:
         with temporary.open("w+b") as stream:
             archive = ArchiveWriter(stream)
             entries: dict[str, Entry] = {}
@@ -80,10 +82,13 @@ def write_bundle(
                     if data:  # a graph without external data has no weights entry
                         entries[name] = _add_hashed(archive, name, data)
             manifest = manifest.with_entries(entries)
-            archive.add(MANIFEST, [manifest.to_json()])
+            document = manifest.to_json()
+            Manifest.from_json(document)  # what is written can be opened
+            archive.add(MANIFEST, [document])
             archive.finish()
         if check is not None:
             check(temporary)
+        held.enter_context(_held(path))  # what others are adding belongs to the file that goes
     return manifest
 
 
@@ -98,7 +103,7 @@ def add_calibration(
         manifest_sha256: hash of the manifest that it was measured with; None: the one that is there.
 
     Raises:
-        BundleError: the bundle cannot be read, or has another manifest by now.
+        BundleError: the bundle cannot be read, has another manifest by now, or was replaced meanwhile.
         OutputError: it cannot be written.
     """
     with _updating(path) as (bundle, archive):
@@ -109,7 +114,9 @@ def add_calibration(
                 f"expected {manifest_sha256[:12]}, which the images were answered with; calibrate it again"
             )
         _copy(bundle, archive, [name for name in bundle.sizes if name != CALIBRATION])
-        archive.add(CALIBRATION, [Calibration(bundle.manifest_sha256, values).to_json()])
+        document = Calibration(bundle.manifest_sha256, values).to_json()
+        Calibration.from_json(document, manifest_sha256=bundle.manifest_sha256)
+        archive.add(CALIBRATION, [document])
 
 
 def add_engine(
@@ -119,6 +126,7 @@ def add_engine(
     details: Mapping[str, JsonValue],
     *,
     manifest_sha256: str,
+    waiting: Callable[[], None] = lambda: None,
 ) -> None:
     """Add the engines of one target to a bundle, or replace those it has; everything else stays byte for byte.
 
@@ -128,14 +136,16 @@ def add_engine(
         plans: each stage's engine, by stage name.
         details: free: builder, options, attestation.
         manifest_sha256: hash of the manifest whose ONNX they were built from.
+        waiting: is called again and again as long as another process writes the bundle; what it raises ends that.
 
     Raises:
-        BundleError: the bundle cannot be read, has another manifest by now, or has no such stage.
+        BundleError: the bundle cannot be read, has another manifest by now, was replaced meanwhile, or has no such
+            stage.
         OutputError: it cannot be written.
     """
     if not is_target(target):
         raise BundleError(f"an engine's target is called {target!r}; expected letters, digits, '.', '_' and '-'")
-    with _updating(path) as (bundle, archive):
+    with _updating(path, waiting) as (bundle, archive):
         if bundle.manifest_sha256 != manifest_sha256:
             raise BundleError(
                 f"the engines were built from the manifest {manifest_sha256[:12]}; {bundle.path} has "
@@ -145,34 +155,55 @@ def add_engine(
             raise BundleError(f"an engine for the stage {unknown[0]!r} was given; the bundle has no such stage")
         _copy(bundle, archive, [name for name in bundle.sizes if target_of(name) != target])
         entries = {stage: _add_hashed(archive, engine_plan(target, stage), plan) for stage, plan in plans.items()}
-        description = EngineDescription(manifest_sha256, target, entries, details)
-        archive.add(engine_description(target), [description.to_json()])
+        document = EngineDescription(manifest_sha256, target, entries, details).to_json()
+        EngineDescription.from_json(document, target=target, manifest_sha256=manifest_sha256)
+        archive.add(engine_description(target), [document])
 
 
 @contextmanager
-def _updating(path: str | os.PathLike[str]) -> Generator[tuple[Bundle, ArchiveWriter]]:
+def _updating(
+    path: str | os.PathLike[str], waiting: Callable[[], None] = lambda: None
+) -> Generator[tuple[Bundle, ArchiveWriter]]:
     """Rewrite a bundle beside itself; of two that do so at once the second waits for the first."""
-    with _locked(path) as bundle, atomic_path(bundle.path) as temporary, temporary.open("w+b") as stream:
-        archive = ArchiveWriter(stream)
-        yield bundle, archive
-        archive.finish()
+    with _held(path, waiting), Bundle.open(path) as bundle, atomic_path(bundle.path) as temporary:
+        with temporary.open("w+b") as stream:
+            archive = ArchiveWriter(stream)
+            yield bundle, archive
+            archive.finish()
+            os.fsync(stream.fileno())  # which may take long; after it nothing is left but the rename
+        # Whoever put another file in its place without the lock, as `mv` does, meant it to stay.
+        if not bundle.in_place():
+            raise BundleError(
+                f"{bundle.path} was replaced or overwritten while something was added to it; the new file stays as it "
+                "is: do it again if the new file needs it"
+            )
 
 
 @contextmanager
-def _locked(path: str | os.PathLike[str]) -> Generator[Bundle]:
-    """Open a bundle that nobody else is rewriting."""
-    while True:
-        with Bundle.open(path) as bundle, bundle.path.open("rb") as handle:
+def _held(path: str | os.PathLike[str], waiting: Callable[[], None] = lambda: None) -> Generator[None]:
+    """Keep others from rewriting the file that `path` names by now, until what was written took its place."""
+    said = False
+
+    def wait() -> None:
+        nonlocal said
+        if not said:
+            said = True
+            logging.getLogger("mge_runtime").warning("waiting for another process that writes %s", path)
+        waiting()
+
+    with ExitStack() as stack:
+        # Where there is no such file, or no locks (Windows; some network disks), nobody holds it.
+        while sys.platform != "win32":
             try:
-                lock(handle.fileno())
-            except OSError as error:
-                reason = error.strerror or error
-                raise OutputError(f"cannot lock {bundle.path}: {reason}; expected a file on a local disk") from error
-            # Whoever held the lock before us has put a new file in this one's place.
-            if not bundle.in_place(handle.fileno()):
-                continue
-            yield bundle
-            return
+                descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                stack.callback(os.close, descriptor)
+                lock(descriptor, wait)
+                if os.path.samestat(Path(path).stat(), os.fstat(descriptor)):
+                    break
+                stack.close()  # whoever held it has put a new file in its place
+            except OSError:
+                break
+        yield
 
 
 def _copy(bundle: Bundle, archive: ArchiveWriter, names: Iterable[str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mge_runtime.cli.common import echo, reports_errors
 from mge_runtime.errors import OutputError, printable
@@ -24,7 +26,13 @@ UNTRIED = "experimental: not yet run"
 @click.argument("bundle", default="mge.plan")
 @click.option("--all", "everything", is_flag=True, help="Also print stages, segments, the parity report, the machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, the whole manifest included, as JSON.")
-@click.option("--verify", is_flag=True, help="Check every entry against its hash.")
+@click.option(
+    "--verify",
+    metavar="[SHA256]",
+    is_flag=False,
+    flag_value="",
+    help="Check every entry against its hash, and all of them against this one, which mge-info printed elsewhere.",
+)
 @click.option(
     "--extract",
     metavar="DIR",
@@ -48,7 +56,7 @@ def main(
     bundle: str,
     everything: bool,
     as_json: bool,
-    verify: bool,
+    verify: str | None,
     extract: str | None,
     show_machine: bool,
     as_machine: Path | None,
@@ -59,13 +67,17 @@ def main(
 
         echo(describe_machine(always=True).to_json().decode(), nl=False)
         return
+    if verify and not re.fullmatch("[0-9A-Fa-f]{64}", verify):
+        if click.get_current_context().get_parameter_source("bundle") is not ParameterSource.DEFAULT:
+            raise click.BadParameter(f"{verify!r} is no SHA-256; expected 64 hexadecimal digits", param_hint="--verify")
+        bundle, verify = verify, ""  # mge-info --verify mge.plan
     machine = None if as_machine is None else _recorded(as_machine)
     from mge_runtime.bundle import Bundle
 
     with Bundle.open(bundle) as opened:
         facts = describe(opened, machine)
-        if verify:
-            opened.verify()
+        if verify is not None:
+            opened.verify(expected=verify or None)
             facts["verified"] = True
         written: list[Path] = []
         if extract is not None:
@@ -134,6 +146,7 @@ def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
     return {
         "path": str(bundle.path),
         "size": bundle.path.stat().st_size,
+        "sha256": bundle.sha256,
         "manifest_sha256": bundle.manifest_sha256,
         "manifest": json.loads(bundle.manifest.to_json()),
         "entries": dict(bundle.sizes),

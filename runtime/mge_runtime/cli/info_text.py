@@ -70,8 +70,7 @@ def info_lines(facts: dict[str, Any]) -> Iterator[str]:
 def _bundle(facts: dict[str, Any]) -> Iterator[str]:
     yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])} (more: --all)")
     checked = ", every entry matches its hash" if facts.get("verified") else ""
-    schema = facts["manifest"]["schema_version"]
-    yield from _row("", f"schema {schema}, manifest {facts['manifest_sha256'][:16]}{checked}")
+    yield from _row("sha256", f"{facts['sha256']}{checked}")
 
 
 def _runs_label(facts: dict[str, Any]) -> str:

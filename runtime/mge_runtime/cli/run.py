@@ -83,6 +83,9 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
     metavar="calibrated|never|N",
     help="Stop early: as soon as an answer is sure enough (mge-calibrate learns when), or after segment N.",
 )
+@click.option(
+    "--no-mmap", is_flag=True, help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile."
+)
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
@@ -98,6 +101,7 @@ def main(
     threads: int | None,
     streams: int | None,
     exit_at: Exit,
+    no_mmap: bool,
 ) -> None:
     """Answer IMAGES: files, folders (with their subfolders), quoted patterns, or - for one image on standard input.
 
@@ -123,7 +127,9 @@ def main(
         in_lines = len(found) > 1 and top_k is None
         pictures = stack.enter_context(picture_folder(save_to, found))
         streams_wanted = streams or (1 if len(found) < _MANY else "auto")
-        pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at))
+        pipeline = stack.enter_context(
+            Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at, mmap=not no_mmap)
+        )
         if pipeline.choice.remark and pipeline.choice.command is None:  # else opening has said it
             click.echo(f"note: {printable(pipeline.choice.remark)}", err=True)
         manifest = pipeline.manifest

@@ -170,14 +170,19 @@ def build_engines(
         )
 
 
-def build_into_bundle(path: Path, new: NewEngines, manifest_sha256: str) -> None:
+def build_into_bundle(
+    path: Path, new: NewEngines, manifest_sha256: str, waiting: Callable[[], None] = lambda: None
+) -> None:
     """Keep built engines in a bundle, atomically; other targets stay, older engines of this target are replaced.
+
+    `waiting` is called as long as another process writes the bundle, as by `add_engine`.
 
     Raises:
         BundleError: the bundle has another manifest by now.
         OutputError: it cannot be written.
     """
-    add_engine(path, new.target.name, new.plans, new.details.to_dict(), manifest_sha256=manifest_sha256)
+    details = new.details.to_dict()
+    add_engine(path, new.target.name, new.plans, details, manifest_sha256=manifest_sha256, waiting=waiting)
 
 
 @contextmanager

@@ -99,7 +99,12 @@ def build_targets(
             if into_bundle or job.machine is None:
                 if job.target.name in bundle.targets:
                     say(f"replaces the engines for {job.target} that {path} has")
-                build_into_bundle(bundle.path, new, bundle.manifest_sha256)
+
+                def waiting() -> None:
+                    if not progress("bundle", 0.0, "waits for another process"):
+                        raise KeyboardInterrupt
+
+                build_into_bundle(bundle.path, new, bundle.manifest_sha256, waiting)
                 place = f"in {path}"
             else:
                 gpu = job.machine.gpus[index]

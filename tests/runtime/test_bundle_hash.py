@@ -1,0 +1,102 @@
+"""One hash over everything in a bundle that can change an answer."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mge_runtime.bundle import Bundle, add_calibration, add_engine
+from mge_runtime.cli.info import main
+from mge_runtime.errors import BundleError
+
+spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
+zip_entries = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(zip_entries)
+
+TARGET = "tensorrt-10.3-sm87-linux-aarch64"
+
+
+def hash_of(path):
+    with Bundle.open(path) as bundle:
+        return bundle.sha256
+
+
+def info(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def full(copy):
+    """With engines and a calibration."""
+    with Bundle.open(copy) as bundle:
+        digest, stages = bundle.manifest_sha256, [stage.name for stage in bundle.manifest.stages]
+    add_engine(copy, TARGET, dict.fromkeys(stages, b"an engine"), {}, manifest_sha256=digest)
+    add_calibration(copy, {"temperatures": {}})
+    return copy
+
+
+def test_it_is_what_sha256sum_says(full):
+    entries = zip_entries.read_entries(full)
+    documents = ["calibration.json", f"engines/{TARGET}/engine.json", "manifest.json"]
+    lines = "".join(f"{hashlib.sha256(entries[name]).hexdigest()}  {name}\n" for name in documents)
+    assert hash_of(full) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_it_does_not_depend_on_the_order_in_which_things_were_added(full, tmp_path):
+    entries = zip_entries.read_entries(full)
+    zip_entries.write_entries(tmp_path / "turned.plan", dict(reversed(entries.items())))
+    assert hash_of(tmp_path / "turned.plan") == hash_of(full)
+
+
+def test_a_strangers_engines_and_calibration_change_it(full, bundle_path):
+    told = hash_of(full)
+    with Bundle.open(full) as bundle:
+        bundle.verify(expected=told.upper())
+        digest, stages = bundle.manifest_sha256, [stage.name for stage in bundle.manifest.stages]
+    changes = (
+        lambda: add_calibration(full, {"temperatures": {"logits": 0.01}}),
+        lambda: add_engine(full, TARGET, dict.fromkeys(stages, b"another!!"), {}, manifest_sha256=digest),
+        lambda: add_engine(full, "tensorrt-11.4-sm90-linux-x86_64", {}, {}, manifest_sha256=digest),
+    )
+    seen = {told, hash_of(bundle_path)}
+    for change in changes:
+        change()
+        with Bundle.open(full) as bundle:
+            assert bundle.manifest_sha256 == digest
+            bundle.verify()
+            with pytest.raises(BundleError, match=rf"has the hash {bundle.sha256}; expected {told}"):
+                bundle.verify(expected=told)
+            seen.add(bundle.sha256)
+    assert len(seen) == 2 + len(changes)
+
+
+def test_the_bytes_behind_the_hash_are_checked_with_it(full, tmp_path):
+    entries = zip_entries.read_entries(full)
+    for name in ("onnx/gate.weights", f"engines/{TARGET}/gate.plan"):
+        forged = tmp_path / "forged.plan"
+        zip_entries.write_entries(forged, {**entries, name: bytes(len(entries[name]))})
+        with pytest.raises(BundleError, match=name), Bundle.open(forged) as bundle:
+            bundle.verify(expected=hash_of(full))
+    zip_entries.write_entries(tmp_path / "more.plan", {**entries, f"engines/{TARGET}/more.plan": b"unlisted"})
+    with Bundle.open(tmp_path / "more.plan") as bundle, pytest.raises(BundleError, match=r"does not list"):
+        bundle.verify(expected=hash_of(full))
+
+
+def test_mge_info_prints_it_and_holds_a_bundle_to_it(full):
+    told = hash_of(full)
+    assert told in info(full).output
+    for arguments in ((full, "--verify", told), (full, f"--verify={told}"), (full, "--verify"), ("--verify", full)):
+        result = info(*arguments)
+        assert result.exit_code == 0
+        assert "every entry matches its hash" in result.output
+    add_calibration(full, {"temperatures": {"logits": 2.0}})
+    result = info(full, "--verify", told)
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert f"expected {told}" in result.output
+    assert info(full, "--verify").exit_code == 0
+    result = info(full, "--verify", told[:12])
+    assert result.exit_code == 2
+    assert "64 hexadecimal digits" in result.output

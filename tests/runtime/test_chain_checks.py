@@ -1,0 +1,215 @@
+"""What a run refuses to answer from: a file that was overwritten, outputs that are not finite or not of their shape."""
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from mge_runtime import BackendError, BundleError, Pipeline
+from mge_runtime.backends.base import Backend
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
+from mge_runtime.backends.staged import StagedExecutor
+from mge_runtime.bundle import Bundle, write_bundle
+from mge_runtime.calibrated import ExitPoint
+from mge_runtime.chain import Chain
+from mge_runtime.device.host import HostDevice
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return np.random.default_rng(3).integers(0, 256, (3, 32, 32, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def other(tiny, tmp_path_factory):
+    """The next training: the same classes and shapes, other weights."""
+    path = tmp_path_factory.mktemp("other") / "new.plan"
+    tiny.write_tiny_bundle(path, seed=1)
+    return path
+
+
+class OnHost(Backend):
+    """Segments on a `HostDevice`, as a GPU runs them."""
+
+    name, device, version, streams = "onnxruntime", "host", onnxruntime.__version__, 1
+
+    def open_chain(self, bundle):
+        return open_ort_chain(onnxruntime, bundle, HostDevice())
+
+
+BACKENDS = {"staged": lambda: OnnxRuntimeBackend(threads=1), "device": OnHost}
+
+
+def open_chain(path, backend, **options):
+    with Bundle.open(path, **options) as bundle:
+        return Chain(bundle, BACKENDS[backend]())
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bundle_overwritten_in_place_is_refused_before_it_runs(copy, other, frames, backend):
+    chain = open_chain(copy, backend)
+    chain.run(frames)
+    subprocess.run(["cp", other, copy], check=True)
+    for _ in range(2):
+        with pytest.raises(
+            BundleError, match=r"mge.plan was overwritten while it was open.*replace .* by a rename \(mv\)"
+        ):
+            chain.run(frames)
+    chain.close()
+
+
+def test_one_that_is_overwritten_during_a_run_is_not_answered_from(copy, other, frames, monkeypatch):
+    run = StagedExecutor.run
+
+    def late(*args):
+        result = run(*args)
+        copy.write_bytes(other.read_bytes())
+        return result
+
+    with Pipeline.open(copy, device="cpu", threads=1) as pipeline:
+        monkeypatch.setattr(StagedExecutor, "run", late)
+        with pytest.raises(BundleError, match="was overwritten"):
+            pipeline.predict(frames[0])
+
+
+def test_one_that_is_overwritten_while_it_opens_is_refused(copy, other, monkeypatch):
+    read = Bundle.read
+
+    def late(bundle, name):
+        data = read(bundle, name)
+        if name == "onnx/mixture.onnx":  # the last
+            with copy.open("r+b") as stream:
+                stream.write(other.read_bytes())
+        return data
+
+    monkeypatch.setattr(Bundle, "read", late)
+    with pytest.raises(BundleError, match=r"replaced while it was being opened|do not match their hash"):
+        Pipeline.open(copy, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bundle_replaced_by_a_rename_goes_on_as_it_was(copy, other, frames, backend):
+    chain = open_chain(copy, backend)
+    before = chain.run(frames).tensors
+    aside = copy.with_name("aside.plan")
+    aside.write_bytes(other.read_bytes())
+    aside.replace(copy)
+    after = chain.run(frames).tensors
+    chain.close()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_are_loaded_do_not_change_with_the_file(copy, other, frames, backend):
+    mapped = open_chain(copy, backend)
+    expected = mapped.run(frames).tensors
+    mapped.close()
+    chain = open_chain(copy, backend, maps_weights=False)
+    copy.write_bytes(other.read_bytes())
+    copy.write_bytes(b"")  # a page of it that was still mapped would end the process
+    found = chain.run(frames).tensors
+    chain.close()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_weights_are_loaded_where_a_pipeline_is_told_to(copy, frames):
+    with Pipeline.open(copy, device="cpu", threads=1, mmap=False) as pipeline:
+        expected = pipeline.predict(frames[0]).logits
+        os.truncate(copy, 0)
+        np.testing.assert_array_equal(pipeline.predict(frames[0]).logits, expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts descriptors in /proc")
+def test_no_descriptor_is_left_open(bundle_path):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for mmap in (True, False):
+        Pipeline.open(bundle_path, device="cpu", threads=1, mmap=mmap).close()
+    with pytest.raises(BackendError):
+        Pipeline.open(bundle_path, device="cpu", exit=9)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# --- outputs ------------------------------------------------------------------------------------------------------
+
+
+def rewrite(tiny, path, output, *nodes, initializers=()):
+    """Write a tiny bundle one of whose outputs passes through further nodes, from "was" to its name."""
+    graphs = tiny.make_stages()
+    (graph,) = (g for g in graphs if output in {tensor.name for tensor in g.spec.outputs})
+    for node in graph.nodes:
+        node.output[:] = ["was" if name == output else name for name in node.output]
+    graph.nodes += nodes
+    graph.initializers += initializers
+    write_bundle(path, tiny.make_manifest(graphs), {g.spec.name: g.model() for g in graphs})
+
+
+def poison(tiny, path, output, value):
+    """Write a tiny bundle that adds `value` to one output."""
+    added = helper.make_tensor("added", TensorProto.FLOAT, [1], [value])
+    rewrite(tiny, path, output, helper.make_node("Add", ["was", "added"], [output]), initializers=[added])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize(
+    ("graph", "output"),
+    [("expert_1", "heatmap_1"), ("expert_2", "box_2"), ("expert_3", "heatmap_3"), ("expert_2", "logits_2"),
+     ("gate", "gate"), ("mixture", "logits")],
+)  # fmt: skip
+def test_an_output_that_is_not_finite_is_named_with_its_graph(tiny, tmp_path, frames, graph, output, value, backend):
+    poison(tiny, tmp_path / "mge.plan", output, value)
+    chain = open_chain(tmp_path / "mge.plan", backend)
+    with pytest.raises(BackendError, match=rf"^the output {output} of the graph {graph} holds NaN or infinity"):
+        chain.run(frames)
+    chain.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_that_stop_early_are_checked_too(tiny, tmp_path, frames, backend):
+    poison(tiny, tmp_path / "mge.plan", "heatmap_1", np.nan)
+    chain = open_chain(tmp_path / "mge.plan", backend)
+    for options in ({"exits": [ExitPoint(1, "answer_1", 1.0, 0.0)]}, {"segments": 1}):
+        with pytest.raises(BackendError, match="the output heatmap_1 of the graph expert_1"):
+            chain.run(frames, **options)
+    chain.close()
+
+
+def test_a_graph_that_does_not_keep_its_shape_is_refused(tiny, tmp_path, frames):
+    for number, node in enumerate(
+        (
+            helper.make_node("Concat", ["was", "was"], ["logits"], axis=1),
+            helper.make_node("Transpose", ["was"], ["logits"], perm=[1, 0]),
+            helper.make_node("Concat", ["was", "was"], ["logits"], axis=0),
+        )
+    ):
+        path = tmp_path / f"{number}.plan"
+        rewrite(tiny, path, "logits", node)
+        with pytest.raises(BundleError, match=r"logits.*the manifest says"):
+            open_chain(path, "staged").run(frames)
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("float32", (7,)), ("float32", (5, 1)), ("float16", (5,))])
+def test_the_borders_of_graphs_are_compared_with_the_manifest_when_they_open(tiny, tmp_path, dtype, shape):
+    graphs = tiny.make_stages()
+    manifest = tiny.make_manifest(graphs)
+    expert = manifest.stage("expert_3")
+    outputs = tuple(
+        replace(tensor, dtype=dtype, shape=("batch", *shape)) if tensor.name == "answer_3" else tensor
+        for tensor in expert.outputs
+    )
+    stages = tuple(replace(expert, outputs=outputs) if stage is expert else stage for stage in manifest.stages)
+    write_bundle(
+        tmp_path / "mge.plan", replace(manifest, stages=stages), {graph.spec.name: graph.model() for graph in graphs}
+    )
+    for backend in BACKENDS:
+        with pytest.raises(BundleError, match=r"has answer_3 as tensor\(float\) .*; the manifest says"):
+            open_chain(tmp_path / "mge.plan", backend)
