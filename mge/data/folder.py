@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mge.config import MGEConfig
 from mge.data.sampling import sample_generator
-from mge_runtime.decode import decode_image, decode_picture
-from mge_runtime.preprocess import to_frame
+from mge_runtime.decode import decode_picture
+from mge_runtime.preprocess import crop_resized, resized_size, to_frame
 
 __all__ = ["FolderDataset", "TrainingDataset", "normalize"]
 
@@ -70,17 +70,14 @@ class TrainingDataset(Dataset[tuple[Tensor, int]]):
         epoch, index = key
         path, label = self.samples[index]
         random = sample_generator(self._seed, epoch, index)
-        frame = random_crop(decode_image(path), self.config, random)
+        frame = random_crop(decode_picture(path), self.config, random)
         if self._flip and random.random() < 0.5:
             frame = frame[:, ::-1]
         return normalize(frame, self.config), label
 
 
-def random_crop(image: np.ndarray, config: MGEConfig, random: np.random.Generator) -> np.ndarray:
-    """Resize the shorter side as the runtime does, then cut a random square: uint8 [H, W, 3] to [S, S, 3]."""
-    height, width = image.shape[:2]
-    scaled = tuple(int(config.resize * side / min(height, width)) for side in (width, height))
-    # A copy, since Pillow's own memory is read-only and PyTorch wants to be able to write.
-    resized = np.array(Image.fromarray(image).resize((scaled[0], scaled[1]), Image.Resampling.BILINEAR))
-    top, left = (int(random.integers(side - config.image_size + 1)) for side in resized.shape[:2])
-    return resized[top : top + config.image_size, left : left + config.image_size]
+def random_crop(image: Image, config: MGEConfig, random: np.random.Generator) -> np.ndarray:
+    """Resize the shorter side as the runtime does, then cut a random square: an RGB image to uint8 [S, S, 3]."""
+    width, height = resized_size(image.width, image.height, config.resize)
+    top, left = (int(random.integers(side - config.image_size + 1)) for side in (height, width))
+    return crop_resized(image, (width, height), (left, top), config.image_size)

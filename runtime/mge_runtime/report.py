@@ -149,7 +149,7 @@ class PictureFolder:
         from mge_runtime.decode import decode_image
         from mge_runtime.draw import draw_prediction
 
-        picture = draw_prediction(decode_image(source), prediction)
+        picture = draw_prediction(decode_image(source, prediction.width * prediction.height), prediction)
         path = self._paths[image]
         with atomic_path(path) as temporary:
             picture.save(temporary, "PNG", compress_level=3)

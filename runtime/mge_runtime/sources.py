@@ -295,7 +295,7 @@ def _expand_path(name: str) -> ImageList:
         return ImageList([NamedImage(name, path)])
     found = list_folder(path)
     if not found.images and not found.problems:
-        held = found.remark() or "it is empty"
+        held = found.remark() or "it holds nothing"
         raise InputError(f"no image in the folder {path}: {held}; expected files such as .jpg or .png")
     return found
 

@@ -100,7 +100,7 @@ def test_a_file_called_like_standard_input():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("empty", "no image in the folder empty: it is empty; expected files such as .jpg or .png"),
+        ("empty", "no image in the folder empty: it holds nothing; expected files such as .jpg or .png"),
         (
             "text",
             "no image in the folder text: passed over 1 file: 1 with another suffix; "

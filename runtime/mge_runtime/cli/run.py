@@ -39,6 +39,7 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 @click.argument("images", nargs=-1)
 @click.option("--files-from", metavar="FILE|-", help="A list of more images, one a line; -: on standard input.")
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to answer with.")
+@click.option("--max-pixels", type=click.IntRange(min=1), help="The most an image may have.  [default: 65 million]")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
 @click.option("--csv", "csv_path", metavar="FILE", type=click.Path(path_type=Path), help="Also write a CSV table.")
 @click.option(
@@ -76,6 +77,7 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 def main(
     images: tuple[str, ...],
     files_from: str | None,
+    max_pixels: int | None,
     engine: str,
     as_json: bool,
     csv_path: Path | None,
@@ -94,6 +96,7 @@ def main(
     """
     if not images and files_from is None:
         raise click.UsageError("name images, or a list of them with --files-from")
+    from mge_runtime.decode import MAX_PIXELS
     from mge_runtime.pipeline import Pipeline
     from mge_runtime.report import csv_table, json_line, picture_folder, text_block, text_line
     from mge_runtime.sources import find_images
@@ -113,7 +116,10 @@ def main(
     with ExitStack() as stack:
         pictures = stack.enter_context(picture_folder(save_to, found))
         streams_wanted = streams or (1 if len(found) < _MANY else "auto")
-        pipeline = stack.enter_context(Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at))
+        limit = max_pixels or MAX_PIXELS
+        pipeline = stack.enter_context(
+            Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at, max_pixels=limit)
+        )
         if pipeline.choice.remark:
             click.echo(f"note: {pipeline.choice.remark}", err=True)
         manifest = pipeline.manifest
