@@ -9,60 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mge.config import MGEConfig
 from mge.data.sampling import sample_generator
-from mge_runtime.decode import decode_image, decode_picture
-from mge_runtime.errors import InputError
-from mge_runtime.preprocess import to_frame
+from mge_runtime.decode import decode_picture
+from mge_runtime.preprocess import crop_resized, resized_size, to_frame
 
-__all__ = ["IMAGE_SUFFIXES", "FolderDataset", "TrainingDataset", "list_classes", "list_images", "normalize"]
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-
-
-def list_classes(folder: Path) -> tuple[str, ...]:
-    """Names of the class folders in `folder`, sorted.
-
-    Raises:
-        InputError: there is no such folder, or fewer than two classes in it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}; expected images in ImageFolder layout, DIR/train/<class>/*.jpg")
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
-    if len(classes) < 2:
-        raise InputError(f"{folder} holds {len(classes)} class folders; expected at least two, one for each class")
-    return classes
-
-
-def list_images(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Every image under the class folders with its class index, sorted by class and name.
-
-    A class without a folder has no images (validation sets are often incomplete).
-
-    Raises:
-        InputError: no image at all, or a class folder that is not among `classes`.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}; expected images in ImageFolder layout, DIR/<class>/*.jpg")
-    found = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
-    if foreign := sorted(found - set(classes)):
-        raise InputError(
-            f"{folder} holds class {foreign[0]!r}, which is not among the model's {len(classes)} classes; "
-            "expected folders named like them"
-        )
-    samples = [
-        (path, index)
-        for index, name in enumerate(classes)
-        for path in sorted((folder / name).glob("**/*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    ]
-    if not samples:
-        raise InputError(f"no images in {folder}; expected <class>/*{'|'.join(sorted(IMAGE_SUFFIXES))}")
-    return samples
+__all__ = ["FolderDataset", "TrainingDataset", "normalize"]
 
 
 def normalize(frame: np.ndarray, config: MGEConfig) -> Tensor:
@@ -114,17 +70,14 @@ class TrainingDataset(Dataset[tuple[Tensor, int]]):
         epoch, index = key
         path, label = self.samples[index]
         random = sample_generator(self._seed, epoch, index)
-        frame = random_crop(decode_image(path), self.config, random)
+        frame = random_crop(decode_picture(path), self.config, random)
         if self._flip and random.random() < 0.5:
             frame = frame[:, ::-1]
         return normalize(frame, self.config), label
 
 
-def random_crop(image: np.ndarray, config: MGEConfig, random: np.random.Generator) -> np.ndarray:
-    """Resize the shorter side as the runtime does, then cut a random square: uint8 [H, W, 3] to [S, S, 3]."""
-    height, width = image.shape[:2]
-    scaled = tuple(int(config.resize * side / min(height, width)) for side in (width, height))
-    # A copy, since Pillow's own memory is read-only and PyTorch wants to be able to write.
-    resized = np.array(Image.fromarray(image).resize((scaled[0], scaled[1]), Image.Resampling.BILINEAR))
-    top, left = (int(random.integers(side - config.image_size + 1)) for side in resized.shape[:2])
-    return resized[top : top + config.image_size, left : left + config.image_size]
+def random_crop(image: Image, config: MGEConfig, random: np.random.Generator) -> np.ndarray:
+    """Resize the shorter side as the runtime does, then cut a random square: an RGB image to uint8 [S, S, 3]."""
+    width, height = resized_size(image.width, image.height, config.resize)
+    top, left = (int(random.integers(side - config.image_size + 1)) for side in (height, width))
+    return crop_resized(image, (width, height), (left, top), config.image_size)

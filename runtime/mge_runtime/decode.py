@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Generator
@@ -16,13 +17,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union, cast
 import numpy as np
 
 from mge_runtime.errors import InputError
+from mge_runtime.image_files import kind_of, lacks_data, tiff_fault, webp_size, without_metadata
+from mge_runtime.sources import is_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "ImageSource", "decode_image", "decode_picture", "load_decoders"]
+__all__ = ["MAX_PIXELS", "MAX_SIDE", "ImageSource", "decode_image", "decode_picture", "load_decoders"]
 
-MAX_PIXELS = 178_956_970  # pixels; where Pillow itself refuses: 512 MiB as RGB
+MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
+MAX_SIDE = 65_535  # pixels; the longest side of a JPEG
 
 # Everything that `decode_image` takes.
 ImageSource = Union["str | os.PathLike[str] | bytes | BinaryIO | Image", np.ndarray]
@@ -31,17 +35,19 @@ _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVI
 _PLUGINS = ("Jpeg", "Mpo", "Png", "Gif", "Bmp", "Ppm", "WebP", "Tiff", "Jpeg2K", "Avif")
 _EXPECTED = "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000 or AVIF picture"
 _ORIENTATION_TAG = 0x0112  # EXIF and TIFF alike
+_TIFF_BITS_TAG = 258
 _TIFF_PHOTOMETRIC_TAG = 262
 _TIFF_WHITE_IS_ZERO = 0
 
 _header_lock = threading.Lock()
 
 
-def decode_image(source: ImageSource) -> np.ndarray:
+def decode_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode a picture to upright 8-bit RGB pixels, as `decode_picture` does.
 
     Args:
         source: what `decode_picture` takes; a uint8 RGB array is returned as it is where its memory is contiguous.
+        max_pixels: as for `decode_picture`.
 
     Returns:
         uint8 RGB array [H, W, 3], C-contiguous.
@@ -51,41 +57,63 @@ def decode_image(source: ImageSource) -> np.ndarray:
     """
     if isinstance(source, np.ndarray):
         return _checked_array(source)
-    return np.array(decode_picture(source))  # a copy: what Pillow lends is read-only
+    image = decode_picture(source, max_pixels)
+    with _enough_memory("the image", image.size):
+        return np.array(image)  # a copy: what Pillow lends is read-only
 
 
-def decode_picture(source: ImageSource) -> Image:
+def decode_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
     """Decode a picture to an upright Pillow image of mode RGB; `to_frame` takes it without another copy.
 
-    EXIF orientation is applied; alpha, palette transparency and `tRNS` are composited on white; greyscale, palette,
-    CMYK and YCbCr are converted by Pillow; 16-bit greyscale is scaled by 255 / 65535 and rounded (16-bit RGB: Pillow
-    keeps the high byte, at most one grey level below that). Of an animation the first frame counts. Colour profiles
-    are ignored. JPEGs are decoded at full size, never in Pillow's draft mode: training and the device see the same.
+    EXIF orientation is applied; alpha (premultiplied, too), palette transparency and `tRNS` are composited on white;
+    greyscale, palette, CMYK, YCbCr and Lab are converted by Pillow. Samples of up to 16 bits are scaled from the range
+    of their bits to 0 .. 255: grey is rounded, of 16-bit RGB and CMYK Pillow keeps the high byte, at most one level
+    below that. Of an animation the first frame counts. Colour profiles are ignored, and so is broken metadata. JPEGs
+    are decoded at full size, never in Pillow's draft mode: training and the device see the same.
+
+    Refused and named is what Pillow reads wrongly or not at all: floating-point, signed and 32-bit samples, 12-bit and
+    lossless JPEG, and TIFF of odd bits or of more than 8 bits in separate planes.
+
+    An image is refused where its file ends before its pixels do, and where a checksum or the decoder finds damage. The
+    end of a file may be missing where it holds no pixels. Damage inside a format without checksums (JPEG, BMP, PPM, raw
+    TIFF) can go unnoticed, as can a cut in the last scan of a progressive JPEG or within the last block of another.
+
+    Memory while decoding: up to 30 bytes a pixel (JPEG 2000 with alpha; WebP 16, PNG 12, JPEG 4 to 10), of which the
+    image returned keeps 4.
 
     Args:
         source: a path, the bytes of a picture file, a binary file object (read from where it stands), a Pillow image
             (left unchanged), or a uint8 RGB array [H, W, 3].
+        max_pixels: the most that a picture may have; a side has at most `MAX_SIDE`.
 
     Returns:
         The loaded image; a Pillow image that is upright RGB already is returned itself.
 
     Raises:
-        InputError: the source is missing, unreadable, no picture, of an unsupported kind, damaged, cut short, or larger
-            than `MAX_PIXELS`. A picture is decoded whole or not at all.
+        InputError: the source is missing, no regular file, unreadable, no picture, of an unsupported kind, damaged, cut
+            short, or larger than it may be or than memory.
     """
     from PIL.Image import Image, fromarray
 
     if isinstance(source, np.ndarray):
         return fromarray(_checked_array(source))
     if isinstance(source, Image):
-        return _pixels(source, getattr(source, "filename", "") or "the Pillow image")
+        name = getattr(source, "filename", "") or "the Pillow image"
+        _check_size(source.size, name, max_pixels)
+        try:
+            with _enough_memory(name, source.size):
+                return _pixels(source, name)
+        except InputError:
+            raise
+        except Exception as error:  # damaged data makes Pillow raise almost anything
+            raise _damaged(name, error) from error
     if isinstance(source, bytes):
         name: str = getattr(source, "name", f"the picture of {len(source)} bytes")
-        return _decode_stream(io.BytesIO(source), name)
+        return _decode_stream(io.BytesIO(source), name, max_pixels)
     if isinstance(source, (str, os.PathLike)):
-        return _decode_file(Path(source))
+        return _decode_file(Path(source), max_pixels)
     if hasattr(source, "read"):
-        return _decode_file_object(source)
+        return _decode_file_object(source, max_pixels)
     raise InputError(
         f"cannot read an image from {type(source).__name__}; expected a path, bytes, a binary file, "
         "a Pillow image or a uint8 RGB array [H, W, 3]"
@@ -106,20 +134,26 @@ def _checked_array(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _decode_file(path: Path) -> Image:
+def _decode_file(path: Path, max_pixels: int) -> Image:
     try:
-        with path.open("rb") as stream:
-            return _decode_stream(stream, str(path))
+        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe would be waited for
+            raise InputError(f"cannot read {path}: it is a pipe, socket or device; expected an image file")
+        stream = path.open("rb")
     except FileNotFoundError as error:
-        raise InputError(f"no image at {path}: the file does not exist; check the name") from error
+        if is_url(str(path)):
+            raise InputError(f"cannot read {path}: it is a URL; expected a file, download it first") from error
+        what = "it is a link to nothing" if path.is_symlink() else "the file does not exist"
+        raise InputError(f"no image at {path}: {what}; check the name") from error
     except IsADirectoryError as error:
         raise InputError(f"cannot read {path}: it is a folder; expected an image file, name one inside it") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path}: {reason}; expected a readable image file") from error
+    with stream:
+        return _decode_stream(stream, str(path), max_pixels)
 
 
-def _decode_file_object(stream: BinaryIO) -> Image:
+def _decode_file_object(stream: BinaryIO, max_pixels: int) -> Image:
     name = getattr(stream, "name", None)
     name = name if isinstance(name, str) else "the image stream"
     try:
@@ -128,63 +162,87 @@ def _decode_file_object(stream: BinaryIO) -> Image:
         raise InputError(f"cannot read {name}: {error}; expected a readable binary file") from error
     if not isinstance(data, bytes):
         raise InputError(f"cannot read {name}: it yields {type(data).__name__}; expected a file opened in binary mode")
-    return _decode_stream(io.BytesIO(data), name)
+    return _decode_stream(io.BytesIO(data), name, max_pixels)
 
 
-def _decode_stream(stream: BinaryIO, name: str) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    head = stream.read(512)
-    if not head:
-        raise InputError(f"cannot decode {name}: it is empty (0 bytes); {_EXPECTED}")
-    stream.seek(0)
+def _decode_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image:
     try:
-        with _quiet_header():
-            image = Image.open(stream, formats=_formats())
-    except UnidentifiedImageError as error:
-        raise InputError(f"cannot decode {name}: {_kind(head)}; {_EXPECTED}") from error
-    except Image.DecompressionBombError as error:
-        raise _too_large(name, _size_of(stream)) from error
-    except Exception as error:  # damaged headers make Pillow raise almost anything
+        head = stream.read(512)
+        if not head:
+            raise InputError(f"cannot decode {name}: it is empty (0 bytes); {_EXPECTED}")
+        if size := webp_size(head):
+            _check_size(size, name, max_pixels)
+        try:
+            return _decode_opened(stream, name, max_pixels)
+        except (InputError, MemoryError):
+            raise
+        except Exception:  # broken metadata is no reason: once more without
+            if bare := without_metadata(_whole(stream)):
+                with suppress(Exception):
+                    return _decode_opened(io.BytesIO(bare), name, max_pixels)
+            raise
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise _no_memory(name, f"to decode a file of {len(_whole(stream))} bytes") from error
+    except Exception as error:  # damage makes Pillow raise almost anything
+        from PIL import UnidentifiedImageError
+
+        if isinstance(error, UnidentifiedImageError):
+            raise InputError(f"cannot decode {name}: {kind_of(_whole(stream))}; {_EXPECTED}") from error
         raise _damaged(name, error) from error
-    with image:
-        return _pixels(image, name)
 
 
-def _size_of(stream: BinaryIO) -> str:
-    """Read the size of a picture that Pillow will not open for its size; no pixel is decoded."""
-    from PIL import Image
+def _decode_opened(stream: BinaryIO, name: str, max_pixels: int) -> Image:
+    with _open(stream) as image:
+        _check_size(image.size, name, max_pixels)
+        with _enough_memory(name, image.size):
+            pixels = _pixels(image, name)
+            if lacks_data(image, lambda: _whole(stream), lambda data: _open(io.BytesIO(data))):
+                raise _damaged(name, EOFError("it is cut short"))
+        return pixels
+
+
+def _open(stream: BinaryIO) -> Image:
+    import PIL.Image
 
     stream.seek(0)
     with _quiet_header():
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        # Sizes are checked here, with what was found; Pillow's limit would hide that.
+        limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
         try:
-            with Image.open(stream, formats=_formats()) as image:
-                return f"{image.width} x {image.height} pixels"
+            return PIL.Image.open(stream, formats=_formats())
         finally:
-            Image.MAX_IMAGE_PIXELS = limit
+            PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _whole(stream: BinaryIO) -> bytes:
+    stream.seek(0)
+    return stream.read()
+
+
+def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels or max(size) > MAX_SIDE:
+        raise InputError(
+            f"will not decode {name}: it is {width} x {height} pixels; expected at most {max_pixels / 1e6:.3g} "
+            f"megapixels and {MAX_SIDE} a side: scale it down first, or raise --max-pixels"
+        )
+    if width * height == 0:
+        raise InputError(f"cannot use {name}: it is {width} x {height} pixels; expected at least 1 x 1")
 
 
 def _pixels(image: Image, name: str) -> Image:
     """Load, convert and turn one Pillow image, which stays as it was."""
-    from PIL.Image import DecompressionBombError
-
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, f"{width} x {height} pixels")
-    if width * height == 0:
-        raise InputError(f"cannot use {name}: it is {width} x {height} pixels; expected at least 1 x 1")
-    try:
-        image.load()
-        with _quiet_header():
-            orientation = image.getexif().get(_ORIENTATION_TAG)
-        return _oriented(_to_rgb(image, name), orientation)
-    except InputError:
-        raise
-    except DecompressionBombError as error:  # a frame larger than the picture it belongs to
-        raise _too_large(name, f"{width} x {height} pixels with a frame beyond that") from error
-    except Exception as error:  # damaged data makes Pillow raise almost anything
-        raise _damaged(name, error) from error
+    if image.format == "TIFF" and (fault := tiff_fault(image)):
+        raise InputError(
+            f"cannot use {name}: it is {fault}; expected a whole one of 8 or 16 bits without sign: convert it"
+        )
+    image.load()
+    orientation = None
+    with _quiet_header(), suppress(Exception):  # broken metadata never stops a picture
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    return _oriented(_to_rgb(image, name), orientation)
 
 
 def _to_rgb(image: Image, name: str) -> Image:
@@ -197,32 +255,36 @@ def _to_rgb(image: Image, name: str) -> Image:
             "expected integers: convert it to 8 or 16 bits a channel"
         )
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return PIL.Image.fromarray(_grey_from_16_bit(image, name)).convert("RGB")
+        return PIL.Image.fromarray(_grey_from_integers(image, name)).convert("RGB")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())  # alpha is divided out
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         white = PIL.Image.new("RGB", image.size, "white")
-        white.paste(rgba, mask=rgba.getchannel("A"))
+        white.paste(rgba, mask=rgba)
         return white
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey_from_16_bit(image: Image, name: str) -> np.ndarray:
-    """Scale 16-bit grey to uint8 [H, W]: value * 255 / 65535, rounded. Pillow's own conversion would clip at 255."""
-    values = np.asarray(image).astype(np.int32)
+def _grey_from_integers(image: Image, name: str) -> np.ndarray:
+    """Scale grey of 16 bits (12 in some TIFFs) to uint8 [H, W], rounded; Pillow's own conversion would clip at 255."""
+    tags: dict[int, Any] = getattr(image, "tag_v2", {})
+    most: int = 2 ** min(tags.get(_TIFF_BITS_TAG, (16,))[0], 16) - 1
+    values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:  # mode "I" is signed 32-bit
+    if low < 0 or high > most:  # mode "I" is signed 32-bit
         raise InputError(
             f"cannot use {name}: its grey values run from {low} to {high}; "
-            "expected 0 to 65535: convert it to 8 or 16 bits without sign"
+            f"expected 0 to {most}: convert it to 8 or 16 bits without sign"
         )
-    grey = ((values + 128) // 257).astype(np.uint8)
+    levels = ((np.arange(most + 1) * 510 + most) // (2 * most)).astype(np.uint8)  # value * 255 / most, rounded
     # Pillow turns WhiteIsZero over for 1 to 8 bits, not for 16.
-    if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC_TAG) == _TIFF_WHITE_IS_ZERO:
-        grey = 255 - grey
+    if tags.get(_TIFF_PHOTOMETRIC_TAG) == _TIFF_WHITE_IS_ZERO:
+        levels = 255 - levels
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return grey
+    if isinstance(transparent, int) and 0 <= transparent <= most:
+        levels[transparent] = 255
+    return levels[values]
 
 
 def _oriented(image: Image, orientation: object) -> Image:
@@ -264,31 +326,18 @@ def _quiet_header() -> Generator[None, None, None]:
         yield
 
 
-def _kind(head: bytes) -> str:
-    """Say what a file that is none of the known pictures seems to be."""
-    if head[4:8] == b"ftyp":
-        if head[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
-            return "it is an HEIC picture, convert it to JPEG"
-        return "it is a video or an unknown ISO media file"
-    for magic, kind in ((b"%PDF", "a PDF"), (b"%!PS", "PostScript"), (b"PK\x03\x04", "a ZIP archive")):
-        if head.startswith(magic):
-            return f"it is {kind}"
-    if b"<svg" in head:
-        return "it is an SVG drawing, render it to PNG"
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")):
-        return "its header is damaged, cut short or of an unsupported kind"
-    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
-        return "it is a text file"
-    return "it is no known picture"
-
-
 def _damaged(name: str, error: Exception) -> InputError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"cannot decode {name}: {reason}; expected a whole, undamaged picture: copy or save it again")
 
 
-def _too_large(name: str, found: str) -> InputError:
-    return InputError(
-        f"will not decode {name}: it is {found}; expected at most {MAX_PIXELS / 1e6:.0f} megapixels: "
-        "scale it down first"
-    )
+@contextmanager
+def _enough_memory(name: str, size: tuple[int, int]) -> Generator[None, None, None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise _no_memory(name, f"for {size[0]} x {size[1]} pixels") from error
+
+
+def _no_memory(name: str, use: str) -> InputError:
+    return InputError(f"cannot decode {name}: there is not enough memory {use}; free some, or scale it down first")

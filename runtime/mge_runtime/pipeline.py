@@ -19,7 +19,7 @@ from mge_runtime.backends import Choice, Streams, choose, open_backend
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
 from mge_runtime.chain import Chain, ChainResult, ImageResult
-from mge_runtime.decode import ImageSource, decode_picture, load_decoders
+from mge_runtime.decode import MAX_PIXELS, ImageSource, decode_picture, load_decoders
 from mge_runtime.errors import BackendError, BundleError, InputError
 from mge_runtime.exits import Exit, Stops, resolve_exit
 from mge_runtime.fields import JsonValue
@@ -66,7 +66,9 @@ class Pipeline:
         graphs: bool = True,
         exit: Exit = "never",
         calibration: bool = True,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self._max_pixels = max_pixels
         self.manifest: Manifest = bundle.manifest
         # Temperatures and exits.
         self.calibrated: Calibrated = _calibrated(bundle) if calibration else Calibrated.none(bundle.manifest)
@@ -94,6 +96,7 @@ class Pipeline:
         exit: Exit = "never",
         calibration: bool = True,
         mmap: bool = True,
+        max_pixels: int = MAX_PIXELS,
     ) -> Pipeline:
         """Open a bundle and make its chain ready to run, with the best that is ready here: engines are not built.
 
@@ -115,6 +118,7 @@ class Pipeline:
             mmap: whether the weights may be mapped from the file. A file that is overwritten in place (`cp`, `scp`)
                 while a run is on may then end the process; outside a run the next one refuses to answer. False loads
                 them: opening takes up to twice the largest graph's weights more memory, running about none.
+            max_pixels: the most that an image may have, as for `decode_picture`.
 
         Raises:
             BundleError: the file is missing, no bundle, damaged or of a newer schema, or its calibration is damaged.
@@ -129,7 +133,14 @@ class Pipeline:
             if choice.command is not None:
                 logging.getLogger("mge_runtime").warning(choice.remark)
             return cls(
-                bundle, choice, threads=threads, streams=streams, graphs=graphs, exit=exit, calibration=calibration
+                bundle,
+                choice,
+                threads=threads,
+                streams=streams,
+                graphs=graphs,
+                exit=exit,
+                calibration=calibration,
+                max_pixels=max_pixels,
             )
 
     def __enter__(self) -> Pipeline:
@@ -267,7 +278,7 @@ class Pipeline:
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
-        image = decode_picture(source)
+        image = decode_picture(source, self._max_pixels)
         decoded = time.perf_counter()
         frame, viewport = to_frame(image, self.manifest.preprocess)
         done = time.perf_counter()

@@ -13,7 +13,7 @@ from mge_runtime.spec import Preprocess
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_RESIZED_PIXELS", "to_frame"]
+__all__ = ["MAX_RESIZED_PIXELS", "crop_resized", "resized_size", "to_frame"]
 
 # Pixels of the whole resized image; a longer strip (256:1 at 512) is resized only where the centre crop needs it.
 MAX_RESIZED_PIXELS = 2**26
@@ -36,23 +36,30 @@ def to_frame(image: np.ndarray | Image, spec: Preprocess) -> tuple[np.ndarray, V
     Raises:
         InputError: `image` is neither, or `spec` is out of range.
     """
-    from PIL.Image import Resampling
-
     picture = _picture(image)
     size = spec.size
     if not 1 <= size <= spec.resize:
         raise InputError(f"cannot crop {size} of a side resized to {spec.resize}; expected 1 <= size <= resize")
     width, height = picture.size
-    new_width, new_height = _resized(width, height, spec.resize)
+    new_width, new_height = resized_size(width, height, spec.resize)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     scale_x, scale_y = width / new_width, height / new_height
     box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
-    if new_width * new_height <= MAX_RESIZED_PIXELS:
-        picture = picture.resize((new_width, new_height), Resampling.BILINEAR)
-        picture = picture.crop((left, top, left + size, top + size))
-    else:
-        picture = picture.resize((size, size), Resampling.BILINEAR, box=box)
-    return np.array(picture), Viewport(*box, width=width, height=height)
+    frame = crop_resized(picture, (new_width, new_height), (left, top), size)
+    return frame, Viewport(*box, width=width, height=height)
+
+
+def crop_resized(picture: Image, resized: tuple[int, int], corner: tuple[int, int], size: int) -> np.ndarray:
+    """Resize to `resized` (width, height) and cut `size` x `size` at `corner` (left, top): uint8 [size, size, 3]."""
+    from PIL.Image import Resampling
+
+    (width, height), (left, top) = resized, corner
+    if width * height <= MAX_RESIZED_PIXELS:
+        whole = picture.resize(resized, Resampling.BILINEAR)
+        return np.array(whole.crop((left, top, left + size, top + size)))
+    x, y = picture.width / width, picture.height / height
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return np.array(picture.resize((size, size), Resampling.BILINEAR, box=box))
 
 
 def _picture(image: np.ndarray | Image) -> Image:
@@ -69,7 +76,7 @@ def _picture(image: np.ndarray | Image) -> Image:
     return fromarray(image)
 
 
-def _resized(width: int, height: int, side: int) -> tuple[int, int]:
+def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
     """Width and height with the shorter side at `side`; torchvision truncates the longer one."""
     if width <= height:
         return side, int(side * height / width)

@@ -17,7 +17,7 @@ from torch import nn
 
 from mge.checkpoint import load_checkpoint, read_checkpoint
 from mge.config import MGEConfig
-from mge.data.folder import FolderDataset, TrainingDataset
+from mge.data.folder import FolderDataset, TrainingDataset, random_crop
 from mge.data.sampling import EpochSampler
 from mge.model import MGENet
 from mge.training.loop import Trainer, within_noise
@@ -328,5 +328,13 @@ def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds 1 class folders"):
         training_splits(tmp_path, 0)
     (tmp_path / "train/b").mkdir()
-    with pytest.raises(InputError, match="no images in"):
+    with pytest.raises(InputError, match="train/a holds no image"):
         training_splits(tmp_path, 0)
+
+
+def test_a_crop_of_a_strip_needs_no_memory_for_the_whole_strip():
+    config = MGEConfig("test_resnet", ("a", "b"), image_size=448, resize=512)
+    gradient = np.repeat(np.linspace(0, 255, 9000).astype(np.uint8)[None, :, None], 3, axis=2)
+    crop = random_crop(Image.fromarray(gradient), config, np.random.default_rng(0))  # resized: 4,608,000 x 512 pixels
+    assert crop.shape == (448, 448, 3)
+    assert np.ptp(crop) <= 1  # one pixel of the strip, or two

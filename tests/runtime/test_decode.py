@@ -1,6 +1,7 @@
 """Every kind of picture becomes the same RGB pixels everywhere, or one clear line."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -118,7 +119,7 @@ def test_mode_i_within_16_bits_and_beyond():
     assert decode_image(Image.fromarray(np.array([SIXTEEN], np.int32)))[0].tolist() == EIGHT
     for values, found in (([0, 70000], "0 to 70000"), ([-1, 5], "-1 to 5")):
         with pytest.raises(InputError, match=f"grey values run from {found}; expected 0 to 65535"):
-            decode_image(saved(Image.fromarray(np.array([values], np.int32)), "TIFF"))
+            decode_image(Image.fromarray(np.array([values], np.int32)))
 
 
 def test_sixteen_bit_rgb_keeps_the_high_byte():
@@ -261,6 +262,15 @@ def refusal(source: object) -> str:
     return message
 
 
+def test_pipes_devices_links_and_addresses_are_named_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    assert "it is a pipe, socket or device" in refusal(tmp_path / "pipe.jpg")
+    assert "it is a pipe, socket or device" in refusal(os.devnull)
+    assert "it is a link to nothing" in refusal(tmp_path / "gone.jpg")
+    assert "it is a URL; expected a file, download it first" in refusal("https://example.org/a.jpg?size=3")
+
+
 def test_missing_folder_and_unreadable(tmp_path):
     assert "the file does not exist; check the name" in refusal(tmp_path / "none.jpg")
     assert "it is a folder; expected an image file" in refusal(tmp_path)
@@ -280,9 +290,12 @@ def test_missing_folder_and_unreadable(tmp_path):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is PostScript"),
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "it is an SVG drawing"),
         (bytes(range(200)), "it is no known picture"),
+        (b"RIFF\0\0\0\0AVI LIST", "it is an AVI video"),
+        (b"RIFF\0\0\0\0XYZ LIST", "it is a RIFF file of another kind"),
+        (b"8BPS\0\1", "it is a Photoshop file"),
         (b"\x89PNG\r\n\x1a\n", "its header is damaged, cut short"),
     ],
-    ids=["empty", "text", "heic", "video", "pdf", "eps", "svg", "bytes", "header"],
+    ids=["empty", "text", "heic", "video", "pdf", "eps", "svg", "bytes", "avi", "riff", "psd", "header"],
 )
 def test_what_is_no_picture(tmp_path, data, found):
     path = tmp_path / "photo.jpg"
@@ -329,7 +342,7 @@ def test_a_bomb_is_refused_before_decoding(monkeypatch):
     assert limit is not None
     assert "it is 30000 x 30000 pixels; expected" in message
     assert "Image size" not in message
-    assert "expected at most 179 megapixels: scale it down first" in message
+    assert "expected at most 65 megapixels and 65535 a side: scale it down first" in message
     # The limit is ours: it stands where a program has taken Pillow's away, and nothing is decoded before it.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded a bomb"))

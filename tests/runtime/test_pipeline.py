@@ -199,10 +199,10 @@ def test_decoding_overlaps_computing(pipeline, photos, monkeypatch):
     """Both wait instead of working, so that the order of events shows and not this machine's speed."""
     decode, events = mge_runtime.pipeline.decode_picture, []
 
-    def slow_decode(source):
+    def slow_decode(source, max_pixels):
         time.sleep(0.05)
         events.append("decoded")
-        return decode(source)
+        return decode(source, max_pixels)
 
     run = pipeline._run
 
@@ -220,7 +220,7 @@ def test_decoding_overlaps_computing(pipeline, photos, monkeypatch):
 
 
 def test_a_defect_in_decoding_is_not_swallowed(pipeline, photos, monkeypatch):
-    def broken(_):
+    def broken(*_):
         raise ZeroDivisionError
 
     monkeypatch.setattr(mge_runtime.pipeline, "decode_picture", broken)

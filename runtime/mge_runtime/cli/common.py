@@ -11,9 +11,9 @@ from typing import ParamSpec, TypeVar
 import click
 
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import InputError, MGEError, OutputError, one_line
+from mge_runtime.errors import InputError, MGEError, OutputError, one_line, printable
 
-__all__ = ["at_most_cpus", "echo", "format_bytes", "report", "reports_errors"]
+__all__ = ["at_most_cpus", "echo", "format_bytes", "note", "report", "reports_errors"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -51,6 +51,11 @@ def _require_working_folder() -> None:
         raise InputError(f"cannot work in this folder: {error.strerror}; expected one that exists, cd to it") from error
 
 
+def note(line: str) -> None:
+    """Say on standard error what is no error."""
+    click.echo(f"note: {printable(line)}", err=True)
+
+
 def report(error: MGEError) -> None:
     """Print one line about an error on standard error."""
     click.echo(f"error: {one_line(error)}", err=True)
@@ -80,9 +85,7 @@ def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int 
     del context
     if value is None or value <= (count := cpu_count()):
         return value
-    click.echo(
-        f"note: {parameter.opts[-1]} {value} is cut to {count}, the processors that this process may use", err=True
-    )
+    note(f"{parameter.opts[-1]} {value} is cut to {count}, the processors that this process may use")
     return count
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, report, reports_errors
+from mge_runtime.cli.common import at_most_cpus, echo, note, report, reports_errors
 from mge_runtime.errors import InputError, MGEError, printable
 from mge_runtime.interrupt import interruptible
 
@@ -36,8 +36,10 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", nargs=-1)
+@click.option("--files-from", metavar="FILE|-", help="A list of more images, one a line; -: on standard input.")
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to answer with.")
+@click.option("--max-pixels", type=click.IntRange(min=1), help="The most an image may have.  [default: 65 million]")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
 @click.option(
     "--csv",
@@ -90,6 +92,8 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 @reports_errors
 def main(
     images: tuple[str, ...],
+    files_from: str | None,
+    max_pixels: int | None,
     engine: str,
     as_json: bool,
     csv_path: Path | None,
@@ -103,11 +107,14 @@ def main(
     exit_at: Exit,
     no_mmap: bool,
 ) -> None:
-    """Answer IMAGES: files, folders (with their subfolders), quoted patterns, or - for one image on standard input.
+    """Answer IMAGES: files, folders (searched deep), quoted patterns, @FILE for a list, - for one on standard input.
 
     An image that cannot be read is reported and passed over; the exit code is 1 then, as it is after Ctrl-C or SIGTERM.
     Files appear whole or not at all: what is printed and the pictures stay after an interrupt, a CSV file does not.
     """
+    if not images and files_from is None:
+        raise click.UsageError("name images, or a list of them with --files-from")
+    from mge_runtime.decode import MAX_PIXELS
     from mge_runtime.fonts import undrawable
     from mge_runtime.pipeline import Pipeline
     from mge_runtime.report import csv_table, is_stdout, json_error, json_line, picture_folder, text_block, text_line
@@ -118,9 +125,12 @@ def main(
         raise click.UsageError("--json and --csv - would both be printed; name a file for the CSV table")
     with ExitStack() as stack:
         interrupt = stack.enter_context(interruptible("the run", "nothing was answered", MGEError))
-        found, problems = find_images(images)
+        listed = find_images(images, files_from)
+        found, problems = listed.images, listed.problems
         for problem in problems:
             report(problem)
+        if remark := listed.remark():
+            note(remark)
         if not found:
             raise SystemExit(1)
         failed = len(problems)
@@ -128,13 +138,22 @@ def main(
         pictures = stack.enter_context(picture_folder(save_to, found))
         streams_wanted = streams or (1 if len(found) < _MANY else "auto")
         pipeline = stack.enter_context(
-            Pipeline.open(engine, device, backend, threads, streams_wanted, exit=exit_at, mmap=not no_mmap)
+            Pipeline.open(
+                engine,
+                device,
+                backend,
+                threads,
+                streams_wanted,
+                exit=exit_at,
+                mmap=not no_mmap,
+                max_pixels=max_pixels or MAX_PIXELS,
+            )
         )
         if pipeline.choice.remark and pipeline.choice.command is None:  # else opening has said it
-            click.echo(f"note: {printable(pipeline.choice.remark)}", err=True)
+            note(pipeline.choice.remark)
         manifest = pipeline.manifest
         if pictures and (remark := undrawable(map(printable, manifest.class_names))):
-            click.echo(f"note: {remark}", err=True)
+            note(remark)
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
         step = stack.enter_context(_progress(found))

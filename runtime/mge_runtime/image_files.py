@@ -1,0 +1,212 @@
+"""What Pillow does not look at in an image file: sizes before it allocates, layouts it misreads, data that is missing.
+
+Sources of the layouts: ITU-T T.81 (JPEG), PNG 3rd edition, TIFF 6.0, RFC 9649 (WebP).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["kind_of", "lacks_data", "tiff_fault", "webp_size", "without_metadata"]
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8"
+_EXIF, _ADOBE, _SCAN = 0xE1, 0xEE, 0xDA  # of JPEG: orientation; whether three channels are RGB; header of a scan
+_ENTROPY = -1  # no marker: the coded data of a scan
+_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")  # no stuffed byte, no restart
+_MAGIC = (
+    (b"%PDF", "a PDF"),
+    (b"%!PS", "PostScript"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"8BPS", "a Photoshop file, export it as PNG"),
+    (b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
+    (b"\0\0\0\x0cJXL ", "a JPEG XL picture, convert it to JPEG"),
+    (b"\xff\x0a", "a JPEG XL picture, convert it to JPEG"),
+)
+_RIFF = {b"AVI ": "an AVI video", b"WAVE": "a WAVE sound"}
+_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def kind_of(data: bytes) -> str:
+    """Say what a file that no decoder takes seems to be; its first 512 bytes are enough for most."""
+    head = data[:512]
+    if head[4:8] == b"ftyp":
+        if head[8:12] in _HEIC:
+            return "it is an HEIC picture, convert it to JPEG"
+        return "it is a video or an unknown ISO media file"
+    if head.startswith(b"RIFF") and head[8:12] != b"WEBP":
+        return f"it is {_RIFF.get(head[8:12], 'a RIFF file of another kind than WebP')}"
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            return f"it is {kind}"
+    if b"<svg" in head:
+        return "it is an SVG drawing, render it to PNG"
+    for code, start, _ in _jpeg_segments(data):
+        if _is_frame(code) and (code > 0xC2 or data[start + 2 : start + 3] != b"\x08"):
+            return "it is a JPEG of a kind that is not read: lossless, arithmetic or of more than 8 bits"
+    if head.startswith((_JPEG, b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")):
+        return "its header is damaged, cut short or of an unsupported kind"
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
+        return "it is a text file"
+    return "it is no known picture"
+
+
+def webp_size(head: bytes) -> tuple[int, int] | None:
+    """Width and height of a WebP file, whose decoder allocates before it tells them; None for other files."""
+    if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    if head[12:16] == b"VP8X":
+        return (1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little"))
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return (1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF))
+    width, height = struct.unpack("<2H", head[26:30])
+    return (width & 0x3FFF, height & 0x3FFF)
+
+
+def tiff_fault(image: Image) -> str | None:
+    """Say which layout of this open TIFF Pillow would misread; None where it reads it right."""
+    tags: dict[int, Any] = getattr(image, "tag_v2", {})
+    bits, planar, raw = tags.get(258, (1,)), tags.get(284, 1), image.info.get("compression") == "raw"
+    if tags.get(254, 0) & 1:
+        return "a preview of an image that is not read, as in camera raw files"
+    if 2 in tags.get(339, ()):
+        return "a TIFF of signed integers"
+    if max(bits) > 16 and image.mode != "F":
+        return f"a TIFF of {max(bits)} bits a sample"
+    if planar == 2 and ((raw and max(bits) > 8) or image.mode in ("LA", "La", "PA")):
+        return f"a TIFF of {max(bits)} bits a sample, {image.mode}, with separate planes"
+    if raw and tags.get(262) == 6 and (planar == 2 or tags.get(530, (2, 2)) != (1, 1)):
+        return "an uncompressed TIFF with YCbCr in separate planes or subsampled"
+    width, height = tags.get(256, 0), tags.get(257, 0)
+    if 324 in tags:
+        found, across, down = len(tags[324]), tags.get(322) or width, tags.get(323) or height
+    else:
+        found, across, down = len(tags.get(273, ())), width, min(tags.get(278, height), height) or height
+    blocks = -(-width // across) * -(-height // down) * (len(bits) if planar == 2 else 1)
+    return f"a TIFF that is cut short ({found} of {blocks} strips or tiles)" if found < blocks else None
+
+
+def without_metadata(data: bytes) -> bytes | None:
+    """The same JPEG or PNG without what pixels do not need (of EXIF, what is whole); None for other files."""
+    if data.startswith(_JPEG):
+        kept, last = [_JPEG], 2
+        for code, start, end in _jpeg_segments(data):
+            if code == _SCAN:
+                break
+            whole_adobe = code == _ADOBE and end - start >= 14
+            if not 0xE0 <= code <= 0xEF or code == _EXIF or whole_adobe:
+                kept.append(data[start - 2 : end])
+            last = end
+        return b"".join([*kept, data[last:]])
+    if data.startswith(_PNG):
+        kept = [_PNG]
+        for kind, start, end in _png_chunks(data):
+            whole = zlib.crc32(data[start - 4 : end]) == int.from_bytes(data[end : end + 4], "big")
+            if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and whole):
+                kept.append(data[start - 8 : end + 4])
+        return b"".join(kept)
+    return None
+
+
+def lacks_data(image: Image, data: Callable[[], bytes], decode: Callable[[bytes], Image]) -> bool:
+    """Whether a JPEG or PNG ends before its pixels do, although its end is marked.
+
+    Decoders fill what is missing with one colour, so that most images need no second look: black rows at the end of a
+    PNG are counted in the file; a JPEG whose last pixel is mid-grey is decoded again with bytes added behind its data,
+    which change nothing where it is whole. A progressive JPEG lacks data, too, where a coefficient never came or
+    without its last bits; one that lacks the end of its last scan alone is not found out.
+
+    Args:
+        image: as decoded, not yet turned upright.
+        data: reads the file.
+        decode: of another file of the kind.
+    """
+    if image.format == "PNG":
+        rows = np.asarray(image.crop((0, max(image.height - 2, 0), image.width, image.height)))
+        return not rows.reshape(len(rows), -1).any(axis=1).all() and _png_lacks_data(data())
+    if image.format not in ("JPEG", "MPO"):
+        return False
+    if image.info.get("progressive") and _jpeg_lacks_scans(data()):
+        return True
+    last = np.asarray(image.crop((image.width - 1, image.height - 1, image.width, image.height)), np.int16)
+    if np.abs(last - 127).max() > 2:
+        return False
+    file = data()
+    end = max((end for code, _, end in _jpeg_segments(file) if code == _ENTROPY), default=len(file))
+    longer = decode(file[:end] + bytes(range(1, 251)) + file[end:])
+    return not np.array_equal(np.asarray(image), np.asarray(longer))
+
+
+def _png_lacks_data(data: bytes) -> bool:
+    chunks = list(_png_chunks(data))
+    width, height, depth, colour, _, _, interlace = struct.unpack(">2I5B", data[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+    expected = 0
+    for x, across, y, down in passes if interlace else ((0, 1, 0, 1),):
+        columns, rows = -(-(width - x) // across), -(-(height - y) // down)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + -(-columns * bits // 8))
+    inflate, found = zlib.decompressobj(), 0
+    for kind, start, end in chunks:
+        pending = data[start:end] if kind == b"IDAT" else b""
+        while pending and found < expected and not inflate.eof:
+            found += len(inflate.decompress(pending, 1 << 20))
+            pending = inflate.unconsumed_tail
+    return found + len(inflate.flush()) < expected
+
+
+def _jpeg_lacks_scans(data: bytes) -> bool:
+    """Whether a coefficient of a component of a progressive JPEG never came, or without its last bits (T.81, G.1.1)."""
+    missing_bits: dict[int, list[int]] = {}
+    for code, start, end in _jpeg_segments(data):
+        if _is_frame(code):
+            missing_bits = {component: [1] * 64 for component in data[start + 8 : end : 3]}
+        elif code == _SCAN:
+            first, last, bits = data[end - 3 : end]
+            for component in data[start + 3 : end - 3 : 2]:
+                missing_bits[component][first : last + 1] = [bits & 15] * (last + 1 - first)
+    return any(map(any, missing_bits.values()))
+
+
+def _is_frame(code: int) -> bool:
+    return 0xC0 <= code <= 0xCF and code not in (0xC4, 0xC8, 0xCC)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start (of the length) and end of each segment up to the end of the image; `_ENTROPY` behind each scan."""
+    position = 2
+    while (
+        data.startswith(_JPEG) and position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xD9
+    ):
+        code, start = data[position + 1], position + 2
+        if code == 0xFF:  # filler
+            position += 1
+            continue
+        position = start + int.from_bytes(data[start : start + 2], "big")
+        yield code, start, position
+        if code == _SCAN:
+            marker = _MARKER.search(data, position)
+            start, position = position, marker.start() if marker else len(data)
+            yield _ENTROPY, start, position
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Type, start and end of the data of each chunk."""
+    position = len(_PNG)
+    while position + 8 <= len(data):
+        start = position + 8
+        end = start + int.from_bytes(data[position : position + 4], "big")
+        yield data[position + 4 : start], start, end
+        position = end + 4

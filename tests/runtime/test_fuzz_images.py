@@ -1,0 +1,101 @@
+"""Mutated image files of every format end in a right-shaped image or an InputError, soon and within bounded memory.
+
+MGE_FUZZ_EXAMPLES says how many are tried; the same ones each time.
+"""
+
+import io
+import os
+import time
+from contextlib import suppress
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, features
+
+from mge_runtime.decode import decode_image
+from mge_runtime.errors import InputError
+
+EXAMPLES = int(os.environ.get("MGE_FUZZ_EXAMPLES", "250"))
+MAX_PIXELS = 1_000_000
+SECONDS = 20  # for one image, on a machine that is busy
+
+KINDS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "jpeg": ("JPEG", "RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"}),
+    "progressive": ("JPEG", "RGB", {"progressive": True}),
+    "cmyk": ("JPEG", "CMYK", {}),
+    "png": ("PNG", "RGBA", {}),
+    "png palette": ("PNG", "P", {}),
+    "png 16": ("PNG", "I;16", {}),
+    "tiff": ("TIFF", "RGB", {}),
+    "tiff lzw": ("TIFF", "RGBA", {"compression": "tiff_lzw"}),
+    "tiff 16": ("TIFF", "I;16", {}),
+    "webp": ("WEBP", "RGB", {}),
+    "webp lossless": ("WEBP", "RGBA", {"lossless": True}),
+    "gif": ("GIF", "P", {}),
+    "bmp": ("BMP", "RGB", {}),
+    "ppm": ("PPM", "RGB", {}),
+    "jp2": ("JPEG2000", "RGB", {}),
+    "avif": ("AVIF", "RGB", {}),
+}
+if not features.check("avif"):
+    del KINDS["avif"]
+
+
+@cache
+def seed_file(kind: str) -> bytes:
+    name, mode, options = KINDS[kind]
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16)) if mode == "I;16" else image.convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, name, **options)
+    return stream.getvalue()
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """Change, cut out, repeat or insert a few bytes, half of the time in the first 64, where headers are."""
+    data = bytearray(seed_file(draw(st.sampled_from(sorted(KINDS)))))
+    for _ in range(draw(st.integers(1, 4))):
+        end = max(len(data) - 1, 0)
+        at = draw(st.integers(0, min(end, 64)) | st.integers(0, end))
+        length = draw(st.integers(0, 8) | st.integers(0, len(data)))
+        new = draw(st.binary(min_size=1, max_size=8) | st.sampled_from([b"\xff" * 4, bytes(4), b"\x7f\xff\xff\xff"]))
+        change = draw(st.sampled_from(["set", "cut", "end", "repeat", "insert"]))
+        if change == "set":
+            data[at : at + len(new)] = new
+        elif change == "cut":
+            del data[at : at + length]
+        elif change == "end":
+            del data[at:]
+        else:
+            data[at:at] = new if change == "insert" else data[at : at + length]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # decoders warn of what they repair
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(data=mutated())
+def test_mutated_files_are_refused_or_decoded(data):
+    start = time.process_time()
+    with suppress(InputError):
+        image = decode_image(data, MAX_PIXELS)
+        assert image.dtype == np.uint8
+        assert image.ndim == 3
+        assert image.shape[2] == 3
+        assert 0 < image.shape[0] * image.shape[1] <= MAX_PIXELS
+    assert time.process_time() - start < SECONDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_that_are_mutated_are_whole(kind):
+    assert sorted(decode_image(seed_file(kind)).shape) == [3, 12, 16]
