@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import stat
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -40,8 +42,11 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             raise CheckpointError(f"{path} is a directory; expected a file, such as {path / 'best.pt'}")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
+            raise CheckpointError(f"{path} is a pipe, a socket or a device; {_EXPECTED}")
         with path.open("rb") as file:
             head = file.read(4096)
     except FileNotFoundError as error:
@@ -56,7 +61,12 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
     try:
         with torch.serialization.safe_globals(_INERT), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are then refused
-            return _torch_load(path, mmap=zipped)
+            content = _torch_load(path, mmap=zipped)
+            if zipped:
+                _check_storages(path)
+        return content
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged pickle can fail in any way while it is read
         raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
 
@@ -86,6 +96,58 @@ def _check_zip(path: Path) -> None:
         raise CheckpointError(f"{path} is cut short or damaged ({error}); copy it again from its source") from error
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: entry {damaged} fails its checksum; copy it again from its source")
+
+
+def _check_storages(path: Path) -> None:
+    """Refuse entries of another size than the tensors in them: PyTorch maps by the tensor, into the next entry."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename.lower(): info for info in archive.infolist()}  # PyTorch's reader ignores case
+        if len(entries) < len(archive.infolist()):
+            raise CheckpointError(f"{path} has two entries of one name; copy it again from its source")
+        pickled = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+        with archive.open(pickled) as file:
+            reader = _StorageSizes(file)
+            reader.load()
+    for key, size in reader.sizes.items():
+        info = entries[f"{pickled.partition('/')[0]}/data/{key}".lower()]
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != size:
+            compressed = "" if info.compress_type == zipfile.ZIP_STORED else ", compressed"
+            raise CheckpointError(
+                f"{path} is damaged: weight entry data/{key} has {info.file_size} bytes{compressed}; "
+                f"expected {size} bytes, as its tensor has, stored; copy it again from its source"
+            )
+
+
+class _Inert:
+    """Stands for every object that a pickle asks for: takes anything and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+    def __setitem__(self, _: Any, __: Any) -> None: ...
+
+    def append(self, _: Any) -> None: ...
+
+
+class _StorageSizes(pickle.Unpickler):
+    """Read how large the storages are that a pickle names; nothing that it asks for is imported or called."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.sizes: dict[str, int] = {}  # by key, in bytes
+
+    def find_class(self, _module: str, name: str) -> Any:
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, kind, key, _, count = pid
+        dtype = getattr(getattr(torch, kind.__name__, None), "dtype", torch.uint8)  # an UntypedStorage counts bytes
+        self.sizes[str(key)] = count * dtype.itemsize
+        return _Inert()
 
 
 def _foreign_kind(head: bytes, size: int) -> str | None:

@@ -182,6 +182,13 @@ def _tensors(state: dict[Any, Any], source: str) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{source}: weight {name!r} is a {type(value).__name__}; expected a tensor")
+        for kind, found in (
+            (value.layout, value.layout is not torch.strided),
+            (value.device, value.is_meta),
+            (value.dtype, value.is_quantized or value.is_complex()),
+        ):
+            if found:
+                raise CheckpointError(f"{source}: weight {name!r} is a tensor of kind {kind}; expected plain numbers")
     return state
 
 

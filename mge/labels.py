@@ -20,9 +20,11 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
     from 0 or 1, as in CUB-200-2011's `classes.txt` ("1 001.Black_footed_Albatross"), the number is left out.
 
     Raises:
-        CheckpointError: the file is missing, no text or empty, or a name is empty or stands there twice.
+        CheckpointError: the file is missing, no file, no text or empty, or a name is empty or stands there twice.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+        raise CheckpointError(f"cannot read the labels {path}: it is a folder, a pipe or a device; {_EXPECTED}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:

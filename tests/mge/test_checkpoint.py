@@ -5,8 +5,11 @@ import io
 import os
 import pickle
 import random
+import socket
 import warnings
 import zipfile
+from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from mge.archive import read_archive
 from mge.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from mge.config import MGEConfig
 from mge.labels import read_labels
-from mge.model import MGENet
+from mge.model import MGENet, create_trunk
 from mge_runtime.errors import CheckpointError, OutputError
 
 CONFIG = MGEConfig(
@@ -193,6 +196,12 @@ def test_labels_that_are_none(tmp_path, saved, content, message):
 def test_files_that_are_not_there(tmp_path):
     refused(tmp_path / "best.pt", "does not exist")
     refused(tmp_path, "is a directory")
+    refused(Path("/dev/zero"), "is a pipe, a socket or a device")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    refused(pipe, "is a pipe, a socket or a device")  # at once: nobody writes to it
+    with pytest.raises(CheckpointError, match="cannot read the labels"):
+        read_labels(pipe)
 
 
 @pytest.mark.parametrize(
@@ -234,6 +243,86 @@ def test_a_flipped_byte_in_a_weight(tmp_path, saved):
     path = tmp_path / "best.pt"
     path.write_bytes(damaged)
     refused(path, f"damaged: entry {largest.filename} fails its checksum")
+
+
+def rewritten(saved, change):
+    """The bytes of a checkpoint whose entries went through a function, (name, content) -> [(name, content, method)]."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(saved)) as old, zipfile.ZipFile(stream, "w") as new, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zipfile, about two of a name
+        for info in old.infolist():
+            for name, content, method in change(info.filename, old.read(info)):
+                new.writestr(name, content, method)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, content: [(name, content[:-4], 0)], r"entry data/7 has \d+ bytes; expected \d+ bytes"),
+        (lambda name, _: [(name, b"", 0)], r"entry data/7 has 0 bytes"),
+        (lambda name, content: [(name, content + bytes(64), 0)], r"entry data/7 has \d+ bytes; expected"),
+        (lambda name, content: [(name, content, zipfile.ZIP_DEFLATED)], r"entry data/7 has \d+ bytes, compressed"),
+        (lambda *_: [], r"cut short, damaged .*data/7"),
+        (lambda name, content: [(name, content, 0), (name, content[::-1], 0)], "two entries of one name"),
+    ],
+    ids=["cut", "empty", "longer", "compressed", "missing", "twice"],
+)
+def test_an_entry_of_another_size_than_its_tensor(tmp_path, saved, change, message):
+    path = tmp_path / "best.pt"
+    path.write_bytes(rewritten(saved, lambda name, content: [(name, content, 0)]))
+    load_checkpoint(path)
+    path.write_bytes(
+        rewritten(saved, lambda n, content: change(n, content) if n.endswith("/data/7") else [(n, content, 0)])
+    )
+    refused(path, message)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("place", [(0, (3, 8), (800, 1)), (10**6, (3, 8), (8, 1)), (-8, (3, 8), (8, 1))], ids=str)
+def test_a_tensor_beyond_its_storage(tmp_path, saved, place, zipped):
+    content, path = content_of(saved), tmp_path / "best.pt"
+    offset, size, stride = place
+
+    class Beyond:
+        def __reduce__(self):
+            storage = torch.arange(24.0)._typed_storage()
+            return torch._utils._rebuild_tensor_v2, (storage, offset, size, stride, False, OrderedDict())
+
+    content["model"]["gate.output.weight"] = Beyond()
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    refused(path, "cut short, damaged")
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor")  # on its way out, its files are not
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (lambda tensor: tensor.to("meta"), "meta"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "torch.qint8"),
+        (lambda tensor: tensor.to(torch.complex64), "torch.complex64"),
+    ],
+    ids=["sparse", "meta", "quantised", "complex"],
+)
+def test_a_weight_that_holds_no_plain_numbers(tmp_path, saved, make, kind):
+    content, path = content_of(saved), tmp_path / "best.pt"
+    content["model"]["gate.output.bias"] = make(torch.zeros(3))
+    torch.save(content, path)
+    refused(path, f"'gate.output.bias' is a tensor of kind {kind}; expected plain numbers")
+
+
+@pytest.mark.parametrize("scheme", ["hf-hub:a/b", "hf_hub:a/b", "local-dir:/tmp", "https://a/b", "timm/resnet18"])
+def test_nothing_is_fetched_for_a_checkpoint(tmp_path, saved, scheme, monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host))
+    content, path = content_of(saved), tmp_path / "best.pt"
+    content["config"]["arch"] = scheme
+    torch.save(content, path)
+    refused(path, r"arch is '.*'; expected the name of a CNN in timm itself .* nothing is fetched")
+    with pytest.raises(CheckpointError, match="nothing is fetched"):
+        create_trunk(scheme)  # what `mge-train --arch` asks
+    assert asked == []
 
 
 class Call:
