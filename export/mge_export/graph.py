@@ -150,10 +150,12 @@ def _count_by_size(graph: onnx.GraphProto) -> None:
             onnx.helper.make_node("Div", [steps, step], [numbers], name=node.name),
         ]
     outputs = {tensor.name for tensor in graph.output}
-    count = -1
-    while count != len(nodes):  # what only the old Range read goes, and what only that read
-        count, read = len(nodes), outputs | {name for node in nodes for name in node.input}
-        nodes = [node for node in nodes if read & set(node.output)]
+    while True:  # what only the old Range read goes, and what only that read
+        read = outputs | {name for node in nodes for name in node.input}
+        kept = [node for node in nodes if read & set(node.output)]
+        if len(kept) == len(nodes):
+            break
+        nodes = kept
     tensors = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
