@@ -141,7 +141,8 @@ def _decode_file(path: Path, max_pixels: int) -> Image:
         stream = path.open("rb")
     except FileNotFoundError as error:
         if is_url(str(path)):
-            raise InputError(f"cannot read {path}: it is a URL; expected a file, download it first") from error
+            url = str(path).replace(":/", "://", 1)  # as it was before it became a path
+            raise InputError(f"cannot read {url}: it is a URL; expected a file, download it first") from error
         what = "it is a link to nothing" if path.is_symlink() else "the file does not exist"
         raise InputError(f"no image at {path}: {what}; check the name") from error
     except IsADirectoryError as error:
@@ -226,7 +227,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if width * height > max_pixels or max(size) > MAX_SIDE:
         raise InputError(
             f"will not decode {name}: it is {width} x {height} pixels; expected at most {max_pixels / 1e6:.3g} "
-            f"megapixels and {MAX_SIDE} a side: scale it down first, or raise --max-pixels"
+            f"megapixels and {MAX_SIDE} a side: scale it down first, or allow more (mge-run --max-pixels)"
         )
     if width * height == 0:
         raise InputError(f"cannot use {name}: it is {width} x {height} pixels; expected at least 1 x 1")

@@ -283,6 +283,19 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
 
 
 @pytest.mark.usefixtures("folder")
+@pytest.mark.usefixtures("folder")
+def test_lists_bounds_and_what_is_passed_over():
+    Path("list.txt").write_text("in/2.png\nin/1.png\n")
+    Path("in/notes.txt").touch()
+    os.mkfifo("in/pipe.png")
+    answered = [line.split()[-1] for line in run("@list.txt").stdout.splitlines()]
+    assert answered == ["in/2.png", "in/1.png"]
+    assert run("--files-from", "-", input=Path("list.txt").read_bytes()).stdout == run("@list.txt").stdout
+    assert "note: passed over 2 files: 1 a pipe, socket or device, 1 with another suffix\n" in run("in", code=0).stderr
+    assert "expected at most 1e-05 megapixels" in run("in/1.png", "--max-pixels", 10, code=1).stderr
+    assert "name images, or a list of them" in run(code=2).stderr
+
+
 def test_nothing_to_answer():
     Path("empty").mkdir()
     result = run("empty", "--csv", "table.csv", "--save", "out", code=1)
