@@ -41,12 +41,8 @@ def test_documents_of_any_size_are_not_read(copy):
     padded = entries["manifest.json"] + b" " * 2**22
     with Bundle.open(copy) as bundle:
         digest = bundle.manifest_sha256
-    for name, data in (
-        ("manifest.json", padded),
-        ("calibration.json", padded),
-        (f"engines/{TARGET}/engine.json", padded),
-    ):
-        zip_entries.write_entries(copy, {**entries, name: data})
+    for name in ("manifest.json", "calibration.json", f"engines/{TARGET}/engine.json"):
+        zip_entries.write_entries(copy, {**entries, name: padded})
         with pytest.raises(BundleError, match=rf"entry {name} has \d+ bytes; expected at most"), Bundle.open(copy) as b:
             b.calibration() if name == "calibration.json" else b.engine(TARGET)
     zip_entries.write_entries(copy, entries)

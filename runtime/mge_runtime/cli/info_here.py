@@ -58,7 +58,7 @@ def _engine(name: str, engine: dict[str, Any]) -> Iterator[str]:
     plans = engine["plans"]
     batch = _list(details.get("batch"))
     batches = f"batch {batch[0]} to {batch[2]}, " if len(batch) == 3 else ""
-    if len(set(batch)) == 1:
+    if batch and batch.count(batch[0]) == len(batch):
         batches = f"batch {batch[0]}, "
     size = format_bytes(sum(plans.values()))
     yield f"{name}: {len(plans)} stages, {size}, {batches}{engine['status']}"
