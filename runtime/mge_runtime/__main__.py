@@ -2,4 +2,5 @@
 
 from mge_runtime.cli.run import main
 
-main(prog_name="mge-run")
+if __name__ == "__main__":
+    main(prog_name="mge-run")

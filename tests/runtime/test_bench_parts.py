@@ -184,7 +184,7 @@ def test_photographs_stay_in_their_files(photos, trunked, tmp_path):
     for number, photo in enumerate(photos[:3]):
         Image.fromarray(photo).save(tmp_path / f"{number}.png")
     with Bundle.open(trunked) as bundle:
-        found = photograph_inputs(find_images([str(tmp_path)])[0], bundle.manifest.preprocess)
+        found = photograph_inputs(find_images([str(tmp_path)]).images, bundle.manifest.preprocess)
     assert found.files == tuple(tmp_path / f"{number}.png" for number in range(3))
     assert found.source == f"3 named images of {sum(f.stat().st_size for f in found.files) / 3e6:.2f} MB on average"
     files, frames = found.batch(5)

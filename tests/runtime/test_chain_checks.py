@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -14,11 +13,14 @@ from mge_runtime import BackendError, BundleError, Pipeline
 from mge_runtime.backends.base import Backend
 from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
+from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.backends.staged import StagedExecutor
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.calibrated import ExitPoint
 from mge_runtime.chain import Chain
 from mge_runtime.device.host import HostDevice
+
+onnxruntime = load_onnxruntime()
 
 
 @pytest.fixture(scope="module")
