@@ -148,8 +148,18 @@ def list_folder(folder: Path) -> ImageList:
     or a link to nothing. A subfolder that cannot be listed is a problem; the rest is listed.
 
     Returns:
-        The images, sorted folder by folder as people count.
+        The images, sorted folder by folder as people count; that there is none is a problem, too.
     """
+    found = _search(folder)
+    if not found.images and not found.problems:
+        held = found.remark() or "it holds nothing"
+        found.problems.append(
+            InputError(f"no image in the folder {folder}: {held}; expected files such as .jpg or .png")
+        )
+    return found
+
+
+def _search(folder: Path) -> ImageList:
     found = ImageList()
     paths: list[str] = []
     entered: set[tuple[int, int]] = set()
@@ -233,7 +243,7 @@ def list_labelled(
     known = {name: index for index, name in enumerate(names if classes is None else classes)}
     samples: list[tuple[Path, int]] = []
     for name in names:
-        found = list_folder(folder / name)
+        found = _search(folder / name)
         paths = sorted(image.path for image in found.whole() if image.path is not None)
         for path in paths or [folder / name]:
             _require_text(path)
@@ -291,13 +301,7 @@ def _expand(name: str) -> ImageList:
 
 def _expand_path(name: str) -> ImageList:
     path = Path(name)
-    if not path.is_dir():
-        return ImageList([NamedImage(name, path)])
-    found = list_folder(path)
-    if not found.images and not found.problems:
-        held = found.remark() or "it holds nothing"
-        raise InputError(f"no image in the folder {path}: {held}; expected files such as .jpg or .png")
-    return found
+    return list_folder(path) if path.is_dir() else ImageList([NamedImage(name, path)])
 
 
 def _match(pattern: str) -> ImageList:
@@ -308,7 +312,7 @@ def _match(pattern: str) -> ImageList:
         if not path.is_dir():
             found.images.append(NamedImage(str(path), path))
         elif "**" not in pattern:
-            inside = list_folder(path)
+            inside = _search(path)
             found.images += inside.images
             found.problems += inside.problems
             found.passed_over += inside.passed_over

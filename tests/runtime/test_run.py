@@ -283,7 +283,6 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.usefixtures("folder")
 def test_lists_bounds_and_what_is_passed_over():
     Path("list.txt").write_text("in/2.png\nin/1.png\n")
     Path("in/notes.txt").touch()
@@ -296,6 +295,7 @@ def test_lists_bounds_and_what_is_passed_over():
     assert "name images, or a list of them" in run(code=2).stderr
 
 
+@pytest.mark.usefixtures("folder")
 def test_nothing_to_answer():
     Path("empty").mkdir()
     result = run("empty", "--csv", "table.csv", "--save", "out", code=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mge_runtime.errors import InputError
-from mge_runtime.sources import VALIDATION_FOLDERS, find_images, list_labelled, validation_folder
+from mge_runtime.sources import VALIDATION_FOLDERS, find_images, list_folder, list_labelled, validation_folder
 
 
 @pytest.fixture
@@ -162,6 +162,8 @@ def test_what_is_passed_over_is_counted():
     # A pattern names what it matches; decoding says what is wrong with it.
     assert {image.name for image in found.images} - set(FOLDER) == {f"photos/{n}.jpg" for n in ("pipe", "gone", "self")}
     assert find_images(["photos/img2.JPG"]).remark() is None
+    with pytest.raises(InputError, match="no image in the folder empty: it holds nothing"):
+        list_folder(Path("empty")).whole()
 
 
 @pytest.mark.usefixtures("photos")
