@@ -105,13 +105,15 @@ def _write(place: Path, plans: Mapping[str, Path], description: EngineDescriptio
 
 def _folders(parent: Path) -> list[Path]:
     """The folders of engines below one, the newest first; none where it cannot be read."""
-    found: list[tuple[int, Path]] = []
-    with suppress(OSError):
-        for path in parent.iterdir():
-            if not path.name.startswith("."):
-                with suppress(FileNotFoundError):  # it went meanwhile
-                    found.append((path.stat().st_mtime_ns, path))
-    return [path for _, path in sorted(found, reverse=True)]
+    for _ in range(_ATTEMPTS):
+        try:
+            found = [(path.stat().st_mtime_ns, path) for path in parent.iterdir() if not path.name.startswith(".")]
+        except OSError:
+            if not parent.is_dir():
+                break
+        else:  # none of them went while it was looked at: what took its place may be missing in the list
+            return [path for _, path in sorted(found, reverse=True)]
+    return []
 
 
 def _manifest_folder(manifest_sha256: str) -> Path:
