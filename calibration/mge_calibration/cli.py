@@ -84,7 +84,7 @@ SHARE = _Share()
     type=click.Path(path_type=Path),
     help=f"Also write {_REPORT}, {_RELIABILITY} and {_EXITS} here.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
 @click.option(
     "-j",

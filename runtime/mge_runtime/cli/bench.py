@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, reports_errors
+from mge_runtime.cli.common import at_most_cpus, echo, reports_errors
 from mge_runtime.errors import InputError, MGEError
 from mge_runtime.interrupt import Interrupt, interruptible
 
@@ -47,7 +47,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.argument("images", nargs=-1)
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to measure or check.")
 @click.option("--selfcheck", is_flag=True, help="Check answers, memory, copies and graphs; measures no speed.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
 @click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
 @click.option(
     "-j",
@@ -135,12 +135,13 @@ def main(
     The exit code is 1 if a check failed, if nothing could be measured, and after Ctrl-C or SIGTERM: the report is then
     of what was measured before, and says so.
     """
+    from mge_runtime.files import check_writable
     from mge_runtime.sources import find_images
 
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="replace")
     if out is not None:
-        _check_writable(out)
+        check_writable(out)
     found = find_images(images).whole()
     if images and not found:
         work = "check" if selfcheck else "measure"
@@ -199,20 +200,6 @@ def _say(line: str) -> None:
         click.echo(line, err=True)
 
 
-def _check_writable(out: Path) -> None:
-    """That the report can be written, before minutes of work for it."""
-    import tempfile
-
-    from mge_runtime.errors import OutputError
-
-    try:
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {out}: {error.strerror}; expected a writable folder, name another place"
-        ) from error
-
-
 def _give(report: _Report, as_json: bool, out: Path | None) -> None:
     """Print a report, and write it in the form that the file's suffix asks for."""
     from mge_runtime.files import atomic_path
@@ -221,4 +208,4 @@ def _give(report: _Report, as_json: bool, out: Path | None) -> None:
         forms = {".json": report.to_json, ".md": report.to_markdown}
         with atomic_path(out) as temporary:
             temporary.write_text(forms.get(out.suffix.lower(), report.to_text)(), encoding="utf-8")
-    click.echo(report.to_json() if as_json else report.to_text(), nl=False)
+    echo(report.to_json() if as_json else report.to_text(), nl=False)

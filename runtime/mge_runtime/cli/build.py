@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import echo, reports_errors
 from mge_runtime.cli.progress import shown_progress
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.interrupt import interruptible
@@ -79,7 +79,7 @@ def main(
         options = build_options(batch, opt_level, workspace, timing_cache)
 
         def kept(target: str, place: str) -> None:
-            click.echo(f"{target}: {place}")
+            echo(f"{target}: {place}")
             interrupt.consequence = "it is finished for the targets that were printed; run it again for the others"
 
         build_targets(
