@@ -57,7 +57,7 @@ unit: $(READY) ## the tests
 	$(BIN)/python -m pytest -q
 
 fuzz: $(READY) ## some 20,000 damaged and forged inputs; `make test` tries 500
-	MGE_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -q -p no:timeout tests/runtime/test_fuzz_*.py
+	MGE_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -q --timeout 0 tests/runtime/test_fuzz_*.py
 
 format: $(READY) ## put the sources into shape
 	$(BIN)/ruff check --fix-only .
