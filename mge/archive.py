@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["read_archive"]
+__all__ = ["check_file", "read_archive"]
 
 # Harmless types that optimizer and scheduler states of other training loops hold and that PyTorch does not allow by
 # itself: NumPy scalars (a learning rate, a best score), under NumPy's old and new names.
@@ -31,6 +30,29 @@ _INERT: list[Any] = [
 _EXPECTED = "expected a checkpoint that mge-train or the authors' code wrote"
 
 
+def check_file(path: Path) -> bytes:
+    """The first bytes of a file, some 4,000, or why it cannot be a checkpoint; torch is not imported for that.
+
+    Raises:
+        CheckpointError: the file is missing, no file, empty, or of a known kind that is no checkpoint.
+    """
+    try:
+        info = path.stat()
+        if stat.S_ISDIR(info.st_mode):
+            raise CheckpointError(f"{path} is a directory; expected a file, such as {path / 'best.pt'}")
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for its writer
+            raise CheckpointError(f"{path} is a pipe, a socket or a device; {_EXPECTED}")
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; {_EXPECTED}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {_EXPECTED}") from error
+    if not head.startswith(b"PK\x03\x04") and (kind := _foreign_kind(head, info.st_size)) is not None:
+        raise CheckpointError(f"{path} is {kind}; {_EXPECTED}")
+    return head
+
+
 def read_archive(path: str | os.PathLike[str]) -> Any:
     """Read plain values and tensors (on the CPU) from a file of `torch.save`, in the format of today or of before 1.6.
 
@@ -40,24 +62,13 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: the file is missing, empty, damaged, of another kind, or asks for objects to be built.
     """
+    import torch
+
     path = Path(path)
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise CheckpointError(f"{path} is a directory; expected a file, such as {path / 'best.pt'}")
-        if not stat.S_ISREG(mode):  # opening a pipe would wait for its writer
-            raise CheckpointError(f"{path} is a pipe, a socket or a device; {_EXPECTED}")
-        with path.open("rb") as file:
-            head = file.read(4096)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; {_EXPECTED}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; {_EXPECTED}") from error
+    head = check_file(path)
     zipped = head.startswith(b"PK\x03\x04")
     if zipped:
         _check_zip(path)
-    elif (kind := _foreign_kind(head, path.stat().st_size)) is not None:
-        raise CheckpointError(f"{path} is {kind}; {_EXPECTED}")
     try:
         with torch.serialization.safe_globals(_INERT), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are then refused
@@ -72,6 +83,8 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
 
 
 def _torch_load(path: Path, *, mmap: bool) -> Any:
+    import torch
+
     if mmap:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     # Through a file object: by name, torch.load would hand anything called .safetensors to another reader.
@@ -144,6 +157,8 @@ class _StorageSizes(pickle.Unpickler):
         return type(name, (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> Any:
+        import torch
+
         _, kind, key, _, count = pid
         dtype = getattr(getattr(torch, kind.__name__, None), "dtype", torch.uint8)  # an UntypedStorage counts bytes
         self.sizes[str(key)] = count * dtype.itemsize

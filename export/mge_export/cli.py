@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 DEFAULT_NAME = "mge.plan"
 PATH = click.Path(path_type=Path)
+FEW = 16  # images to verify on where nobody says how many
 
 
 class Number(click.FloatRange):
@@ -70,8 +71,13 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.option("--batch", default="1,1,8", metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for.")
 @click.option("--extract", type=PATH, default=None, metavar="DIR", help="Also write plain ONNX and plan files here.")
 @click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
-@click.option("--verify-data", type=PATH, default=None, help="Folder of photographs to verify on.  [default: drawn]")
-@click.option("--verify-images", type=click.IntRange(0), default=16, help="How many of them; 0: all.")
+@click.option(
+    "--verify-data",
+    type=PATH,
+    default=None,
+    help="Folder of photographs to verify on.  [default: held out of --calib-data; drawn without it]",
+)
+@click.option("--verify-images", type=click.IntRange(0), default=FEW, help="How many of them; 0: all.")
 @click.option("--labels", type=PATH, default=None, help="Text file, a class name a line.  [default: the checkpoint's]")
 @click.option(
     "--box-threshold",
@@ -119,16 +125,30 @@ def main(
             else "--calib-data is for --int8, which was not asked for: add --int8, or leave --calib-data out"
         )
     path = ckpt.parent / DEFAULT_NAME if output is None else output
+    from mge.archive import check_file
+    from mge.labels import read_labels
+    from mge_export.images import check_folder
+    from mge_export.targets import EnginePlan
+
+    # What can be told without PyTorch, whose import takes seconds.
+    check_file(ckpt)
+    if labels is not None:
+        read_labels(labels)
+    if verify_data is not None:
+        check_folder(verify_data, "--verify-data")
+    if calib_data is not None:
+        check_folder(calib_data, "--calib-data")
+    plan = EnginePlan.parse(targets, batch)
+    plan.check(fp16=fp16 or int8)
     # The imports take seconds, too.
     with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
         from mge.checkpoint import load_checkpoint
         from mge_calibration.int8.images import read_calibration_images
         from mge_calibration.int8.stage import Int8Options
         from mge_export.export import check_output, export_bundle, file_sha256
-        from mge_export.images import find_verify_images, generated_images
+        from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
         from mge_export.precision import Precision
-        from mge_export.targets import EnginePlan
         from mge_runtime.bundle import Bundle
         from mge_runtime.extract import extract_bundle
 
@@ -136,20 +156,27 @@ def main(
             interrupt()
             click.echo(line, err=True)
 
-        plan = EnginePlan.parse(targets, batch)
-        plan.check(fp16=fp16 or int8)
         check_output(path)
         model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
         preprocess = model.config.preprocess
-        if verify_data is None:
-            images = generated_images(preprocess, verify_images or 16)
-        else:
-            images = find_verify_images(verify_data, preprocess, verify_images, say)
         request = None
+        if verify_data is not None:
+            images = find_verify_images(verify_data, preprocess, verify_images, say)
+        else:
+            images = generated_images(preprocess, verify_images or FEW)
         if calib_data is not None:
             frames = read_calibration_images(
-                calib_data, preprocess, limit=calib_images, seed=calib_seed, few=force_few_images, say=say
+                calib_data,
+                preprocess,
+                limit=calib_images,
+                seed=calib_seed,
+                few=force_few_images,
+                hold_out=0 if verify_data is not None else verify_images or FEW,
+                say=say,
             )
+            if frames.held_out:
+                origin = f"images in {calib_data.resolve().name} that set no ranges"
+                images = photographs(frames.held_out, origin, preprocess, say)
             options = Int8Options(calib_method, max_drop=max_drop / 100, min_box_iou=min_box_iou, seed=calib_seed)
             request = Int8Request(frames, options)
         result = export_bundle(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import list_folder
 from mge_runtime.spec import Preprocess
 
-__all__ = ["VerifyImages", "find_verify_images", "generated_images"]
+__all__ = ["VerifyImages", "check_folder", "find_verify_images", "generated_images", "photographs"]
 
 BATCH_IMAGES = 4  # frames computed at once; bounds memory
 
@@ -39,6 +39,17 @@ class VerifyImages:
             yield np.stack([self.load(i) for i in range(start, min(start + BATCH_IMAGES, self.count))])
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        InputError: it is missing or a file.
+    """
+    if not folder.is_dir():
+        found = f"{folder} is a file, expected a folder" if folder.exists() else f"no folder {folder}; expected one"
+        raise InputError(f"{found} of images such as .jpg: name another with {option}")
+
+
 def find_verify_images(
     folder: Path, preprocess: Preprocess, limit: int, say: Callable[[str], None] = lambda _: None
 ) -> VerifyImages:
@@ -53,25 +64,39 @@ def find_verify_images(
     Raises:
         InputError: there is no such folder, or no image in it that can be decoded.
     """
-    if folder.is_file():
-        raise InputError(f"{folder} is a file, expected a folder of images to verify on")
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder} to verify on; expected images such as .jpg, or leave out --verify-data")
+    check_folder(folder, "--verify-data")
     listed = list_folder(folder)
     found = listed.whole()
     if remark := listed.remark():
         say(f"{folder}: {remark}")
     count = min(limit, len(found)) if limit else len(found)
     chosen = [found[index * len(found) // count].source() for index in range(count)]
+    return photographs(chosen, f"of {len(found)} images in {folder.resolve().name}", preprocess, say)
+
+
+def photographs(
+    chosen: Sequence[Path | bytes], origin: str, preprocess: Preprocess, say: Callable[[str], None] = lambda _: None
+) -> VerifyImages:
+    """Images to verify on.
+
+    Args:
+        chosen: files, or their bytes.
+        origin: of them, for the report: "of 20 images in holiday".
+        preprocess: what the runtime will do to them.
+        say: is told of each image that cannot be decoded; it is left out.
+
+    Raises:
+        InputError: none of them can be decoded.
+    """
     # Decoded once now, so that a damaged one is known before the export and not after it.
     good = [source for source in chosen if _decodes(source, say)]
     if not good:
-        raise InputError(f"none of the {count} images taken from {folder} could be decoded; expected photographs")
+        raise InputError(f"none of the {len(chosen)} images ({origin}) could be decoded; expected photographs")
 
     def load(index: int) -> np.ndarray:
         return to_frame(decode_image(good[index]), preprocess)[0]
 
-    return VerifyImages(len(good), True, f"{len(good)} of {len(found)} images in {folder.resolve().name}", load)
+    return VerifyImages(len(good), True, f"{len(good)} {origin}", load)
 
 
 def _decodes(source: Path | bytes, say: Callable[[str], None]) -> bool:

@@ -13,7 +13,7 @@ from mge_calibration.int8.stage import Int8Options
 from mge_calibration.parts import int8_digests
 from mge_export.cli import main
 from mge_export.int8 import Int8Request
-from mge_runtime.errors import InputError
+from mge_runtime.errors import ExportError, InputError
 from mge_runtime.spec import Preprocess
 
 
@@ -83,10 +83,16 @@ def test_too_few_images_are_refused(tiny, tmp_path):
     [
         (["--int8"], "--int8 learns ranges from photographs and none were named: add --calib-data DIR"),
         (["--calib-data", "{few}"], "--calib-data is for --int8, which was not asked for"),
-        (["--int8", "--calib-data", "{nowhere}"], "nowhere is nothing; expected a folder of images to calibrate on"),
-        (["--int8", "--calib-data", "{file}"], "1.png is a file; expected a folder of images to calibrate on"),
+        (
+            ["--int8", "--calib-data", "{nowhere}"],
+            "nowhere; expected one of images such as .jpg: name another with --calib-data",
+        ),
+        (["--int8", "--calib-data", "{file}"], "1.png is a file, expected a folder of images"),
         (["--int8", "--calib-data", "{empty}"], "empty"),
-        (["--int8", "--calib-data", "{few}"], "gave 3 images to calibrate on; expected at least 100"),
+        (
+            ["--int8", "--calib-data", "{few}"],
+            "images to calibrate on, beside those held out to verify on; expected at least 100",
+        ),
         (["--int8", "--calib-data", "{damaged}", "--force-few-images"], "gave 0 images to calibrate on"),
         (["--int8", "--calib-data", "{few}", "--max-drop", "nan"], "'--max-drop': 'nan' is no number; expected one in"),
         (["--int8", "--calib-data", "{few}", "--min-box-iou", "nan"], "'--min-box-iou': 'nan' is no number; expected"),
@@ -109,3 +115,34 @@ def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, argu
     last = found.output.strip().splitlines()[-1]
     assert message in last
     assert list(out.iterdir()) == []
+
+
+def test_int8_is_verified_on_images_that_set_no_ranges(checkpoint, tmp_path, monkeypatch):
+    save_pictures(tmp_path, 14)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "3.png").read_bytes())
+    seen = []
+
+    def export(_model, _path, _precision, images, *, int8, **_):
+        seen.append((images, int8.images))
+        raise ExportError("far enough")
+
+    monkeypatch.setattr("mge_export.export.export_bundle", export)
+    options = ["--ckpt", checkpoint, "--int8", "--calib-data", tmp_path, "--force-few-images", "--target", "onnx"]
+    found = CliRunner().invoke(main, [*map(str, options), "-o", str(tmp_path / "mge.plan")])
+    assert found.stderr.splitlines()[-1] == "error: far enough"
+    ((images, ranges),) = seen
+    assert images.photographs
+    assert images.source == f"{images.count} images in {tmp_path.name} that set no ranges"
+    assert (len(ranges.frames), images.count) in [
+        (12, 3),
+        (12, 2),
+    ]  # 2 where a copy of an image that set ranges fell out
+    frames = np.concatenate(list(images.batches()))
+    assert not any(np.array_equal(frame, other) for frame in frames for other in ranges.frames)
+
+
+def test_a_folder_that_leaves_nothing_to_verify_on_is_refused(tiny, tmp_path):
+    save_pictures(tmp_path, 3)
+    preprocess = tiny.make_model().config.preprocess
+    with pytest.raises(InputError, match=r"has no image left to verify on beside 3 .* --verify-data"):
+        read_calibration_images(tmp_path, preprocess, limit=0, seed=0, few=True, hold_out=16)

@@ -2,6 +2,8 @@ import hashlib
 import os
 import resource
 import signal
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -216,3 +218,12 @@ def test_usage_errors_exit_with_2(checkpoint):
     assert invoke().exit_code == 2
     assert invoke("--ckpt", checkpoint, "--box-threshold", "1.5").exit_code == 2
     assert invoke("--ckpt", checkpoint, "--int8").exit_code == 2
+
+
+def test_a_missing_checkpoint_is_told_without_torch(tmp_path):
+    code = "import sys; from mge_export.cli import main\n" + "try: main()\nfinally: print('torch' in sys.modules)"
+    for given in (["--ckpt", str(tmp_path / "no.pt")], ["--ckpt", "/dev/zero"], ["--ckpt", str(tmp_path)]):
+        result = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True, timeout=60)
+        assert (result.returncode, result.stdout) == (1, "False\n")
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1

@@ -29,6 +29,7 @@ class CalibrationImages:
     sha256: str  # over names within the folder and bytes of the images taken, as the folder sorts them
     source: str  # for people
     digests: tuple[str, ...] = ()  # of each file, sorted: by these `mge-calibrate` keeps them away from exits
+    held_out: tuple[Path, ...] = ()  # images of the same folder that set no ranges, to verify on
 
 
 def read_calibration_images(
@@ -38,6 +39,7 @@ def read_calibration_images(
     limit: int,
     seed: int,
     few: bool = False,
+    hold_out: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> CalibrationImages:
     """Read images of a folder in an order drawn by seed from its sorted list; labels are of no use here.
@@ -47,7 +49,8 @@ def read_calibration_images(
         preprocess: what the runtime will do to them.
         limit: the most to take; 0: all.
         seed: of the order, and so of the draw where the folder has more than `limit`.
-        few: take fewer than `MIN_IMAGES`, too.
+        few: take fewer than `MIN_IMAGES`, too; a quarter of the images at most is then held out.
+        hold_out: how many to keep from the ranges, the last of the order; copies of images that set ranges are dropped.
         say: is told of each image that cannot be decoded; it is left out.
 
     Raises:
@@ -61,7 +64,8 @@ def read_calibration_images(
     if remark := found.remark():
         say(f"{folder}: {remark}")
     order: list[int] = np.random.default_rng(seed).permutation(len(images)).tolist()
-    chosen = order[: limit or None]
+    held = order[len(order) - min(hold_out, len(order) // 4 if few else len(order)) :]
+    chosen = order[: len(order) - len(held)][: limit or None]
     size = preprocess.size
     frames = np.empty((len(chosen), size, size, 3), np.uint8)
     hashes: dict[int, bytes] = {}
@@ -79,10 +83,20 @@ def read_calibration_images(
     count = len(hashes)
     if not count or (count < MIN_IMAGES and not few):
         raise InputError(
-            f"{folder} gave {count} images to calibrate on; expected at least {MIN_IMAGES}, since fewer do not "
-            "show how far activations go: name a folder with more" + (", or add --force-few-images" if count else "")
+            f"{folder} gave {count} images to calibrate on{', beside those held out to verify on' if held else ''}; "
+            f"expected at least {MIN_IMAGES}, since fewer do not show how far activations go: name a folder with more"
+            + (", verify on others with --verify-data" if held else "")
+            + (", or add --force-few-images" if count else "")
         )
     digest = hashlib.sha256(b"".join(hashes[index] for index in sorted(hashes)))
     text = f"{count} of {len(images)} images in {folder.resolve().name}"
     digests = tuple(sorted(short_digest(entry[-digest.digest_size :].hex()) for entry in hashes.values()))
-    return CalibrationImages(frames[:count], digest.hexdigest(), text, digests)
+    contents = {entry[-digest.digest_size :] for entry in hashes.values()}
+    sources = [path for index in held if isinstance(path := images[index].source(), Path)]
+    held_out = tuple(path for path in sources if hashlib.sha256(path.read_bytes()).digest() not in contents)
+    if hold_out and not held_out:
+        raise InputError(
+            f"{folder} has no image left to verify on beside {count} that set ranges; expected at least one: "
+            "name a folder with more, or others with --verify-data"
+        )
+    return CalibrationImages(frames[:count], digest.hexdigest(), text, digests, held_out)
