@@ -67,7 +67,7 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
     views: list[np.ndarray] = []
     heads: dict[str, list[Tensor]] = {}
     heatmaps: list[list[Tensor]] = [[] for _ in model.experts]
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: with torch up to 2.11 it makes Grad-CAM's gradient zero, silently
         for images, targets, viewports in batches:
             output = model(images.to(device))
             labels.append(targets.cpu())

@@ -12,6 +12,7 @@ from PIL import Image
 from mge.checkpoint import save_checkpoint
 from mge.cli.evaluate import main as evaluate
 from mge.config import MGEConfig
+from mge.evaluation import collect
 from mge.model import MGENet
 from mge.parts import write_parts
 from mge_export.cli import main as export
@@ -64,6 +65,20 @@ def test_checkpoint_and_bundle_agree(data, files):
         assert second[key] == pytest.approx(first[key], rel=1e-4), key
     assert first["part_enlargement"][0] == 1
     assert first["part_enlargement"][2] > first["part_enlargement"][1] > 1
+
+
+def test_attention_is_computed_outside_inference_mode():
+    """Inside it the gradient is zero with torch 2.11, so that no crop means anything."""
+    model = MGENet(MGEConfig("test_resnet", ("a", "b"), image_size=64, resize=64)).train()
+    seen = []
+    model.experts[1].global_head.register_forward_hook(
+        lambda *_: seen.append((torch.is_inference_mode_enabled(), model.training))
+    )
+    viewport = torch.tensor([[0, 0, 64, 64, 64, 64]], dtype=torch.float64)
+    collect(model, [(torch.rand(1, 3, 64, 64), torch.tensor([0]), viewport)])
+    assert seen
+    assert set(seen) == {(False, False)}
+    assert model.training
 
 
 def test_a_calibrated_bundle_shows_what_it_answers(data, files, tmp_path):
