@@ -38,6 +38,7 @@ from torchvision.transforms import v2
 
 from mge.checkpoint import load_checkpoint
 from mge.model import MGENet, MGEOutput
+from mge_runtime.sources import list_folder
 
 SIZE, RESIZE = 448, 512  # pixels, the authors' test transform; their code has 448 and 14 built in
 # The figures to hold: logits relative to the largest of the image, boxes in pixels, gate absolute.
@@ -105,9 +106,9 @@ def seed_weights(net: Any, fc: Tensor, bias: Tensor, seed: int) -> None:
 
 def read_images(folder: Path, count: int) -> tuple[list[Path], Tensor]:
     """`count` photographs spread over all of a folder, as the authors' test transform gives them: [N, 3, S, S]."""
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    found = [image.path for image in list_folder(folder).whole() if image.path is not None]
     if not found:
-        raise SystemExit(f"error: no photographs in {folder}; expected .jpg or .png files")
+        raise SystemExit(f"error: no photographs in {folder}; expected image files")
     picked = [found[i * len(found) // count] for i in range(count)] if len(found) > count else found
     transform = v2.Compose(
         [

@@ -30,7 +30,7 @@ from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import decode_image, decode_picture
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import find_images
+from mge_runtime.sources import list_folder
 from mge_runtime.spec import Preprocess
 
 WIDTH, HEIGHT = 4000, 3000
@@ -86,8 +86,7 @@ def main(photographs: Path, size: int, quality: int, rounds: int) -> None:
 
 def mosaic(photographs: Path, quality: int) -> tuple[bytes, int]:
     """A large picture with the detail of real ones, and of how many it is made: rows of them, none enlarged."""
-    items, _ = find_images([str(photographs)])
-    paths = [item.path for item in items if item.path is not None]
+    paths = [item.path for item in list_folder(photographs).whole() if item.path is not None]
     if not paths:
         raise InputError(f"no image in {photographs}; expected photographs")
     Random(2019).shuffle(paths)

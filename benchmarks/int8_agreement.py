@@ -39,7 +39,7 @@ from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import decode_image
 from mge_runtime.metrics import bootstrap_mean
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import find_images
+from mge_runtime.sources import list_folder
 
 Models = dict[str, onnx.ModelProto]
 PATH = click.Path(path_type=Path)
@@ -113,8 +113,7 @@ def main(
 
 def read_photographs(data: Path, config: MGEConfig) -> tuple[np.ndarray, np.ndarray]:
     """Frames uint8 [N, S, S, 3] of the photographs in DIR/<class>/, and their class indices [N]."""
-    items, _ = find_images([str(data)])
-    paths = [item.path for item in items if item.path is not None]
+    paths = [item.path for item in list_folder(data).whole() if item.path is not None]
     frames = np.stack([to_frame(decode_image(path), config.preprocess)[0] for path in paths])
     return frames, np.array([config.classes.index(path.relative_to(data).parts[0]) for path in paths])
 

@@ -110,10 +110,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Measure and print; 1 where the ratio is above the limit or memory grows."""
     arguments = parse()
-    images, problems = find_images([arguments.folder])
-    if problems:
-        print(f"error: {problems[0]}", file=sys.stderr)
-        return 1
+    images = find_images([arguments.folder]).whole()
     options = ["--batch", str(arguments.batch)]
     options += ["--threads", str(arguments.threads)] if arguments.threads else []
     options += ["--streams", str(arguments.streams)] if arguments.streams else []

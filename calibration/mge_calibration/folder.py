@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from mge_runtime import sources
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
-from mge_runtime.sources import find_images
 
 __all__ = ["LabelledImage", "data_sha256", "list_labelled", "short_digest", "split_by_content", "without"]
-
-_SPLIT = "val"  # of DIR/<split>/<class>/*: the part that training chooses settings on, never learns from
 
 
 @dataclass(frozen=True)
@@ -32,40 +30,24 @@ def short_digest(sha256: str) -> str:
     return sha256[:16]
 
 
-def list_labelled(folder: Path, class_names: Sequence[str]) -> tuple[Path, list[LabelledImage]]:
-    """List the images of `folder/<class>/...`, or of `folder/val/<class>/...` where there is a `val`.
+def list_labelled(
+    folder: Path, class_names: Sequence[str], say: Callable[[str], None] = lambda _: None
+) -> tuple[Path, list[LabelledImage]]:
+    """List the images of `folder/<class>/...`, or of the validation folder in it: training never learns from that.
 
     A class without a folder has no images. Of files with the same bytes the first by name is taken: a copy is no
     further observation.
 
     Returns:
-        The folder that holds the class folders, and the images, sorted as people count.
+        The folder that holds the class folders, and the images, sorted by class and path.
 
     Raises:
-        InputError: no such folder, one that cannot be listed, no image in it, images outside class folders, a class
-            folder that the bundle does not know, or one image in the folders of two classes.
+        InputError: as for `sources.list_labelled`, or one image is in the folders of two classes.
     """
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise InputError(f"{folder} is {found}; expected a folder with labelled images, DIR/<class>/*.jpg")
-    root = folder / _SPLIT if (folder / _SPLIT).is_dir() and _SPLIT not in class_names else folder
-    images, problems = find_images([str(root)])
-    if problems:
-        raise problems[0]
-    labels = {name: index for index, name in enumerate(class_names)}
-    named: list[tuple[str, Path, int]] = []
-    for path in (image.path for image in images if image.path is not None):
-        parts = path.relative_to(root).parts
-        if len(parts) == 1:
-            raise InputError(
-                f"{path} lies in no class folder; expected DIR/<class>/{parts[0]}: sort the images by class"
-            )
-        if parts[0] not in labels:
-            raise InputError(
-                f"{root} holds class {parts[0]!r}, which is not among the bundle's {len(labels)} classes; "
-                f"expected folders named like them, such as {class_names[0]!r}"
-            )
-        named.append(("/".join(parts), path, labels[parts[0]]))
+    split = sources.validation_folder(folder)
+    root = folder if split is None or split.name in class_names else split
+    _, samples = sources.list_labelled(root, class_names, say)
+    named = [(path.relative_to(root).as_posix(), path, label) for path, label in samples]
     with ThreadPoolExecutor(cpu_count()) as pool:
         hashes = list(pool.map(_file_sha256, (path for _, path, _ in named)))
     unique: dict[str, LabelledImage] = {}
@@ -106,7 +88,7 @@ def split_by_content(
 def data_sha256(images: Iterable[LabelledImage]) -> str:
     """SHA-256 over the names and file hashes, sorted by name: 64 hexadecimal digits."""
     lines = sorted(f"{image.name}\0{image.sha256}\n" for image in images)
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _file_sha256(path: Path) -> str:
@@ -115,4 +97,4 @@ def _file_sha256(path: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError:
         # Decoding reports what is wrong with it; until then it is told from others by its name.
-        return hashlib.sha256(f"unreadable:{path}".encode(errors="surrogateescape")).hexdigest()
+        return hashlib.sha256(f"unreadable:{path}".encode()).hexdigest()

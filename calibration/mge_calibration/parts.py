@@ -13,12 +13,12 @@ from mge_calibration.collect import Answers
 from mge_calibration.folder import LabelledImage, list_labelled, short_digest, split_by_content, without
 from mge_runtime.errors import InputError
 from mge_runtime.manifest import Manifest
+from mge_runtime.sources import VALIDATION_FOLDERS
 
 __all__ = ["TEMPERATURE_SHARE", "Chosen", "choose_images", "int8_digests", "split_answers"]
 
 TEMPERATURE_SHARE = 1 / 3  # of one folder's images; thresholds need more of them than a temperature does
 _LEAST_CLASSES = 1 / 2  # of the bundle's
-_CHOSEN_ON = "val"  # the part of a data set that training chooses its checkpoint and box thresholds on
 _NAMED = 5  # classes in a message
 
 
@@ -97,7 +97,7 @@ def int8_digests(manifest: Manifest) -> frozenset[str]:
 
 
 def _listed(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> tuple[Path, list[LabelledImage]]:
-    root, images = list_labelled(folder, manifest.class_names)
+    root, images = list_labelled(folder, manifest.class_names, say)
     present = {image.label for image in images}
     missing = [name for index, name in enumerate(manifest.class_names) if index not in present]
     if missing:
@@ -113,7 +113,8 @@ def _listed(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> tup
 
 
 def _tell_of_choice(root: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
-    if root.name == _CHOSEN_ON and len(manifest.segments) > 1:
+    # The part of a data set that training chooses its checkpoint and box thresholds on.
+    if root.name in VALIDATION_FOLDERS and len(manifest.segments) > 1:
         say(
             f"exits are set by {root}: if checkpoint or box thresholds were chosen on these images, as mge-train does, "
             "the promise is not kept; name images that no choice has seen with --exit-data"

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import find_images
+from mge_runtime.sources import list_folder
 from mge_runtime.spec import Preprocess
 
 __all__ = ["VerifyImages", "find_verify_images", "generated_images"]
@@ -57,9 +57,10 @@ def find_verify_images(
         raise InputError(f"{folder} is a file, expected a folder of images to verify on")
     if not folder.is_dir():
         raise InputError(f"no folder {folder} to verify on; expected images such as .jpg, or leave out --verify-data")
-    found, problems = find_images([str(folder)])
-    if problems:
-        raise problems[0]
+    listed = list_folder(folder)
+    found = listed.whole()
+    if remark := listed.remark():
+        say(f"{folder}: {remark}")
     count = min(limit, len(found)) if limit else len(found)
     chosen = [found[index * len(found) // count].source() for index in range(count)]
     # Decoded once now, so that a damaged one is known before the export and not after it.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import note, reports_errors
 
 if TYPE_CHECKING:
     from mge.evaluation import Answers
@@ -42,10 +42,13 @@ def main(
     """Print the paper's table: top-1, top-5, likelihood and calibration of every head, the gate, the crops' areas."""
     from mge.report import figures, print_table, write_predictions
     from mge_runtime.errors import InputError
+    from mge_runtime.sources import VALIDATION_FOLDERS, validation_folder
 
     if (ckpt is None) == (engine is None):
         raise click.UsageError("name either --ckpt or --engine")
     folder = data / split if (data / split).is_dir() else data
+    if split in VALIDATION_FOLDERS:
+        folder = validation_folder(data) or data
     if (folder / "train").is_dir():
         raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
     if ckpt is not None:
@@ -64,21 +67,22 @@ def main(
 
 def _checkpoint_answers(ckpt: Path, folder: Path, batch_size: int, workers: int) -> tuple[Answers, Any]:
     from mge.checkpoint import load_checkpoint
-    from mge.data.folder import FolderDataset, list_images
+    from mge.data.folder import FolderDataset
     from mge.data.loading import batches, make_loader
     from mge.evaluation import collect
+    from mge_runtime.sources import list_labelled
 
     model = load_checkpoint(ckpt)
-    samples = list_images(folder, model.config.classes)
+    _, samples = list_labelled(folder, model.config.classes, note)
     loader = make_loader(FolderDataset(samples, model.config), batch_size, workers=workers)
     return collect(model, batches(loader)), samples
 
 
 def _bundle_answers(engine: Path, folder: Path, batch_size: int, workers: int) -> tuple[Answers, Any]:
-    from mge.data.folder import list_images
     from mge.evaluation import collect_bundle
     from mge_runtime.pipeline import Pipeline
+    from mge_runtime.sources import list_labelled
 
     with Pipeline.open(engine, streams="auto") as pipeline:
-        samples = list_images(folder, pipeline.manifest.class_names)
+        _, samples = list_labelled(folder, pipeline.manifest.class_names, note)
         return collect_bundle(pipeline, samples, batch_size, max(workers, 1)), samples

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import note, reports_errors
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -82,19 +82,21 @@ def main(
     from mge.training.loop import Trainer
     from mge.training.options import TrainOptions
     from mge.training.splits import training_splits
+    from mge_runtime.sources import validation_folder
 
     names = [field.name for field in fields(TrainOptions)]
     train_options = TrainOptions(**{name: options.pop(name) for name in names if name in options})
     if resume is not None:
         _refuse_model_options(options)
     fabric = _make_fabric(accelerator, devices, train_options.precision)
-    classes, train, val = training_splits(data, train_options.seed)
+    say = note if fabric.is_global_zero else lambda _: None
+    classes, train, val = training_splits(data, train_options.seed, say)
     model = _make_model(classes, resume, train_options.seed, **options)
     out = out or (resume.parent if resume is not None else Path("runs/mge"))
     _make_folder(out, replace=overwrite or resume is not None)
     _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
     if fabric.is_global_zero:
-        if not (data / "val").is_dir():
+        if validation_folder(data) is None:
             click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
         click.echo(
             f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "

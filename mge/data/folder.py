@@ -16,53 +16,9 @@ from torch.utils.data import Dataset
 from mge.config import MGEConfig
 from mge.data.sampling import sample_generator
 from mge_runtime.decode import decode_image, decode_picture
-from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
 
-__all__ = ["IMAGE_SUFFIXES", "FolderDataset", "TrainingDataset", "list_classes", "list_images", "normalize"]
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
-
-
-def list_classes(folder: Path) -> tuple[str, ...]:
-    """Names of the class folders in `folder`, sorted.
-
-    Raises:
-        InputError: there is no such folder, or fewer than two classes in it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}; expected images in ImageFolder layout, DIR/train/<class>/*.jpg")
-    classes = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."))
-    if len(classes) < 2:
-        raise InputError(f"{folder} holds {len(classes)} class folders; expected at least two, one for each class")
-    return classes
-
-
-def list_images(folder: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Every image under the class folders with its class index, sorted by class and name.
-
-    A class without a folder has no images (validation sets are often incomplete).
-
-    Raises:
-        InputError: no image at all, or a class folder that is not among `classes`.
-    """
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}; expected images in ImageFolder layout, DIR/<class>/*.jpg")
-    found = {entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."}
-    if foreign := sorted(found - set(classes)):
-        raise InputError(
-            f"{folder} holds class {foreign[0]!r}, which is not among the model's {len(classes)} classes; "
-            "expected folders named like them"
-        )
-    samples = [
-        (path, index)
-        for index, name in enumerate(classes)
-        for path in sorted((folder / name).glob("**/*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-    ]
-    if not samples:
-        raise InputError(f"no images in {folder}; expected <class>/*{'|'.join(sorted(IMAGE_SUFFIXES))}")
-    return samples
+__all__ = ["FolderDataset", "TrainingDataset", "normalize"]
 
 
 def normalize(frame: np.ndarray, config: MGEConfig) -> Tensor:

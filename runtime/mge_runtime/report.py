@@ -124,16 +124,19 @@ class PictureFolder:
         images = list(images)
         taken = {os.path.normcase(image.path.resolve()) for image in images if image.path is not None}
         names: set[str] = set()
+        last: dict[str, int] = {}  # number given to a stem
         root = folder.resolve()
         for image in images:
             stem = "stdin" if image.path is None else image.path.stem
             stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
-            name, number = stem, 1
+            number = last.get(stem, 1)
+            name = stem if number == 1 else f"{stem}-{number}"
             # Two folders may each hold an a.jpg, "A" and "a" may be one file here, and no image may be written over.
             while name.casefold() in names or os.path.normcase(root / (name + SAVED_SUFFIX)) in taken:
                 number += 1
                 name = f"{stem}-{number}"
             names.add(name.casefold())
+            last[stem] = number
             self._paths[image] = folder / (name + SAVED_SUFFIX)
 
     def save(self, image: NamedImage, source: ImageSource, prediction: Prediction) -> Path:

@@ -1,4 +1,4 @@
-"""From what the user names on the command line to the list of images."""
+"""From what the user names to the list of images: the one lister, for inference, training and calibration alike."""
 
 from __future__ import annotations
 
@@ -6,23 +6,40 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from mge_runtime.errors import InputError
 
-__all__ = ["IMAGE_SUFFIXES", "SAVED_SUFFIX", "STDIN", "NamedImage", "find_images"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "SAVED_SUFFIX",
+    "STDIN",
+    "VALIDATION_FOLDERS",
+    "ImageList",
+    "NamedImage",
+    "find_images",
+    "is_url",
+    "list_folder",
+    "list_labelled",
+    "validation_folder",
+]
 
 STDIN = "-"
 _STDIN_NAME = "standard input"
 SAVED_SUFFIX = ".mge.png"  # of the pictures that `mge-run --save` draws; in a folder these are no images to answer
+VALIDATION_FOLDERS = ("val", "valid", "validation")
 
 # What counts as an image inside a folder. HEIC is not decoded, but said to be so rather than passed over.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".webp", ".tif", ".tiff", ".jp2"}
     | {".avif", ".heic", ".heif"}
 )
+# Folders of copies that macOS (in ZIP archives) and Synology keep beside images; no more visible there than a dot file.
+_HIDDEN_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 
 
 class _StandardInput(bytes):
@@ -44,106 +61,304 @@ class NamedImage:
         Raises:
             InputError: standard input is closed or cannot be read.
         """
-        if self.path is not None:
-            return self.path
-        _require_stdin()
-        try:
-            return _StandardInput(sys.stdin.buffer.read())
-        except OSError as error:  # a stream open for writing alone, for example
-            raise InputError(
-                f"cannot read {_STDIN_NAME}: {error.strerror}; expected the bytes of one picture"
-            ) from error
+        return self.path if self.path is not None else _StandardInput(_read_stdin("the bytes of one picture"))
 
 
-def _require_stdin() -> None:
-    stdin: object = sys.stdin  # None where the process was started without one
-    if stdin is None or sys.stdin.closed:
-        raise InputError(f"cannot read {_STDIN_NAME}: it is closed; expected the bytes of one picture, pipe them in")
+@dataclass
+class ImageList:
+    """Images, what could not be listed, and how much was passed over."""
+
+    images: list[NamedImage] = field(default_factory=list["NamedImage"])
+    problems: list[InputError] = field(default_factory=list[InputError])  # one for each name or folder
+    passed_over: Counter[str] = field(default_factory=Counter[str])  # by reason, as "hidden"
+
+    def whole(self) -> list[NamedImage]:
+        """The images, where nothing stood in the way.
+
+        Raises:
+            InputError: the first of `problems`.
+        """
+        if self.problems:
+            raise self.problems[0]
+        return self.images
+
+    def remark(self) -> str | None:
+        """One line about what was passed over; None where that was nothing."""
+        total = sum(self.passed_over.values())
+        return f"passed over {total} file{'s' * (total != 1)}: {self._reasons()}" if total else None
+
+    def _reasons(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.passed_over.items()))
 
 
-def find_images(names: Iterable[str]) -> tuple[list[NamedImage], list[InputError]]:
-    """List the images behind files, folders, glob patterns and `-`.
+def find_images(names: Iterable[str], files_from: str | None = None) -> ImageList:
+    """List the images behind files, folders, glob patterns, lists of paths and `-`.
 
-    A file is taken whatever its suffix, and even if it is missing (decoding then says so). A folder is searched with
-    its subfolders, links followed, for `IMAGE_SUFFIXES`; what begins with "." or ends with `SAVED_SUFFIX` is passed
-    over. A pattern that the shell left alone (`*`, `?`, `[`, `**`) is expanded here. `-` is one picture's bytes on
-    standard input. Folders and patterns are sorted as people count (2 before 10); an image named twice is taken once.
+    A file is taken whatever its suffix, and even if it is missing (decoding then says so); a folder is searched by
+    `list_folder`. A pattern that the shell left alone (`*`, `?`, `[`, `**`) is expanded here, and sorted as people
+    count (2 before 10). `@FILE` names a list of files and folders, one a line, or ended by NUL as `find -print0` does.
+    `-` is one picture's bytes on standard input. An image named twice is taken once.
+
+    Args:
+        names: what the user named.
+        files_from: one more list; "-": on standard input.
 
     Returns:
-        The images in the order named, and one error for each name behind which there is nothing.
+        The images in the order named, and one problem for each name behind which there is nothing.
     """
+    total = ImageList()
     images: dict[str, NamedImage] = {}
-    problems: list[InputError] = []
-    for name in names:
+
+    def take(expand: Callable[[str], ImageList], name: str) -> None:
         try:
-            found = _expand(name)
+            found = expand(name)
         except InputError as problem:
-            problems.append(problem)
-            continue
-        for image in found:
+            total.problems.append(problem)
+            return
+        for image in found.images:
             images.setdefault(STDIN if image.path is None else os.path.normpath(image.path.absolute()), image)
-    return list(images.values()), problems
+        total.problems += found.problems
+        total.passed_over += found.passed_over
+
+    def take_list(place: str) -> None:
+        try:
+            paths = _read_list(place)
+        except InputError as problem:
+            total.problems.append(problem)
+            return
+        for path in paths:
+            take(_expand_path, path)
+
+    for name in names:
+        if name.startswith("@") and not os.path.lexists(name):
+            take_list(name[1:])
+        else:
+            take(_expand, name)
+    if files_from is not None:
+        take_list(files_from)
+    total.images = list(images.values())
+    return total
 
 
-def _expand(name: str) -> list[NamedImage]:
-    if name == STDIN:
-        _require_stdin()
-        return [NamedImage(_STDIN_NAME, None)]
-    path = Path(name)
-    if path.is_dir():
-        found, others = _search(path)
-        if not found:
-            held = f"{others} other file{'s' * (others != 1)}" if others else "nothing"
-            raise InputError(f"no image in the folder {path}: it holds {held}; expected files such as .jpg or .png")
-        return found
-    if glob.has_magic(name) and not os.path.lexists(path):
-        found = _match(name)
-        if not found:
-            raise InputError(f"no image matches {name}; expected a pattern such as 'photos/*.jpg', check the path")
-        return found
-    return [NamedImage(name, path)]
+def list_folder(folder: Path) -> ImageList:
+    """List the images of a folder and its subfolders: regular files with one of `IMAGE_SUFFIXES` in any case.
 
+    Links are followed, and a folder is entered once, so that loops end. Passed over and counted is what is hidden (a
+    leading dot, `__MACOSX`, `@eaDir`), has another suffix, was drawn by `mge-run --save`, is a pipe, socket or device,
+    or a link to nothing. A subfolder that cannot be listed is a problem; the rest is listed.
 
-def _match(pattern: str) -> list[NamedImage]:
-    """Expand a pattern; like the shell it may match folders, which are searched unless the pattern itself goes deep."""
-    found: list[NamedImage] = []
-    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
-    for path in map(Path, sorted(matches, key=_natural)):
-        if path.is_file():
-            found.append(NamedImage(str(path), path))
-        elif "**" not in pattern:
-            found += _search(path)[0]
+    Returns:
+        The images, sorted folder by folder as people count.
+    """
+    found = ImageList()
+    paths: list[str] = []
+    entered: set[tuple[int, int]] = set()
+    folders, links = [str(folder)], list[str]()
+    while folders or links:
+        place = (folders or links).pop()  # links last: an image has the name that needs none
+        try:
+            status = Path(place).stat()
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            inside, files = _scan(place, found.passed_over)
+        except OSError as error:
+            found.problems.append(
+                InputError(f"cannot list the folder {place}: {error.strerror}; expected one that may be read")
+            )
+            continue
+        for entry in inside:
+            (links if entry.is_symlink() else folders).append(entry.path)
+        paths += files
+    found.images = [NamedImage(path, Path(path)) for path in sorted(paths, key=_natural)]
     return found
 
 
-def _search(folder: Path) -> tuple[list[NamedImage], int]:
-    """Find the images of a folder and its subfolders; also count the other files."""
-    files: list[Path] = []
-    others = 0
-    entered: set[str] = set()
+def _scan(place: str, passed_over: Counter[str]) -> tuple[list[os.DirEntry[str]], list[str]]:
+    """Subfolders and images of one folder, sorted by name; what is neither is counted."""
+    folders: list[os.DirEntry[str]] = []
+    images: list[str] = []
+    with os.scandir(place) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, or into a folder that is closed to us
+                is_folder = is_file = False
+            if entry.name.startswith(".") or entry.name in _HIDDEN_FOLDERS:
+                passed_over["hidden"] += 1
+            elif is_folder:
+                folders.append(entry)
+            elif entry.name.endswith(SAVED_SUFFIX):
+                passed_over["drawn by mge-run --save"] += 1
+            elif Path(entry.name).suffix.lower() not in IMAGE_SUFFIXES:
+                passed_over["with another suffix"] += 1
+            elif is_file:
+                images.append(entry.path)
+            else:
+                passed_over["a link to nothing" if entry.is_symlink() else "a pipe, socket or device"] += 1
+    return folders, images
 
-    def fail(error: OSError) -> None:
-        raise InputError(
-            f"cannot list the folder {error.filename}: {error.strerror}; expected one that may be read"
-        ) from error
 
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        real = os.path.realpath(parent)
-        if real in entered:  # a link that leads back up
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        visible = [name for name in names if not name.startswith(".") and not name.endswith(SAVED_SUFFIX)]
-        images = [Path(parent, name) for name in visible if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-        others += len(visible) - len(images)
-        files += images
-    return [NamedImage(str(path), path) for path in sorted(files, key=lambda path: _natural(str(path)))], others
+def list_labelled(
+    folder: Path, classes: Sequence[str] | None = None, say: Callable[[str], None] = lambda _: None
+) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+    """List the images of `folder/<class>/...` with the index of their class.
+
+    Args:
+        folder: holds the class folders, each searched by `list_folder`.
+        classes: names that are known; a class without images is allowed then. None: the folders are the classes.
+        say: is told once what was passed over.
+
+    Returns:
+        The classes, sorted unless they were given, and the images, sorted by class and path.
+
+    Raises:
+        InputError: there is no such folder or no image in it, one cannot be listed, a name is no text, an image lies
+            outside of the class folders, or a class is unknown; without `classes` also where there are fewer than two,
+            or one has no image.
+    """
+    if not folder.is_dir():
+        found = f"{folder} is a file" if folder.exists() else f"no folder {folder}"
+        raise InputError(f"{found}; expected a folder with labelled images, {folder}/<class>/*.jpg")
+    passed_over: Counter[str] = Counter()
+    try:
+        entries, loose = _scan(str(folder), passed_over)
+    except OSError as error:
+        raise InputError(f"cannot list the folder {folder}: {error.strerror}; expected one that may be read") from error
+    if loose:
+        raise InputError(f"{loose[0]} lies in no class folder; expected {folder}/<class>/: sort the images by class")
+    names = tuple(entry.name for entry in entries)
+    if classes is None and len(names) < 2:
+        raise InputError(f"{folder} holds {len(names)} class folders; expected at least two, one for each class")
+    known = {name: index for index, name in enumerate(names if classes is None else classes)}
+    samples: list[tuple[Path, int]] = []
+    for name in names:
+        found = list_folder(folder / name)
+        paths = sorted(image.path for image in found.whole() if image.path is not None)
+        for path in paths or [folder / name]:
+            _require_text(path)
+        if not paths and classes is None:
+            raise InputError(
+                f"the class folder {folder / name} holds no image; expected at least one: add some, or remove it"
+            )
+        if paths and name not in known:
+            raise InputError(
+                f"{folder} holds class {name!r}, which is not among the model's {len(known)} classes; "
+                f"expected folders named like them, such as {next(iter(known))!r}"
+            )
+        samples += [(path, known[name]) for path in paths]
+        passed_over += found.passed_over
+    if not samples:
+        raise InputError(f"no image in the class folders of {folder}; expected {folder}/<class>/*.jpg")
+    if remark := ImageList(passed_over=passed_over).remark():
+        say(f"{folder}: {remark}")
+    return tuple(known), sorted(samples, key=lambda sample: sample[1])
+
+
+def validation_folder(data: Path) -> Path | None:
+    """The folder of validation images inside a data folder, one of `VALIDATION_FOLDERS`; None where there is none.
+
+    Raises:
+        InputError: there are several.
+    """
+    found = [data / name for name in VALIDATION_FOLDERS if (data / name).is_dir()]
+    if len(found) > 1:
+        raise InputError(f"{data} holds {found[0].name} and {found[1].name}; expected one folder to validate on")
+    return found[0] if found else None
+
+
+def is_url(name: str) -> bool:
+    """Whether this is an address on the net, or an embedded picture, rather than a path."""
+    return re.match(r"(https?|ftp|s3|gs|file|data):", name, re.IGNORECASE) is not None
+
+
+def _require_text(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise InputError(f"the name of {shown} is no text in UTF-8; expected one that is: rename it") from None
+
+
+def _expand(name: str) -> ImageList:
+    if name == STDIN:
+        _require_stdin("the bytes of one picture")
+        return ImageList([NamedImage(_STDIN_NAME, None)])
+    if glob.has_magic(name) and not os.path.lexists(name) and not is_url(name):
+        return _match(name)
+    return _expand_path(name)
+
+
+def _expand_path(name: str) -> ImageList:
+    path = Path(name)
+    if not path.is_dir():
+        return ImageList([NamedImage(name, path)])
+    found = list_folder(path)
+    if not found.images and not found.problems:
+        held = found.remark() or "it is empty"
+        raise InputError(f"no image in the folder {path}: {held}; expected files such as .jpg or .png")
+    return found
+
+
+def _match(pattern: str) -> ImageList:
+    """Expand a pattern; like the shell it may match folders, which are searched unless the pattern itself goes deep."""
+    found = ImageList()
+    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
+    for path in map(Path, sorted(matches, key=_natural)):
+        if not path.is_dir():
+            found.images.append(NamedImage(str(path), path))
+        elif "**" not in pattern:
+            inside = list_folder(path)
+            found.images += inside.images
+            found.problems += inside.problems
+            found.passed_over += inside.passed_over
+    if not found.images and not found.problems:
+        raise InputError(f"no image matches {pattern}; expected a pattern such as 'photos/*.jpg', check the path")
+    return found
+
+
+def _read_list(place: str) -> list[str]:
+    """Paths in a file or on standard input, one a line or each ended by NUL."""
+    expected = "a list of image paths, one a line"
+    if place == STDIN:
+        data = _read_stdin(expected)
+    else:
+        try:
+            path = Path(place)
+            if not path.is_file():  # a pipe would be waited for, a device may never end
+                what = "is no regular file" if path.exists() else "does not exist"
+                raise InputError(f"cannot read the list {place}: it {what}; expected {expected}")
+            data = path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"cannot read the list {place}: {reason}; expected {expected}") from error
+    data = data.removeprefix(b"\xef\xbb\xbf")  # what Windows begins text files with
+    lines = data.split(b"\0") if b"\0" in data else data.splitlines()
+    paths = [os.fsdecode(line) for line in lines if line.strip()]
+    if not paths:
+        raise InputError(f"the list {place} names nothing; expected {expected}")
+    return paths
+
+
+def _read_stdin(expected: str) -> bytes:
+    _require_stdin(expected)
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:  # a stream open for writing alone, for example
+        raise InputError(f"cannot read {_STDIN_NAME}: {error.strerror}; expected {expected}") from error
+
+
+def _require_stdin(expected: str) -> None:
+    stdin: object = sys.stdin  # None where the process was started without one
+    if stdin is None or sys.stdin.closed:
+        raise InputError(f"cannot read {_STDIN_NAME}: it is closed; expected {expected}, pipe them in")
 
 
 def _natural(path: str) -> list[tuple[list[tuple[int, str]], str]]:
     """Sort key: folder by folder, numbers by value, letters without case."""
-    return [
-        ([(int(part), "") if part.isdecimal() else (-1, part.casefold()) for part in re.split(r"(\d+)", name)], name)
-        for name in Path(path).parts
-    ]
+    return [(_counted(name), name) for name in Path(path).parts]
+
+
+@lru_cache(10_000)  # folders are the same for many files
+def _counted(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part.casefold()) for part in re.split(r"(\d+)", name)]

@@ -168,8 +168,8 @@ def spoil_most(data):
 
 
 BAD = {
-    "missing": (shutil.rmtree, "is nothing; expected a folder"),
-    "empty": (lambda data: keep(data, 0), "no image in the folder"),
+    "missing": (shutil.rmtree, "no folder "),
+    "empty": (lambda data: keep(data, 0), "no image in the class folders"),
     "no picture": (spoil_all, "none of the "),
     "few pictures": (spoil_most, "images could be read in"),
     "few": (lambda data: keep(data, 49), "49 images are in"),

@@ -26,18 +26,19 @@ def test_images_carry_the_class_of_their_folder(data):
     assert root == data
     assert [(i.name, i.label) for i in images] == [
         ("ant/a.png", 0),
-        ("bee/2.jpg", 1),
         ("bee/10.jpg", 1),
+        ("bee/2.jpg", 1),
         ("cow/sub/deep.webp", 2),
     ]
 
 
-def test_of_a_data_set_the_validation_part_is_taken(data):
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_of_a_data_set_the_validation_part_is_taken(data, name):
     whole = data.with_name("whole")
-    shutil.copytree(data, whole / "val")
+    shutil.copytree(data, whole / name)
     shutil.copytree(data, whole / "train")
     root, images = list_labelled(whole, NAMES)
-    assert root == whole / "val"
+    assert root == whole / name
     assert len(images) == 4
     assert data_sha256(images) == data_sha256(list_labelled(data, NAMES)[1])
 
@@ -104,11 +105,11 @@ def spoil_class(data):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (spoil_missing, "is nothing; expected a folder"),
+        (spoil_missing, "no folder"),
         (spoil_file, "is a file; expected a folder"),
-        (spoil_empty, "no image in the folder"),
+        (spoil_empty, "no image in the class folders"),
         (spoil_unlabelled, "lies in no class folder"),
-        (spoil_class, "holds class 'wasp', which is not among the bundle's 3 classes"),
+        (spoil_class, "holds class 'wasp', which is not among the model's 3 classes"),
     ],
 )
 def test_a_folder_that_cannot_serve_is_refused(data, spoil, words):

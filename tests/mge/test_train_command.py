@@ -154,5 +154,6 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(trained, data, tmp_pa
 def test_evaluation_refuses_foreign_classes_and_both_kinds(trained, data, tmp_path):
     out, _ = trained
     (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "0.png").touch()
     assert "class 'c'" in fails(evaluate, "--ckpt", out / "best.pt", "--data", tmp_path)
     assert CliRunner().invoke(evaluate, ["--data", str(data)]).exit_code == 2

@@ -328,5 +328,5 @@ def test_a_folder_without_images_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds 1 class folders"):
         training_splits(tmp_path, 0)
     (tmp_path / "train/b").mkdir()
-    with pytest.raises(InputError, match="no images in"):
+    with pytest.raises(InputError, match="train/a holds no image"):
         training_splits(tmp_path, 0)

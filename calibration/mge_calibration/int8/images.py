@@ -13,7 +13,7 @@ from mge_calibration.folder import short_digest
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import find_images
+from mge_runtime.sources import list_folder
 from mge_runtime.spec import Preprocess
 
 __all__ = ["MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
@@ -54,13 +54,12 @@ def read_calibration_images(
         InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
     """
     if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing"
-        raise InputError(
-            f"{folder} is {found}; expected a folder of images to calibrate on: name one with --calib-data"
-        )
-    images, problems = find_images([str(folder)])
-    if problems:
-        raise problems[0]
+        kind = "a file" if folder.exists() else "nothing"
+        raise InputError(f"{folder} is {kind}; expected a folder of images to calibrate on: name one with --calib-data")
+    found = list_folder(folder)
+    images = found.whole()
+    if remark := found.remark():
+        say(f"{folder}: {remark}")
     order: list[int] = np.random.default_rng(seed).permutation(len(images)).tolist()
     chosen = order[: limit or None]
     size = preprocess.size

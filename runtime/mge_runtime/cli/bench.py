@@ -111,9 +111,7 @@ def main(
         reconfigure(errors="replace")
     if out is not None:
         _check_writable(out)
-    found, problems = find_images(images)
-    if problems:
-        raise problems[0]
+    found = find_images(images).whole()
     if images and not found:
         work = "check" if selfcheck else "measure"
         raise InputError(f"no image was found; name photographs, or none to {work} with drawn pictures")

@@ -10,7 +10,7 @@ import click
 
 from mge_runtime.errors import MGEError
 
-__all__ = ["format_bytes", "reports_errors"]
+__all__ = ["format_bytes", "note", "reports_errors"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -35,6 +35,13 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             raise SystemExit(1) from error
 
     return wrapped
+
+
+def note(line: str) -> None:
+    """Say on standard error what is no error."""
+    from mge_runtime.report import printable
+
+    click.echo("note: " + printable(line), err=True)
 
 
 def format_bytes(count: int) -> str:

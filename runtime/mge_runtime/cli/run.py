@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import note, reports_errors
 from mge_runtime.errors import InputError, OutputError
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("images", nargs=-1, required=True)
+@click.argument("images", nargs=-1)
+@click.option("--files-from", metavar="FILE|-", help="A list of more images, one a line; -: on standard input.")
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to answer with.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
 @click.option("--csv", "csv_path", metavar="FILE", type=click.Path(path_type=Path), help="Also write a CSV table.")
@@ -74,6 +75,7 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 @reports_errors
 def main(
     images: tuple[str, ...],
+    files_from: str | None,
     engine: str,
     as_json: bool,
     csv_path: Path | None,
@@ -86,19 +88,24 @@ def main(
     streams: int | None,
     exit_at: Exit,
 ) -> None:
-    """Answer IMAGES: files, folders (with their subfolders), quoted patterns, or - for one image on standard input.
+    """Answer IMAGES: files, folders (searched deep), quoted patterns, @FILE for a list, - for one on standard input.
 
     An image that cannot be read is reported and passed over; the exit code is 1 then.
     """
+    if not images and files_from is None:
+        raise click.UsageError("name images, or a list of them with --files-from")
     from mge_runtime.pipeline import Pipeline
     from mge_runtime.report import csv_table, json_line, picture_folder, text_block, text_line
     from mge_runtime.sources import find_images
 
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="replace")  # a class name that the terminal's encoding lacks is no reason to stop
-    found, problems = find_images(images)
+    listed = find_images(images, files_from)
+    found, problems = listed.images, listed.problems
     for problem in problems:
         _report(problem)
+    if remark := listed.remark():
+        note(remark)
     if not found:
         raise SystemExit(1)
     failed = len(problems)
