@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +105,51 @@ def test_a_calibrated_bundle_shows_what_it_answers(data, files, tmp_path):
     assert f"temperature 0.250, as mge-run answers: NLL {row['calibrated_nll']:.3f}" in text
     assert "the rows above are before any temperature" in text
     assert "15 bins of equal mass" in text
+
+
+def without(modules, command, *arguments):
+    """The end of a command where these modules are not installed."""
+    program = f"import sys; sys.modules.update(dict.fromkeys({modules!r})); from {command} import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=200
+    )
+
+
+TORCH = ["torch", "torchvision", "timm", "lightning", "safetensors", "matplotlib", "tqdm", "onnx", "scipy"]
+
+
+def test_a_bundle_is_evaluated_without_torch(data, files):
+    arguments = ["--engine", files / "mge.plan", "--data", data, "--json"]
+    done = without(TORCH, "mge.cli.evaluate", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == figures(data, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "extra"),
+    [
+        ("mge.cli.train", ["--data", "DATA", "--out", "OUT"], "train"),
+        ("mge.cli.evaluate", ["--data", "DATA", "--ckpt", "CKPT"], "train"),
+        ("mge_export.cli", ["--ckpt", "CKPT"], "export"),
+        ("mge_calibration.cli", ["PLAN", "--data", "DATA"], "calibrate"),
+    ],
+)
+def test_a_missing_extra_is_one_line(data, files, tmp_path, command, arguments, extra):
+    (tmp_path / "train").symlink_to(data)
+    places = {"DATA": tmp_path if extra == "train" and "OUT" in arguments else data, "OUT": tmp_path / "run"}
+    places |= {"CKPT": files / "best.pt", "PLAN": files / "mge.plan"}
+    done = without(TORCH, command, *(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]  # below a note on parts.csv
+    assert line.startswith("error: this command needs ")
+    assert line.endswith(f'is not installed; install it: pip install "mge[{extra}]"')
+
+
+def test_a_wrong_folder_is_refused_before_torch_is_loaded(tmp_path):
+    done = without(TORCH, "mge.cli.train", "--data", tmp_path / "nosuch")
+    assert done.returncode == 1
+    assert "no folder" in done.stderr
 
 
 def test_an_image_without_a_part_is_named(files, tmp_path):
