@@ -32,7 +32,7 @@ $(READY): pyproject.toml
 demo: export OMP_NUM_THREADS = 1
 demo: $(READY) ## draw a field guide, train, export, answer; about five minutes on two cores
 	$(BIN)/mge-field-guide $(DEMO)/field-guide
-	$(BIN)/mge-train --data $(DEMO)/field-guide --out $(DEMO)/run --overwrite --epochs 7 $(RECIPE)
+	$(BIN)/mge-train --data $(DEMO)/field-guide --out $(DEMO)/run --overwrite --epochs 10 $(RECIPE)
 	$(BIN)/mge-eval --ckpt $(DEMO)/run/best.pt --data $(DEMO)/field-guide
 	$(BIN)/mge-export --ckpt $(DEMO)/run/best.pt -o $(DEMO)/mge.plan --verify-data $(DEMO)/field-guide/val
 	$(BIN)/mge-run --engine $(DEMO)/mge.plan $(DEMO)/field-guide/test/*-scarlet-*/*0.png --save $(DEMO)/pictures

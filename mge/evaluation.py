@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mge.metrics import top_k_correct, view_areas
-from mge.model import MGENet
 from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.metrics import calibration_error, log_softmax
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mge.model import MGENet
     from mge_runtime.pipeline import Pipeline
 
 __all__ = ["Answers", "Row", "collect", "collect_bundle", "median_areas", "summarize"]
@@ -58,6 +58,8 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
 
     The labels are only recorded: attention looks for each expert's own first guess, as on a device.
     """
+    import torch  # here: a bundle is evaluated without it
+
     device = next(model.parameters()).device
     size = model.config.image_size
     was_training = model.training
@@ -67,7 +69,7 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
     views: list[np.ndarray] = []
     heads: dict[str, list[Tensor]] = {}
     heatmaps: list[list[Tensor]] = [[] for _ in model.experts]
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: with torch up to 2.11 it makes Grad-CAM's gradient zero, silently
         for images, targets, viewports in batches:
             output = model(images.to(device))
             labels.append(targets.cpu())

@@ -1,8 +1,11 @@
-"""Start every trunk from the same ImageNet weights, as the paper does."""
+"""Weights to start from: the same of ImageNet for every backbone, as in the paper, or a trained model's own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -10,10 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mge.checkpoint import load_checkpoint
 from mge.model import Expert, Gate, MGENet, create_trunk
-from mge_runtime.errors import CheckpointError
+from mge_runtime.errors import CheckpointError, TrainingError
 
-__all__ = ["has_linear_features", "initialize_trunks"]
+__all__ = ["fine_tuned", "has_linear_features", "initialize_trunks"]
+
+_HEADS = ("global_head.", "part_conv.", "part_head.", "concat_head.")  # their sizes hang on the number of classes
 
 
 def has_linear_features(arch: str) -> bool:
@@ -38,6 +44,41 @@ def initialize_trunks(model: MGENet, source: str) -> None:
     for module in model.modules():
         if isinstance(module, Expert | Gate):
             module.trunk.load_state_dict(state, strict=False)
+
+
+def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any]) -> tuple[MGENet, str]:
+    """A trained model to go on with, for other classes too: then its heads begin anew, from torch's generator.
+
+    Args:
+        path: a checkpoint.
+        classes: of the new model.
+        changes: fields of its config that shall differ from the file's.
+
+    Returns:
+        The model, and half a sentence that says what it has from the file.
+
+    Raises:
+        CheckpointError: the file is no checkpoint, or a changed field is out of its range.
+        TrainingError: the file's weights do not fit a changed field.
+    """
+    source = load_checkpoint(path)
+    same = source.config.classes == classes
+    if "image_size" in changes and "resize" not in changes:
+        resize = round(changes["image_size"] * source.config.resize / source.config.image_size)
+        changes = {**changes, "resize": resize}
+    for name in ("arch", "experts", "normalize_features", *(("parts_per_class",) if same else ())):
+        own = getattr(source.config, name)
+        if changes.get(name, own) != own:
+            raise TrainingError(f"{path} has {name} {own}, not {changes[name]}; leave the option out")
+    model = MGENet(replace(source.config, classes=classes, **changes))
+    state = source.state_dict()
+    model.load_state_dict(
+        {name: state[name] for name in state if same or not any(head in name for head in _HEADS)}, strict=False
+    )
+    if same:
+        return model, f", all weights from {path}"
+    before = source.config.num_classes
+    return model, f"; backbones and gate from {path}, heads anew for {len(classes)} classes (it knows {before})"
 
 
 def _downloaded(arch: str) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from PIL import Image
 from mge.checkpoint import save_checkpoint
 from mge.cli.evaluate import main as evaluate
 from mge.config import MGEConfig
+from mge.evaluation import collect
 from mge.model import MGENet
 from mge.parts import write_parts
 from mge_export.cli import main as export
@@ -66,6 +69,20 @@ def test_checkpoint_and_bundle_agree(data, files):
     assert first["part_enlargement"][2] > first["part_enlargement"][1] > 1
 
 
+def test_attention_is_computed_outside_inference_mode():
+    """Inside it the gradient is zero with torch 2.11, so that no crop means anything."""
+    model = MGENet(MGEConfig("test_resnet", ("a", "b"), image_size=64, resize=64)).train()
+    seen = []
+    model.experts[1].global_head.register_forward_hook(
+        lambda *_: seen.append((torch.is_inference_mode_enabled(), model.training))
+    )
+    viewport = torch.tensor([[0, 0, 64, 64, 64, 64]], dtype=torch.float64)
+    collect(model, [(torch.rand(1, 3, 64, 64), torch.tensor([0]), viewport)])
+    assert seen
+    assert set(seen) == {(False, False)}
+    assert model.training
+
+
 def test_a_calibrated_bundle_shows_what_it_answers(data, files, tmp_path):
     path = tmp_path / "mge.plan"
     shutil.copy(files / "mge.plan", path)
@@ -88,6 +105,51 @@ def test_a_calibrated_bundle_shows_what_it_answers(data, files, tmp_path):
     assert f"temperature 0.250, as mge-run answers: NLL {row['calibrated_nll']:.3f}" in text
     assert "the rows above are before any temperature" in text
     assert "15 bins of equal mass" in text
+
+
+def without(modules, command, *arguments):
+    """The end of a command where these modules are not installed."""
+    program = f"import sys; sys.modules.update(dict.fromkeys({modules!r})); from {command} import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=200
+    )
+
+
+TORCH = ["torch", "torchvision", "timm", "lightning", "safetensors", "matplotlib", "tqdm", "onnx", "scipy"]
+
+
+def test_a_bundle_is_evaluated_without_torch(data, files):
+    arguments = ["--engine", files / "mge.plan", "--data", data, "--json"]
+    done = without(TORCH, "mge.cli.evaluate", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == figures(data, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "extra"),
+    [
+        ("mge.cli.train", ["--data", "DATA", "--out", "OUT"], "train"),
+        ("mge.cli.evaluate", ["--data", "DATA", "--ckpt", "CKPT"], "train"),
+        ("mge_export.cli", ["--ckpt", "CKPT"], "export"),
+        ("mge_calibration.cli", ["PLAN", "--data", "DATA"], "calibrate"),
+    ],
+)
+def test_a_missing_extra_is_one_line(data, files, tmp_path, command, arguments, extra):
+    (tmp_path / "train").symlink_to(data)
+    places = {"DATA": tmp_path if extra == "train" and "OUT" in arguments else data, "OUT": tmp_path / "run"}
+    places |= {"CKPT": files / "best.pt", "PLAN": files / "mge.plan"}
+    done = without(TORCH, command, *(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]  # below a note on parts.csv
+    assert line.startswith("error: this command needs ")
+    assert line.endswith(f'is not installed; install it: pip install "mge[{extra}]"')
+
+
+def test_a_wrong_folder_is_refused_before_torch_is_loaded(tmp_path):
+    done = without(TORCH, "mge.cli.train", "--data", tmp_path / "nosuch")
+    assert done.returncode == 1
+    assert "no folder" in done.stderr
 
 
 def test_an_image_without_a_part_is_named(files, tmp_path):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mge_runtime.cli.common import at_most_cpus, echo, report, reports_errors
-from mge_runtime.errors import BackendError, MGEError, OutputError
+from mge_runtime.errors import MGEError, OutputError
 
 if TYPE_CHECKING:
     from mge_calibration.calibrate import Learned
@@ -151,7 +151,7 @@ def _require_libraries() -> None:
     """Say what is missing before the images are answered rather than after."""
     for name in ("scipy", "matplotlib"):
         if importlib.util.find_spec(name) is None:
-            raise BackendError(f"calibration needs {name}, which is not installed: pip install 'mge[calibrate]'")
+            raise ModuleNotFoundError(name=name)  # `reports_errors` says which extra brings it
 
 
 def _make_folder(folder: Path) -> None:

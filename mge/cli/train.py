@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import os
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,27 +14,42 @@ import click
 from click.core import ParameterSource
 
 from mge_runtime.cli.common import note, reports_errors
+from mge_runtime.errors import CheckpointError, OutputError, TrainingError
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from mge.checkpoint import Checkpoint
     from mge.model import MGENet
 
 __all__ = ["main"]
 
 PATH = click.Path(path_type=Path)
 UNIT = click.FloatRange(0, 1, max_open=True)
+CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
+# What may differ from the run that --resume goes on with; of --epochs, more.
+FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "accelerator", "devices", "compile"})
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
-@click.option("--data", type=PATH, required=True, help="Folder with train/<class>/*.jpg and, if you have it, val/.")
+@click.option(
+    "--data", type=PATH, default=None,
+    help="Folder with train/<class>/*.jpg and, if you have it, val/.  [required; with --resume: that run's]",
+)  # fmt: skip
 @click.option(
     "--out", type=PATH, default=None,
     help="Folder for best.pt, last.pt, metrics, curves.  [default: runs/mge, or that of --resume]",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
-@click.option("--arch", default="resnet50", help="timm trunk; any CNN with features at strides 16 and 32.")
-@click.option("--init", default="timm", metavar="timm|none|FILE", help="ImageNet weights for the trunks.")
+@click.option(
+    "--recipe", type=click.Choice(["default", "paper"]), default="default",
+    help="paper: the box thresholds stay at 0.2, as published; every other default is the paper's anyway.",
+)  # fmt: skip
+@click.option("--arch", default="resnet50", help="timm backbone; any CNN with features at strides 16 and 32.")
+@click.option(
+    "--init", default="timm", metavar="timm|none|FILE",
+    help="ImageNet weights for the backbones (from timm, or a .safetensors file), or a best.pt to fine-tune.",
+)  # fmt: skip
 @click.option("--experts", type=click.IntRange(1), default=3, help="Experts in the chain; 1 trains a single network.")
 @click.option(
     "--image-size", type=click.IntRange(32), default=448,
@@ -40,10 +59,14 @@ UNIT = click.FloatRange(0, 1, max_open=True)
 @click.option("--resize", type=int, default=None, help="Pixels, the shorter side.  [default: 8/7 of it]")
 @click.option("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Of RGB in [0, 1].")
 @click.option("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Of RGB in [0, 1].")
-@click.option("--box-threshold", type=UNIT, multiple=True, help="Once, or once for each crop.  [default: 0.2]")
+@click.option(
+    "--box-threshold", type=UNIT, multiple=True,
+    help="Fix the box thresholds: once, or once for each crop.  [default: they follow --crop-area]",
+)  # fmt: skip
 @click.option(
     "--crop-area", type=click.FloatRange(0, 1, min_open=True), default=None,
-    help="Let the thresholds follow the median share that each crop keeps of its image on the validation images.",
+    help="After each epoch, move the box thresholds to where the median crop keeps this share of its image on the "
+    f"validation images.  [default: {CROP_AREA}]",
 )  # fmt: skip
 @click.option("--parts-per-class", type=click.IntRange(1), default=10, help="Channels of the part convolution.")
 @click.option(
@@ -63,64 +86,154 @@ UNIT = click.FloatRange(0, 1, max_open=True)
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")
 @click.option("--accelerator", default="auto", help="Lightning Fabric's name: auto, cpu, cuda, mps.")
-@click.option("--devices", default="auto", help="How many of them.")
+@click.option("--devices", default="auto", help="How many of them; under torchrun, those it started.")
 @click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), default="32-true")
-@click.option("--resume", type=PATH, default=None, help="A last.pt: go on exactly where that run stood.")
+@click.option("--compile/--no-compile", default=False, help="torch.compile for the backbones: slow first, then faster.")
+@click.option(
+    "--resume", type=PATH, default=None,
+    help="A last.pt: go on where that run stood, with the options it had; --epochs may grow.",
+)  # fmt: skip
 @click.version_option(package_name="mge")
 @reports_errors
-def main(
-    data: Path,
-    out: Path | None,
-    overwrite: bool,
-    resume: Path | None,
-    accelerator: str,
-    devices: str,
-    **options: Any,
-) -> None:
-    """Train a mixture of granularity-specific experts on a folder of images; the defaults are the paper's."""
-    from mge.data.folder import FolderDataset, TrainingDataset
-    from mge.training.loop import Trainer
+def main(**options: Any) -> None:
+    """Train a mixture of granularity-specific experts on a folder of images.
+
+    The defaults are the paper's but for one: the box thresholds follow --crop-area, because the paper's 0.2 keeps 98 %
+    of most images, which is no attention. --recipe paper brings it back.
+
+    Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand; --resume goes on from there.
+    """
+    # What can be checked without PyTorch is checked before it is loaded, which takes seconds.
     from mge.training.options import TrainOptions
     from mge.training.splits import training_splits
     from mge_runtime.sources import validation_folder
 
-    names = [field.name for field in fields(TrainOptions)]
-    train_options = TrainOptions(**{name: options.pop(name) for name in names if name in options})
-    if resume is not None:
-        _refuse_model_options(options)
-    fabric = _make_fabric(accelerator, devices, train_options.precision)
-    say = note if fabric.is_global_zero else lambda _: None
-    classes, train, val = training_splits(data, train_options.seed, say)
-    model = _make_model(classes, resume, train_options.seed, **options)
-    out = out or (resume.parent if resume is not None else Path("runs/mge"))
-    _make_folder(out, replace=overwrite or resume is not None)
-    _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
-    if fabric.is_global_zero:
-        if validation_folder(data) is None:
-            click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
-        click.echo(
-            f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
-            f"{model.config.experts} x {model.config.arch} at {model.config.image_size} px"
+    context = click.get_current_context()
+    given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    resume: Path | None = options["resume"]
+    checkpoint = None
+    if resume is None:
+        _complete(options)
+    else:
+        checkpoint = _take_up(resume, options, given)
+    data, out = Path(options["data"]), Path(options["out"])
+    first = _is_first_process()
+    classes, train, val = training_splits(data, options["seed"], note if first else lambda _: None)
+    _check_folder(out, replace=options["overwrite"] or resume is not None)
+
+    from mge.data.folder import FolderDataset, TrainingDataset
+    from mge.training.loop import Trainer
+
+    names = {field.name for field in fields(TrainOptions)}
+    train_options = TrainOptions(**{name: value for name, value in options.items() if name in names})
+    fabric = _make_fabric(options["accelerator"], options["devices"], train_options.precision)
+    if checkpoint is None:
+        model, origin = _make_model(classes, options, given)
+    else:
+        model, origin = checkpoint.model, ""
+        if model.config.classes != classes:
+            raise TrainingError(
+                f"{resume} knows {model.config.num_classes} classes, the data folder has {len(classes)} others; "
+                "expected the folder that the run started with; --init fine-tunes for other classes"
+            )
+    options |= {name: value for name, value in asdict(model.config).items() if name in options}  # for --resume
+    with _claimed(out, claim=first or fabric.world_size == 1):
+        _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
+        if fabric.is_global_zero:
+            if validation_folder(data) is None:
+                click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
+            click.echo(
+                f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
+                f"{model.config.experts} x {model.config.arch} at {model.config.image_size} px{origin}"
+            )
+            click.echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
+        trainer = Trainer(
+            model,
+            TrainingDataset(train, model.config, seed=train_options.seed, flip=train_options.flip),
+            FolderDataset(val, model.config),
+            train_options,
+            out,
+            fabric,
+            command={name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
         )
-    training_set = TrainingDataset(train, model.config, seed=train_options.seed, flip=train_options.flip)
-    validation_set = FolderDataset(val, model.config)
-    progress = Trainer(model, training_set, validation_set, train_options, out, fabric).fit(resume)
+        progress = trainer.fit(resume)
     if not fabric.is_global_zero:
         return  # with 0: Fabric kills the first process when another one fails
     if progress.epoch < train_options.epochs:
-        click.echo(f"stopped in epoch {progress.epoch + 1}; go on with --resume {out / 'last.pt'}")
-        raise click.exceptions.Exit(130)
+        click.echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
+        raise click.exceptions.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     best = out / "best.pt"
     click.echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
+
+
+def _complete(options: dict[str, Any]) -> None:
+    """Put the values that hang on others into the options of a new run."""
+    if options["data"] is None:
+        raise click.UsageError("missing option '--data'")
+    options["data"] = options["data"].absolute()
+    options["out"] = options["out"] or Path("runs/mge")
+    if options["crop_area"] is not None and options["box_threshold"]:
+        raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
+    if options["crop_area"] is None and not options["box_threshold"] and options["recipe"] == "default":
+        options["crop_area"] = CROP_AREA
+    if options["init"] not in ("timm", "none"):
+        _require_file(Path(options["init"]), "--init", "timm, none, a .safetensors file or a best.pt")
+
+
+def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> Checkpoint:
+    """Read a checkpoint to go on with, and put what its run was asked for into the options that are not given.
+
+    Raises:
+        TrainingError: a given option differs, or the file says too little.
+    """
+    _require_file(resume, "--resume", "the last.pt of a run")
+    from mge.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(resume)
+    if checkpoint.training is None:
+        raise TrainingError(f"{resume} holds a model but no training state; expected last.pt of an unfinished run")
+    before = asdict(checkpoint.model.config) | checkpoint.training["options"] | checkpoint.training.get("command", {})
+    for name in options.keys() - {"out", "overwrite", "resume"}:
+        if name not in given:
+            options[name] = before.get(name, options[name])
+        elif name not in FREE and options[name] != before.get(name):
+            option = "--" + name.replace("_", "-")
+            raise TrainingError(
+                f"{resume} was trained with {option} {before.get(name)}, now it is {options[name]}; leave the option "
+                "out, or start another run without --resume"
+            )
+    if options["data"] is None:
+        raise TrainingError(f"{resume} does not say where its images lie; add --data")
+    options["out"] = options["out"] or resume.parent
+    return checkpoint
+
+
+def _require_file(path: Path, option: str, expected: str) -> None:
+    if not path.is_file():
+        found = "is a directory" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise CheckpointError(f"{option} {path} {found}; expected {expected}")
+
+
+def _is_first_process() -> bool:
+    """Whether this process speaks for all that were started together, as torchrun, Fabric and Slurm number them."""
+    ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
+    return not ranks or ranks[0] == "0"
 
 
 def _make_fabric(accelerator: str, devices: str, precision: str) -> Fabric:
     from lightning.fabric import Fabric
 
-    from mge_runtime.errors import TrainingError
-
+    placement: dict[str, Any] = {"devices": devices}
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun: take part in its group
+        local = os.environ["LOCAL_WORLD_SIZE"]
+        if devices not in ("auto", local):
+            raise TrainingError(
+                f"torchrun started {local} processes on this machine, --devices asks for {devices}; expected the same "
+                "number, or no --devices"
+            )
+        placement = {"devices": int(local), "num_nodes": int(os.environ["GROUP_WORLD_SIZE"]), "strategy": "ddp"}
     try:
-        return Fabric(accelerator=accelerator, devices=devices, precision=precision)  # pyright: ignore[reportArgumentType]
+        return Fabric(accelerator=accelerator, precision=precision, **placement)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, RuntimeError) as error:  # Fabric's ways to refuse an option or a missing device
         reason = str(error).splitlines()[0]
         raise TrainingError(
@@ -131,8 +244,6 @@ def _make_fabric(accelerator: str, devices: str, precision: str) -> Fabric:
 
 def _launch(fabric: Fabric) -> None:
     """Start the other processes, where --devices asks for several."""
-    from mge_runtime.errors import TrainingError
-
     try:
         fabric.launch()
     except (ValueError, RuntimeError) as error:
@@ -142,9 +253,8 @@ def _launch(fabric: Fabric) -> None:
         ) from error
 
 
-def _make_folder(out: Path, *, replace: bool) -> None:
+def _check_folder(out: Path, *, replace: bool) -> None:
     """Make sure that a run can be written before it costs anything."""
-    from mge_runtime.errors import OutputError
     from mge_runtime.files import check_writable
 
     if (out / "last.pt").exists() and not replace:
@@ -159,70 +269,69 @@ def _make_folder(out: Path, *, replace: bool) -> None:
     check_writable(out / "last.pt")
 
 
-def _refuse_model_options(options: dict[str, Any]) -> None:
-    """A resumed run has the model of its checkpoint: options that would describe another one are a mistake."""
-    from mge_runtime.errors import TrainingError
+@contextmanager
+def _claimed(out: Path, *, claim: bool) -> Generator[None]:
+    """Keep every other training out of a folder inside the block, however it was started.
 
-    context = click.get_current_context()
-    given = [name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]
-    given = [name for name in given if name != "init"]
-    if given:
-        raise TrainingError(
-            f"--resume takes the model from the checkpoint; leave out --{given[0].replace('_', '-')} (found {given})"
-        )
+    Raises:
+        OutputError: another one is writing there.
+    """
+    if not claim or os.name == "nt":  # Windows has no lock on folders
+        yield
+        return
+    import fcntl
+
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OutputError(
+                    f"another training is writing to {out}; wait for its end, or name another folder with --out"
+                ) from error
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_UN)  # closing is not enough: data workers hold the folder, too
+        os.close(folder)
 
 
-def _make_model(
-    classes: tuple[str, ...],
-    resume: Path | None,
-    seed: int,
-    *,
-    init: str,
-    arch: str,
-    experts: int,
-    image_size: int,
-    resize: int | None,
-    box_threshold: tuple[float, ...],
-    parts_per_class: int,
-    normalize_features: bool | None,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-) -> MGENet:
-    """A model that starts from `init`, or the one in the checkpoint that the run resumes from."""
+def _make_model(classes: tuple[str, ...], options: dict[str, Any], given: set[str]) -> tuple[MGENet, str]:
+    """A model that starts from --init, and what to say of its origin."""
     import torch
 
-    from mge.checkpoint import load_checkpoint
     from mge.config import PAPER_THRESHOLD, MGEConfig
     from mge.model import MGENet
-    from mge.pretrained import has_linear_features, initialize_trunks
-    from mge_runtime.errors import TrainingError
+    from mge.pretrained import fine_tuned, has_linear_features, initialize_trunks
 
-    if resume is not None:
-        model = load_checkpoint(resume)
-        if model.config.classes != classes:
-            raise TrainingError(
-                f"{resume} knows {model.config.num_classes} classes, the data folder has {len(classes)} others; "
-                "expected the folder that the run started with"
-            )
-        return model
-    thresholds = box_threshold or (PAPER_THRESHOLD,)
+    init = options["init"]
+    thresholds = options["box_threshold"]
+    if len(thresholds) == 1:
+        thresholds *= options["experts"] - 1
+    torch.manual_seed(options["seed"])
+    if init not in ("timm", "none") and not init.endswith(".safetensors"):
+        names = {field.name for field in fields(MGEConfig)}
+        changes = {name: options[name] for name in given & names}
+        return fine_tuned(Path(init), classes, changes | ({"box_thresholds": thresholds} if thresholds else {}))
+    arch, size = options["arch"], options["image_size"]
+    resize, normalize = options["resize"], options["normalize_features"]
     config = MGEConfig(
         arch=arch,
         classes=classes,
-        experts=experts,
-        image_size=image_size,
-        resize=resize if resize is not None else image_size * 8 // 7,  # 512 for the paper's 448
-        mean=mean,
-        std=std,
-        box_thresholds=thresholds * (experts - 1) if len(thresholds) == 1 else thresholds,
-        parts_per_class=parts_per_class,
-        normalize_features=has_linear_features(arch) if normalize_features is None else normalize_features,
+        experts=options["experts"],
+        image_size=size,
+        resize=size * 8 // 7 if resize is None else resize,  # 512 for the paper's 448
+        mean=options["mean"],
+        std=options["std"],
+        box_thresholds=thresholds or (PAPER_THRESHOLD,) * (options["experts"] - 1),
+        parts_per_class=options["parts_per_class"],
+        normalize_features=has_linear_features(arch) if normalize is None else normalize,
     )
-    torch.manual_seed(seed)
     model = MGENet(config)
     if init != "none":
         initialize_trunks(model, init)
-    return model
+    return model, ""
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mge.interrupt import ignore_in_worker
+from mge.interrupt import shield_worker
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
 
@@ -34,14 +35,27 @@ def _collate(samples: list[Any]) -> Any:
     return next((sample for sample in samples if isinstance(sample, InputError)), None) or default_collate(samples)
 
 
-def make_loader(dataset: Dataset[Any], batch_size: int, *, workers: int, **options: Any) -> DataLoader[Any]:
-    """A loader whose batches are to be read through `batches`."""
+def make_loader(
+    dataset: Dataset[Any], batch_size: int, *, workers: int, device: torch.device | None = None, **options: Any
+) -> DataLoader[Any]:
+    """A loader whose batches are to be read through `batches`; its processes live as long as it does.
+
+    Args:
+        dataset: decodes in the workers.
+        batch_size: images.
+        workers: processes, at most one for each core.
+        device: where the batches go; for a GPU they lie in pinned memory, so that copying them need not wait.
+        options: of `DataLoader`.
+    """
+    workers = min(workers, cpu_count())  # more only wait for each other
     return DataLoader(
         _Guarded(dataset),
         batch_size,
-        num_workers=min(workers, cpu_count()),  # more only wait for each other
+        num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=ignore_in_worker,
+        worker_init_fn=shield_worker,
+        persistent_workers=workers > 0,
+        pin_memory=device is not None and device.type == "cuda",
         **options,
     )
 

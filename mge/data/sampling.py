@@ -18,6 +18,9 @@ def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 class EpochSampler(Sampler[tuple[int, int]]):
     """Shuffled (epoch, index) pairs of one epoch; the pair tells the data set which augmentation to draw.
 
+    One sampler serves all epochs, so that the loader and its workers live on: `start` goes to another one. (It is not
+    called `set_epoch` because Fabric calls that, with the number of its own iterations.)
+
     Args:
         length: images in the data set.
         seed: of the order.
@@ -27,10 +30,15 @@ class EpochSampler(Sampler[tuple[int, int]]):
         world: number of processes; each gets an equal share, up to world - 1 images are left out.
     """
 
-    def __init__(self, length: int, *, seed: int, epoch: int, skip: int = 0, rank: int = 0, world: int = 1) -> None:
-        order = np.random.default_rng((seed, epoch)).permutation(length)
-        share = length // world
-        self._indices = order[rank : share * world : world][skip:]
+    def __init__(self, length: int, *, seed: int, epoch: int = 0, skip: int = 0, rank: int = 0, world: int = 1) -> None:
+        self._length, self._seed, self._rank, self._world = length, seed, rank, world
+        self.start(epoch, skip)
+
+    def start(self, epoch: int, skip: int = 0) -> None:
+        """Go to an epoch, without its first `skip` pairs."""
+        order = np.random.default_rng((self._seed, epoch)).permutation(self._length)
+        share = self._length // self._world
+        self._indices = order[self._rank : share * self._world : self._world][skip:]
         self._epoch = epoch
 
     def __len__(self) -> int:

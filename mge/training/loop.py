@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
-from tqdm import tqdm
 
 from mge.checkpoint import save_checkpoint
 from mge.data.folder import FolderDataset, TrainingDataset
@@ -23,11 +23,12 @@ from mge.data.loading import batches, make_loader
 from mge.data.sampling import EpochSampler
 from mge.evaluation import Answers, collect, median_areas, summarize
 from mge.interrupt import Interrupt
-from mge.model import MGENet
+from mge.model import Expert, Gate, MGENet
+from mge.training.layout import to_training_layout
 from mge.training.losses import loss_terms
 from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
-from mge.training.record import Board, write_csv, write_curves
+from mge.training.record import Board, Meter, write_csv, write_curves
 from mge.training.state import Progress, Stateful, load_progress, save_progress, seed_step
 from mge.training.thresholds import crop_report, propose_threshold
 from mge_runtime.errors import TrainingError
@@ -35,6 +36,7 @@ from mge_runtime.errors import TrainingError
 __all__ = ["Trainer", "within_noise"]
 
 EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
+READ_EVERY = 10  # steps: losses stay on the device until then, so that no step waits for it
 
 
 def within_noise(accuracy: float, best: float, images: int) -> bool:
@@ -62,9 +64,15 @@ class Trainer:
     options: TrainOptions
     folder: Path  # exists
     fabric: Fabric
+    command: Mapping[str, Any] = field(default_factory=dict)  # plain values that `last.pt` keeps for --resume
+    stopped_by: int | None = field(default=None, init=False)  # the signal that ended `fit` early
+    _unread: list[dict[str, Tensor]] = field(default_factory=list, init=False)  # loss terms of the latest steps
 
     def fit(self, resume: Path | None = None) -> Progress:
-        """Train to the last epoch, or to a Ctrl-C; returns where it stopped.
+        """Train to the last epoch, or to a signal (SIGINT, SIGTERM, SIGHUP); returns where it stopped.
+
+        The losses are read every `READ_EVERY` steps. One that is not finite is noticed then: up to `READ_EVERY` - 1
+        steps have followed it, of which nothing is saved.
 
         Args:
             resume: a `last.pt` whose weights `model` already has; the run goes on exactly where it stood.
@@ -73,11 +81,14 @@ class Trainer:
             TrainingError: a loss became infinite or NaN (`last.pt` keeps the state before the epoch), or `resume` does
                 not fit.
         """
-        model = self.model.to(memory_format=torch.channels_last)  # 1.5 times faster on CPUs, and what GPUs like
-        optimizer = make_optimizer(model, self.options)
-        schedule = make_schedule(optimizer, self.options, self.steps_per_epoch)
-        wrapped, optimizer = self.fabric.setup(model, optimizer)
-        parts = {"optimizer": optimizer, "schedule": schedule, "precision": self.fabric.strategy.precision}
+        to_training_layout(self.model, self.fabric.device)
+        if self.options.compile:
+            for module in self.model.modules():
+                if isinstance(module, Expert | Gate):
+                    module.trunk.compile()
+        sgd = make_optimizer(self.model, self.options)
+        wrapped, optimizer = self.fabric.setup(self.model, sgd)
+        parts = {"optimizer": optimizer, "precision": self.fabric.strategy.precision}
         progress = Progress()
         if resume is not None:
             progress = load_progress(
@@ -86,18 +97,24 @@ class Trainer:
                 parts,
                 images=self.train.fingerprint(),
                 processes=self.fabric.world_size,
+                say=click.echo if self.fabric.is_global_zero else lambda _: None,
             )
+            progress.step = min(progress.step, self.steps_per_epoch)  # there may be fewer images now
+        done = progress.epoch * self.steps_per_epoch + progress.step
+        schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
+        meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
         with Interrupt() as interrupt, self._open_board(progress) as board:
-            if resume is None and self.options.crop_area is not None:
+            if resume is None and self.options.crop_area is not None and self.model.config.experts > 1:
                 self._follow_area(self._validate(wrapped))
             stop = False
             while progress.epoch < self.options.epochs and not stop:
                 started = time.perf_counter()
-                stop = self._epoch(wrapped, optimizer, schedule, progress, interrupt)
+                stop = self._epoch(wrapped, optimizer, schedule, progress, interrupt, meter)
                 if not stop:
                     self._finish_epoch(wrapped, progress, board, time.perf_counter() - started)
                 self._save(progress, parts)
-                stop = stop or self._anywhere(interrupt.requested)  # Ctrl-C during validation
+                stop = stop or self._anywhere(interrupt.requested)  # a signal during validation
+            self.stopped_by = interrupt.received
         if progress.history:
             answers = self._validate(wrapped)
             if self.fabric.is_global_zero:
@@ -112,43 +129,56 @@ class Trainer:
         """Optimiser steps in an epoch; the images of an incomplete last batch are left out (another set each epoch)."""
         return max(len(self.train) // self.fabric.world_size // self.options.batch_size, 1)
 
-    def _epoch(self, wrapped: Any, optimizer: Any, schedule: Any, progress: Progress, interrupt: Interrupt) -> bool:
-        """Train to the end of the epoch, or to a Ctrl-C; returns whether it was one."""
-        batch = self.options.batch_size
-        sampler = EpochSampler(
+    @cached_property
+    def _sampler(self) -> EpochSampler:
+        return EpochSampler(
             len(self.train),
             seed=self.options.seed,
-            epoch=progress.epoch,
-            skip=progress.step * batch,
             rank=self.fabric.global_rank,
             world=self.fabric.world_size,
         )
+
+    @cached_property
+    def _train_loader(self) -> Any:
+        """One loader for all epochs: its workers live on."""
+        batch = self.options.batch_size
         loader = make_loader(
             self.train,
             batch,
             workers=self.options.workers,
-            sampler=sampler,
+            device=self.fabric.device,
+            sampler=self._sampler,
             drop_last=len(self.train) // self.fabric.world_size >= batch,
         )
-        bar = tqdm(
-            total=self.steps_per_epoch,
-            initial=progress.step,
-            desc=f"epoch {progress.epoch + 1}/{self.options.epochs}",
-            unit="batch",
-            leave=False,
-            disable=None if self.fabric.is_global_zero else True,
-        )
+        return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+
+    @cached_property
+    def _val_loader(self) -> Any:
+        loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers, device=self.fabric.device)
+        return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+
+    def _epoch(
+        self, wrapped: Any, optimizer: Any, schedule: Any, progress: Progress, interrupt: Interrupt, meter: Meter
+    ) -> bool:
+        """Train to the end of the epoch, or to a signal; returns whether it was one."""
+        self._sampler.start(progress.epoch, skip=progress.step * self.options.batch_size)
+        alone = self.fabric.world_size == 1
         wrapped.train()
-        with bar:
-            for images, labels in batches(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)):
-                total = self._step(wrapped, optimizer, images, labels, progress)
+        with meter.epoch(progress.epoch, progress.step):
+            for images, labels in batches(self._train_loader):
+                self._step(wrapped, optimizer, images, labels, progress)
                 progress.rates = [group["lr"] for group in optimizer.param_groups]
                 schedule.step()
                 progress.step += 1
-                bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-                bar.update()
-                if self._anywhere(interrupt.requested):
+                read = progress.step % READ_EVERY == 0
+                if read:
+                    meter.loss = self._read_losses(progress)
+                meter.step()
+                # Several processes wait for each other to agree, so they ask as rarely as they read.
+                if (alone or read) and self._anywhere(interrupt.requested):
+                    self._read_losses(progress)
                     return True
+            meter.loss = self._read_losses(progress)
         return False
 
     def _anywhere(self, flag: bool) -> bool:
@@ -156,9 +186,12 @@ class Trainer:
 
         They stop together: one that went on alone would wait for the gradients of the others for ever.
         """
+        if self.fabric.world_size == 1:
+            return flag
         return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
 
-    def _step(self, wrapped: Any, optimizer: Any, images: Tensor, labels: Tensor, progress: Progress) -> float:
+    def _step(self, wrapped: Any, optimizer: Any, images: Tensor, labels: Tensor, progress: Progress) -> None:
+        """One step of the optimiser; nothing in it waits for the device."""
         seed_step(self.options.seed, progress.epoch, progress.step, self.fabric.global_rank)
         images = images.to(memory_format=torch.channels_last)
         terms = loss_terms(
@@ -167,23 +200,35 @@ class Trainer:
             label_smoothing=self.options.label_smoothing,
             diversity_form=self.options.diversity,
         )
-        loss = torch.stack(list(terms.values())).sum()
-        # The mean of all processes, so that each of them stops at a loss that is not finite in one.
-        means: Any = self.fabric.all_reduce(torch.stack([term.detach() for term in terms.values()]))
-        values = dict(zip(terms, means.tolist(), strict=True))
-        if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-            raise TrainingError(
-                f"loss {bad[0]} became {values[bad[0]]} in epoch {progress.epoch + 1}, step {progress.step + 1}; "
-                "expected a finite number: lower --head-lr or --trunk-lr, set --clip-norm 5 or --normalize-features"
-            )
+        self._unread.append({name: term.detach() for name, term in terms.items()})
         optimizer.zero_grad()
-        self.fabric.backward(loss)
+        self.fabric.backward(torch.stack(list(terms.values())).sum())
         if self.options.clip_norm is not None:
             self.fabric.clip_gradients(wrapped, optimizer, max_norm=self.options.clip_norm, error_if_nonfinite=False)
         optimizer.step()
-        for name, value in values.items():
-            progress.sums[name] = progress.sums.get(name, 0.0) + value
-        return sum(values.values())
+
+    def _read_losses(self, progress: Progress) -> float:
+        """Add the losses since the last time to the epoch's sums; returns the mean loss of the epoch so far.
+
+        Step by step and in double precision, so that the sums do not depend on when they are read.
+
+        Raises:
+            TrainingError: one is not finite.
+        """
+        if self._unread:
+            names = list(self._unread[0])
+            # The mean of all processes, so that each of them stops at a loss that is not finite in one.
+            means: Any = self.fabric.all_reduce(torch.stack([torch.stack(list(row.values())) for row in self._unread]))
+            for step, values in enumerate(means.tolist(), progress.step - len(self._unread) + 1):
+                for name, value in zip(names, values, strict=True):
+                    if not math.isfinite(value):
+                        raise TrainingError(
+                            f"loss {name} became {value} in epoch {progress.epoch + 1}, step {step}; expected a finite "
+                            "number: lower --head-lr or --trunk-lr, set --clip-norm 5 or --normalize-features"
+                        )
+                    progress.sums[name] = progress.sums.get(name, 0.0) + value
+            self._unread.clear()
+        return sum(progress.sums.values()) / max(progress.step, 1)
 
     def _finish_epoch(self, wrapped: Any, progress: Progress, board: Board | None, seconds: float) -> None:
         answers = self._validate(wrapped)
@@ -204,13 +249,13 @@ class Trainer:
         row["seconds"] = round(seconds, 2)
         progress.history.append(row)
         accuracy = rows[-1].top1
-        is_best = within_noise(accuracy, progress.best, len(answers.labels))
-        if is_best:
+        kept = within_noise(accuracy, progress.best, len(answers.labels))
+        if kept:
             progress.kept = accuracy
         if board is not None:
             board.write(row)
         if self.fabric.is_global_zero:
-            if is_best:
+            if kept:
                 save_checkpoint(self.folder / "best.pt", self.model)
             write_csv(self.folder / "metrics.csv", progress.history)
             singles = [line.top1 for line in rows if line.name.startswith("expert") and line.name.count(" ") == 1]
@@ -219,7 +264,7 @@ class Trainer:
                 f"val: experts {' '.join(f'{100 * value:5.1f}' for value in singles)}  "
                 f"{rows[-1].name} {100 * accuracy:5.1f} %  areas {' '.join(f'{100 * area:.0f}' for area in areas)} %  "
                 f"thresholds {' '.join(f'{value:.2f}' for value in self.model.config.box_thresholds) or '-'}  "
-                f"{seconds:.0f} s{'  best' if is_best else ''}"
+                f"{seconds:.0f} s{'  kept' if kept else ''}"
             )
         progress.best = max(progress.best, accuracy)
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
@@ -240,8 +285,7 @@ class Trainer:
         Each process answers all images, with the running statistics of the first (the wrapper for several processes
         hands them out), so that all see the same figures and move the thresholds alike.
         """
-        loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers)
-        return collect(wrapped, batches(self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)))
+        return collect(wrapped, batches(self._val_loader))
 
     def _open_board(self, progress: Progress) -> AbstractContextManager[Board | None]:
         if not self.fabric.is_global_zero:
@@ -258,4 +302,5 @@ class Trainer:
                 parts,
                 images=self.train.fingerprint(),
                 processes=self.fabric.world_size,
+                command=self.command,
             )

@@ -21,32 +21,25 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> SGD:
     return SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
 
 
-def make_schedule(optimizer: Optimizer, options: TrainOptions, steps_per_epoch: int) -> LRScheduler:
-    """A schedule that is stepped after every batch."""
-    total = options.epochs * steps_per_epoch
+def make_schedule(optimizer: Optimizer, options: TrainOptions, steps_per_epoch: int, done: int = 0) -> LRScheduler:
+    """A schedule that is stepped after every batch.
+
+    Args:
+        optimizer: with the state of its last step, where some are done.
+        options: of the run.
+        steps_per_epoch: batches.
+        done: steps before this one; the rates depend on nothing else, so the schedule itself need not be saved.
+    """
+    total, last = options.epochs * steps_per_epoch, done - 1
     if options.schedule == "onecycle":
         # At least two steps, or the cycle has no room to turn.
         return OneCycleLR(
-            optimizer, [options.trunk_lr, options.head_lr], total_steps=max(total, 2), cycle_momentum=False
+            optimizer,
+            [options.trunk_lr, options.head_lr],
+            total_steps=max(total, 2),
+            cycle_momentum=False,
+            last_epoch=last,
         )
     if options.schedule == "cosine":
-        return LambdaLR(optimizer, _Cosine(total))
-    return LambdaLR(optimizer, _Step(options.step_epochs * steps_per_epoch))
-
-
-class _Cosine:
-    """A callable object, not a lambda: the scheduler's state can then be saved."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-    def __call__(self, step: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * min(step / self.total, 1)))
-
-
-class _Step:
-    def __init__(self, every: int) -> None:
-        self.every = every
-
-    def __call__(self, step: int) -> float:
-        return 0.1 ** (step // self.every)
+        return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1))), last)
+    return LambdaLR(optimizer, lambda step: 0.1 ** (step // (options.step_epochs * steps_per_epoch)), last)

@@ -29,3 +29,4 @@ class TrainOptions:
     seed: int = 0
     workers: int = 2  # processes that decode images
     precision: str = "32-true"  # Lightning Fabric's name
+    compile: bool = False  # torch.compile for the backbones

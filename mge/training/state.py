@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ __all__ = ["Progress", "Stateful", "load_progress", "save_progress", "seed_step"
 
 
 class Stateful(Protocol):
-    """An optimiser, a schedule, a precision plugin (whose state is the scale of the loss under 16-mixed)."""
+    """An optimiser, a precision plugin (whose state is the scale of the loss under 16-mixed)."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -69,6 +69,7 @@ def save_progress(
     *,
     images: str,
     processes: int = 1,
+    command: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint that `load_progress` can go on from, whole or not at all.
 
@@ -80,9 +81,11 @@ def save_progress(
         parts: whatever else has a state, by name.
         images: names the training set.
         processes: that share each step.
+        command: what the command was asked for, as plain values, so that `--resume` alone can go on.
     """
     training = {
         "options": asdict(options) | {"devices": processes},
+        "command": dict(command or {}),
         "images": images,
         "progress": asdict(progress),
         **{name: part.state_dict() for name, part in parts.items()},
@@ -91,14 +94,28 @@ def save_progress(
 
 
 def load_progress(
-    path: Path, options: TrainOptions, parts: Mapping[str, Stateful], *, images: str, processes: int = 1
+    path: Path,
+    options: TrainOptions,
+    parts: Mapping[str, Stateful],
+    *,
+    images: str,
+    processes: int = 1,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Progress:
     """Take up a run where `save_progress` left it; the model's weights are loaded by `mge.checkpoint`.
 
     Give it `parts` on their final device: tensors are copied to where the weights lie.
 
+    Args:
+        path: of the checkpoint.
+        options: those of the run; `epochs` may have grown.
+        parts: as they were saved.
+        images: names the training set. Another one than before (images were removed) goes on, no longer exactly.
+        processes: that share each step.
+        say: is told of another training set or more epochs.
+
     Raises:
-        TrainingError: the file holds no training state, or was trained with other options or images.
+        TrainingError: the file holds no training state, or was trained with other options.
     """
     training = read_checkpoint(path).training
     if training is None:
@@ -108,10 +125,17 @@ def load_progress(
     if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         differences = ", ".join(f"{key} = {theirs.get(key)} (now {ours.get(key)})" for key in changed)
         raise TrainingError(f"{path} was trained with {differences}; expected the same options to resume exactly")
-    if training.get("images") != images:
+    before = training["options"]["epochs"]
+    if options.epochs < before:
         raise TrainingError(
-            f"{path} was trained on {training.get('images', 'unknown images')}, this run has {images}; "
-            "expected the same images to resume exactly"
+            f"{path} was trained with epochs = {before} (now {options.epochs}); expected as many or more"
+        )
+    if options.epochs > before:
+        say(f"{options.epochs} epochs instead of {before}: learning rates go on as in a run of that length")
+    if training.get("images") != images:
+        say(
+            f"{path} was trained on {training.get('images', 'unknown images')}, this run has {images}: it goes on with "
+            "these, in their own order"
         )
     for name, part in parts.items():
         if state := training.get(name):  # empty where the precision needs no scale
@@ -120,5 +144,5 @@ def load_progress(
 
 
 def _decisive(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that change what is learned."""
-    return {key: value for key, value in options.items() if key != "workers"}
+    """The options that change what is learned (`epochs` may grow)."""
+    return {key: value for key, value in options.items() if key not in ("workers", "epochs", "compile")}

@@ -15,7 +15,7 @@ NAMES = [name for name, _ in all_checks(np.empty(0, np.uint8))]
 
 
 def named(folder, subject):
-    return photograph_frames(find_images([str(folder)])[0], subject.manifest.preprocess)
+    return photograph_frames(find_images([str(folder)]).images, subject.manifest.preprocess)
 
 
 @pytest.mark.parametrize("name", ["the same answers in batches", "two pipelines in one process"])

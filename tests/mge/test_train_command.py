@@ -1,6 +1,8 @@
 """mge-train and mge-eval as a user types them."""
 
+import fcntl
 import json
+import os
 import shutil
 from importlib.metadata import version
 
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 
-from mge.checkpoint import load_checkpoint
+from mge.checkpoint import load_checkpoint, read_checkpoint
 from mge.cli.evaluate import main as evaluate
 from mge.cli.field_guide import main as field_guide
 from mge.cli.train import main as train
@@ -61,7 +63,91 @@ def test_training_says_what_it_does_and_what_comes_next(trained):
     assert "8 training and 4 validation images of 2 classes; 3 x test_resnet at 64 px" in text
     assert f"mge-export --ckpt {out / 'best.pt'}" in text
     config = load_checkpoint(out / "best.pt").config
-    assert (config.classes, config.resize, config.box_thresholds) == (("a", "b"), 73, (0.2, 0.2))
+    assert (config.classes, config.resize) == (("a", "b"), 73)
+    assert "kept in best.pt: the latest epoch within one standard error" in text
+    assert " s  kept\n" in text
+    assert read_checkpoint(out / "last.pt").training["options"]["crop_area"] == 0.5
+
+
+def test_the_paper_s_recipe_keeps_its_threshold(data, tmp_path):
+    start = ["--data", str(data), "--init", "none", *TINY]
+    for name, options in (("paper", ["--recipe", "paper"]), ("fixed", ["--box-threshold", "0.3"])):
+        done = CliRunner().invoke(train, [*start, "--out", str(tmp_path / name), *options])
+        assert done.exit_code == 0, done.output
+        stored = read_checkpoint(tmp_path / name / "last.pt")
+        assert stored.training["options"]["crop_area"] is None
+        assert stored.model.config.box_thresholds == ((0.2, 0.2) if name == "paper" else (0.3, 0.3))
+    both = CliRunner().invoke(train, [*start, "--box-threshold", "0.3", "--crop-area", "0.5"])
+    assert (both.exit_code, "give one of them" in both.stderr) == (2, True)
+
+
+def test_resume_alone_goes_on(trained, data, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    last = out / "last.pt"
+    assert CliRunner().invoke(train, ["--resume", str(last)]).exit_code == 0  # it is finished: nothing to do
+    done = CliRunner().invoke(train, ["--resume", str(last), "--epochs", "2", "--image-size", "64", "--init", "none"])
+    assert done.exit_code == 0, done.output
+    assert (out / "metrics.csv").read_text().count("\n") == 3
+    assert "2 epochs instead of 1" in done.output
+    assert "--image-size 64, now it is 96" in fails(train, "--resume", last, "--image-size", "96")
+    assert "--head-lr 0.01, now it is 0.5" in fails(train, "--resume", last, "--head-lr", "0.5")
+    assert "epochs = 2 (now 1)" in fails(train, "--resume", last, "--epochs", "1")
+    assert "no training state" in fails(train, "--resume", out / "best.pt")
+    shutil.copytree(data, tmp_path / "fewer")
+    (tmp_path / "fewer/train/a/0.png").unlink()
+    done = CliRunner().invoke(train, ["--resume", str(last), "--data", str(tmp_path / "fewer"), "--epochs", "3"])
+    assert done.exit_code == 0, done.output
+    assert "was trained on 8 images" in done.output
+
+
+def test_a_model_is_fine_tuned_for_other_classes(trained, data, tmp_path):
+    best = trained[0] / "best.pt"
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(data / split, tmp_path / "data" / split)
+        shutil.copytree(data / split / "b", tmp_path / "data" / split / "c")
+    rates = ["--trunk-lr", "1e-12", "--head-lr", "1e-12", "--weight-decay", "0", "--batch-size", "4", "--epochs", "1"]
+    here = ["--accelerator", "cpu", "--workers", "0"]
+    for name, folder, said in (
+        ("other", tmp_path / "data", "heads anew for 3 classes (it knows 2)"),
+        ("same", data, "all weights from"),
+    ):
+        out = tmp_path / name
+        arguments = ["--data", str(folder), "--out", str(out), "--init", str(best), *rates, *here]
+        done = CliRunner().invoke(train, arguments)
+        assert done.exit_code == 0, done.output
+        (line,) = (line for line in done.output.splitlines() if "validation images of" in line)
+        assert said in line
+        assert "3 x test_resnet at 64 px" in line
+        mine, theirs = (dict(load_checkpoint(path).named_parameters()) for path in (out / "best.pt", best))
+        kept = {key for key in mine if mine[key].shape == theirs[key].shape and torch.allclose(mine[key], theirs[key])}
+        heads = {key for key in mine if any(f".{head}" in key for head in ("global_head", "part_", "concat_head"))}
+        assert kept == (set(mine) - heads if name == "other" else set(mine))
+    done = CliRunner().invoke(train, ["--resume", str(tmp_path / "other/last.pt"), "--arch", "test_resnet"])
+    assert done.exit_code == 0, done.output
+    start = ["--data", data, "--out", tmp_path / "x", "--init", best, *here]
+    assert "has experts 3, not 2" in fails(train, *start, "--experts", "2")
+
+
+def test_two_trainings_never_share_a_folder(data, tmp_path):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    start = ["--data", data, "--out", tmp_path, "--init", "none", *TINY]
+    assert "another training is writing" in fails(train, *start)
+    os.close(handle)
+    (tmp_path / "probe").write_text("the user's")
+    assert CliRunner().invoke(train, [str(argument) for argument in start]).exit_code == 0
+    assert (tmp_path / "probe").read_text() == "the user's"
+
+
+@pytest.mark.timeout(100)
+def test_a_pipe_is_no_checkpoint(data, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for option in ("--resume", "--init"):
+        assert "is no regular file" in fails(train, "--data", data, "--out", tmp_path / "x", option, tmp_path / "pipe")
+        assert "is a directory" in fails(train, "--data", data, "--out", tmp_path / "x", option, tmp_path)
+    assert "is no regular file" in fails(train, "--data", data, "--out", tmp_path / "x", "--init", "/dev/zero")
 
 
 def test_the_table_of_a_checkpoint(trained, data, tmp_path):
@@ -117,7 +203,7 @@ def test_bad_input_gets_one_line(data, tmp_path):
     save_file({"conv.weight": torch.zeros(3)}, weights)
     start = ["--data", data, "--out", tmp_path / "x", *TINY, "--init"]
     assert "weights of another architecture" in fails(train, *start, weights)
-    assert "no file" in fails(train, *start, tmp_path / "absent.safetensors")
+    assert "does not exist" in fails(train, *start, tmp_path / "absent.safetensors")
     weights.write_text("not weights")
     assert "not a safetensors file" in fails(train, *start, weights)
     start.append("none")
@@ -142,7 +228,6 @@ def test_a_finished_run_is_not_overwritten_by_mistake(trained, data):
     out, _ = trained
     before = (out / "best.pt").read_bytes()
     assert "holds a run already" in fails(train, "--data", data, "--out", out, "--init", "none", *TINY)
-    assert "leave out --image-size" in fails(train, "--data", data, "--resume", out / "last.pt", *TINY[2:])
     assert (out / "best.pt").read_bytes() == before
 
 

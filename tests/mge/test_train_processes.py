@@ -57,6 +57,28 @@ def stopped_after_an_epoch(arguments, table, send):
 
 
 @pytest.mark.slow
+def test_torchrun_trains_once_with_all_its_processes(data, tmp_path):
+    last = tmp_path / "run/last.pt"
+    arguments = ["--data", data, "--out", last.parent, *MODEL, *OPTIONS[:4], "--accelerator", "cpu", "--workers", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    def run(*more):
+        return subprocess.run(
+            [*torchrun, "-m", "mge.cli.train", *map(str, arguments), "--epochs", "1", *more],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    assert "torchrun started 2 processes on this machine, --devices asks for 3" in run("--devices", "3").stderr
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("16 training and 2 validation images") == 1
+    training = read_checkpoint(last).training
+    assert (training["options"]["devices"], training["progress"]["epoch"]) == (2, 1)
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_all_processes_at_one_step(data, tmp_path):
     last = tmp_path / "run/last.pt"
     table = tmp_path / "run/metrics.csv"

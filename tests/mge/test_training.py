@@ -2,9 +2,12 @@
 
 import csv
 import os
+import re
+import shutil
 import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,16 +17,20 @@ from lightning.fabric.plugins import MixedPrecision
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import Dataset
 
 from mge.checkpoint import load_checkpoint, read_checkpoint
 from mge.config import MGEConfig
 from mge.data.folder import FolderDataset, TrainingDataset, random_crop
+from mge.data.loading import batches, make_loader
 from mge.data.sampling import EpochSampler
 from mge.model import MGENet
+from mge.training.layout import to_training_layout
 from mge.training.loop import Trainer, within_noise
 from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
-from mge.training.record import Board
+from mge.training.record import Board, Meter
 from mge.training.splits import training_splits
 from mge_runtime.errors import InputError, TrainingError
 
@@ -67,15 +74,14 @@ def make(data, tmp_path):
     return make
 
 
-class PressesCtrlC(TrainingDataset):
-    """Sends Ctrl-C to this process while an image is being read."""
+class IsSignalled(TrainingDataset):
+    """Sends a signal to this process while an image is being read."""
 
-    presses_left = 1
+    left: ClassVar = [signal.SIGINT]
 
     def __getitem__(self, key):
-        if key[0] == 1 and self.presses_left and np.random.default_rng(key).random() < 0.5:
-            PressesCtrlC.presses_left -= 1
-            os.kill(os.getpid(), signal.SIGINT)
+        if key[0] == 1 and self.left and np.random.default_rng(key).random() < 0.5:
+            os.kill(os.getpid(), self.left.pop())
         return super().__getitem__(key)
 
 
@@ -98,13 +104,14 @@ def losses(progress):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in progress.history]
 
 
-def test_a_run_stopped_by_ctrl_c_goes_on_exactly(make):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_stopped_by_a_signal_goes_on_exactly(make, monkeypatch, number):
     whole = make("whole").fit()
     assert whole.epoch == 3
-    PressesCtrlC.presses_left = 1
-    stopped = make("stopped", dataset=PressesCtrlC)
+    monkeypatch.setattr(IsSignalled, "left", [number])
+    stopped = make("stopped", dataset=IsSignalled)
     half = stopped.fit()
-    assert PressesCtrlC.presses_left == 0
+    assert (IsSignalled.left, stopped.stopped_by) == ([], number)
     assert (half.epoch, len(half.history)) == (1, 1)
     assert 0 < half.step < stopped.steps_per_epoch  # within the second epoch
     last = stopped.folder / "last.pt"
@@ -207,12 +214,68 @@ def test_what_a_run_leaves(make):
     assert float(rows[0]["loss/total"]) == pytest.approx(
         sum(float(value) for key, value in rows[0].items() if key.startswith("loss/") and key != "loss/total")
     )
-    with Image.open(trainer.folder / "curves.png") as picture:
-        assert picture.size[0] > 600
+    with Image.open(trainer.folder / "curves.png") as image:
+        assert image.size[0] > 600
     accuracies = [float(row["top1/mixture"]) for row in rows]
     best = max(i for i in range(3) if within_noise(accuracies[i], max(accuracies[:i], default=-1), 6))
     stored = load_checkpoint(trainer.folder / "best.pt").config.box_thresholds
     assert stored == tuple(float(rows[best][f"threshold/{k}"]) for k in (1, 2))
+
+
+def test_off_a_terminal_a_line_says_how_far_the_run_is(make, monkeypatch, capsys):
+    monkeypatch.setattr(Meter, "EVERY", 0.0)
+    make(epochs=2, batch_size=9).fit()
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", batch " in line]
+    assert [line.partition(":")[0] for line in lines] == [
+        f"epoch {epoch}/2, batch {batch}/2" for epoch in (1, 2) for batch in (1, 2)
+    ]
+    assert re.fullmatch(r"epoch 2/2, batch 1/2: loss \d+\.\d{3}, 75% done, \d\d:\d\d left of the run", lines[2])
+
+
+@pytest.mark.parametrize(("arch", "fragile"), [("mobileone_s0", 1), ("resnet18", 0)])
+def test_convolutions_that_ruin_the_heap_are_kept_out_of_channels_last(arch, fragile):
+    """1x1, stride 2, few channels: for each expert, whose image comes in any layout. A ResNet's are wide enough."""
+    model = MGENet(MGEConfig(arch, ("a", "b"), experts=2, image_size=64, resize=64, box_thresholds=(0.5,)))
+    to_training_layout(model, torch.device("cpu"))
+    layouts = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride == (2, 2):
+            module.register_forward_hook(
+                lambda module, args, _: layouts.append(
+                    (args[0].shape[1], args[0].stride()[1], module.weight.stride()[1])
+                )
+            )
+    model(torch.rand(2, 3, 64, 64).to(memory_format=torch.channels_last))
+    assert layouts
+    assert sum(channels < 16 for channels, *_ in layouts) == 3 * fragile  # two experts and the gate
+    for channels, stride, weight_stride in layouts:
+        assert (stride > 1, weight_stride) == ((True, 1) if channels < 16 else (False, 1))
+
+
+def test_workers_live_on_and_batches_for_a_gpu_are_pinned():
+    class Process(Dataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return os.getpid()
+
+    loader = make_loader(Process(), 2, workers=1)
+    first, second = (next(batches(loader)) for _ in range(2))
+    assert first.tolist() == second.tolist() != [os.getpid()] * 2
+    assert [make_loader(Process(), 2, workers=0, device=torch.device(name)).pin_memory for name in ("cpu", "cuda")] == [
+        False,
+        True,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_backbones_learn_the_same(make):
+    plain, compiled = (make(str(flag), epochs=1, compile=flag) for flag in (False, True))
+    first, second = plain.fit().history[0], compiled.fit().history[0]
+    assert second["loss/total"] == pytest.approx(first["loss/total"], rel=1e-3)
+    assert load_checkpoint(compiled.folder / "last.pt").state_dict().keys() == plain.model.state_dict().keys()
 
 
 def test_thresholds_stay_without_a_target_area(make):
@@ -230,17 +293,77 @@ def test_a_loss_that_is_not_finite_stops_the_run(make):
     assert not (trainer.folder / "best.pt").exists()
 
 
-def test_other_options_or_images_do_not_resume(make):
+@pytest.mark.parametrize("schedule", ["step", "onecycle", "cosine"])
+def test_a_finished_run_may_grow(make, schedule, capsys):
+    """Its rates go on as those of the longer run would; under "step" it is the longer run."""
+    whole = make("whole", epochs=2, schedule=schedule).fit()
+    make("grown", epochs=1, schedule=schedule).fit()
+    grown = make("grown", epochs=2, schedule=schedule, model=load_checkpoint(make("grown").folder / "last.pt"))
+    assert grown.options.epochs == 2
+    progress = grown.fit(grown.folder / "last.pt")
+    assert "2 epochs instead of 1" in capsys.readouterr().out
+    assert [progress.history[1][key] for key in ("lr/trunk", "lr/heads")] == pytest.approx(
+        [whole.history[1][key] for key in ("lr/trunk", "lr/heads")], rel=1e-12
+    )
+    if schedule == "step":
+        assert losses(progress) == losses(whole)
+    shorter = make("grown", epochs=1, schedule=schedule)
+    with pytest.raises(TrainingError, match=r"trained with epochs = 2 \(now 1\)"):
+        shorter.fit(shorter.folder / "last.pt")
+
+
+def test_removed_images_are_said_and_the_rest_goes_on(make, capsys):
+    stopped = make(kind=StopsInItsLastStep)
+    assert stopped.fit().step == 4
+    last = stopped.folder / "last.pt"
+    fewer = make(model=load_checkpoint(last))
+    del fewer.train.samples[-7:]  # 11 images left: 2 steps an epoch, where 4 of this one are done
+    progress = fewer.fit(last)
+    assert "trained on 18 images" in capsys.readouterr().out
+    assert (progress.epoch, len(progress.history)) == (3, 3)
+
+
+def test_no_step_waits_for_the_device(make, monkeypatch):
+    """Python waits for a GPU where it reads a value; on a CPU such reads can be counted."""
+    reads = []
+
+    class Counts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                reads.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__float__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _n=name, _o=original, **k: (reads.append(_n), _o(self, *a, **k))[1]
+        )
+    found = []
+
+    class Watched(Trainer):
+        def _step(self, wrapped, optimizer, images, labels, progress):
+            before = len(reads)
+            super()._step(wrapped, optimizer, images, labels, progress)
+            found.append((before, len(reads)))
+
+    trainer = make(kind=Watched, epochs=1, batch_size=2, crop_area=None)  # no validation before the first step
+    trainer._val_loader, trainer._train_loader  # noqa: B018 - made once, before anything is counted
+    with Counts():
+        trainer.fit()
+    steps, last = [after - before for before, after in found], [before for before, _ in found]
+    assert steps == [0] * 9
+    assert last[0] == last[8]  # nor does anything between them
+    assert len(reads) > last[8]  # the losses are read after the last
+
+
+def test_other_options_do_not_resume(make):
     make("run", epochs=1).fit()
     trainer = make("run", epochs=1, head_lr=0.5)
     with pytest.raises(TrainingError, match=r"trained with head_lr = 0\.01 \(now 0\.5\); expected"):
         trainer.fit(trainer.folder / "last.pt")
-    fewer = make("run", epochs=1)
-    fewer.train.samples.pop()
-    with pytest.raises(TrainingError, match=r"trained on 18 images \(\w+\), this run has 17"):
-        fewer.fit(fewer.folder / "last.pt")
     two = make("run", epochs=1)
-    two.fabric = SimpleNamespace(world_size=2, setup=two.fabric.setup, strategy=two.fabric.strategy)
+    names = ("setup", "strategy", "device", "is_global_zero")
+    two.fabric = SimpleNamespace(world_size=2, **{name: getattr(two.fabric, name) for name in names})
     with pytest.raises(TrainingError, match=r"trained with devices = 1 \(now 2\)"):
         two.fit(two.folder / "last.pt")
     with pytest.raises(TrainingError, match="holds a model but no training state"):

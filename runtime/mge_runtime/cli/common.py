@@ -15,12 +15,17 @@ from mge_runtime.errors import InputError, MGEError, OutputError, one_line, prin
 
 __all__ = ["at_most_cpus", "echo", "format_bytes", "note", "report", "reports_errors"]
 
+# The extra of the wheel that the commands of a package need besides the base install.
+_EXTRAS = {"mge": "train", "mge_export": "export", "mge_calibration": "calibrate"}
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Print an `MGEError` as one line on standard error and exit with 1; every other exception passes.
+    """Print an `MGEError`, or what is not installed, as one line on standard error and exit with 1.
+
+    Every other exception passes.
 
     Goes between click's decorators and the function:
 
@@ -38,6 +43,16 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             return command(*args, **kwargs)
         except MGEError as error:
             report(error)
+            raise SystemExit(1) from error
+        except ModuleNotFoundError as error:
+            package, spec = (error.name or "mge").partition(".")[0], sys.modules[command.__module__].__spec__
+            extra = _EXTRAS.get((spec.name if spec else command.__module__).partition(".")[0])
+            if extra is None or package.startswith("mge"):  # no extra would bring it: a defect
+                raise
+            click.echo(
+                f'error: this command needs {package}, which is not installed; install it: pip install "mge[{extra}]"',
+                err=True,
+            )
             raise SystemExit(1) from error
 
     return wrapped
