@@ -208,16 +208,18 @@ def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
     """
     height, width = image.shape[2:]
     # One vector holds the columns, then the rows.
-    axis = torch.arange(2, device=image.device).repeat_interleave(size, 0)
+    # (No repeat_interleave: exporters up to torch 2.11 cannot write it, or write a wrong shape.)
+    is_row = torch.arange(2 * size, device=image.device) >= size
+    axis = is_row.long()
     steps = torch.arange(size, device=image.device, dtype=torch.float32).repeat(2)
-    before_last = torch.tensor((width - 2.0, height - 2.0), device=image.device).repeat_interleave(size, 0)
+    before_last = torch.where(is_row, height - 2.0, width - 2.0)
     start, last = box.index_select(1, axis), box.index_select(1, axis + 2) - 1
     # Rounding may push the last position past the box by one ulp; the pixel there is not part of the crop.
     position = torch.minimum(start + steps * ((last - start) / (size - 1)), last)  # [B, 2 size]
     low = torch.minimum(position.floor(), before_last)
     columns, rows = (position - low).to(image.dtype)[:, :, None].split(size, 1)
     # Lines of all images lie in one table, those of each behind those of the one before.
-    lines = torch.tensor((width, height), device=image.device).repeat_interleave(size, 0)
+    lines = torch.where(is_row, height, width)
     number = low.long() + torch.arange(image.shape[0], device=image.device)[:, None] * lines
     first_columns, first_rows = number.split(size, 1)
     turned = _between(image.permute(0, 3, 1, 2), first_columns, columns)  # [B, size, 3, H]
