@@ -177,7 +177,7 @@ def mutate(data, root):
                 other = other[step]
             node[key] = json.loads(json.dumps(other))
         else:
-            for _ in range(data.draw(st.sampled_from([1, 40, 900]))):
+            for _ in range(data.draw(st.sampled_from([1, 40, 250]))):
                 node[key] = [node[key]]
     return root
 
