@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from mge_runtime.errors import CheckpointError
+from mge_runtime.errors import BundleError, CheckpointError
+from mge_runtime.fields import Field
+from mge_runtime.manifest import read_class_names, read_preprocess
 from mge_runtime.spec import Preprocess
 
 __all__ = ["MGEConfig"]
@@ -61,6 +64,14 @@ class MGEConfig:
                 found = repr(getattr(self, name))
                 found = found if len(found) <= 80 else found[:77] + "..."
                 raise CheckpointError(f"model config: {name} is {found}; expected {expected}")
+        try:  # what no bundle may hold is refused before it is trained
+            advice = "it could not be exported"
+            read_class_names(Field(list(self.classes), "classes", "model config", advice))
+            read_preprocess(
+                Field(json.loads(json.dumps(asdict(self.preprocess))), "preprocess", "model config", advice)
+            )
+        except BundleError as error:
+            raise CheckpointError(str(error)) from error
 
     @property
     def num_classes(self) -> int:

@@ -15,7 +15,7 @@ from mge_runtime.fields import Field, JsonValue, parse_json
 from mge_runtime.spec import BATCH, Preprocess, SegmentSpec, StageSpec, TensorSpec, ViewSpec
 from mge_runtime.wiring import check_wiring
 
-__all__ = ["FRAME", "SCHEMA_VERSION", "Entry", "Manifest", "read_entry"]
+__all__ = ["FRAME", "SCHEMA_VERSION", "Entry", "Manifest", "read_class_names", "read_entry", "read_preprocess"]
 
 SCHEMA_VERSION = 1
 FRAME = "frame"  # the chain's one input: uint8 RGB [B, S, S, 3]
@@ -132,8 +132,8 @@ class Manifest:
         manifest = cls(
             schema_version=version.integer(1),
             model={key: value.value for key, value in fields["model"].table().items()},
-            class_names=_class_names(fields["class_names"]),
-            preprocess=_preprocess(fields["preprocess"]),
+            class_names=read_class_names(fields["class_names"]),
+            preprocess=read_preprocess(fields["preprocess"]),
             stages=_stages(fields["stages"]),
             segments=tuple(_segment(f) for f in fields["segments"].items()),
             views=tuple(_view(f) for f in fields["views"].items()),
@@ -151,7 +151,12 @@ class Manifest:
         return manifest
 
 
-def _class_names(f: Field) -> tuple[str, ...]:
+def read_class_names(f: Field) -> tuple[str, ...]:
+    """Names by class index: at least one, all different, short, without control characters.
+
+    Raises:
+        BundleError: they are not.
+    """
     names: dict[str, None] = {}
     for item in f.items():
         name = item.text(most=_LONGEST_NAME)
@@ -163,7 +168,12 @@ def _class_names(f: Field) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _preprocess(f: Field) -> Preprocess:
+def read_preprocess(f: Field) -> Preprocess:
+    """Sizes in pixels, mean and std by channel, each in the range that a runtime takes.
+
+    Raises:
+        BundleError: one is not.
+    """
     fields = f.members(("resize", "size", "mean", "std"))
     size = fields["size"].integer(2, _LARGEST_FRAME)
     resize = fields["resize"].integer(size, 4 * size)

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("hypothesis", reason="hypothesis is not installed (extra `dev`)")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
