@@ -112,7 +112,8 @@ class Chain:
         run = first_segments(manifest, segments)
         answer = run[-1].answer
         answers = {answer, *(point.answer for point in exits)}
-        wanted = answers | (_reported(manifest) if outputs is None else set(self._checked(outputs)))
+        reported = _reported(manifest)
+        wanted = answers | (reported if outputs is None else set(self._checked(outputs)))
         if self.max_batch is not None and len(frames) > self.max_batch:
             raise BackendError(
                 f"asked to run {len(frames)} frames at once; the engines were built for at most {self.max_batch}: "
@@ -121,12 +122,13 @@ class Chain:
         if self._file is not None:  # mapped pages that are gone would end the process
             self._file.check()
         try:
-            result: ExecutorResult = self._executor.run(frames, len(run), wanted, exits)
+            result: ExecutorResult = self._executor.run(frames, len(run), wanted | reported, exits)
         finally:
             if self._file is not None:  # half of the weights may have been another model's
                 self._file.check()
-        self._check(result)
-        return ChainResult(result.tensors, answer, result.times_ms, result.segments_run, manifest, result.step_segments)
+        self._check(result)  # all that an answer rests on, whatever is asked for
+        tensors = {name: tensor for name, tensor in result.tensors.items() if name in wanted}
+        return ChainResult(tensors, answer, result.times_ms, result.segments_run, manifest, result.step_segments)
 
     def report(self) -> dict[str, JsonValue]:
         """What the executor says of its memory and graphs; empty on a CPU."""

@@ -17,15 +17,14 @@ from pathlib import Path
 
 from mge_runtime.errors import OutputError
 
-__all__ = ["atomic_path", "check_writable", "lock", "temporary_folder"]
+__all__ = ["atomic_path", "check_writable", "is_temporary", "lock", "temporary_folder"]
 
-_PART = (
-    ".mge-part"  # ends every temporary name; its owner holds a lock, so one without a lock was left by a dead process
-)
+# Ends every temporary name; its owner holds a lock, so one without a lock was left by a dead process.
+_PART = ".mge-part"
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
 _POLL = 0.1  # seconds between looks at a lock that another holds
+_adopted: dict[Path, list[int]] = {}  # by temporary file: locked descriptors of the files that took its place
 
 
 @contextmanager
@@ -145,6 +144,11 @@ def lock(descriptor: int, waiting: Callable[[], None] | None = lambda: None) -> 
             time.sleep(_POLL)
 
 
+def is_temporary(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is one that `atomic_path` yielded: its owner holds its lock already."""
+    return os.fspath(path).endswith(_PART)
+
+
 def _destination(target: Path) -> tuple[Path | None, os.stat_result | None]:
     """Where a file is put and what it replaces; no place where the target is written to as it is.
 
@@ -200,7 +204,12 @@ def _part(place: Path, *, private: bool = False) -> Generator[Path]:
         with suppress(OSError):
             path.unlink()
         if sys.platform != "win32":
-            os.close(descriptor)
+            if is_temporary(place):  # it may have become that file, which stays locked until its own block ends
+                _adopted.setdefault(place, []).append(descriptor)
+            else:
+                os.close(descriptor)
+            for adopted in _adopted.pop(path, ()):
+                os.close(adopted)
 
 
 def _take_over(path: Path, old: os.stat_result) -> None:

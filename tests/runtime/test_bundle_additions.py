@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mge_runtime.bundle import Bundle, add_calibration, add_engine, writer
+from mge_runtime.bundle import Bundle, StageModel, add_calibration, add_engine, write_bundle, writer
 from mge_runtime.bundle.archive import ArchiveWriter
+from mge_runtime.bundle.layout import stage_graph, stage_weights
 from mge_runtime.errors import BundleError
+from mge_runtime.files import lock
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
 zip_entries = importlib.util.module_from_spec(spec)
@@ -178,6 +180,30 @@ def test_an_export_waits_for_an_addition_and_replaces_what_it_wrote(copy, tiny, 
     with Bundle.open(copy) as bundle:
         assert bundle.manifest == written
         assert bundle.calibration() is None
+
+
+def test_engines_are_added_to_a_bundle_that_is_not_published_yet(copy, tmp_path):
+    def check(unpublished):
+        for target in (TARGET, "tensorrt-rtx-1.7-sm86-linux-x86_64"):
+            with Bundle.open(unpublished) as bundle:
+                digest = bundle.manifest_sha256
+            add_engine(unpublished, target, {"gate": b"g"}, {}, manifest_sha256=digest)
+        # It stays locked, so that nobody takes it for what a dead process left.
+        with unpublished.open("rb") as file, pytest.raises(BlockingIOError):
+            lock(file.fileno(), None)
+
+    with Bundle.open(copy) as bundle:
+        models = {
+            s.name: StageModel(
+                *(bundle.read(n) for n in (stage_graph(s.name), stage_weights(s.name)) if n in bundle.sizes)
+            )
+            for s in bundle.manifest.stages
+        }
+        (tmp_path / "out").mkdir()
+        write_bundle(tmp_path / "out" / "mge.plan", bundle.manifest, models, check=check)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mge.plan"]
+    with Bundle.open(tmp_path / "out" / "mge.plan") as bundle:
+        assert len(bundle.targets) == 2
 
 
 # `mge-build --into-bundle` with engines that take no time to build.

@@ -179,7 +179,7 @@ def test_an_output_that_is_not_finite_is_named_with_its_graph(tiny, tmp_path, fr
 def test_images_that_stop_early_are_checked_too(tiny, tmp_path, frames, backend):
     poison(tiny, tmp_path / "mge.plan", "heatmap_1", np.nan)
     chain = open_chain(tmp_path / "mge.plan", backend)
-    for options in ({"exits": [ExitPoint(1, "answer_1", 1.0, 0.0)]}, {"segments": 1}):
+    for options in ({"exits": [ExitPoint(1, "answer_1", 1.0, 0.0)]}, {"segments": 1}, {"outputs": []}):
         with pytest.raises(BackendError, match="the output heatmap_1 of the graph expert_1"):
             chain.run(frames, **options)
     chain.close()

@@ -27,7 +27,7 @@ from mge_runtime.bundle.onnx_graph import relocate
 from mge_runtime.bundle.reader import Bundle
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import JsonValue
-from mge_runtime.files import atomic_path, lock
+from mge_runtime.files import atomic_path, is_temporary, lock
 from mge_runtime.manifest import Entry, Manifest
 
 __all__ = ["StageModel", "add_calibration", "add_engine", "write_bundle"]
@@ -193,7 +193,7 @@ def _held(path: str | os.PathLike[str], waiting: Callable[[], None] = lambda: No
 
     with ExitStack() as stack:
         # Where there is no such file, or no locks (Windows; some network disks), nobody holds it.
-        while sys.platform != "win32":
+        while sys.platform != "win32" and not is_temporary(path):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
                 stack.callback(os.close, descriptor)
