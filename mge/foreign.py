@@ -42,7 +42,7 @@ def describe_foreign(content: Mapping[Any, Any]) -> str:
         classes = "" if head is None or head.ndim == 0 else f" with {head.shape[0]} classes"
         return (
             f"looks like a bare {_resnet(weights)}{classes}, a trunk without experts; {expected} "
-            "(mge-train --init starts from such a trunk)"
+            "(mge-train --init starts from such weights, saved as .safetensors)"
         )
     return f"holds {len(weights)} weights of another model, such as {next(iter(weights))!r}; {expected}"
 

@@ -52,7 +52,7 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
     Args:
         path: a checkpoint.
         classes: of the new model.
-        changes: fields of its config that shall differ from the file's.
+        changes: fields of its config that shall differ from the file's; one box threshold stands for all crops.
 
     Returns:
         The model, and half a sentence that says what it has from the file.
@@ -66,6 +66,8 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
     if "image_size" in changes and "resize" not in changes:
         resize = round(changes["image_size"] * source.config.resize / source.config.image_size)
         changes = {**changes, "resize": resize}
+    if len(thresholds := changes.get("box_thresholds", ())) == 1:
+        changes = {**changes, "box_thresholds": thresholds * (source.config.experts - 1)}
     for name in ("arch", "experts", "normalize_features", *(("parts_per_class",) if same else ())):
         own = getattr(source.config, name)
         if changes.get(name, own) != own:

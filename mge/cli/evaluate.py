@@ -86,3 +86,7 @@ def _bundle_answers(engine: Path, folder: Path, batch_size: int, workers: int) -
     with Pipeline.open(engine, streams="auto") as pipeline:
         _, samples = list_labelled(folder, pipeline.manifest.class_names, note)
         return collect_bundle(pipeline, samples, batch_size, max(workers, 1)), samples
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -119,7 +120,8 @@ def main(**options: Any) -> None:
     data, out = Path(options["data"]), Path(options["out"])
     first = _is_first_process()
     classes, train, val = training_splits(data, options["seed"], note if first else lambda _: None)
-    _check_folder(out, replace=options["overwrite"] or resume is not None)
+    moved = resume is not None and resume.resolve().parent != out.resolve()
+    _check_folder(out, replace=options["overwrite"] or (resume is not None and not moved))
 
     from mge.data.folder import FolderDataset, TrainingDataset
     from mge.training.loop import Trainer
@@ -138,6 +140,8 @@ def main(**options: Any) -> None:
             )
     options |= {name: value for name, value in asdict(model.config).items() if name in options}  # for --resume
     with _claimed(out, claim=first or fabric.world_size == 1):
+        if resume is not None and moved and first:
+            _bring_best(resume.parent / "best.pt", out / "best.pt")
         _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
         if fabric.is_global_zero:
             if validation_folder(data) is None:
@@ -163,6 +167,10 @@ def main(**options: Any) -> None:
         click.echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
         raise click.exceptions.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     best = out / "best.pt"
+    if not best.exists():
+        raise TrainingError(
+            f"no epoch of this run was kept, and the best.pt beside {resume} is gone; train on (--epochs)"
+        )
     click.echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
 
 
@@ -174,6 +182,8 @@ def _complete(options: dict[str, Any]) -> None:
     options["out"] = options["out"] or Path("runs/mge")
     if options["crop_area"] is not None and options["box_threshold"]:
         raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
+    if options["recipe"] == "paper" and (options["crop_area"] is not None or options["box_threshold"]):
+        raise click.UsageError("--recipe paper fixes the box thresholds at the paper's; leave out the option for them")
     if options["crop_area"] is None and not options["box_threshold"] and options["recipe"] == "default":
         options["crop_area"] = CROP_AREA
     if options["init"] not in ("timm", "none"):
@@ -206,6 +216,17 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> Checkpoi
         raise TrainingError(f"{resume} does not say where its images lie; add --data")
     options["out"] = options["out"] or resume.parent
     return checkpoint
+
+
+def _bring_best(old: Path, new: Path) -> None:
+    """Copy the model that a run has kept so far to the folder where it goes on."""
+    from mge_runtime.files import atomic_path
+
+    if old.is_file():
+        with atomic_path(new) as part:
+            shutil.copyfile(old, part)
+    else:
+        new.unlink(missing_ok=True)  # another run's
 
 
 def _require_file(path: Path, option: str, expected: str) -> None:
@@ -306,14 +327,15 @@ def _make_model(classes: tuple[str, ...], options: dict[str, Any], given: set[st
     from mge.pretrained import fine_tuned, has_linear_features, initialize_trunks
 
     init = options["init"]
-    thresholds = options["box_threshold"]
-    if len(thresholds) == 1:
-        thresholds *= options["experts"] - 1
+    # One stands for every crop, of which a model of one's own says how many there are.
+    thresholds = options["box_threshold"] or ((PAPER_THRESHOLD,) if options["recipe"] == "paper" else ())
     torch.manual_seed(options["seed"])
     if init not in ("timm", "none") and not init.endswith(".safetensors"):
         names = {field.name for field in fields(MGEConfig)}
         changes = {name: options[name] for name in given & names}
         return fine_tuned(Path(init), classes, changes | ({"box_thresholds": thresholds} if thresholds else {}))
+    if len(thresholds) == 1:
+        thresholds *= options["experts"] - 1
     arch, size = options["arch"], options["image_size"]
     resize, normalize = options["resize"], options["normalize_features"]
     config = MGEConfig(

@@ -99,29 +99,31 @@ class Trainer:
                 processes=self.fabric.world_size,
                 say=click.echo if self.fabric.is_global_zero else lambda _: None,
             )
-            progress.step = min(progress.step, self.steps_per_epoch)  # there may be fewer images now
+            if progress.step > self.steps_per_epoch:  # there are fewer images now; losses stay means of the steps
+                share = self.steps_per_epoch / progress.step
+                progress.sums = {name: value * share for name, value in progress.sums.items()}
+                progress.step = self.steps_per_epoch
         done = progress.epoch * self.steps_per_epoch + progress.step
         schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
         meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
         with Interrupt() as interrupt, self._open_board(progress) as board:
             if resume is None and self.options.crop_area is not None and self.model.config.experts > 1:
                 self._follow_area(self._validate(wrapped))
-            stop = False
+            stop, answers = False, None
             while progress.epoch < self.options.epochs and not stop:
                 started = time.perf_counter()
                 stop = self._epoch(wrapped, optimizer, schedule, progress, interrupt, meter)
                 if not stop:
-                    self._finish_epoch(wrapped, progress, board, time.perf_counter() - started)
+                    answers = self._finish_epoch(wrapped, progress, board, time.perf_counter() - started)
                 self._save(progress, parts)
                 stop = stop or self._anywhere(interrupt.requested)  # a signal during validation
             self.stopped_by = interrupt.received
-        if progress.history:
-            answers = self._validate(wrapped)
-            if self.fabric.is_global_zero:
-                write_curves(self.folder / "curves.png", progress.history)
-                config = self.model.config
-                for line in crop_report(answers.heatmaps, config.image_size, config.box_thresholds):
-                    click.echo(line)
+        if progress.history and self.fabric.is_global_zero:
+            write_curves(self.folder / "curves.png", progress.history)
+        if answers is not None and not stop and self.fabric.is_global_zero:
+            config = self.model.config
+            for line in crop_report(answers.heatmaps, config.image_size, config.box_thresholds):
+                click.echo(f"last.pt: {line}")
         return progress
 
     @property
@@ -230,7 +232,8 @@ class Trainer:
             self._unread.clear()
         return sum(progress.sums.values()) / max(progress.step, 1)
 
-    def _finish_epoch(self, wrapped: Any, progress: Progress, board: Board | None, seconds: float) -> None:
+    def _finish_epoch(self, wrapped: Any, progress: Progress, board: Board | None, seconds: float) -> Answers:
+        """Validate, write what the epoch gave, and return the predictions on the validation images."""
         answers = self._validate(wrapped)
         if not np.isfinite(answers.final).all():
             raise TrainingError(
@@ -270,6 +273,7 @@ class Trainer:
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         if self.options.crop_area is not None:
             self._follow_area(answers)
+        return answers
 
     def _follow_area(self, answers: Answers) -> None:
         """Move each threshold to where the median crop keeps `crop_area` of its image."""

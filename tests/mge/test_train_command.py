@@ -101,6 +101,16 @@ def test_resume_alone_goes_on(trained, data, tmp_path):
     assert "was trained on 8 images" in done.output
 
 
+def test_a_run_goes_on_in_another_folder_with_the_model_that_it_kept(trained, tmp_path):
+    last, out = trained[0] / "last.pt", tmp_path / "elsewhere"
+    done = CliRunner().invoke(train, ["--resume", str(last), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert (out / "best.pt").read_bytes() == (trained[0] / "best.pt").read_bytes()
+    (out / "last.pt").write_text("another run's")
+    assert f"{out} holds a run already" in fails(train, "--resume", last, "--out", out)
+    assert (out / "last.pt").read_text() == "another run's"
+
+
 def test_a_model_is_fine_tuned_for_other_classes(trained, data, tmp_path):
     best = trained[0] / "best.pt"
     (tmp_path / "data").mkdir()
@@ -128,6 +138,9 @@ def test_a_model_is_fine_tuned_for_other_classes(trained, data, tmp_path):
     assert done.exit_code == 0, done.output
     start = ["--data", data, "--out", tmp_path / "x", "--init", best, *here]
     assert "has experts 3, not 2" in fails(train, *start, "--experts", "2")
+    paper = ["--data", data, "--out", tmp_path / "paper", "--init", best, *rates, *here, "--recipe", "paper"]
+    assert CliRunner().invoke(train, [str(argument) for argument in paper]).exit_code == 0
+    assert load_checkpoint(tmp_path / "paper/best.pt").config.box_thresholds == (0.2, 0.2)
 
 
 def test_two_trainings_never_share_a_folder(data, tmp_path):
