@@ -165,6 +165,32 @@ def test_first_runs_and_captures_take_turns_and_later_runs_do_not(pair):
     assert not running.done()
 
 
+def test_opening_closing_and_a_failed_run_wait_for_another_pipelines_first_run(pair, bundle):
+    (_, failing), gate, start = pair
+    closing = runs.open_capturable(bundle, _Replaying())
+    later = _Gate(failing)
+    for _ in range(2):
+        failing.run(frames(2), 3, {"logits"})
+    failing._device.log.clear()
+    later.fails, gate.stops = True, True
+    running = start(0, 2)
+    assert gate.inside.wait(30)
+    with ThreadPoolExecutor(2) as pool:
+        opening, closed = pool.submit(runs.open_capturable, bundle, _Replaying()), pool.submit(closing.close)
+        failed = start(1, 2)
+        early = wait([opening, closed, failed], 0.3).done
+        freed = "close" in failing._device.log
+        gate.let_on.set()
+    assert not early
+    assert not freed
+    running.result(30)
+    closed.result(30)
+    with pytest.raises(BackendError, match="no kernel was found"):
+        failed.result(30)
+    assert "close" in failing._device.log
+    opening.result(30).close()
+
+
 def test_a_first_run_that_fails_gives_its_turn_back(pair, expected):
     (first, second), gate, start = pair
     gate.fails = True
