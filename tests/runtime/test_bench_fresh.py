@@ -1,6 +1,8 @@
 """Fresh processes that `mge-bench` starts."""
 
+import signal
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -63,3 +65,25 @@ def test_an_incomplete_round_does_not_count_and_no_process_is_left_behind(trunke
     with pytest.raises(TimeUp):
         fresh.measure_fresh(trunked, choice, 1, frame, Deadline.after(1e9), lambda _line: None, kept.append)
     assert [(len(found.bundle), len(found.files)) for found in kept] == [(1, 1)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such timer")
+def test_time_is_up_once_while_what_it_stopped_cleans_up_and_again_where_it_got_lost():
+    cleaned = []
+
+    def work():
+        with suppress(TimeUp):  # as a destructor loses it
+            signal.raise_signal(signal.SIGALRM)
+        try:
+            signal.raise_signal(signal.SIGALRM)
+        finally:
+            signal.raise_signal(signal.SIGALRM)
+            try:
+                raise ValueError
+            except ValueError:
+                signal.raise_signal(signal.SIGALRM)
+            cleaned.append(True)
+
+    with Deadline.after(60).enforced(), pytest.raises(TimeUp):
+        work()
+    assert cleaned

@@ -3,15 +3,22 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mge_runtime.bundle import Bundle, StageModel, add_calibration, add_engine, write_bundle, writer
 from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.bundle.layout import stage_graph, stage_weights
-from mge_runtime.errors import BundleError
+from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import lock
+from mge_runtime.trt import keep
+from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt.engines import EngineDetails
+from mge_runtime.trt.request import TargetRequest
+from mge_runtime.trt.target import Target
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
 zip_entries = importlib.util.module_from_spec(spec)
@@ -263,6 +270,30 @@ def test_whoever_waits_for_another_process_says_so_and_can_be_stopped(copy, prog
     assert f"was interrupted ({number.name})" in lines[-1]
     assert copy.read_bytes() == before
     assert not list(copy.parent.glob("*.part")) + list(copy.parent.glob(".*.part"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such lock")
+def test_a_build_whose_progress_stops_it_while_it_waits_is_an_error_of_ours(copy, monkeypatch, caplog):
+    import fcntl
+
+    copy = copy.rename(copy.with_name("mge\x1b[2J.plan"))
+    plan = copy.with_name("gate.engine")
+    plan.write_bytes(b"an engine")
+    details = EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge")
+    vendor = SimpleNamespace(name="tensorrt-rtx", version="1.7")
+    monkeypatch.setattr(keep, "_vendor", lambda _name, _log: vendor)
+    monkeypatch.setattr(keep, "ahead_of_time", lambda *_: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")])
+    monkeypatch.setattr(keep, "check_target", lambda *_: None)
+    built = keep.NewEngines(Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64"), {"gate": plan}, details)
+    monkeypatch.setattr(keep, "build_engines", lambda *_, **__: nullcontext(built))
+    before = copy.read_bytes()
+    requests = [TargetRequest.parse("rtx:sm86")]
+    with copy.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BuildError, match="stopped while waiting for another process"):
+            keep.build_targets(copy, requests, into_bundle=True, progress=lambda *_: False)
+    assert [record.getMessage().isprintable() for record in caplog.records] == [True]
+    assert copy.read_bytes() == before
 
 
 def test_a_bundle_stays_readable_while_it_is_replaced(copy):

@@ -16,6 +16,7 @@ from mge_runtime.backends.ort_segment import open_segments
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.device import Graph
 from mge_runtime.device.host import HostDevice
+from mge_runtime.device.unit import Addresses
 from mge_runtime.errors import BackendError
 
 onnxruntime = load_onnxruntime()
@@ -165,6 +166,32 @@ def test_first_runs_and_captures_take_turns_and_later_runs_do_not(pair):
     assert not running.done()
 
 
+def test_opening_closing_and_a_failed_run_wait_for_another_pipelines_first_run(pair, bundle):
+    (_, failing), gate, start = pair
+    closing = runs.open_capturable(bundle, _Replaying())
+    later = _Gate(failing)
+    for _ in range(2):
+        failing.run(frames(2), 3, {"logits"})
+    failing._device.log.clear()
+    later.fails, gate.stops = True, True
+    running = start(0, 2)
+    assert gate.inside.wait(30)
+    with ThreadPoolExecutor(2) as pool:
+        opening, closed = pool.submit(runs.open_capturable, bundle, _Replaying()), pool.submit(closing.close)
+        failed = start(1, 2)
+        early = wait([opening, closed, failed], 0.3).done
+        freed = "close" in failing._device.log
+        gate.let_on.set()
+    assert not early
+    assert not freed
+    running.result(30)
+    closed.result(30)
+    with pytest.raises(BackendError, match="no kernel was found"):
+        failed.result(30)
+    assert "close" in failing._device.log
+    opening.result(30).close()
+
+
 def test_a_first_run_that_fails_gives_its_turn_back(pair, expected):
     (first, second), gate, start = pair
     gate.fails = True
@@ -199,9 +226,10 @@ class _Opening:
 
     __version__ = onnxruntime.__version__
     SessionOptions = onnxruntime.SessionOptions
+    RunOptions = onnxruntime.RunOptions
 
-    def __init__(self, refuses):
-        self.refuses, self.tried = refuses, []
+    def __init__(self, refuses, providers=("CUDAExecutionProvider",)):
+        self.refuses, self.tried, self.providers = refuses, [], list(providers)
 
     def InferenceSession(self, graph, options, providers, **_):
         (name, asked), fallback = providers
@@ -212,7 +240,7 @@ class _Opening:
             raise RuntimeError("all compute graph nodes have not\nbeen partitioned")
         session = onnxruntime.InferenceSession(graph, options, providers=[fallback])
         return SimpleNamespace(
-            get_inputs=session.get_inputs, get_outputs=session.get_outputs, get_providers=lambda: [name]
+            get_inputs=session.get_inputs, get_outputs=session.get_outputs, get_providers=lambda: self.providers
         )
 
 
@@ -258,6 +286,43 @@ def test_a_segment_that_opens_in_no_way_says_why(bundle):
     device.kind = "cuda"
     with pytest.raises(BackendError, match=r"cannot open segment 1 \(ingest, expert_1\): all compute graph nodes have"):
         list(open_segments(_Opening(lambda *_: True), bundle, device, device.create_stream()))
+
+
+def test_where_cuda_does_not_load_one_session_is_tried(tiny, tmp_path):
+    stages = tiny.make_stages()
+    manifest = replace(tiny.make_manifest(stages), precision={g.spec.name: {"type": "fp16"} for g in stages})
+    write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in stages})
+    ort, device = _Opening(lambda *_: False, ["CPUExecutionProvider"]), HostDevice()
+    device.kind = "cuda"
+    with Bundle.open(tmp_path / "mge.plan") as opened, pytest.raises(BackendError, match="cannot use CUDAExecution"):
+        next(open_segments(ort, opened, device, device.create_stream()))
+    assert len(ort.tried) == 1
+
+
+def test_each_launch_whose_capture_fails_runs_again_without_and_the_segment_says_so(bundle):
+    device = HostDevice()
+    device.kind = "cuda"
+    segment = next(open_segments(_Opening(lambda *_: False), bundle, device, device.create_stream()))
+    ids = []
+
+    def run_with_iobinding(_binding, options):
+        ids.append(options.get_run_config_entry("gpu_graph_id"))
+        if ids[-1] in broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    binding = SimpleNamespace(bind_input=lambda *_: None, bind_output=lambda *_: None)
+    segment.session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=run_with_iobinding)
+    tensors = dict.fromkeys([t.name for t in (*segment.inputs, *segment.outputs)], 0)
+    launches = [segment.prepare(Addresses(batch, tensors, 0, 0), None) for batch in (1, 2, 3)]
+    broken = {"1", "2"}
+    for launch in launches:
+        launch.enqueue(None)
+        launch.enqueue(None)
+    assert ids == ["1", "-1", "-1", "2", "-1", "-1", "3", "3"]
+    assert [launch.has_graph for launch in launches] == [False, False, True]
+    assert not segment.prepare(Addresses(4, tensors, 0, 0), None).has_graph
+    assert segment.opened["way"] == "NCHW without a graph"
+    assert "stream is capturing" in segment.opened["refused"]["NCHW with a graph"]
 
 
 def test_what_units_say_of_themselves_is_in_the_report(bundle):

@@ -172,6 +172,7 @@ def test_it_says_what_would_run_on_a_recorded_machine(bundle_path, tmp_path):
     assert values["engines"][target]["misfit"] is None
     h100 = json.loads(run(path, "--as-machine", MACHINES / "h100-onnxruntime-gpu.json", "--json").output)
     assert h100["here"]["backend"] == "onnxruntime"
+    assert h100["here"]["status"] == "experimental: ran once, on an H100, before its last changes"
     assert [other["backend"] for other in h100["here"]["passed_over"]] == ["tensorrt", "tensorrt-rtx"]
     assert "does not serve sm90 (Hopper)" in h100["here"]["passed_over"][1]["reason"]
 

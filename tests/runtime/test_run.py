@@ -485,3 +485,11 @@ def test_text_survives_a_narrow_encoding():
     done = subprocess.run([*COMMAND, "in/猫.png"], capture_output=True, env=environment, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"in/?.png\n")
+
+
+@pytest.mark.usefixtures("folder")
+def test_verbose_shows_what_onnx_runtime_says():
+    for options, heard in (((), False), (("-vv",), True)):
+        result = subprocess.run([*COMMAND, *options, "in/1.png"], capture_output=True, text=True, check=True)
+        assert ("onnxruntime" in result.stderr) == heard, result.stderr
+        assert "in/1.png" in result.stdout

@@ -1,6 +1,7 @@
 """ONNX Runtime on an NVIDIA GPU: each segment one session, on one stream, over memory of the device layer.
 
-Experimental: ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA).
+Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
+has not.
 """
 
 from __future__ import annotations

@@ -85,9 +85,10 @@ class OrtSegment(Unit):
         made = {tensor.name: tensor for stage in stages for tensor in stage.outputs}
         self.inputs = list({t.name: t for stage in stages for t in stage.inputs if t.name not in made}.values())
         self.outputs = list(made.values())
-        self.why_plain: str | None = None  # why ONNX Runtime captures no graph; None: it does
+        self.why_plain: str | None = None  # why new launches capture no graph; None: they do
         self.ort = ort
         self._graph_ids: dict[tuple[int, ...], int] = {}
+        self._refused: dict[str, JsonValue] = {}  # ways that did not work, and why
         graph = merge_stages(stages, {stage.name: located_graph(bundle, stage.name) for stage in stages}, self.name)
         if device.kind == "cuda":
             half = any(bundle.manifest.precision.get(stage.name, {}).get("type") in _HALF for stage in stages)
@@ -105,7 +106,15 @@ class OrtSegment(Unit):
             bind = binding.bind_input if position < len(self.inputs) else binding.bind_output
             kind = np.dtype(tensor.dtype).type
             bind(tensor.name, self.device.kind, self.device.index, kind, shape, addresses.tensors[tensor.name])
-        return _OrtLaunch(self, binding, self._run_options(addresses))
+        return _OrtLaunch(self, binding, self._run_options(addresses), self.why_plain)
+
+    def capture_failed(self, why: str) -> None:
+        """Launches that are prepared from now on are plain; those that have captured already go on as they are."""
+        if self.why_plain is None:
+            way = str(self.opened["way"])
+            self._refused[way] = why
+            self.opened = {**self.opened, "way": way.replace("with a", "without a")}
+            self.why_plain = why
 
     def close(self) -> None:
         """Release the session."""
@@ -114,7 +123,6 @@ class OrtSegment(Unit):
     def _open_cuda(self, bundle: Bundle, graph: bytes, stream: Stream, *, graphs: bool, half: bool) -> Any:
         """Open in the first way that works: with a graph before without, where `half` says so in NHWC before NCHW."""
         ways = list(product((True, False) if graphs else (False,), (True, False) if half else (False,)))
-        refused: dict[str, JsonValue] = {}
         session: Any = None
         for capture, nhwc in ways:
             options = {
@@ -132,10 +140,15 @@ class OrtSegment(Unit):
             except BackendError as error:
                 if (capture, nhwc) == ways[-1]:
                     raise
-                refused[way] = str(error)
+                self._refused[way] = str(error)
             else:
-                self.why_plain = None if capture else next(map(str, refused.values()), "graphs are turned off")
-                self.opened = {"way": way, "tensor_cores": half, "refused": refused}
+                if _CUDA not in session.get_providers():  # it warns and goes on with the CPU where CUDA does not load
+                    raise BackendError(
+                        f"ONNX Runtime {self.ort.__version__} cannot use {_CUDA}; expected CUDA and cuDNN libraries "
+                        'that fit it: pip install "mge[gpu]"'
+                    )
+                self.why_plain = None if capture else next(map(str, self._refused.values()), "graphs are turned off")
+                self.opened = {"way": way, "tensor_cores": half, "refused": self._refused}
                 break
         return session
 
@@ -149,12 +162,6 @@ class OrtSegment(Unit):
                 f"ONNX Runtime {self.ort.__version__} cannot open {self.name}: {one_line(error)}"
             ) from error
         del loaded
-        wanted = _CUDA if self.device.kind == "cuda" else _CPU
-        if wanted not in session.get_providers():  # it warns and goes on with the CPU where CUDA does not load
-            raise BackendError(
-                f"ONNX Runtime {self.ort.__version__} cannot use {wanted}; expected CUDA and cuDNN libraries that fit "
-                'it: pip install "mge[gpu]"'
-            )
         return session
 
     def _run_options(self, addresses: Addresses) -> Any:
@@ -173,8 +180,9 @@ class OrtSegment(Unit):
 
 
 class _OrtLaunch(Launch):
-    def __init__(self, segment: OrtSegment, binding: Any, options: Any) -> None:
+    def __init__(self, segment: OrtSegment, binding: Any, options: Any, why_plain: str | None) -> None:
         self._segment = segment
+        self._why_plain = why_plain  # of this launch: others of the segment may have their graph
         self._binding: Any = binding
         self._options: Any = options
 
@@ -185,9 +193,10 @@ class _OrtLaunch(Launch):
             if not self.has_graph:
                 raise
             # It may have been the capture: once more without, from now on.
-            self._segment.why_plain = str(error)
+            self._why_plain = str(error)
             self._options.add_run_config_entry("gpu_graph_id", "-1")
             self._run()
+            self._segment.capture_failed(self._why_plain)
 
     def _run(self) -> None:
         try:
@@ -196,11 +205,11 @@ class _OrtLaunch(Launch):
             raise BackendError(f"ONNX Runtime failed in {self._segment.name}: {one_line(error)}") from error
 
     def why_not_captured(self, stream: Stream) -> str | None:  # noqa: ARG002
-        return self._segment.why_plain or "ONNX Runtime captures a graph of its own for each segment"
+        return self._why_plain or "ONNX Runtime captures a graph of its own for each segment"
 
     @property
     def has_graph(self) -> bool:
-        return self._segment.why_plain is None
+        return self._why_plain is None
 
     def close(self) -> None:
         self._binding = self._options = None

@@ -67,12 +67,21 @@ class Deadline:
             yield
             return
 
+        raised: TimeUp | None = None
+
         def stop(*_signal: object) -> None:
-            raise TimeUp
+            nonlocal raised
+            handled = sys.exc_info()[1]
+            while handled is not None:
+                if handled is raised:
+                    return  # it is on its way: what cleans up after it is not torn open
+                handled = handled.__context__
+            raised = TimeUp()
+            raise raised
 
         self.check()
         previous = signal.signal(signal.SIGALRM, stop)
-        # Again every second: what is raised in a destructor gets lost.
+        # Again every second, unless it is on its way: what is raised in a destructor gets lost.
         signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3), 1.0)
         try:
             yield

@@ -63,7 +63,7 @@ class WatchedFile:
         return WatchedFile(self.path, os.dup(self.descriptor), self.status)
 
     def check(self) -> None:
-        """Make sure that nobody wrote into the file; this takes a microsecond.
+        """Make sure that nobody wrote into the file; this takes some microseconds.
 
         Raises:
             BundleError: its size or its time of change is another.

@@ -25,7 +25,7 @@ from mge_runtime.bundle.layout import (
 )
 from mge_runtime.bundle.onnx_graph import relocate
 from mge_runtime.bundle.reader import Bundle
-from mge_runtime.errors import BundleError
+from mge_runtime.errors import BundleError, printable
 from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path, is_temporary, lock
 from mge_runtime.manifest import Entry, Manifest
@@ -188,7 +188,7 @@ def _held(path: str | os.PathLike[str], waiting: Callable[[], None] = lambda: No
         nonlocal said
         if not said:
             said = True
-            logging.getLogger("mge_runtime").warning("waiting for another process that writes %s", path)
+            logging.getLogger("mge_runtime").warning("waiting for another process that writes %s", printable(str(path)))
         waiting()
 
     with ExitStack() as stack:

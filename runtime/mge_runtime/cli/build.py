@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import echo, reports_errors
+from mge_runtime.cli.common import GPU_STATUS, echo, reports_errors, verbose_option
 from mge_runtime.cli.progress import shown_progress
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.interrupt import interruptible
@@ -46,7 +46,7 @@ _MEGABYTE = 1_000_000
 )
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--device", default="cuda:0", show_default=True, help="The GPU to build for.")
-@click.option("-v", "--verbose", is_flag=True, help="Show what the library says.")
+@verbose_option
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
@@ -59,7 +59,7 @@ def main(
     timing_cache: Path | None,
     backend: str,
     device: str,
-    verbose: bool,
+    verbose: int,
 ) -> None:
     """Build the TensorRT engines of BUNDLE (default: mge.plan).
 
@@ -96,7 +96,7 @@ def main(
             kept=kept,
         )
     click.echo(
-        "TensorRT execution is experimental: not yet run; mge-bench --selfcheck checks it on the device", err=True
+        f"TensorRT execution is {GPU_STATUS['tensorrt']}; mge-bench --selfcheck checks it on the device", err=True
     )
 
 

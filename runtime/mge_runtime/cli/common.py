@@ -13,10 +13,17 @@ import click
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError, MGEError, OutputError, one_line, printable
 
-__all__ = ["at_most_cpus", "echo", "format_bytes", "note", "report", "reports_errors"]
+__all__ = ["GPU_STATUS", "at_most_cpus", "echo", "format_bytes", "note", "report", "reports_errors", "verbose_option"]
 
 # The extra of the wheel that the commands of a package need besides the base install.
 _EXTRAS = {"mge": "train", "mge_export": "export", "mge_calibration": "calibrate"}
+
+# What is known of each backend on a GPU; docs/results.md and docs/performance.md say more.
+GPU_STATUS = {
+    "onnxruntime": "experimental: ran once, on an H100, before its last changes",
+    "tensorrt": "experimental: not yet run",
+    "tensorrt-rtx": "experimental: not yet run",
+}
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -102,6 +109,19 @@ def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int 
         return value
     note(f"{parameter.opts[-1]} {value} is cut to {count}, the processors that this process may use")
     return count
+
+
+def _ask_for_log(context: click.Context, parameter: click.Parameter, value: int) -> int:
+    del context, parameter
+    if value:
+        os.environ["MGE_VERBOSE"] = str(min(value, 2))  # read where ONNX Runtime is imported, which comes later
+    return value
+
+
+# `-v`, `-vv`: the parameter `verbose` counts them.
+verbose_option = click.option(
+    "-v", "--verbose", count=True, callback=_ask_for_log, help="Show what the libraries say; -vv: all of it."
+)
 
 
 def format_bytes(count: int) -> str:

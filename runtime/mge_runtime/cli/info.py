@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import echo, reports_errors
+from mge_runtime.cli.common import GPU_STATUS, echo, reports_errors
 from mge_runtime.errors import OutputError, printable
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.machine import Machine
-
-# Nobody has run the chain on a GPU yet; docs/results.md says when that changes.
-UNTRIED = "experimental: not yet run"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -136,7 +133,7 @@ def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
         facts = {
             "plans": {stage: plan.size for stage, plan in description.plans.items()},
             "details": dict(description.details),
-            "status": UNTRIED,
+            "status": GPU_STATUS[found.backend],
             "misfit": found.problem,
         }
         if found.in_bundle:
@@ -170,6 +167,6 @@ def _what_runs(bundle: Bundle, machine: Machine, *, cache: bool) -> dict[str, An
         "backend": choice.backend,
         "device": choice.device,
         "reason": choice.reason,
-        "status": None if choice.device == "cpu" else UNTRIED,
+        "status": None if choice.device == "cpu" else GPU_STATUS[choice.backend],
         "passed_over": [{"backend": c.backend, "device": c.device, "reason": c.reason} for c in choice.passed_over],
     }

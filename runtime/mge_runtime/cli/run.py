@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, note, report, reports_errors
+from mge_runtime.cli.common import at_most_cpus, echo, note, report, reports_errors, verbose_option
 from mge_runtime.errors import InputError, MGEError, printable
 from mge_runtime.interrupt import interruptible
 
@@ -88,6 +88,7 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 @click.option(
     "--no-mmap", is_flag=True, help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile."
 )
+@verbose_option
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
@@ -106,6 +107,7 @@ def main(
     streams: int | None,
     exit_at: Exit,
     no_mmap: bool,
+    verbose: int,  # noqa: ARG001 - the option's callback has seen to it
 ) -> None:
     """Answer IMAGES: files, folders (searched deep), quoted patterns, @FILE for a list, - for one on standard input.
 

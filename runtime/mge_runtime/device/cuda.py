@@ -7,7 +7,8 @@ Device memory comes from `cuMemAlloc` rather than from a memory pool: it is allo
 freed is free for other libraries of the process at once. Page-locked memory comes from `LegacyPinnedMemoryResource`:
 `PinnedMemoryResource` needs host memory pools, which AGX Orin lacks (NVIDIA/cuda-python #2486, #2795).
 
-Experimental: ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA).
+Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
+has not.
 """
 
 from __future__ import annotations

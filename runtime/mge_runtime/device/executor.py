@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 __all__ = ["DeviceExecutor"]
 
 # Held by one run of this process until its program is captured or known never to be. Until then libraries allocate,
-# search for kernels and capture, some of it in threads of their own, and what one pipeline allocates may end what
-# another captures. Later runs do none of that and do not wait.
-_FIRST_RUNS = threading.Lock()
+# search for kernels and capture, some of it in threads of their own, and what one pipeline allocates or frees may end
+# what another captures; so opening and closing hold it too. Later runs do none of that and do not wait. Reentrant: a
+# first run that fails closes its programs.
+_FIRST_RUNS = threading.RLock()
 
 
 class DeviceExecutor(Executor):
@@ -63,7 +64,7 @@ class DeviceExecutor(Executor):
         self._manifest = manifest
         self._device = device
         device.activate()
-        with ExitStack() as stack:
+        with _FIRST_RUNS, ExitStack() as stack:
             self._stream = device.create_stream()
             stack.callback(self._stream.close)
             self._units: list[Unit] = []
@@ -109,7 +110,7 @@ class DeviceExecutor(Executor):
                 # one worth telling.
                 with suppress(Exception):
                     self._stream.synchronize()
-                with suppress(Exception):
+                with suppress(Exception), _FIRST_RUNS:
                     self._programs.close()
                 raise
 
@@ -145,7 +146,7 @@ class DeviceExecutor(Executor):
             return
         self._open = False
         self._device.activate()
-        with self._resources:
+        with _FIRST_RUNS, self._resources:
             self._stream.synchronize()
 
     def _run(

@@ -10,7 +10,7 @@ from pathlib import Path
 from mge_runtime.backends.choice import device_name
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.layout import target_of
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, BuildError, printable
 from mge_runtime.files import check_writable
 from mge_runtime.machine import Machine
 from mge_runtime.machine_probe import describe_machine
@@ -68,7 +68,8 @@ def build_targets(
 
     Raises:
         BackendError: no library or no GPU for it.
-        BuildError: a stage cannot be built, or is not of its precision.
+        BuildError: a stage cannot be built, is not of its precision, or `progress` stopped the build or the
+            wait for another process.
         BundleError: the bundle is damaged or was replaced.
         OutputError: the engines cannot be kept.
     """
@@ -102,7 +103,10 @@ def build_targets(
 
                 def waiting() -> None:
                     if not progress("bundle", 0.0, "waits for another process"):
-                        raise KeyboardInterrupt
+                        raise BuildError(
+                            f"stopped while waiting for another process that writes {printable(str(path))}; the bundle "
+                            "is as it was"
+                        )
 
                 build_into_bundle(bundle.path, new, bundle.manifest_sha256, waiting)
                 place = f"in {path}"
