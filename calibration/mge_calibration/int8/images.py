@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from mge_calibration.folder import short_digest
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import list_folder
+from mge_runtime.sources import is_folder, list_folder
 from mge_runtime.spec import Preprocess
 
 __all__ = ["MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
@@ -56,8 +57,8 @@ def read_calibration_images(
     Raises:
         InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
     """
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "nothing"
+    if not is_folder(folder):
+        kind = "a file" if os.path.lexists(folder) else "nothing"
         raise InputError(f"{folder} is {kind}; expected a folder of images to calibrate on: name one with --calib-data")
     found = list_folder(folder)
     images = found.whole()
