@@ -328,8 +328,10 @@ def test_what_cannot_work_is_said_before_computing(folder, monkeypatch, options,
 
 @pytest.mark.parametrize(
     "options",
-    [["--exit", "0"], ["--exit", "calibrate"], ["--top-k", "0"], ["--batch", "x"], []]
-    + [["-", "--files-from", "-"], ["-", "@-"], ["@-", "--files-from", "-"]],
+    [
+        *(["--exit", "0"], ["--exit", "calibrate"], ["--top-k", "0"], ["--batch", "x"], []),
+        *(["-", "--files-from", "-"], ["-", "@-"], ["@-", "--files-from", "-"]),
+    ],
 )
 @pytest.mark.usefixtures("folder")
 def test_usage_errors_exit_with_2(options):
