@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import list_folder
+from mge_runtime.sources import is_folder, list_folder
 from mge_runtime.spec import Preprocess
 
 __all__ = ["VerifyImages", "check_folder", "find_verify_images", "generated_images", "photographs"]
@@ -45,8 +46,10 @@ def check_folder(folder: Path, option: str) -> None:
     Raises:
         InputError: it is missing or a file.
     """
-    if not folder.is_dir():
-        found = f"{folder} is a file, expected a folder" if folder.exists() else f"no folder {folder}; expected one"
+    if not is_folder(folder):
+        found = (
+            f"{folder} is a file, expected a folder" if os.path.lexists(folder) else f"no folder {folder}; expected one"
+        )
         raise InputError(f"{found} of images such as .jpg: name another with {option}")
 
 

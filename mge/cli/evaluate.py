@@ -42,14 +42,14 @@ def main(
     """Print the paper's table: top-1, top-5, likelihood and calibration of every head, the gate, the crops' areas."""
     from mge.report import figures, print_table, write_predictions
     from mge_runtime.errors import InputError
-    from mge_runtime.sources import VALIDATION_FOLDERS, validation_folder
+    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, validation_folder
 
     if (ckpt is None) == (engine is None):
         raise click.UsageError("name either --ckpt or --engine")
-    folder = data / split if (data / split).is_dir() else data
+    folder = data / split if is_folder(data / split) else data
     if split in VALIDATION_FOLDERS:
         folder = validation_folder(data) or data
-    if (folder / "train").is_dir():
+    if is_folder(folder / "train"):
         raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
     if ckpt is not None:
         answers, samples = _checkpoint_answers(ckpt, folder, batch_size, workers)

@@ -227,7 +227,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if width * height > max_pixels or max(size) > MAX_SIDE:
         raise InputError(
             f"will not decode {name}: it is {width} x {height} pixels; expected at most {max_pixels / 1e6:.3g} "
-            f"megapixels and {MAX_SIDE} a side: scale it down first, or allow more (mge-run --max-pixels)"
+            f"megapixels and {MAX_SIDE} a side: scale it down first; mge-run and Pipeline.open take max_pixels"
         )
     if width * height == 0:
         raise InputError(f"cannot use {name}: it is {width} x {height} pixels; expected at least 1 x 1")

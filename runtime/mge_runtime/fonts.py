@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,10 +94,12 @@ def _pixels(path: Path | None, character: str) -> bytes:
 @cache
 def _installed() -> tuple[Path, ...]:
     """The font files of the usual folders, plain sans serif ones first."""
-    found = [
-        path
-        for folder in _FOLDERS
-        for path in folder.expanduser().rglob("*")
-        if path.suffix.lower() in (".ttf", ".otf", ".ttc") and "lastresort" not in path.name.lower()
-    ]
+    found: list[Path] = []
+    for folder in _FOLDERS:
+        with suppress(RuntimeError, OSError):  # a user without a home, a folder that is closed
+            found.extend(
+                path
+                for path in folder.expanduser().rglob("*")
+                if path.suffix.lower() in (".ttf", ".otf", ".ttc") and "lastresort" not in path.name.lower()
+            )
     return tuple(sorted(found, key=lambda path: (sum(style in path.name.lower() for style in _STYLES), path.name)))

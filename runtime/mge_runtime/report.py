@@ -206,8 +206,8 @@ def picture_folder(folder: Path | None, images: Sequence[NamedImage]) -> Generat
     if folder is None:
         yield None
         return
-    existed = folder.is_dir()
     try:
+        existed = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

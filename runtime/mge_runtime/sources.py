@@ -22,6 +22,7 @@ __all__ = [
     "ImageList",
     "NamedImage",
     "find_images",
+    "is_folder",
     "is_url",
     "list_folder",
     "list_labelled",
@@ -191,18 +192,18 @@ def _scan(place: str, passed_over: Counter[str]) -> tuple[list[os.DirEntry[str]]
     with os.scandir(place) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
+                folder, file = entry.is_dir(), entry.is_file()
             except OSError:  # a link to itself, or into a folder that is closed to us
-                is_folder = is_file = False
+                folder = file = False
             if entry.name.startswith(".") or entry.name in _HIDDEN_FOLDERS:
                 passed_over["hidden"] += 1
-            elif is_folder:
+            elif folder:
                 folders.append(entry)
             elif entry.name.endswith(SAVED_SUFFIX):
                 passed_over["drawn by mge-run --save"] += 1
             elif Path(entry.name).suffix.lower() not in IMAGE_SUFFIXES:
                 passed_over["with another suffix"] += 1
-            elif is_file:
+            elif file:
                 images.append(entry.path)
             else:
                 passed_over["a link to nothing" if entry.is_symlink() else "a pipe, socket or device"] += 1
@@ -227,8 +228,8 @@ def list_labelled(
             outside of the class folders, or a class is unknown; without `classes` also where there are fewer than two,
             or one has no image.
     """
-    if not folder.is_dir():
-        found = f"{folder} is a file" if folder.exists() else f"no folder {folder}"
+    if not is_folder(folder):
+        found = f"{folder} is a file" if os.path.lexists(folder) else f"no folder {folder}"
         raise InputError(f"{found}; expected a folder with labelled images, {folder}/<class>/*.jpg")
     passed_over: Counter[str] = Counter()
     try:
@@ -271,10 +272,15 @@ def validation_folder(data: Path) -> Path | None:
     Raises:
         InputError: there are several.
     """
-    found = [data / name for name in VALIDATION_FOLDERS if (data / name).is_dir()]
+    found = [data / name for name in VALIDATION_FOLDERS if is_folder(data / name)]
     if len(found) > 1:
         raise InputError(f"{data} holds {found[0].name} and {found[1].name}; expected one folder to validate on")
     return found[0] if found else None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a folder; no for a name too long or behind a closed folder, where `Path.is_dir` raises."""
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def is_url(name: str) -> bool:
@@ -301,7 +307,7 @@ def _expand(name: str) -> ImageList:
 
 def _expand_path(name: str) -> ImageList:
     path = Path(name)
-    return list_folder(path) if path.is_dir() else ImageList([NamedImage(name, path)])
+    return list_folder(path) if is_folder(path) else ImageList([NamedImage(name, path)])
 
 
 def _match(pattern: str) -> ImageList:
@@ -309,7 +315,7 @@ def _match(pattern: str) -> ImageList:
     found = ImageList()
     matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
     for path in map(Path, sorted(matches, key=_natural)):
-        if not path.is_dir():
+        if not is_folder(path):
             found.images.append(NamedImage(str(path), path))
         elif "**" not in pattern:
             inside = _search(path)

@@ -1,5 +1,6 @@
 """The images that INT8 is calibrated on: drawn, refused, and recorded so that mge-calibrate keeps them from exits."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,3 +147,20 @@ def test_a_folder_that_leaves_nothing_to_verify_on_is_refused(tiny, tmp_path):
     preprocess = tiny.make_model().config.preprocess
     with pytest.raises(InputError, match=r"has no image left to verify on beside 3 .* --verify-data"):
         read_calibration_images(tmp_path, preprocess, limit=0, seed=0, few=True, hold_out=16)
+
+
+def test_an_unreadable_image_to_verify_on_is_left_out(tiny, tmp_path, monkeypatch):
+    save_pictures(tmp_path, 16)
+    preprocess = tiny.make_model().config.preprocess
+    options = {"limit": 0, "seed": 0, "few": True, "hold_out": 4}
+    closed, *others = read_calibration_images(tmp_path, preprocess, **options).held_out
+    read, said = Path.read_bytes, []
+
+    def read_bytes(path):
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert list(read_calibration_images(tmp_path, preprocess, **options, say=said.append).held_out) == others
+    assert said == [f"left out of the images to verify on: [Errno 13] Permission denied: '{closed}'"]

@@ -193,7 +193,7 @@ def installed(tmp_path, monkeypatch):
 
     shutil.copy(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", tmp_path)
     (tmp_path / "Broken.ttf").write_text("no font")
-    monkeypatch.setattr(fonts, "_FOLDERS", (tmp_path, tmp_path / "missing"))
+    monkeypatch.setattr(fonts, "_FOLDERS", (Path("~nobody-of-that-name"), tmp_path, tmp_path / "missing"))
     caches = (fonts._installed, fonts._best, fonts._has)
     for one in caches:
         one.cache_clear()

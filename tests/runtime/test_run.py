@@ -310,6 +310,7 @@ def test_nothing_to_answer():
         (["--csv", "none/table.csv"], "cannot write none/table.csv: No such file or directory"),
         (["--csv", "in"], "cannot write in: it is a folder; expected a file name"),
         (["--save", "mge.plan"], "cannot write pictures to mge.plan: File exists"),
+        (["--save", "a" * 300], f"cannot write pictures to {'a' * 300}: File name too long"),
         (["--save", "mge.plan/out"], "cannot write pictures to mge.plan/out: Not a directory"),
         (["--engine", "none.plan"], "none.plan"),
         (["--engine", "in/1.png", "--save", "out"], "in/1.png"),
@@ -325,7 +326,13 @@ def test_what_cannot_work_is_said_before_computing(folder, monkeypatch, options,
     assert sorted(path.name for path in folder.iterdir()) == ["in", "mge.plan"]
 
 
-@pytest.mark.parametrize("options", [["--exit", "0"], ["--exit", "calibrate"], ["--top-k", "0"], ["--batch", "x"], []])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--exit", "0"], ["--exit", "calibrate"], ["--top-k", "0"], ["--batch", "x"], []),
+        *(["-", "--files-from", "-"], ["-", "@-"], ["@-", "--files-from", "-"]),
+    ],
+)
 @pytest.mark.usefixtures("folder")
 def test_usage_errors_exit_with_2(options):
     run(*options, *(["in"] if options else []), code=2)

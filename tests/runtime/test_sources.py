@@ -220,6 +220,23 @@ def test_a_list_that_cannot_be_read_costs_no_other_image(place, found):
         find_images([], place).whole()
 
 
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize("name", [LONG + ".jpg", f"photos/{LONG}/*.jpg", f"@{LONG}", f"{LONG}/b.jpg"])
+@pytest.mark.usefixtures("photos")
+def test_a_name_that_is_too_long_costs_no_other_image(name):
+    listed = find_images([name, "photos/img2.JPG"])
+    assert listed.images[-1].name == "photos/img2.JPG"
+    assert len(listed.images) + len(listed.problems) == 2
+
+
+def test_a_folder_whose_name_is_too_long_is_none():
+    with pytest.raises(InputError, match="no folder"):
+        list_labelled(Path(LONG))
+    assert validation_folder(Path(LONG)) is None
+
+
 def test_an_address_is_no_pattern():
     assert names("https://example.org/a.jpg?size=3") == ["https://example.org/a.jpg?size=3"]
 

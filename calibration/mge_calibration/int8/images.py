@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from mge_calibration.folder import short_digest
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import list_folder
+from mge_runtime.sources import is_folder, list_folder
 from mge_runtime.spec import Preprocess
 
 __all__ = ["MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
@@ -51,13 +52,13 @@ def read_calibration_images(
         seed: of the order, and so of the draw where the folder has more than `limit`.
         few: take fewer than `MIN_IMAGES`, too; a quarter of the images at most is then held out.
         hold_out: how many to keep from the ranges, the last of the order; copies of images that set ranges are dropped.
-        say: is told of each image that cannot be decoded; it is left out.
+        say: is told of each image that cannot be read; it is left out.
 
     Raises:
         InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
     """
-    if not folder.is_dir():
-        kind = "a file" if folder.exists() else "nothing"
+    if not is_folder(folder):
+        kind = "a file" if os.path.lexists(folder) else "nothing"
         raise InputError(f"{folder} is {kind}; expected a folder of images to calibrate on: name one with --calib-data")
     found = list_folder(folder)
     images = found.whole()
@@ -92,11 +93,16 @@ def read_calibration_images(
     text = f"{count} of {len(images)} images in {folder.resolve().name}"
     digests = tuple(sorted(short_digest(entry[-digest.digest_size :].hex()) for entry in hashes.values()))
     contents = {entry[-digest.digest_size :] for entry in hashes.values()}
-    sources = [path for index in held if isinstance(path := images[index].source(), Path)]
-    held_out = tuple(path for path in sources if hashlib.sha256(path.read_bytes()).digest() not in contents)
+    held_out: list[Path] = []
+    for path in (path for index in held if (path := images[index].path) is not None):
+        try:
+            if hashlib.sha256(path.read_bytes()).digest() not in contents:
+                held_out.append(path)
+        except OSError as problem:
+            say(f"left out of the images to verify on: {problem}")
     if hold_out and not held_out:
         raise InputError(
             f"{folder} has no image left to verify on beside {count} that set ranges; expected at least one: "
             "name a folder with more, or others with --verify-data"
         )
-    return CalibrationImages(frames[:count], digest.hexdigest(), text, digests, held_out)
+    return CalibrationImages(frames[:count], digest.hexdigest(), text, digests, tuple(held_out))

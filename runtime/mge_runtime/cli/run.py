@@ -116,6 +116,8 @@ def main(
     """
     if not images and files_from is None:
         raise click.UsageError("name images, or a list of them with --files-from")
+    if ("-" in images) + ("@-" in images) + (files_from == "-") > 1:
+        raise click.UsageError("standard input holds one image (-) or one list of them (--files-from -); name one")
     from mge_runtime.decode import MAX_PIXELS
     from mge_runtime.fonts import undrawable
     from mge_runtime.pipeline import Pipeline
