@@ -168,9 +168,10 @@ def test_more_threads_than_processors_are_cut():
     ]
 
 
+@pytest.mark.parametrize("module", ["mge_runtime", "mge_runtime.cli.run"])
 @pytest.mark.usefixtures("folder")
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "mge_runtime", "in/1.png", "--json"]
+def test_the_module_is_the_command(module):
+    command = [sys.executable, "-m", module, "in/1.png", "--json"]
     done = subprocess.run(command, capture_output=True, timeout=60, check=True)
     assert json.loads(done.stdout)["image"] == "in/1.png"
 
