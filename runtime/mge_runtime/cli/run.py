@@ -166,6 +166,11 @@ def main(
             note(remark)
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
+        for name, problem in zip(listed.named, problems, strict=True):
+            if as_json:
+                echo(json_error(name, problem))
+            if table:
+                table.add_error(name, problem)
         step = stack.enter_context(_progress(found))
         answers = pipeline.predict_iter((image.source() for image in found), batch=batch)
         for number, (image, (source, answer)) in enumerate(zip(found, answers, strict=True)):
