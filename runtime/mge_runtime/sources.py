@@ -71,6 +71,7 @@ class ImageList:
 
     images: list[NamedImage] = field(default_factory=list["NamedImage"])
     problems: list[InputError] = field(default_factory=list[InputError])  # one for each name or folder
+    named: list[str] = field(default_factory=list[str])  # by `find_images`: behind which name each problem lies
     passed_over: Counter[str] = field(default_factory=Counter[str])  # by reason, as "hidden"
 
     def whole(self) -> list[NamedImage]:
@@ -114,11 +115,11 @@ def find_images(names: Iterable[str], files_from: str | None = None) -> ImageLis
         try:
             found = expand(name)
         except InputError as problem:
-            total.problems.append(problem)
-            return
+            found = ImageList(problems=[problem])
         for image in found.images:
             images.setdefault(STDIN if image.path is None else os.path.normpath(image.path.absolute()), image)
         total.problems += found.problems
+        total.named += [name] * len(found.problems)
         total.passed_over += found.passed_over
 
     def take_list(place: str) -> None:
@@ -126,6 +127,7 @@ def find_images(names: Iterable[str], files_from: str | None = None) -> ImageLis
             paths = _read_list(place)
         except InputError as problem:
             total.problems.append(problem)
+            total.named.append(place)
             return
         for path in paths:
             take(_expand_path, path)

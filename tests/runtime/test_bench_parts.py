@@ -183,10 +183,19 @@ def test_energy_is_read_from_every_package_and_each_counter_wraps_by_itself(tmp_
 def test_photographs_stay_in_their_files(photos, trunked, tmp_path):
     for number, photo in enumerate(photos[:3]):
         Image.fromarray(photo).save(tmp_path / f"{number}.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    problems = []
     with Bundle.open(trunked) as bundle:
-        found = photograph_inputs(find_images([str(tmp_path)]).images, bundle.manifest.preprocess)
+        listed = find_images([str(tmp_path)]).images
+        found = photograph_inputs(listed, bundle.manifest.preprocess, report=problems.append)
+        with pytest.raises(InputError, match=r"bad\.png"):
+            photograph_inputs(listed[-1:], bundle.manifest.preprocess)
+    (problem,) = problems
+    assert "bad.png" in str(problem)
     assert found.files == tuple(tmp_path / f"{number}.png" for number in range(3))
-    assert found.source == f"3 named images of {sum(f.stat().st_size for f in found.files) / 3e6:.2f} MB on average"
+    assert (
+        found.source == f"3 of 4 named images of {sum(f.stat().st_size for f in found.files) / 3e6:.2f} MB on average"
+    )
     files, frames = found.batch(5)
     assert [files[n] for n in (0, 3)] == [found.files[0].read_bytes()] * 2
     assert frames.shape == (5, 32, 32, 3)

@@ -169,8 +169,17 @@ def test_more_threads_than_processors_are_cut():
 
 
 @pytest.mark.usefixtures("folder")
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "mge_runtime", "in/1.png", "--json"]
+def test_what_cannot_be_listed_has_a_row():
+    result = run("none/*.png", "in/1.png", "@none.txt", "--json", "--csv", "table.csv", code=1)
+    names = ["none/*.png", "none.txt", "in/1.png"]
+    assert [json.loads(line)["image"] for line in result.stdout.splitlines()] == names
+    assert [row["image"] for row in csv.DictReader(Path("table.csv").read_text().splitlines())] == names
+
+
+@pytest.mark.parametrize("module", ["mge_runtime", "mge_runtime.cli.run"])
+@pytest.mark.usefixtures("folder")
+def test_the_module_is_the_command(module):
+    command = [sys.executable, "-m", module, "in/1.png", "--json"]
     done = subprocess.run(command, capture_output=True, timeout=60, check=True)
     assert json.loads(done.stdout)["image"] == "in/1.png"
 
@@ -258,7 +267,7 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
     Path("in/6.png").write_bytes(whole[: len(whole) // 2])
     result = run("in", "missing.jpg", "none/*.jpg", "--json", "--csv", "table.csv", "--save", "out", code=1)
     records = {record["image"]: record for record in map(json.loads, result.stdout.splitlines())}
-    failed = ["in/5.jpg", "in/6.png", "missing.jpg"]
+    failed = ["none/*.jpg", "in/5.jpg", "in/6.png", "missing.jpg"]
     assert [name for name in records if name not in failed] == ORDER
     errors = result.stderr.splitlines()
     assert len(errors) == 5
@@ -275,7 +284,7 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
     for name in ORDER:
         assert "error" not in records[name]
         assert rows[name]["error"] == ""
-    for name, line in zip(failed, errors[1:4], strict=True):
+    for name, line in zip(failed, errors[:4], strict=True):
         assert f"error: {records[name]['error']}" == f"error: {rows[name]['error']}" == line
         assert list(records[name]) == ["image", "error"]
         assert rows[name]["class_name"] == ""

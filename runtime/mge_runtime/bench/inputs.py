@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,24 +51,40 @@ class Inputs:
         return [read[number] for number in numbers], self.frames[numbers]
 
 
-def photograph_inputs(images: Sequence[NamedImage], spec: Preprocess, deadline: Deadline = UNBOUNDED) -> Inputs:
+def photograph_inputs(
+    images: Sequence[NamedImage],
+    spec: Preprocess,
+    deadline: Deadline = UNBOUNDED,
+    report: Callable[[InputError], None] = lambda _: None,
+) -> Inputs:
     """Read and decode photographs as `Pipeline.predict` does: the first thousand of them, at least one.
 
     Args:
         images: at least one.
         spec: how.
         deadline: those that are not read by then are left out.
+        report: is told of each that cannot be read; it is left out, too.
 
     Raises:
-        InputError: one cannot be read.
+        InputError: none can be read.
     """
     sources: list[Path | bytes] = []
     frames: list[NDArray[np.uint8]] = []
+    problems: list[InputError] = []
     for image in images[:_MOST]:
-        sources.append(image.source())
-        frames.append(to_frame(decode_picture(sources[-1]), spec)[0])
-        if deadline.left <= 0:
+        if frames and deadline.left <= 0:
             break
+        try:
+            source = image.source()
+            frames.append(to_frame(decode_picture(source), spec)[0])
+        except InputError as problem:
+            problems.append(problem)
+            continue
+        sources.append(source)
+    if not frames:
+        raise problems[0]
+    for problem in problems:
+        report(problem)
     sizes = [len(source) if isinstance(source, bytes) else source.stat().st_size for source in sources]
     megabytes = sum(sizes) / len(sizes) / 1e6
     named = (

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, reports_errors
-from mge_runtime.errors import InputError, MGEError
+from mge_runtime.cli.common import at_most_cpus, echo, note, reports_errors
+from mge_runtime.cli.common import report as report_error
+from mge_runtime.errors import MGEError
 from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
@@ -126,8 +126,9 @@ def main(
     """Measure a bundle on this device, with photographs from IMAGES: files, folders or quoted patterns.
 
     The whole chain is timed beside its bare trunks (heads, attention and crops cut off) and, with --ckpt, beside eager
-    PyTorch, in interleaved rounds: ratios are taken within a round. Without IMAGES pictures are drawn. It ends after
-    --seconds, but for the measurement that runs then; what there was no time for is listed as not run.
+    PyTorch, in interleaved rounds: ratios are taken within a round. Without IMAGES pictures are drawn; a
+    photograph that cannot be read is reported and passed over. It ends after --seconds, but for the measurement that
+    runs then; what there was no time for is listed as not run.
 
     With --selfcheck it is checked instead, and no speed is measured. What cannot be checked here is listed as not run,
     with the reason, and counts neither way.
@@ -135,18 +136,18 @@ def main(
     The exit code is 1 if a check failed, if nothing could be measured, and after Ctrl-C or SIGTERM: the report is then
     of what was measured before, and says so.
     """
-    from mge_runtime.files import check_writable
-    from mge_runtime.sources import find_images
-
-    if reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="replace")
-    if out is not None:
-        check_writable(out)
-    found = find_images(images).whole()
-    if images and not found:
-        work = "check" if selfcheck else "measure"
-        raise InputError(f"no image was found; name photographs, or none to {work} with drawn pictures")
     with interruptible("the bench", "nothing was measured yet", MGEError) as interrupt:
+        from mge_runtime.files import check_writable
+        from mge_runtime.sources import find_images
+
+        if out is not None:
+            check_writable(out)
+        listed = find_images(images)
+        found = listed.images or listed.whole()
+        for problem in listed.problems:
+            report_error(problem)
+        if remark := listed.remark():
+            note(remark)
         if selfcheck:
             report = _selfcheck(found, engine, device, backend, threads, runs, interrupt)
         else:
@@ -170,7 +171,7 @@ def _bench(request: Request, found: list[NamedImage], interrupt: Interrupt) -> _
     def inputs(bundle: Bundle, deadline: Deadline) -> Inputs:
         """Photographs, or drawn pictures where none was named."""
         spec = bundle.manifest.preprocess
-        return photograph_inputs(found, spec, deadline) if found else drawn_inputs(spec)
+        return photograph_inputs(found, spec, deadline, report_error) if found else drawn_inputs(spec)
 
     return BenchReport(run_bench(request, inputs, _say, interrupt))
 
@@ -209,3 +210,7 @@ def _give(report: _Report, as_json: bool, out: Path | None) -> None:
         with atomic_path(out) as temporary:
             temporary.write_text(forms.get(out.suffix.lower(), report.to_text)(), encoding="utf-8")
     echo(report.to_json() if as_json else report.to_text(), nl=False)
+
+
+if __name__ == "__main__":
+    main(prog_name="mge-bench")

@@ -108,3 +108,7 @@ def build_options(batch: str, opt_level: int | None, workspace: int | None, timi
     return BuildOptions(
         BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE, timing_cache
     )
+
+
+if __name__ == "__main__":
+    main(prog_name="mge-build")

@@ -118,17 +118,25 @@ def main(
         raise click.UsageError("name images, or a list of them with --files-from")
     if ("-" in images) + ("@-" in images) + (files_from == "-") > 1:
         raise click.UsageError("standard input holds one image (-) or one list of them (--files-from -); name one")
-    from mge_runtime.decode import MAX_PIXELS
-    from mge_runtime.fonts import undrawable
-    from mge_runtime.pipeline import Pipeline
-    from mge_runtime.report import csv_table, is_stdout, json_error, json_line, picture_folder, text_block, text_line
-    from mge_runtime.sources import find_images
-
-    csv_printed = is_stdout(csv_path)
-    if csv_printed and as_json:
-        raise click.UsageError("--json and --csv - would both be printed; name a file for the CSV table")
     with ExitStack() as stack:
         interrupt = stack.enter_context(interruptible("the run", "nothing was answered", MGEError))
+        from mge_runtime.decode import MAX_PIXELS
+        from mge_runtime.fonts import undrawable
+        from mge_runtime.pipeline import Pipeline
+        from mge_runtime.report import (
+            csv_table,
+            is_stdout,
+            json_error,
+            json_line,
+            picture_folder,
+            text_block,
+            text_line,
+        )
+        from mge_runtime.sources import find_images
+
+        csv_printed = is_stdout(csv_path)
+        if csv_printed and as_json:
+            raise click.UsageError("--json and --csv - would both be printed; name a file for the CSV table")
         listed = find_images(images, files_from)
         found, problems = listed.images, listed.problems
         for problem in problems:
@@ -160,6 +168,11 @@ def main(
             note(remark)
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
+        for name, problem in zip(listed.named, problems, strict=True):
+            if as_json:
+                echo(json_error(name, problem))
+            if table:
+                table.add_error(name, problem)
         step = stack.enter_context(_progress(found))
         answers = pipeline.predict_iter((image.source() for image in found), batch=batch)
         for number, (image, (source, answer)) in enumerate(zip(found, answers, strict=True)):
@@ -213,3 +226,7 @@ def _progress(images: list[NamedImage]) -> Generator[Callable[[NamedImage, str |
 def _shown(image: NamedImage | None) -> str | None:
     """The name beside the bar: the end of it, which differs from image to image."""
     return None if image is None else printable(image.name[-40:])
+
+
+if __name__ == "__main__":
+    main(prog_name="mge-run")
