@@ -104,9 +104,7 @@ def losses(progress):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_run_stopped_by_a_signal_goes_on_exactly(make, monkeypatch, number, request):
-    before = signal.signal(number, signal.default_int_handler)  # `nohup` and `&` ignore some, which would stay so
-    request.addfinalizer(lambda: signal.signal(number, before))
+def test_a_run_stopped_by_a_signal_goes_on_exactly(make, monkeypatch, number):
     whole = make("whole").fit()
     assert whole.epoch == 3
     monkeypatch.setattr(IsSignalled, "left", [number])
