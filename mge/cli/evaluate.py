@@ -40,6 +40,7 @@ def main(
     predictions: Path | None,
 ) -> None:
     """Print the paper's table: top-1, top-5, likelihood and calibration of every head, the gate, the crops' areas."""
+    from mge.archive import check_file
     from mge.report import figures, print_table, write_predictions
     from mge_runtime.errors import InputError
     from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, validation_folder
@@ -51,7 +52,10 @@ def main(
         folder = validation_folder(data) or data
     if is_folder(folder / "train"):
         raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
+    if not is_folder(folder):
+        raise InputError(f"no folder {folder}; expected test/<class>/*.jpg in it, or the class folders")
     if ckpt is not None:
+        check_file(ckpt)  # before PyTorch is loaded, which takes seconds
         answers, samples = _checkpoint_answers(ckpt, folder, batch_size, workers)
     else:
         assert engine is not None  # noqa: S101 - the usage check above; for the type checker

@@ -196,7 +196,11 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> Checkpoi
     Raises:
         TrainingError: a given option differs, or the file says too little.
     """
+    from mge.archive import check_file
+
     _require_file(resume, "--resume", "the last.pt of a run")
+    check_file(resume)  # before PyTorch is loaded, which takes seconds
+
     from mge.checkpoint import read_checkpoint
 
     checkpoint = read_checkpoint(resume)
