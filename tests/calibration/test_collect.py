@@ -39,5 +39,5 @@ def test_answers_that_are_not_finite_are_refused(tiny, labelled, tmp_path):
     write_bundle(tmp_path / "inf.plan", tiny.make_manifest(graphs), {g.spec.name: g.model() for g in graphs})
     with Pipeline.open(tmp_path / "inf.plan", threads=1) as pipeline:
         images = list_labelled(labelled, pipeline.manifest.class_names)[1][:3]
-        with pytest.raises(BackendError, match="answer_2 of the graph expert_2 holds NaN or infinity"):
+        with pytest.raises(BackendError, match="_2 of the graph expert_2 holds NaN or infinity"):
             collect(pipeline, images, problem=fail)

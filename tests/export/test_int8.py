@@ -85,7 +85,7 @@ def reached(graph, start):
     """Names of all nodes that a tensor's values flow to, up to the trunk's convolutions."""
     trunk, readers = is_trunk_convolution(graph), {}
     for node in graph.node:
-        if node.op_type != "Shape":  # sizes are no values
+        if node.op_type not in ("Shape", "Size"):  # sizes are no values
             for name in node.input:
                 readers.setdefault(name, []).append(node)
     seen, todo = set(), [start]
