@@ -30,7 +30,7 @@ $(READY): pyproject.toml
 
 # One thread computes and one process reads images: the networks are too small to share over two cores.
 demo: export OMP_NUM_THREADS = 1
-demo: $(READY) ## draw a field guide, train, export, answer; about five minutes on two cores
+demo: $(READY) ## draw a field guide, train, export, answer; some minutes on two cores
 	$(BIN)/mge-field-guide $(DEMO)/field-guide
 	$(BIN)/mge-train --data $(DEMO)/field-guide --out $(DEMO)/run --overwrite --epochs 10 $(RECIPE)
 	$(BIN)/mge-eval --ckpt $(DEMO)/run/best.pt --data $(DEMO)/field-guide
