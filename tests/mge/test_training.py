@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -201,7 +202,9 @@ def test_ctrl_c_is_as_before_after_training(make):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_what_a_run_leaves(make):
+def test_what_a_run_leaves(make, monkeypatch):
+    drawn, draw = [], FigureCanvasAgg.print_png
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, path: (drawn.append(canvas), draw(canvas, path)))
     trainer = make()
     progress = trainer.fit()
     names = {path.name for path in trainer.folder.iterdir()}
@@ -215,6 +218,13 @@ def test_what_a_run_leaves(make):
     )
     with Image.open(trainer.folder / "curves.png") as image:
         assert image.size[0] > 600
+    panels = drawn[-1].figure.axes
+    assert panels[-1].get_title().startswith("learning rate")
+    for axes in panels:
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1, "it covers the curves"
+        assert all(tick == round(tick) for tick in axes.get_xticks()), "there are no half epochs"
+        looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+        assert len(set(looks)) == len(looks) > 1
     accuracies = [float(row["top1/mixture"]) for row in rows]
     best = max(i for i in range(3) if within_noise(accuracies[i], max(accuracies[:i], default=-1), 6))
     stored = load_checkpoint(trainer.folder / "best.pt").config.box_thresholds
