@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from packaging.version import Version
 
 from mge_export.graph import ALIGNMENT
 from mge_export.images import find_verify_images, generated_images
@@ -85,6 +86,10 @@ def test_graphs_have_dynamic_batches_exact_names_and_no_operator_that_tensorrt_r
     assert readers == ["Cast"], "uint8 must be cast before anything else"
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.14"),
+    reason="older exporters read the batch's size in more places: on CUDA such graphs run in NCHW",
+)
 def test_nothing_lies_between_a_shape_and_what_reads_it_on_the_host(exported):
     """ONNX Runtime puts such a node on the GPU when it turns the layout to NHWC, between copies, and captures nothing.
 
