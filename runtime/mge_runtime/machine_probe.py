@@ -141,7 +141,7 @@ def _gpus(cuda: str, libraries: dict[str, str], broken: dict[str, str]) -> tuple
     except Exception as error:  # cuda-core without bindings, or with those of another CUDA
         broken["cuda-core"] = _line(error)
         libraries.pop("cuda-core", None)
-        return (), f"cuda-core cannot be imported ({_line(error)}): {install}"
+        return (), f"cuda-core cannot be imported ({_line(error)}): {install} --upgrade"
     try:
         gpus: list[Gpu] = []
         for device in core.Device.get_all_devices():

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["CudaDevice"]
 
 _OLDEST = 1  # major version of cuda-core; before it, events and graphs had other names
-_INSTALL = 'pip install "cuda-core>=1.0" cuda-bindings (for drivers of CUDA 12, as on JetPack 6: "cuda-bindings==12.*")'
+_INSTALL = (
+    'pip install "cuda-core>=1.0.1" cuda-bindings (for drivers of CUDA 12, as on JetPack 6: "cuda-bindings==12.*")'
+)
 
 
 class CudaDevice(Device):
