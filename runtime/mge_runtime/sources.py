@@ -16,6 +16,7 @@ from mge_runtime.errors import InputError
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
     "SAVED_SUFFIX",
     "STDIN",
     "VALIDATION_FOLDERS",
@@ -33,6 +34,8 @@ STDIN = "-"
 _STDIN_NAME = "standard input"
 SAVED_SUFFIX = ".mge.png"  # of the pictures that `mge-run --save` draws; in a folder these are no images to answer
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+
+MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
 
 # What counts as an image inside a folder. HEIC is not decoded, but said to be so rather than passed over.
 IMAGE_SUFFIXES = frozenset(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mge_calibration.folder import short_digest
-from mge_runtime.decode import decode_image
+from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import is_folder, list_folder
@@ -42,6 +42,7 @@ def read_calibration_images(
     few: bool = False,
     hold_out: int = 0,
     say: Callable[[str], None] = lambda _: None,
+    max_pixels: int = MAX_PIXELS,
 ) -> CalibrationImages:
     """Read images of a folder in an order drawn by seed from its sorted list; labels are of no use here.
 
@@ -53,6 +54,7 @@ def read_calibration_images(
         few: take fewer than `MIN_IMAGES`, too; a quarter of the images at most is then held out.
         hold_out: how many to keep from the ranges, the last of the order; copies of images that set ranges are dropped.
         say: is told of each image that cannot be read; it is left out.
+        max_pixels: as for `decode_image`.
 
     Raises:
         InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
@@ -73,7 +75,7 @@ def read_calibration_images(
     for index in chosen:
         source = images[index].source()
         try:
-            frame = to_frame(decode_image(source), preprocess)[0]
+            frame = to_frame(decode_image(source, max_pixels), preprocess)[0]
             content = source if isinstance(source, bytes) else source.read_bytes()
         except (InputError, OSError) as problem:
             say(f"left out of the calibration: {problem}")

@@ -9,11 +9,30 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError, MGEError, OutputError, one_line, printable
+from mge_runtime.sources import MAX_PIXELS
 
-__all__ = ["GPU_STATUS", "at_most_cpus", "echo", "format_bytes", "note", "report", "reports_errors", "verbose_option"]
+__all__ = [
+    "GPU_STATUS",
+    "at_most_cpus",
+    "backend_option",
+    "batch_option",
+    "device_option",
+    "echo",
+    "engine_batch_option",
+    "format_bytes",
+    "max_pixels_option",
+    "no_mmap_option",
+    "note",
+    "options_given",
+    "report",
+    "reports_errors",
+    "threads_option",
+    "verbose_option",
+]
 
 # The extra of the wheel that the commands of a package need besides the base install.
 _EXTRAS = {"mge": "train", "mge_export": "export", "mge_calibration": "calibrate"}
@@ -111,11 +130,58 @@ def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int 
     return count
 
 
+def options_given(*parameters: str) -> list[str]:
+    """Those of a command's parameters that its command line gives, as they are written there: "--batch"."""
+    context = click.get_current_context()
+    return [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if parameter.name in parameters and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+
+
 def _ask_for_log(context: click.Context, parameter: click.Parameter, value: int) -> int:
     del context, parameter
     if value:
         os.environ["MGE_VERBOSE"] = str(min(value, 2))  # read where ONNX Runtime is imported, which comes later
     return value
+
+
+# What several commands take; each option is the same in all of them.
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ..."
+)
+backend_option = click.option(
+    "--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx."
+)
+threads_option = click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(min=1),
+    callback=at_most_cpus,
+    help="Processors to compute with on the CPU.  [default: all]",
+)
+no_mmap_option = click.option(
+    "--no-mmap", is_flag=True, help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile."
+)
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=MAX_PIXELS,
+    show_default="65 million",
+    help="The most an image may have: memory is bounded by it, up to 30 bytes a pixel.",
+)
+engine_batch_option = click.option(
+    "--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for."
+)
+
+
+def batch_option(default: int, *names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """`-b`, `--batch`, and further names of it, for commands that run one batch size."""
+    help = "Images in one run."
+    return click.option(
+        "-b", *names, "--batch", "batch", type=click.IntRange(min=1), default=default, show_default=True, help=help
+    )
 
 
 # `-v`, `-vv`: the parameter `verbose` counts them.
