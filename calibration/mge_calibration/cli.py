@@ -15,7 +15,6 @@ import click
 from mge_runtime.cli.common import (
     backend_option,
     device_option,
-    echo,
     max_pixels_option,
     no_mmap_option,
     report,
@@ -23,6 +22,7 @@ from mge_runtime.cli.common import (
     threads_option,
 )
 from mge_runtime.errors import MGEError, OutputError
+from mge_runtime.files import echo
 
 if TYPE_CHECKING:
     from mge_calibration.calibrate import Learned

@@ -129,17 +129,19 @@ def main(
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     from mge.archive import check_file
     from mge.labels import read_labels
-    from mge_export.images import check_folder
+    from mge_calibration.int8.images import CALIBRATION_FOLDER
+    from mge_export.images import VERIFY_FOLDER
     from mge_export.targets import EnginePlan
+    from mge_runtime.sources import require_folder
 
     # What can be told without PyTorch, whose import takes seconds.
     check_file(ckpt)
     if labels is not None:
         read_labels(labels)
     if verify_data is not None:
-        check_folder(verify_data, "--verify-data")
+        require_folder(verify_data, VERIFY_FOLDER)
     if calib_data is not None:
-        check_folder(calib_data, "--calib-data")
+        require_folder(calib_data, CALIBRATION_FOLDER)
     plan = EnginePlan.parse(targets, batch)
     plan.check(fp16=fp16 or int8)
     # The imports take seconds, too.
@@ -147,12 +149,13 @@ def main(
         from mge.checkpoint import load_checkpoint
         from mge_calibration.int8.images import read_calibration_images
         from mge_calibration.int8.stage import Int8Options
-        from mge_export.export import check_output, export_bundle, file_sha256
+        from mge_export.export import check_output, export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
         from mge_export.precision import Precision
         from mge_runtime.bundle import Bundle
         from mge_runtime.extract import extract_bundle
+        from mge_runtime.files import file_sha256
 
         def say(line: str) -> None:
             interrupt()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from PIL import Image, ImageDraw
 from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import is_folder, list_folder
+from mge_runtime.sources import list_folder, require_folder
 from mge_runtime.spec import Preprocess
 
-__all__ = ["VerifyImages", "check_folder", "find_verify_images", "generated_images", "photographs"]
+__all__ = ["VERIFY_FOLDER", "VerifyImages", "find_verify_images", "generated_images", "photographs"]
 
+VERIFY_FOLDER = "a folder of images such as .jpg to verify on: name one with --verify-data"  # of an error
 BATCH_IMAGES = 4  # frames computed at once; bounds memory
 
 
@@ -40,19 +40,6 @@ class VerifyImages:
             yield np.stack([self.load(i) for i in range(start, min(start + BATCH_IMAGES, self.count))])
 
 
-def check_folder(folder: Path, option: str) -> None:
-    """Refuse what is no folder.
-
-    Raises:
-        InputError: it is missing or a file.
-    """
-    if not is_folder(folder):
-        found = (
-            f"{folder} is a file, expected a folder" if os.path.lexists(folder) else f"no folder {folder}; expected one"
-        )
-        raise InputError(f"{found} of images such as .jpg: name another with {option}")
-
-
 def find_verify_images(
     folder: Path,
     preprocess: Preprocess,
@@ -73,7 +60,7 @@ def find_verify_images(
     Raises:
         InputError: there is no such folder, or no image in it that can be decoded.
     """
-    check_folder(folder, "--verify-data")
+    require_folder(folder, VERIFY_FOLDER)
     listed = list_folder(folder)
     found = listed.whole()
     if remark := listed.remark():

@@ -67,7 +67,7 @@ def main(
     from mge.archive import check_file
     from mge.report import figures, print_table, write_predictions
     from mge_runtime.errors import InputError
-    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, validation_folder
+    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, require_folder, validation_folder
 
     if (ckpt is None) == (engine is None):
         raise click.UsageError("name either --ckpt or --engine")
@@ -78,8 +78,7 @@ def main(
         folder = validation_folder(data) or data
     if is_folder(folder / "train"):
         raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
-    if not is_folder(folder):
-        raise InputError(f"no folder {folder}; expected test/<class>/*.jpg in it, or the class folders")
+    require_folder(folder, "test/<class>/*.jpg in it, or the class folders")
     if ckpt is not None:
         check_file(ckpt)  # before PyTorch is loaded, which takes seconds
         answers, samples = _checkpoint_answers(ckpt, folder, batch, workers, max_pixels)

@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from mge_runtime.cli.common import max_pixels_option, note, reports_errors
-from mge_runtime.errors import CheckpointError, OutputError, TrainingError
+from mge_runtime.errors import CheckpointError, OutputError, TrainingError, brief
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -265,9 +265,9 @@ def _make_fabric(accelerator: str, devices: str, precision: str) -> Fabric:
     try:
         return Fabric(accelerator=accelerator, precision=precision, **placement)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, RuntimeError) as error:  # Fabric's ways to refuse an option or a missing device
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: {reason}; "
+            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: "
+            f"{brief(error)}; "
             "expected what this machine has, for instance --accelerator cpu"
         ) from error
 
@@ -277,9 +277,8 @@ def _launch(fabric: Fabric) -> None:
     try:
         fabric.launch()
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot start {fabric.world_size} processes: {reason}; expected a machine that can, or --devices 1"
+            f"cannot start {fabric.world_size} processes: {brief(error)}; expected a machine that can, or --devices 1"
         ) from error
 
 

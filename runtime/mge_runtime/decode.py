@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union, cast
 
 import numpy as np
 
-from mge_runtime.errors import InputError
+from mge_runtime.errors import InputError, brief
 from mge_runtime.image_files import kind_of, lacks_data, tiff_fault, webp_size, without_metadata
 from mge_runtime.sources import MAX_PIXELS, is_url
 
@@ -327,8 +327,9 @@ def _quiet_header() -> Generator[None, None, None]:
 
 
 def _damaged(name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"cannot decode {name}: {reason}; expected a whole, undamaged picture: copy or save it again")
+    return InputError(
+        f"cannot decode {name}: {brief(error)}; expected a whole, undamaged picture: copy or save it again"
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ from mge_calibration.folder import short_digest
 from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import is_folder, list_folder
+from mge_runtime.sources import list_folder, require_folder
 from mge_runtime.spec import Preprocess
 
-__all__ = ["MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
+__all__ = ["CALIBRATION_FOLDER", "MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
 
 MIN_IMAGES = 100
+CALIBRATION_FOLDER = "a folder of images to calibrate on: name one with --calib-data"  # of an error
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def read_calibration_images(
     Raises:
         InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
     """
-    if not is_folder(folder):
-        kind = "a file" if os.path.lexists(folder) else "nothing"
-        raise InputError(f"{folder} is {kind}; expected a folder of images to calibrate on: name one with --calib-data")
+    require_folder(folder, CALIBRATION_FOLDER)
     found = list_folder(folder)
     images = found.whole()
     if remark := found.remark():

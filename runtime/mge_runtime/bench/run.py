@@ -26,7 +26,7 @@ from mge_runtime.bench.weights import fp32_bytes
 from mge_runtime.bundle import Bundle
 from mge_runtime.cpus import cpu_count
 from mge_runtime.decode import MAX_PIXELS
-from mge_runtime.errors import BackendError, MGEError
+from mge_runtime.errors import BackendError, MGEError, one_line
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.pipeline import Pipeline
 
@@ -256,7 +256,7 @@ class _Run:
         except MGEError as error:
             if needed:
                 raise
-            results.not_run.append(NotRun(name, " ".join(str(error).split())))
+            results.not_run.append(NotRun(name, one_line(error)))
 
 
 def _check_batches(batches: tuple[int, ...], most: int | None) -> None:

@@ -11,7 +11,6 @@ import click
 from mge_runtime.cli.common import (
     backend_option,
     device_option,
-    echo,
     max_pixels_option,
     no_mmap_option,
     note,
@@ -21,6 +20,7 @@ from mge_runtime.cli.common import (
 )
 from mge_runtime.cli.common import report as report_error
 from mge_runtime.errors import MGEError
+from mge_runtime.files import echo
 from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import GPU_STATUS, echo, engine_batch_option, reports_errors, verbose_option
+from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, verbose_option
 from mge_runtime.cli.progress import shown_progress
 from mge_runtime.errors import BackendError, BuildError
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:

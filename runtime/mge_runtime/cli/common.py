@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import InputError, MGEError, OutputError, one_line, printable
+from mge_runtime.errors import InputError, MGEError, one_line, printable
 from mge_runtime.sources import MAX_PIXELS
 
 __all__ = [
@@ -21,9 +21,7 @@ __all__ = [
     "backend_option",
     "batch_option",
     "device_option",
-    "echo",
     "engine_batch_option",
-    "format_bytes",
     "max_pixels_option",
     "no_mmap_option",
     "note",
@@ -102,25 +100,6 @@ def report(error: MGEError) -> None:
     click.echo(f"error: {one_line(error)}", err=True)
 
 
-def echo(text: str, *, nl: bool = True) -> None:
-    """Print to standard output.
-
-    Raises:
-        OutputError: it is closed or cannot be written; a closed pipe (`| head`) passes, which click ends quietly.
-    """
-    stdout: object = sys.stdout  # None where the process was started without one
-    if stdout is None:
-        raise OutputError("cannot print: standard output is closed; name another place for the output")
-    try:
-        click.echo(text, nl=nl)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # Python would try again at its end, and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(f"cannot print: {error.strerror}; name another place for the output") from error
-
-
 def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
     """A callback of click: cut a number of threads to the processors that there are, and say so."""
     del context
@@ -188,14 +167,3 @@ def batch_option(default: int, *names: str) -> Callable[[Callable[_P, _R]], Call
 verbose_option = click.option(
     "-v", "--verbose", count=True, callback=_ask_for_log, help="Show what the libraries say; -vv: all of it."
 )
-
-
-def format_bytes(count: int) -> str:
-    """For example "98.0 MB" (1 MB = 1,000,000 bytes)."""
-    if count < 1000:
-        return f"{count} B"
-    for unit in ("kB", "MB"):
-        count_in_unit = count / (1e3 if unit == "kB" else 1e6)
-        if count_in_unit < 999.95:
-            return f"{count_in_unit:.1f} {unit}"
-    return f"{count / 1e9:.2f} GB"

@@ -15,7 +15,6 @@ from mge_runtime.cli.common import (
     backend_option,
     batch_option,
     device_option,
-    echo,
     max_pixels_option,
     no_mmap_option,
     note,
@@ -25,6 +24,7 @@ from mge_runtime.cli.common import (
     verbose_option,
 )
 from mge_runtime.errors import InputError, MGEError, printable
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
