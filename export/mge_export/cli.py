@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import engine_batch_option, max_pixels_option, reports_errors
 from mge_runtime.errors import ExportError, OutputError
 from mge_runtime.interrupt import interruptible
 
@@ -68,7 +68,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     help="Also build TensorRT engines. rtx:sm86,sm89,sm120: ahead of time with TensorRT-RTX, no GPU needed. native: "
     "for the GPU of this machine. onnx: none. Repeatable.  [default: native where there is a GPU]",
 )
-@click.option("--batch", default="1,1,8", metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for.")
+@engine_batch_option
 @click.option("--extract", type=PATH, default=None, metavar="DIR", help="Also write plain ONNX and plan files here.")
 @click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
 @click.option(
@@ -78,6 +78,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     help="Folder of photographs to verify on.  [default: held out of --calib-data; drawn without it]",
 )
 @click.option("--verify-images", type=click.IntRange(0), default=FEW, help="How many of them; 0: all.")
+@max_pixels_option
 @click.option("--labels", type=PATH, default=None, help="Text file, a class name a line.  [default: the checkpoint's]")
 @click.option(
     "--box-threshold",
@@ -107,6 +108,7 @@ def main(
     output: Path | None,
     verify_data: Path | None,
     verify_images: int,
+    max_pixels: int,
     labels: Path | None,
     box_threshold: float | None,
     resize: int | None,
@@ -127,17 +129,19 @@ def main(
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     from mge.archive import check_file
     from mge.labels import read_labels
-    from mge_export.images import check_folder
+    from mge_calibration.int8.images import CALIBRATION_FOLDER
+    from mge_export.images import VERIFY_FOLDER
     from mge_export.targets import EnginePlan
+    from mge_runtime.sources import require_folder
 
     # What can be told without PyTorch, whose import takes seconds.
     check_file(ckpt)
     if labels is not None:
         read_labels(labels)
     if verify_data is not None:
-        check_folder(verify_data, "--verify-data")
+        require_folder(verify_data, VERIFY_FOLDER)
     if calib_data is not None:
-        check_folder(calib_data, "--calib-data")
+        require_folder(calib_data, CALIBRATION_FOLDER)
     plan = EnginePlan.parse(targets, batch)
     plan.check(fp16=fp16 or int8)
     # The imports take seconds, too.
@@ -145,12 +149,13 @@ def main(
         from mge.checkpoint import load_checkpoint
         from mge_calibration.int8.images import read_calibration_images
         from mge_calibration.int8.stage import Int8Options
-        from mge_export.export import check_output, export_bundle, file_sha256
+        from mge_export.export import check_output, export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
         from mge_export.precision import Precision
         from mge_runtime.bundle import Bundle
         from mge_runtime.extract import extract_bundle
+        from mge_runtime.files import file_sha256
 
         def say(line: str) -> None:
             interrupt()
@@ -161,7 +166,7 @@ def main(
         preprocess = model.config.preprocess
         request = None
         if verify_data is not None:
-            images = find_verify_images(verify_data, preprocess, verify_images, say)
+            images = find_verify_images(verify_data, preprocess, verify_images, say, max_pixels=max_pixels)
         else:
             images = generated_images(preprocess, verify_images or FEW)
         if calib_data is not None:
@@ -173,10 +178,11 @@ def main(
                 few=force_few_images,
                 hold_out=0 if verify_data is not None else verify_images or FEW,
                 say=say,
+                max_pixels=max_pixels,
             )
             if frames.held_out:
                 origin = f"images in {calib_data.resolve().name} that set no ranges"
-                images = photographs(frames.held_out, origin, preprocess, say)
+                images = photographs(frames.held_out, origin, preprocess, say, max_pixels=max_pixels)
             options = Int8Options(calib_method, max_drop=max_drop / 100, min_box_iou=min_box_iou, seed=calib_seed)
             request = Int8Request(frames, options)
         result = export_bundle(

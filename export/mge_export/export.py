@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -27,7 +26,7 @@ from mge_runtime.errors import ExportError, OutputError
 from mge_runtime.files import check_writable, temporary_folder
 from mge_runtime.manifest import Manifest
 
-__all__ = ["ExportResult", "check_output", "export_bundle", "file_sha256"]
+__all__ = ["ExportResult", "check_output", "export_bundle"]
 
 TOOLS = ("mge", "torch", "timm", "onnx", "onnxscript", "onnxruntime")  # distributions that shape the graphs
 ATTESTED = "onnx: types inferred from the written graph"
@@ -160,12 +159,6 @@ def check_output(path: Path) -> None:
         if path.exists() and not path.is_file():
             raise OutputError(f"cannot write {path}: it is a device or a pipe; expected a file name")
     check_writable(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _graphs(

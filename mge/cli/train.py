@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import note, reports_errors
-from mge_runtime.errors import CheckpointError, OutputError, TrainingError
+from mge_runtime.cli.common import max_pixels_option, note, reports_errors
+from mge_runtime.errors import CheckpointError, OutputError, TrainingError, brief
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -29,7 +29,9 @@ PATH = click.Path(path_type=Path)
 UNIT = click.FloatRange(0, 1, max_open=True)
 CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
 # What may differ from the run that --resume goes on with; of --epochs, more.
-FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "accelerator", "devices", "compile"})
+FREE = frozenset(
+    {"data", "out", "overwrite", "resume", "epochs", "workers", "max_pixels", "accelerator", "devices", "compile"}
+)
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
@@ -86,6 +88,7 @@ FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "ac
 @click.option("--flip/--no-flip", default=True, help="Random horizontal flips.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")
+@max_pixels_option
 @click.option("--accelerator", default="auto", help="Lightning Fabric's name: auto, cpu, cuda, mps.")
 @click.option("--devices", default="auto", help="How many of them; under torchrun, those it started.")
 @click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), default="32-true")
@@ -153,8 +156,10 @@ def main(**options: Any) -> None:
             click.echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
         trainer = Trainer(
             model,
-            TrainingDataset(train, model.config, seed=train_options.seed, flip=train_options.flip),
-            FolderDataset(val, model.config),
+            TrainingDataset(
+                train, model.config, seed=train_options.seed, flip=train_options.flip, max_pixels=options["max_pixels"]
+            ),
+            FolderDataset(val, model.config, max_pixels=options["max_pixels"]),
             train_options,
             out,
             fabric,
@@ -260,9 +265,9 @@ def _make_fabric(accelerator: str, devices: str, precision: str) -> Fabric:
     try:
         return Fabric(accelerator=accelerator, precision=precision, **placement)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, RuntimeError) as error:  # Fabric's ways to refuse an option or a missing device
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: {reason}; "
+            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: "
+            f"{brief(error)}; "
             "expected what this machine has, for instance --accelerator cpu"
         ) from error
 
@@ -272,9 +277,8 @@ def _launch(fabric: Fabric) -> None:
     try:
         fabric.launch()
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot start {fabric.world_size} processes: {reason}; expected a machine that can, or --devices 1"
+            f"cannot start {fabric.world_size} processes: {brief(error)}; expected a machine that can, or --devices 1"
         ) from error
 
 

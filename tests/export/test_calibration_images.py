@@ -86,9 +86,9 @@ def test_too_few_images_are_refused(tiny, tmp_path):
         (["--calib-data", "{few}"], "--calib-data is for --int8, which was not asked for"),
         (
             ["--int8", "--calib-data", "{nowhere}"],
-            "nowhere; expected one of images such as .jpg: name another with --calib-data",
+            "nowhere; expected a folder of images to calibrate on: name one with --calib-data",
         ),
-        (["--int8", "--calib-data", "{file}"], "1.png is a file, expected a folder of images"),
+        (["--int8", "--calib-data", "{file}"], "1.png is a file; expected a folder of images"),
         (["--int8", "--calib-data", "{empty}"], "empty"),
         (
             ["--int8", "--calib-data", "{few}"],

@@ -211,7 +211,7 @@ def test_verification_images_are_spread_over_the_folder(exported, photographs):
     np.testing.assert_array_equal(images.load(2), exported.frames[6])
     with pytest.raises(InputError, match="no folder"):
         find_verify_images(photographs / "missing", exported.model.config.preprocess, 3)
-    with pytest.raises(InputError, match="is a file, expected a folder"):
+    with pytest.raises(InputError, match="is a file; expected a folder"):
         find_verify_images(next(photographs.iterdir()), exported.model.config.preprocess, 3)
 
 

@@ -233,6 +233,7 @@ def test_bad_input_gets_one_line(data, tmp_path):
     assert "does not exist" in fails(train, "--data", data, "--accelerator", "cpu", "--resume", tmp_path / "absent.pt")
     assert "cannot train with --accelerator tpux" in fails(train, *start, "--accelerator", "tpux")
     assert "cannot train with --accelerator cpu --devices abc" in fails(train, *start, "--devices", "abc")
+    assert "expected at most 1e-05 megapixels" in fails(train, *start, "--max-pixels", "10")
     assert "image_size is 50" in fails(train, *start, "--image-size", "50")
     assert not (tmp_path / "x/best.pt").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from mge_calibration.folder import short_digest
-from mge_runtime.decode import decode_image
+from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import is_folder, list_folder
+from mge_runtime.sources import list_folder, require_folder
 from mge_runtime.spec import Preprocess
 
-__all__ = ["MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
+__all__ = ["CALIBRATION_FOLDER", "MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
 
 MIN_IMAGES = 100
+CALIBRATION_FOLDER = "a folder of images to calibrate on: name one with --calib-data"  # of an error
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def read_calibration_images(
     few: bool = False,
     hold_out: int = 0,
     say: Callable[[str], None] = lambda _: None,
+    max_pixels: int = MAX_PIXELS,
 ) -> CalibrationImages:
     """Read images of a folder in an order drawn by seed from its sorted list; labels are of no use here.
 
@@ -53,13 +54,12 @@ def read_calibration_images(
         few: take fewer than `MIN_IMAGES`, too; a quarter of the images at most is then held out.
         hold_out: how many to keep from the ranges, the last of the order; copies of images that set ranges are dropped.
         say: is told of each image that cannot be read; it is left out.
+        max_pixels: as for `decode_image`.
 
     Raises:
         InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
     """
-    if not is_folder(folder):
-        kind = "a file" if os.path.lexists(folder) else "nothing"
-        raise InputError(f"{folder} is {kind}; expected a folder of images to calibrate on: name one with --calib-data")
+    require_folder(folder, CALIBRATION_FOLDER)
     found = list_folder(folder)
     images = found.whole()
     if remark := found.remark():
@@ -73,7 +73,7 @@ def read_calibration_images(
     for index in chosen:
         source = images[index].source()
         try:
-            frame = to_frame(decode_image(source), preprocess)[0]
+            frame = to_frame(decode_image(source, max_pixels), preprocess)[0]
             content = source if isinstance(source, bytes) else source.read_bytes()
         except (InputError, OSError) as problem:
             say(f"left out of the calibration: {problem}")

@@ -10,7 +10,6 @@ from mge_runtime.backends.ort import (
     check_border,
     import_onnxruntime,
     load_weights,
-    one_line,
     session_options,
     weights_checked,
 )
@@ -18,7 +17,7 @@ from mge_runtime.backends.staged import StagedBackend
 from mge_runtime.bundle.cpu_graph import cpu_graph, integer_entries
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, brief
 from mge_runtime.spec import StageSpec
 
 if TYPE_CHECKING:
@@ -89,9 +88,7 @@ class OnnxRuntimeBackend(StagedBackend):
         try:
             session = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception
-            raise BackendError(
-                f"ONNX Runtime {self.version} cannot open stage {stage.name}: {one_line(error)}"
-            ) from error
+            raise BackendError(f"ONNX Runtime {self.version} cannot open stage {stage.name}: {brief(error)}") from error
         del loaded
         check_border(f"stage {stage.name}", session, stage.inputs, stage.outputs)
         return _Session(stage, session)
@@ -109,7 +106,7 @@ class _Session(StageRunner):
         try:
             values = self._session.run(self._outputs, feeds)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in stage {self._name}: {one_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed in stage {self._name}: {brief(error)}") from error
         return dict(zip(self._outputs, values, strict=True))
 
     def close(self) -> None:

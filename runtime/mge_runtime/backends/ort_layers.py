@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mge_runtime.backends.ort import import_onnxruntime, one_line, session_options
+from mge_runtime.backends.ort import import_onnxruntime, session_options
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.bundle.onnx_nodes import INITIALIZER, OUTPUT, graph_fields, graph_nodes, member_name, tensor_dims
 from mge_runtime.bundle.wire import wire_field
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, brief
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -73,7 +73,7 @@ def _border(ort: Any, bundle: Bundle, stage: str, graph: bytes) -> list[Any]:
     try:
         session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have no base class but Exception
-        raise BackendError(f"ONNX Runtime {ort.__version__} cannot open stage {stage}: {one_line(error)}") from error
+        raise BackendError(f"ONNX Runtime {ort.__version__} cannot open stage {stage}: {brief(error)}") from error
     return [*session.get_inputs(), *session.get_outputs()]
 
 

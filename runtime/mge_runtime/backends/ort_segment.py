@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.backends.ort import check_border, load_weights, one_line, session_options
+from mge_runtime.backends.ort import check_border, load_weights, session_options
 from mge_runtime.bundle.located import located_graph
 from mge_runtime.bundle.onnx_merge import merge_stages
 from mge_runtime.device.unit import Addresses, Launch, Unit
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, brief
 from mge_runtime.spec import StageSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class OrtSegment(Unit):
             session = self.ort.InferenceSession(graph, session_opts, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception
             raise BackendError(
-                f"ONNX Runtime {self.ort.__version__} cannot open {self.name}: {one_line(error)}"
+                f"ONNX Runtime {self.ort.__version__} cannot open {self.name}: {brief(error)}"
             ) from error
         del loaded
         return session
@@ -202,7 +202,7 @@ class _OrtLaunch(Launch):
         try:
             self._segment.session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {self._segment.name}: {one_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed in {self._segment.name}: {brief(error)}") from error
 
     def why_not_captured(self, stream: Stream) -> str | None:  # noqa: ARG002
         return self._why_plain or "ONNX Runtime captures a graph of its own for each segment"

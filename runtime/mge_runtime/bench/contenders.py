@@ -84,6 +84,7 @@ class PartsContender(Stepped):
         path: the bundle.
         images: what each stage reads, by the tensor's name.
         threads: as for `Pipeline.open`.
+        mmap: likewise.
 
     Raises:
         BackendError: the backend runs no stages by themselves, or no trunk can be told.
@@ -100,10 +101,12 @@ class PartsContender(Stepped):
         path: str,
         images: Mapping[str, Array],
         threads: int | None,
+        *,
+        mmap: bool = True,
     ) -> None:
         self.name = name
         self.steps_ms = {}
-        with parts.open(path) as bundle:
+        with parts.open(path, maps_weights=mmap) as bundle:
             backend = open_backend(choice, bundle, threads=threads)
             if not isinstance(backend, StagedBackend):
                 raise BackendError(f"{choice} does not run stages by themselves")
@@ -139,12 +142,12 @@ class TrunkChainContender(Stepped):
 
     unit = MILLISECONDS
 
-    def __init__(self, name: str, choice: Choice, path: str, frames: NDArray[np.uint8]) -> None:
+    def __init__(self, name: str, choice: Choice, path: str, frames: NDArray[np.uint8], *, mmap: bool) -> None:
         self.name = name
         self.steps_ms = {}
         if choice.backend != "onnxruntime":
             raise BackendError(f"{choice} runs engines, and none was built for the bare trunks; ONNX Runtime runs them")
-        with ExitStack() as stack, TrunkChainBundle.open(path) as bundle:
+        with ExitStack() as stack, TrunkChainBundle.open(path, maps_weights=mmap) as bundle:
             self._frames = frames
             self.trunks = bundle.trunks
             self._executor = open_backend(choice, bundle).open_chain(bundle)

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.backends.ort import one_line
 from mge_runtime.bench.contender import MILLISECONDS
 from mge_runtime.bench.rounds import Stepped
 from mge_runtime.bundle.wire import encoded, wire_field
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, brief
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,7 +103,7 @@ class DeviceOperator(Stepped):
                 for _ in range(self.repeats):
                     self._session.run_with_iobinding(self._binding, self._options)
             except Exception as error:  # ONNX Runtime's errors have no base class but Exception
-                raise BackendError(f"ONNX Runtime failed in a {self.name}: {one_line(error)}") from error
+                raise BackendError(f"ONNX Runtime failed in a {self.name}: {brief(error)}") from error
             self._stream.record(end)
             self._stream.synchronize()
             taken.append(end.ms_since(start) / self.repeats)
@@ -152,9 +151,7 @@ class DeviceOperator(Stepped):
         try:
             return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} cannot open a {self.name}: {one_line(error)}"
-            ) from error
+            raise BackendError(f"ONNX Runtime {ort.__version__} cannot open a {self.name}: {brief(error)}") from error
 
 
 def operator_model(operator: str, operands: int, dtype: str, shape: Sequence[int]) -> bytes:

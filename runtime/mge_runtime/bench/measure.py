@@ -19,7 +19,7 @@ from mge_runtime.bench.rounds import Series, interleave, plan_rounds, timed, war
 from mge_runtime.bench.shares import derived_shares
 from mge_runtime.bench.stats import Percentiles, Ratio
 from mge_runtime.bench.toolchain import eager_contenders
-from mge_runtime.errors import BackendError, MGEError
+from mge_runtime.errors import BackendError, MGEError, one_line
 from mge_runtime.selfcheck.memory import host_memory
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def measure_batch(
     batch: int,
     *,
     threads: int | None,
+    mmap: bool = True,
     ckpt: Path | None,
     iterations: int | None,
     warmup: int | None,
@@ -66,6 +67,7 @@ def measure_batch(
         inputs: the pictures.
         batch: images in a run.
         threads: as the pipeline was opened with.
+        mmap: likewise.
         ckpt: the checkpoint for PyTorch's contenders; None: without them.
         iterations: of each contender, at least; None: as many as fit.
         warmup: runs of each before; None: until it is steady.
@@ -86,7 +88,7 @@ def measure_batch(
     not_run: list[NotRun] = []
     with ExitStack() as stack:
         deadline.check()
-        trunks, heads = _parts(pipeline, path, frames, threads, not_run)
+        trunks, heads = _parts(pipeline, path, frames, threads, mmap, not_run)
         contenders: list[Contender] = [c for c in (chain, trunks, heads, photos) if c is not None]
         eager: list[Contender] = []
         if ckpt is not None:
@@ -162,22 +164,22 @@ def measure_batch(
 
 
 def _parts(
-    pipeline: Pipeline, path: Path, frames: NDArray[np.uint8], threads: int | None, not_run: list[NotRun]
+    pipeline: Pipeline, path: Path, frames: NDArray[np.uint8], threads: int | None, mmap: bool, not_run: list[NotRun]
 ) -> tuple[PartsContender | TrunkChainContender | None, PartsContender | None]:
     """The bare trunks, and the experts up to their logits; None for what cannot be run, with the reason."""
     choice, manifest = pipeline.choice, pipeline.manifest
     try:
         if choice.device != "cpu":
             not_run.append(NotRun(_HEADS, "on a device the executor times the chain as one step"))
-            chained = TrunkChainContender(_TRUNKS, choice, str(path), frames)
+            chained = TrunkChainContender(_TRUNKS, choice, str(path), frames, mmap=mmap)
             chained.name = f"{len(chained.trunks)} {_TRUNKS} (with the copy in and ingest)"
             return chained, None
         images = {t.name for s in manifest.stages for t in (*s.inputs, *s.outputs) if len(t.shape) == 4}
         made = {tensor.name for stage in manifest.stages for tensor in stage.outputs}
         tensors = pipeline.run(frames, outputs=images & made)
-        trunks = PartsContender(_TRUNKS, TrunkBundle, choice, str(path), tensors, threads)
+        trunks = PartsContender(_TRUNKS, TrunkBundle, choice, str(path), tensors, threads, mmap=mmap)
         trunks.name = f"{len(trunks.trunks)} {_TRUNKS}"
-        return trunks, PartsContender(_HEADS, HeadBundle, choice, str(path), tensors, threads)
+        return trunks, PartsContender(_HEADS, HeadBundle, choice, str(path), tensors, threads, mmap=mmap)
     except BackendError as error:
         not_run.append(NotRun(_TRUNKS, str(error), _trunk_command(choice)))
         return None, None
@@ -207,7 +209,7 @@ def _fitting(
             except MGEError as error:
                 if contender not in eager:
                     raise
-                not_run.append(NotRun(contender.name, " ".join(str(error).split())))
+                not_run.append(NotRun(contender.name, one_line(error)))
                 continue
         if fits and (not kept or (seconds + took) * _LEAST_RUNS <= deadline.left):
             kept.append(contender)
