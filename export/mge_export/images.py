@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mge_export.paths import check_folder
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import is_folder, list_folder
+from mge_runtime.sources import list_folder
 from mge_runtime.spec import Preprocess
 
-__all__ = ["VerifyImages", "check_folder", "find_verify_images", "generated_images", "photographs"]
+__all__ = ["VerifyImages", "find_verify_images", "generated_images", "photographs"]
 
 BATCH_IMAGES = 4  # frames computed at once; bounds memory
 
@@ -38,19 +38,6 @@ class VerifyImages:
         """
         for start in range(0, self.count, BATCH_IMAGES):
             yield np.stack([self.load(i) for i in range(start, min(start + BATCH_IMAGES, self.count))])
-
-
-def check_folder(folder: Path, option: str) -> None:
-    """Refuse what is no folder.
-
-    Raises:
-        InputError: it is missing or a file.
-    """
-    if not is_folder(folder):
-        found = (
-            f"{folder} is a file, expected a folder" if os.path.lexists(folder) else f"no folder {folder}; expected one"
-        )
-        raise InputError(f"{found} of images such as .jpg: name another with {option}")
 
 
 def find_verify_images(
