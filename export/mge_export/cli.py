@@ -77,7 +77,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     default=None,
     help="Folder of photographs to verify on.  [default: held out of --calib-data; drawn without it]",
 )
-@click.option("--verify-images", type=click.IntRange(0), default=FEW, help="How many of them; 0: all.")
+@click.option("--verify-images", type=click.IntRange(0), default=FEW, help="How many of them; 0: all of --verify-data.")
 @max_pixels_option
 @click.option("--labels", type=PATH, default=None, help="Text file, a class name a line.  [default: the checkpoint's]")
 @click.option(
@@ -126,15 +126,19 @@ def main(
             if int8
             else "--calib-data is for --int8, which was not asked for: add --int8, or leave --calib-data out"
         )
+    if verify_images == 0 and verify_data is None:
+        raise click.UsageError("--verify-images 0 takes all images of --verify-data: name that folder, or a number")
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     from mge.archive import check_file
     from mge.labels import read_labels
     from mge_calibration.int8.images import CALIBRATION_FOLDER
     from mge_export.images import VERIFY_FOLDER
     from mge_export.targets import EnginePlan
+    from mge_runtime.files import check_output
     from mge_runtime.sources import require_folder
 
     # What can be told without PyTorch, whose import takes seconds.
+    check_output(path)
     check_file(ckpt)
     if labels is not None:
         read_labels(labels)
@@ -149,7 +153,7 @@ def main(
         from mge.checkpoint import load_checkpoint
         from mge_calibration.int8.images import read_calibration_images
         from mge_calibration.int8.stage import Int8Options
-        from mge_export.export import check_output, export_bundle
+        from mge_export.export import export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
         from mge_export.precision import Precision
@@ -161,14 +165,13 @@ def main(
             interrupt()
             click.echo(line, err=True)
 
-        check_output(path)
         model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
         preprocess = model.config.preprocess
         request = None
         if verify_data is not None:
             images = find_verify_images(verify_data, preprocess, verify_images, say, max_pixels=max_pixels)
         else:
-            images = generated_images(preprocess, verify_images or FEW)
+            images = generated_images(preprocess, verify_images)
         if calib_data is not None:
             frames = read_calibration_images(
                 calib_data,
@@ -176,7 +179,7 @@ def main(
                 limit=calib_images,
                 seed=calib_seed,
                 few=force_few_images,
-                hold_out=0 if verify_data is not None else verify_images or FEW,
+                hold_out=0 if verify_data is not None else verify_images,
                 say=say,
                 max_pixels=max_pixels,
             )

@@ -99,10 +99,8 @@ class Trainer:
                 processes=self.fabric.world_size,
                 say=click.echo if self.fabric.is_global_zero else lambda _: None,
             )
-            if progress.step > self.steps_per_epoch:  # there are fewer images now; losses stay means of the steps
-                share = self.steps_per_epoch / progress.step
-                progress.sums = {name: value * share for name, value in progress.sums.items()}
-                progress.step = self.steps_per_epoch
+            if progress.step > self.steps_per_epoch:  # there are fewer images now
+                progress.move(self.steps_per_epoch)
         done = progress.epoch * self.steps_per_epoch + progress.step
         schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
         meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
@@ -149,6 +147,7 @@ class Trainer:
             batch,
             workers=self.options.workers,
             device=self.fabric.device,
+            persistent=True,
             sampler=self._sampler,
             drop_last=len(self.train) // self.fabric.world_size >= batch,
         )
@@ -156,6 +155,7 @@ class Trainer:
 
     @cached_property
     def _val_loader(self) -> Any:
+        """Its workers end with each validation: those of training keep their memory, and decode more often."""
         loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers, device=self.fabric.device)
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 

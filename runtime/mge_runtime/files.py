@@ -20,6 +20,7 @@ from mge_runtime.errors import OutputError
 
 __all__ = [
     "atomic_path",
+    "check_output",
     "check_writable",
     "echo",
     "file_sha256",
@@ -97,6 +98,25 @@ def check_writable(path: str | os.PathLike[str]) -> None:
                 temporary.write_bytes(bytes(4096))
     except OSError as error:
         raise _unwritable(target, error) from error
+
+
+def check_output(path: Path) -> None:
+    """Find out before the work, not after it, that a place cannot be written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    folder = path.parent
+    with suppress(OSError):  # check_writable says it
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
+        if folder.is_file():
+            raise OutputError(f"cannot write {path}: {folder} is a file, expected a folder; name another with -o")
+        if not folder.is_dir():
+            raise OutputError(f"cannot write {path}: no folder {folder}; make it or name another place with -o")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: it is a device or a pipe; expected a file name")
+    check_writable(path)
 
 
 @contextmanager
