@@ -11,6 +11,7 @@ import click
 
 from mge_runtime.cli.common import engine_batch_option, max_pixels_option, reports_errors
 from mge_runtime.errors import ExportError, OutputError
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 __all__ = ["main"]
@@ -212,11 +213,11 @@ def main(
     weights = sum(entry.size for name, entry in result.manifest.entries.items() if name.endswith(".weights"))
     with Bundle.open(path) as bundle:
         engines = f", engines for {', '.join(bundle.targets)}" if bundle.targets else ""
-    click.echo(
+    echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.stages)} stages, "
         f"weights {weights / 1e6:.1f} MB{engines}"
     )
-    click.echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
+    echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
 
 
 if __name__ == "__main__":

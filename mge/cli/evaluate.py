@@ -19,6 +19,7 @@ from mge_runtime.cli.common import (
     reports_errors,
     threads_option,
 )
+from mge_runtime.files import echo
 
 if TYPE_CHECKING:
     from mge.evaluation import Answers
@@ -94,7 +95,7 @@ def main(
     if predictions is not None:
         write_predictions(predictions, answers, [path.relative_to(folder).as_posix() for path, _ in samples])
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        echo(json.dumps(result, indent=2))
     else:
         print_table(result)
 

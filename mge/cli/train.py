@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from mge_runtime.cli.common import max_pixels_option, note, reports_errors
 from mge_runtime.errors import CheckpointError, OutputError, TrainingError, brief
+from mge_runtime.files import echo
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -152,12 +153,12 @@ def main(**options: Any) -> None:
         _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
         if fabric.is_global_zero:
             if validation_folder(data) is None:
-                click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
-            click.echo(
+                echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
+            echo(
                 f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
                 f"{model.config.experts} x {model.config.arch} at {model.config.image_size} px{origin}"
             )
-            click.echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
+            echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
         trainer = Trainer(
             model,
             TrainingDataset(
@@ -173,14 +174,14 @@ def main(**options: Any) -> None:
     if not fabric.is_global_zero:
         return  # with 0: Fabric kills the first process when another one fails
     if progress.epoch < train_options.epochs:
-        click.echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
+        echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
         raise click.exceptions.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     best = out / "best.pt"
     if not best.exists():
         raise TrainingError(
             f"no epoch of this run was kept, and the best.pt beside {resume} is gone; train on (--epochs)"
         )
-    click.echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
+    echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
 
 
 def _complete(options: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from lightning.fabric import Fabric
@@ -32,6 +31,7 @@ from mge.training.record import Board, Meter, write_csv, write_curves
 from mge.training.state import Progress, Stateful, load_progress, save_progress, seed_step
 from mge.training.thresholds import crop_report, propose_threshold
 from mge_runtime.errors import TrainingError
+from mge_runtime.files import echo
 
 __all__ = ["Trainer", "within_noise"]
 
@@ -97,7 +97,7 @@ class Trainer:
                 parts,
                 images=self.train.fingerprint(),
                 processes=self.fabric.world_size,
-                say=click.echo if self.fabric.is_global_zero else lambda _: None,
+                say=echo if self.fabric.is_global_zero else lambda _: None,
             )
             if progress.step > self.steps_per_epoch:  # there are fewer images now
                 progress.move(self.steps_per_epoch)
@@ -121,7 +121,7 @@ class Trainer:
         if answers is not None and not stop and self.fabric.is_global_zero:
             config = self.model.config
             for line in crop_report(answers.heatmaps, config.image_size, config.box_thresholds):
-                click.echo(f"last.pt: {line}")
+                echo(f"last.pt: {line}")
         return progress
 
     @property
@@ -262,7 +262,7 @@ class Trainer:
                 save_checkpoint(self.folder / "best.pt", self.model)
             write_csv(self.folder / "metrics.csv", progress.history)
             singles = [line.top1 for line in rows if line.name.startswith("expert") and line.name.count(" ") == 1]
-            click.echo(
+            echo(
                 f"epoch {progress.epoch + 1:3d}  loss {row['loss/total']:7.3f}  "
                 f"val: experts {' '.join(f'{100 * value:5.1f}' for value in singles)}  "
                 f"{rows[-1].name} {100 * accuracy:5.1f} %  areas {' '.join(f'{100 * area:.0f}' for area in areas)} %  "
