@@ -21,7 +21,7 @@ import numpy as np
 
 from mge_runtime.bench_report import BatchTimes, BenchReport
 from mge_runtime.bundle import Bundle
-from mge_runtime.decode import decode_picture
+from mge_runtime.decode import MAX_PIXELS, decode_picture
 from mge_runtime.errors import BackendError, InputError, MGEError, one_line
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.preprocess import to_frame
@@ -51,8 +51,9 @@ _SYNTHETIC, _HEIGHT, _WIDTH = 8, 960, 1280  # images, pixels
 _FRESH = """\
 import json, os, sys, time
 from mge_runtime import Pipeline
-begin, engine, device, backend, threads, image = sys.argv[1:]
-with Pipeline.open(engine, device, backend, int(threads) or None) as pipeline:
+begin, engine, device, backend, threads, mmap, max_pixels, image = sys.argv[1:]
+options = {"mmap": mmap == "True", "max_pixels": int(max_pixels)}
+with Pipeline.open(engine, device, backend, int(threads) or None, **options) as pipeline:
     pipeline.predict(sys.stdin.buffer.read() if image == "-" else image)
     seconds, status = time.time() - float(begin), "/proc/self/status"
     lines = open(status).readlines() if os.path.exists(status) else []
@@ -71,6 +72,14 @@ class Request:
     threads: int | None = None  # None: all processors
     batches: tuple[int, ...] = (1,)
     seconds: float = 60.0  # of the whole run
+    mmap: bool = True  # as for `Pipeline.open`
+    max_pixels: int = MAX_PIXELS  # likewise
+
+    def open(self) -> Pipeline:
+        """Open what is measured."""
+        return Pipeline.open(
+            self.path, self.device, self.backend, self.threads, mmap=self.mmap, max_pixels=self.max_pixels
+        )
 
 
 def run_bench(
@@ -101,7 +110,7 @@ def run_bench(
     start = time.perf_counter()
     end, read_end = start + request.seconds, start + _READ_SHARE * request.seconds
     say(f"this takes {request.seconds:.0f} s at most; --seconds names another time")
-    with Pipeline.open(request.path, request.device, request.backend, request.threads) as pipeline:
+    with request.open() as pipeline:
         most, largest = pipeline.max_batch, max(request.batches)
         if most is not None and largest > most:
             raise BackendError(
@@ -109,7 +118,10 @@ def run_bench(
                 f"name smaller ones, or build for more with `mge-build --batch 1,1,{largest}`"
             )
         preprocess = pipeline.manifest.preprocess
-        images = BenchImages.read(named, preprocess, read_end, problem) if named else BenchImages.synthetic(preprocess)
+        if named:
+            images = BenchImages.read(named, preprocess, request.max_pixels, read_end, problem)
+        else:
+            images = BenchImages.synthetic(preprocess)
         with Bundle.open(request.path) as bundle:
             report = BenchReport.of(bundle, pipeline, request.threads, images.source)
         with suppress(KeyboardInterrupt):
@@ -173,7 +185,8 @@ def _time_start_up(request: Request, choice: Choice, images: BenchImages, end: f
     """Start fresh processes, one after the other; the file cache is warm."""
     file = images.files[0]
     given, image = (file, "-") if isinstance(file, bytes) else (b"", str(file))
-    arguments = [str(request.path), choice.device, choice.backend, str(request.threads or 0), image]
+    arguments = [str(request.path), choice.device, choice.backend, str(request.threads or 0)]
+    arguments += [str(request.mmap), str(request.max_pixels), image]
     try:
         while len(report.start_up_s) < _MOST_STARTS and time.perf_counter() < end:
             command = [sys.executable, "-c", _FRESH, repr(time.time()), *arguments]
@@ -201,7 +214,12 @@ class BenchImages:
 
     @classmethod
     def read(
-        cls, named: Sequence[NamedImage], spec: Preprocess, end: float, problem: Callable[[InputError], None]
+        cls,
+        named: Sequence[NamedImage],
+        spec: Preprocess,
+        max_pixels: int,
+        end: float,
+        problem: Callable[[InputError], None],
     ) -> BenchImages:
         """The first 64 images that can be read, fewer where the time is over: at least one.
 
@@ -216,7 +234,7 @@ class BenchImages:
                 break
             try:
                 source = image.source()
-                frames.append(to_frame(decode_picture(source), spec)[0])
+                frames.append(to_frame(decode_picture(source, max_pixels), spec)[0])
                 files.append(source)
             except InputError as error:
                 problems.append(error)

@@ -124,6 +124,34 @@ def test_a_fresh_process_that_fails_says_why(bundle_path, monkeypatch):
     assert "not run: start-up: a fresh process did not answer: device" in result.stdout
 
 
+def test_without_mapping_everything_that_is_measured_loads_its_weights(bundle_path, tmp_path, monkeypatch):
+    opened, open_pipeline, start = [], Pipeline.open, subprocess.run
+
+    def open_watched(*arguments, **options):
+        opened.append(options)
+        return open_pipeline(*arguments, **options)
+
+    def start_watched(command, **options):
+        opened.append(command)
+        return start(command, **options)
+
+    monkeypatch.setattr(Pipeline, "open", open_watched)
+    monkeypatch.setattr(subprocess, "run", start_watched)
+    Image.new("RGB", (5, 4)).save(tmp_path / "0.png")
+    result = run(bundle_path, "--no-mmap", "--max-pixels", "20", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert opened[0] == {"mmap": False, "max_pixels": 20}
+    assert opened[1][-3:] == ["False", "20", str(tmp_path / "0.png")]
+    assert "process start to first prediction" in result.stdout
+
+
+def test_an_image_may_have_as_many_pixels_as_were_named(bundle_path, tmp_path):
+    Image.new("RGB", (5, 4)).save(tmp_path / "0.png")
+    result = run(bundle_path, "--max-pixels", "19", tmp_path)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "expected at most 1.9e-05 megapixels" in result.stderr.splitlines()[-1]
+
+
 # --- the time it takes, and signals -------------------------------------------------------------------------------
 
 
@@ -248,8 +276,8 @@ def test_errors_are_one_line(bundle_path, tmp_path):
 def test_a_batch_above_what_engines_were_built_for_is_refused_before_anything_is_measured(bundle_path, monkeypatch):
     opened = Pipeline.open
 
-    def as_engines(*arguments):
-        pipeline = opened(*arguments)
+    def as_engines(*arguments, **options):
+        pipeline = opened(*arguments, **options)
         pipeline.max_batch = 2
         return pipeline
 

@@ -57,6 +57,16 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--seconds", type=click.IntRange(1, _MOST_SECONDS), default=60, show_default=True, help="Time of the whole run."
 )
 @click.option(
+    "--no-mmap", is_flag=True, help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile."
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=65_000_000,
+    show_default="65 million",
+    help="The most an image may have: memory is bounded by it, up to 30 bytes a pixel.",
+)
+@click.option(
     "--runs",
     type=click.IntRange(2, _MOST_RUNS),
     default=_RUNS,
@@ -81,6 +91,8 @@ def main(
     threads: int | None,
     batch: tuple[int, ...],
     seconds: int,
+    no_mmap: bool,
+    max_pixels: int,
     runs: int,
     as_json: bool,
     out: Path | None,
@@ -114,7 +126,7 @@ def main(
         else:
             from mge_runtime.bench import Request, run_bench
 
-            request = Request(Path(engine), device, backend, threads, batch, seconds)
+            request = Request(Path(engine), device, backend, threads, batch, seconds, not no_mmap, max_pixels)
             report = run_bench(request, found, say=_say, problem=report_error, interrupt=interrupt)
         interrupt.consequence = "the report is of what was measured before"
         _give(report, as_json, out)
