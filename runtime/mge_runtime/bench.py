@@ -38,6 +38,7 @@ __all__ = ["BenchImages", "Request", "run_bench"]
 
 NO_TIME = "no time was left; name more --seconds"  # why something was not measured
 START_UP = "start-up"
+_CHAIN, _FILE = "chain", "image file to prediction"
 
 _READ_SHARE = 0.1  # of the whole time, to read the named images; one is read in any case
 _BATCH_SHARE = 0.8  # of what is left then, for all batch sizes; the rest is for fresh processes
@@ -156,7 +157,7 @@ def _time_batch(pipeline: Pipeline, images: BenchImages, batch: int, end: float,
     warm = start + _WARM_UP_SHARE * (end - start)
     try:
         for number in count():
-            if start >= end or times.runs == _MOST_RUNS:
+            if start >= end or len(times.runs_ms) == _MOST_RUNS:
                 break
             sources, frames = images.batch(number, batch)
             start = time.perf_counter()
@@ -164,20 +165,23 @@ def _time_batch(pipeline: Pipeline, images: BenchImages, batch: int, end: float,
             middle = time.perf_counter()
             predictions = pipeline.predict_batch(sources)
             done = time.perf_counter()
-            if times.runs or (number and (start >= warm or number >= _MOST_WARM_UP)):
-                loading = {name: sum(p.timings_ms[name] for p in predictions) for name in ("decode", "preprocess")}
-                times.add((middle - start) * 1e3, steps, (done - middle) * 1e3, loading)
+            if times.runs_ms or (number and (start >= warm or number >= _MOST_WARM_UP)):
+                run = {_CHAIN: (middle - start) * 1e3} | {f"{_CHAIN}/{name}": ms for name, ms in steps.items()}
+                run[_FILE] = (done - middle) * 1e3
+                for name in ("decode", "preprocess"):
+                    run[f"{_FILE}/{name}"] = sum(prediction.timings_ms[name] for prediction in predictions)
+                times.runs_ms.append(run)
             else:
                 times.warm_up += 1
             start = done
     except MGEError as error:
-        if not report.batches and not times.runs:
+        if not report.batches and not times.runs_ms:
             raise
         report.not_run[f"batch {batch}"] = one_line(error)
     finally:
-        if times.runs:
+        if times.runs_ms:
             report.batches.append(times)
-    if not times.runs:
+    if not times.runs_ms:
         report.not_run.setdefault(f"batch {batch}", NO_TIME)
 
 

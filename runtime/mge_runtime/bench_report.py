@@ -36,30 +36,13 @@ class BatchTimes:
 
     batch: int
     warm_up: int = 0  # runs before, which do not count
-    runs: int = 0
-    # Milliseconds for a batch, of each run, by name; "chain/expert_1" is a part of "chain".
-    times_ms: dict[str, list[float]] = field(default_factory=dict[str, "list[float]"])
-
-    def add(self, chain_ms: float, steps: Mapping[str, float], file_ms: float, loading: Mapping[str, float]) -> None:
-        """Add one run.
-
-        Args:
-            chain_ms: frames in memory to output tensors on the host.
-            steps: of it, as the executor tells them: the graphs, on a device the copies too.
-            file_ms: image files to predictions, one after the other.
-            loading: of it, what lies before the chain.
-        """
-        self.runs += 1
-        for name, whole, parts in (
-            ("chain", chain_ms, steps),
-            ("image file to prediction", file_ms, loading),
-        ):
-            for row, ms in ((name, whole), *((f"{name}/{part}", ms) for part, ms in parts.items())):
-                self.times_ms.setdefault(row, []).append(ms)
+    # Milliseconds for a batch, by name, of each run; "chain/expert_1" is a part of "chain".
+    runs_ms: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """By name: percentiles (None where there are too few runs for one), images a second at the median, all runs."""
-        for name, times in self.times_ms.items():
+        for name in self.runs_ms[0]:
+            times = [run[name] for run in self.runs_ms]
             row: dict[str, Any] = {"name": name}
             for key, (percent, fewest) in _PERCENTILES.items():
                 row[key] = float(np.percentile(times, percent)) if len(times) >= fewest else None
@@ -129,7 +112,8 @@ class BenchReport:
     def to_json(self) -> str:
         """All of it, for scripts; docs/performance.md says what each name means."""
         batches = [
-            {"batch": b.batch, "warm_up": b.warm_up, "runs": b.runs, "rows": list(b.rows())} for b in self.batches
+            {"batch": times.batch, "warm_up": times.warm_up, "runs": len(times.runs_ms), "rows": list(times.rows())}
+            for times in self.batches
         ]
         return json.dumps({**vars(self), "batches": batches}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -157,7 +141,7 @@ class BenchReport:
 
     def _tables(self) -> Iterator[str]:
         for times in self.batches:
-            title = f"batch {times.batch}, {times.runs} runs"
+            title = f"batch {times.batch}, {len(times.runs_ms)} runs"
             yield f"\n{title:<26}  p50 ms   p90 ms   p99 ms images/s"
             for row in times.rows():
                 parent, _, name = row["name"].rpartition("/")
