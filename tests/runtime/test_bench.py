@@ -300,7 +300,7 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.parametrize("selfcheck", [[], ["--selfcheck"]])
 def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(bundle_path, tmp_path, selfcheck):
     out = tmp_path / "missing" / "report.md"
-    result = run(bundle_path, "--out", out, *selfcheck)
+    result = CliRunner().invoke(main, ["--engine", str(bundle_path), "--out", str(out), *selfcheck])
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
         f"error: cannot write {out}: No such file or directory; expected a writable folder, name another place"
