@@ -246,7 +246,8 @@ class BenchImages:
             raise problems[0]
         for error in problems:
             problem(error)
-        return cls(tuple(files), np.stack(frames), f"{len(files)} of {len(named)} named images")
+        count = f"{len(files)}" if len(files) == len(named) else f"{len(files)} of {len(named)}"
+        return cls(tuple(files), np.stack(frames), f"{count} named images")
 
     @classmethod
     def synthetic(cls, spec: Preprocess) -> BenchImages:
