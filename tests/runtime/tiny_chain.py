@@ -168,16 +168,5 @@ def write_tiny_bundle(path, seed=0):
     return write_bundle(path, make_manifest(graphs), {g.spec.name: g.model() for g in graphs})
 
 
-def write_trunked_bundle(path, seed=0):
-    """The same with its convolutions named as those of a trunk, so that they can be cut out."""
-    graphs = make_stages(seed)
-    for graph in graphs:
-        for tensor in graph.initializers:
-            tensor.name = tensor.name.replace("conv.weight", "expert.trunk.layers.conv.weight")
-        for node in graph.nodes:
-            node.input[:] = [name.replace("conv.weight", "expert.trunk.layers.conv.weight") for name in node.input]
-    return write_bundle(path, make_manifest(graphs), {g.spec.name: g.model() for g in graphs})
-
-
 if __name__ == "__main__":
     write_tiny_bundle(sys.argv[1])
