@@ -1,6 +1,6 @@
-"""How far FP16 is from FP32: the typed PyTorch stages, every activation rounded, against the checkpoint's own model.
+"""How far FP16 is from FP32: the typed PyTorch modules, every activation rounded, against the checkpoint's own model.
 
-ONNX Runtime's CPU provider widens FP16 graphs to FP32, so it cannot tell; these stages run in half.
+ONNX Runtime's CPU provider widens FP16 graphs to FP32, so it cannot tell; these modules run in half.
 
     python benchmarks/fp16_agreement.py --ckpt best.pt --data ../shared/data/groceries/test --images 100
 
@@ -20,11 +20,11 @@ import numpy as np
 from mge.checkpoint import load_checkpoint
 from mge_export.activations import FP16_MAX, ActivationWatch, Peak
 from mge_export.differences import ChainDifferences
+from mge_export.experts import build_graphs
 from mge_export.images import find_verify_images
 from mge_export.parity import HEADROOM
 from mge_export.precision import Precision
 from mge_export.runners import reference_tensors, run_chain, torch_runner
-from mge_export.stages import build_stages
 from mge_export.tolerances import FEW_IMAGES
 from mge_runtime.cli.common import reports_errors
 
@@ -40,10 +40,10 @@ def main(ckpt: Path, data: Path, images: int, native: bool, limit: float) -> Non
     """Run, print and judge."""
     model = load_checkpoint(ckpt)
     config = model.config
-    stages = build_stages(model, Precision.FP16)
-    specs = [stage.spec for stage in stages]
-    watches = {stage.spec.name: ActivationWatch(Precision.FP16.dtype) for stage in stages if stage.has_trunk}
-    runner = torch_runner(stages, watches, fast_half=not native)
+    graphs = build_graphs(model, Precision.FP16)
+    specs = [graph.spec for graph in graphs]
+    watches = {graph.spec.name: ActivationWatch(Precision.FP16.dtype) for graph in graphs}
+    runner = torch_runner(graphs, watches, fast_half=not native)
     photographs = find_verify_images(data, config.preprocess, images, click.echo)
     answers = ["logits"] if config.experts > 1 else []
     answers += [f"logits_{k}" for k in range(1, config.experts + 1)]

@@ -24,17 +24,18 @@ from mge.checkpoint import load_checkpoint
 from mge.config import MGEConfig
 from mge.model import MGENet
 from mge_calibration.int8.chain import quantize_chain
+from mge_calibration.int8.cpu import cpu_graph
+from mge_calibration.int8.graph import Int8Options
 from mge_calibration.int8.images import read_calibration_images
 from mge_calibration.int8.ranges import METHODS
 from mge_calibration.int8.sessions import BATCH, Tensors, open_graph, run_all
 from mge_calibration.int8.sites import find_layers
-from mge_calibration.int8.stage import Int8Options
 from mge_export.differences import ChainDifferences
+from mge_export.experts import ExpertGraph, build_graphs
 from mge_export.graph import export_graph, inlined
 from mge_export.int8 import is_trunk_weight
 from mge_export.precision import Precision
 from mge_export.runners import onnx_runner, run_chain
-from mge_export.stages import Stage, build_stages, segments
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import decode_image
 from mge_runtime.metrics import bootstrap_mean
@@ -77,15 +78,15 @@ def main(
     click.echo(
         f"{config.arch} at {config.image_size} px; calibrated on {calibration.source}; {len(frames)} photographs"
     )
-    stages, models = typed(model, Precision.INT8)
+    graphs, models = typed(model, Precision.INT8)
     _, wide = typed(model, Precision.FP32)
-    reference = answers(stages, wide, frames, None)
-    answer = segments(config)[-1].answer
+    reference = answers(graphs, wide, frames, None)
+    answer = graphs[-1].spec.logits
     click.echo(f"FP32: top-1 {100 * (reference[answer].argmax(1) == labels).mean():.2f} %")
 
     def show(name: str, found: Models) -> None:
         for how in ("exact", "fast"):
-            outputs = answers(stages, models | found, frames, how)
+            outputs = answers(graphs, models | found, frames, how)
             click.echo(f"{name:34} {how:5} {row(model, outputs, reference, labels, answer)}")
 
     show("FP16, not quantised", {})
@@ -97,18 +98,17 @@ def main(
                     method, max_drop=drop, float_crops=crops, min_box_iou=min_box_iou if drop < 1 - 1e-6 else 0
                 )
                 results = quantize_chain(
-                    [stage.spec for stage in stages],
+                    [graph.spec for graph in graphs],
                     models,
                     is_trunk_weight,
                     calibration.frames,
-                    answer,
                     options,
                     click.echo,
                 )
                 name = f"{method}, {label}" + (", float crops" if crops else "")
-                show(name, {stage: result.model for stage, result in results.items()})
+                show(name, {graph: result.model for graph, result in results.items()})
     if static:
-        show("quantize_static, MinMax", quantize_static_chain(stages, models, calibration.frames))
+        show("quantize_static, MinMax", quantize_static_chain(graphs, models, calibration.frames))
 
 
 def read_photographs(data: Path, config: MGEConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -118,18 +118,20 @@ def read_photographs(data: Path, config: MGEConfig) -> tuple[np.ndarray, np.ndar
     return frames, np.array([config.classes.index(path.relative_to(data).parts[0]) for path in paths])
 
 
-def typed(model: MGENet, precision: Precision) -> tuple[tuple[Stage, ...], Models]:
-    """The stages and their graphs, not quantised, with their weights."""
-    stages = build_stages(model, precision)
-    return stages, {stage.spec.name: inlined(export_graph(stage)) for stage in stages}
+def typed(model: MGENet, precision: Precision) -> tuple[tuple[ExpertGraph, ...], Models]:
+    """The chain's modules and their graphs, not quantised, with their weights."""
+    graphs = build_graphs(model, precision)
+    return graphs, {graph.spec.name: inlined(export_graph(graph)) for graph in graphs}
 
 
-def answers(stages: tuple[Stage, ...], models: Models, frames: np.ndarray, int8: str | None) -> Tensors:
+def answers(graphs: tuple[ExpertGraph, ...], models: Models, frames: np.ndarray, int8: str | None) -> Tensors:
     """All small tensors of the chain over all frames."""
-    specs = [stage.spec for stage in stages]
+    specs = [graph.spec for graph in graphs]
     with tempfile.TemporaryDirectory() as name:
-        for stage, model in models.items():
-            onnx.save(model, Path(name) / f"{stage}.onnx")
+        for graph, model in models.items():
+            onnx.save(model, Path(name) / f"{graph}.onnx")
+            if int8 == "fast":
+                onnx.save(cpu_graph(model, fast=True), Path(name) / f"{graph}.cpu.onnx")
         runner = onnx_runner(Path(name), specs, int8=int8)  # pyright: ignore[reportArgumentType]
         parts = [run_chain(specs, runner, frames[start : start + BATCH]) for start in range(0, len(frames), BATCH)]
     return {key: np.concatenate([part[key] for part in parts]) for key, value in parts[0].items() if value.ndim < 4}
@@ -151,13 +153,12 @@ def row(model: MGENet, found: Tensors, reference: Tensors, labels: np.ndarray, a
     )
 
 
-def quantize_static_chain(stages: tuple[Stage, ...], models: Models, frames: np.ndarray) -> Models:
-    """ONNX Runtime's `quantize_static` with the settings that TensorRT takes, each stage on what those before make.
+def quantize_static_chain(graphs: tuple[ExpertGraph, ...], models: Models, frames: np.ndarray) -> Models:
+    """ONNX Runtime's `quantize_static` with the settings that TensorRT takes, each graph on what those before make.
 
     It is given the graphs in FP32, since it cannot read FP16 ones without changing them.
     """
     from mge_runtime.backends.ort import load_onnxruntime
-    from mge_runtime.bundle.cpu_graph import cpu_graph
 
     quantization = load_onnxruntime("onnxruntime.quantization")
 
@@ -171,26 +172,25 @@ def quantize_static_chain(stages: tuple[Stage, ...], models: Models, frames: np.
 
     done: Models = {}
     tensors: Tensors = {"frame": frames}
-    for stage in stages:
-        name = stage.spec.name
-        wide = onnx.load_from_string(cpu_graph(models[name].SerializeToString(), fast=False))
-        inputs = {tensor.name: tensors[tensor.name] for tensor in stage.spec.inputs}
-        if stage.has_trunk:
-            with tempfile.TemporaryDirectory() as folder:
-                target = Path(folder) / "quantised.onnx"
-                quantization.quantize_static(
-                    wide,
-                    target,
-                    Reader(inputs),
-                    quant_format=quantization.QuantFormat.QDQ,
-                    per_channel=True,
-                    activation_type=quantization.QuantType.QInt8,
-                    weight_type=quantization.QuantType.QInt8,
-                    nodes_to_quantize=[layer.node for layer in find_layers(models[name], is_trunk_weight)],
-                    extra_options={"ActivationSymmetric": True, "QuantizeBias": False, "WeightSymmetric": True},
-                )
-                wide = onnx.load(target)
-            done[name] = wide
+    for graph in graphs:
+        name = graph.spec.name
+        wide = cpu_graph(models[name], fast=False)
+        inputs = {tensor.name: tensors[tensor.name] for tensor in graph.spec.inputs}
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "quantised.onnx"
+            quantization.quantize_static(
+                wide,
+                target,
+                Reader(inputs),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=quantization.QuantType.QInt8,
+                weight_type=quantization.QuantType.QInt8,
+                nodes_to_quantize=[layer.node for layer in find_layers(models[name], is_trunk_weight)],
+                extra_options={"ActivationSymmetric": True, "QuantizeBias": False, "WeightSymmetric": True},
+            )
+            wide = onnx.load(target)
+        done[name] = wide
         tensors |= run_all(open_graph(wide), inputs)
     return done
 

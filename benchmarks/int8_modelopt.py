@@ -6,7 +6,7 @@ ModelOpt pins packages that are older than the project's, so it has an environme
     python benchmarks/int8_modelopt.py --python ../modelopt/bin/python --ckpt last.pt --calib-data groceries/val \
         --data groceries/test
 
-It is given each stage's graph in FP32 and the same images, chained: every expert is calibrated on what the quantised
+It is given each expert's graph in FP32 and the same images, chained: every expert is calibrated on what the quantised
 ones before it make. Each method is used twice: with ModelOpt's own choice of layers, and around the layers that
 `mge-export` would quantise. Every graph is run in FP32 around the INT8 that it says, as TensorRT computes it.
 """
@@ -25,13 +25,13 @@ import onnx
 from int8_agreement import Models, answers, read_photographs, row, typed
 
 from mge.checkpoint import load_checkpoint
+from mge_calibration.int8.cpu import cpu_graph
 from mge_calibration.int8.images import read_calibration_images
 from mge_calibration.int8.sessions import Tensors, default_workers, open_graph, run_all
 from mge_calibration.int8.sites import find_layers
+from mge_export.experts import ExpertGraph
 from mge_export.int8 import is_trunk_weight
 from mge_export.precision import Precision
-from mge_export.stages import Stage, segments
-from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.cli.common import reports_errors
 
 PATH = click.Path(path_type=Path)
@@ -64,33 +64,31 @@ def main(python: Path, ckpt: Path, calib_data: Path, calib_images: int, data: Pa
     config = model.config
     calibration = read_calibration_images(calib_data, config.preprocess, limit=calib_images, seed=0, say=click.echo)
     frames, labels = read_photographs(data, config)
-    stages, models = typed(model, Precision.INT8)
+    graphs, models = typed(model, Precision.INT8)
     _, wide = typed(model, Precision.FP32)
-    reference = answers(stages, wide, frames, None)
-    answer = segments(config)[-1].answer
+    reference = answers(graphs, wide, frames, None)
+    answer = graphs[-1].spec.logits
     for method in methods:
         for own in (True, False):
-            found = quantize_chain(python, stages, models, calibration.frames, method, own=own)
+            found = quantize_chain(python, graphs, models, calibration.frames, method, own=own)
             name = f"ModelOpt, {method}, {'its own choice of layers' if own else 'the same layers'}"
-            outputs = answers(stages, models | found, frames, "exact")
+            outputs = answers(graphs, models | found, frames, "exact")
             click.echo(f"{name:52} {row(model, outputs, reference, labels, answer)}")
 
 
 def quantize_chain(
-    python: Path, stages: tuple[Stage, ...], models: Models, frames: np.ndarray, method: str, *, own: bool
+    python: Path, graphs: tuple[ExpertGraph, ...], models: Models, frames: np.ndarray, method: str, *, own: bool
 ) -> Models:
-    """Quantise the stages that have a trunk, each on what those before it make of the calibration images."""
+    """Quantise the graphs, each on what those before it make of the calibration images."""
     done: Models = {}
     tensors: Tensors = {"frame": frames}
-    for stage in stages:
-        name = stage.spec.name
-        graph = onnx.load_from_string(cpu_graph(models[name].SerializeToString(), fast=False))
-        inputs = {tensor.name: tensors[tensor.name] for tensor in stage.spec.inputs}
-        if stage.has_trunk:
-            nodes = [] if own else [layer.node for layer in find_layers(models[name], is_trunk_weight)]
-            graph = done[name] = quantize(python, graph, inputs, method, nodes)
-            click.echo(f"{name}: {describe(graph)}")
-        tensors |= run_all(open_graph(graph), inputs, workers=default_workers())
+    for spec in (graph.spec for graph in graphs):
+        wide = cpu_graph(models[spec.name], fast=False)
+        inputs = {tensor.name: tensors[tensor.name] for tensor in spec.inputs}
+        nodes = [] if own else [layer.node for layer in find_layers(models[spec.name], is_trunk_weight)]
+        found = done[spec.name] = quantize(python, wide, inputs, method, nodes)
+        click.echo(f"{spec.name}: {describe(found)}")
+        tensors |= run_all(open_graph(found), inputs, workers=default_workers())
     return done
 
 

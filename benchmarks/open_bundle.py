@@ -1,8 +1,8 @@
-"""How long a bundle takes to open and how much memory at most, against ONNX Runtime opening the same stages from files.
+"""How long a bundle takes to open and how much memory at most, against ONNX Runtime opening the same graphs from files.
 
     python benchmarks/open_bundle.py mge.plan [--repeats 5] [--threads 2] [--json]
 
-Every opening is a fresh process, the two ways in turn; the file cache is warm for both, as the stages are extracted
+Every opening is a fresh process, the two ways in turn; the file cache is warm for both, as the graphs are extracted
 first. Hashing runs beside ONNX Runtime on another processor, so the figures want a machine with two idle ones: where
 others keep it busy, wall time tends to the sum of processor times. Reported are the medians; exit code 1 where a limit
 is not met: time at most 1.5 x ONNX Runtime's own, peak memory at most 2 x the weights + 300 MB (of an FP32 bundle).
@@ -78,12 +78,12 @@ def main(bundle: str, repeats: int, threads: int, as_json: bool, limit: float) -
     with tempfile.TemporaryDirectory() as folder:
         with Bundle.open(bundle) as opened:
             opened.extract(folder)
-            stages = [str(Path(folder, "onnx", f"{stage.name}.onnx")) for stage in opened.manifest.stages]
+            graphs = [str(Path(folder, "onnx", f"{graph.name}.onnx")) for graph in opened.manifest.graphs]
             weights = sum(size for name, size in opened.sizes.items() if name.endswith(".weights")) / 1e6
         rows: dict[str, list[dict[str, float]]] = {"bundle": [], "files": []}
         for _ in range(repeats):
             rows["bundle"].append(measure(_BUNDLE, bundle, str(threads)))
-            rows["files"].append(measure(_FILES, bundle, str(threads), *stages))
+            rows["files"].append(measure(_FILES, bundle, str(threads), *graphs))
     medians = {
         way: {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds", "peak_mb")}
         for way, runs in rows.items()

@@ -70,6 +70,14 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 )
 @click.option("--batch", default="1,1,8", metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for.")
 @click.option("--extract", type=PATH, default=None, metavar="DIR", help="Also write plain ONNX and plan files here.")
+@click.option(
+    "--onnx",
+    "onnx_file",
+    type=PATH,
+    default=None,
+    metavar="FILE",
+    help="Also write the whole chain as one ONNX file, and labels.txt beside it.",
+)
 @click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
 @click.option(
     "--verify-data",
@@ -104,6 +112,7 @@ def main(
     targets: tuple[str, ...],
     batch: str,
     extract: Path | None,
+    onnx_file: Path | None,
     output: Path | None,
     verify_data: Path | None,
     verify_images: int,
@@ -143,8 +152,9 @@ def main(
     # The imports take seconds, too.
     with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
         from mge.checkpoint import load_checkpoint
+        from mge_calibration.int8.graph import Int8Options
         from mge_calibration.int8.images import read_calibration_images
-        from mge_calibration.int8.stage import Int8Options
+        from mge_export.chain import write_chain
         from mge_export.export import check_output, export_bundle, file_sha256
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
@@ -156,7 +166,8 @@ def main(
             interrupt()
             click.echo(line, err=True)
 
-        check_output(path)
+        for file in filter(None, (path, onnx_file)):
+            check_output(file)
         model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
         preprocess = model.config.preprocess
         request = None
@@ -192,10 +203,13 @@ def main(
             say=say,
         )
         interrupt.consequence = f"{path} was written before"
-        if extract is not None:
+        if extract is not None or onnx_file is not None:
             try:
                 with Bundle.open(path) as bundle:
-                    say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+                    if extract is not None:
+                        say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+                    if onnx_file is not None:
+                        say(f"wrote {', '.join(map(str, write_chain(bundle, onnx_file)))}")
             except OutputError as error:
                 raise OutputError(f"{error}; {path} was written before") from error
     if result.report.failures:
@@ -204,7 +218,7 @@ def main(
     with Bundle.open(path) as bundle:
         engines = f", engines for {', '.join(bundle.targets)}" if bundle.targets else ""
     click.echo(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.stages)} stages, "
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.graphs)} graphs, "
         f"weights {weights / 1e6:.1f} MB{engines}"
     )
     click.echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")

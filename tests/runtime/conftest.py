@@ -77,14 +77,6 @@ def device(request):
     assert (found.allocated, found.allocated_host) == (0, 0), "memory was left behind"
 
 
-@pytest.fixture(scope="session")
-def trunked(tiny, tmp_path_factory):
-    """A bundle whose stages have trunks, as the bench cuts them."""
-    path = tmp_path_factory.mktemp("trunked") / "mge.plan"
-    tiny.write_trunked_bundle(path)
-    return path
-
-
 @pytest.fixture
 def bundle(bundle_path):
     """The tiny bundle, open."""
@@ -96,7 +88,7 @@ def bundle(bundle_path):
 
 @pytest.fixture(scope="session")
 def expected(bundle_path):
-    """The tiny chain on the CPU, stage by stage: what others must answer, too."""
+    """The tiny chain on the CPU, graph by graph: what others must answer, too."""
     from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
     from mge_runtime.bundle import Bundle
     from mge_runtime.chain import Chain

@@ -13,15 +13,15 @@ from mge_runtime.errors import BackendError, OutputError
 from mge_runtime.pipeline import Pipeline
 
 
-def test_a_fresh_process_that_fails_says_why(trunked, tmp_path):
-    (tmp_path / "mge.plan").write_bytes(trunked.read_bytes()[:-100])
+def test_a_fresh_process_that_fails_says_why(bundle_path, tmp_path):
+    (tmp_path / "mge.plan").write_bytes(bundle_path.read_bytes()[:-100])
     with pytest.raises(BackendError, match=r"a fresh process did not answer: error: .*cut short"):
         fresh._start(
             [sys.executable, "-m", "mge_runtime.bench.child", str(tmp_path / "mge.plan"), "f", "cpu", "auto", "1"]
         )
 
 
-def test_each_way_starts_once_in_a_round_after_one_that_does_not_count(trunked, monkeypatch):
+def test_each_way_starts_once_in_a_round_after_one_that_does_not_count(bundle_path, monkeypatch):
     started = []
     start = fresh._start
 
@@ -30,12 +30,12 @@ def test_each_way_starts_once_in_a_round_after_one_that_does_not_count(trunked, 
         return start(command)
 
     monkeypatch.setattr(fresh, "_start", watched)
-    with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
+    with Pipeline.open(bundle_path, "cpu", threads=1) as pipeline:
         choice = pipeline.choice
     monkeypatch.setattr(fresh, "_MOST_ROUNDS", 3)
     kept = []
     frame = np.zeros((32, 32, 3), np.uint8)
-    fresh.measure_fresh(trunked, choice, 1, frame, UNBOUNDED, lambda _line: None, kept.append)
+    fresh.measure_fresh(bundle_path, choice, 1, frame, UNBOUNDED, lambda _line: None, kept.append)
     (measured,) = kept
     assert len(measured.bundle) == len(measured.files) == 3
     assert started[:2] == [True, False]
@@ -45,17 +45,17 @@ def test_each_way_starts_once_in_a_round_after_one_that_does_not_count(trunked, 
     )
 
 
-def test_a_temporary_folder_that_cannot_be_used_is_one_line(trunked, monkeypatch, tmp_path):
-    with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
+def test_a_temporary_folder_that_cannot_be_used_is_one_line(bundle_path, monkeypatch, tmp_path):
+    with Pipeline.open(bundle_path, "cpu", threads=1) as pipeline:
         choice = pipeline.choice
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
     with pytest.raises(OutputError, match=r"^cannot write to .*: No such file.*set TMPDIR") as error:
-        fresh.measure_fresh(trunked, choice, 1, np.zeros((32, 32, 3), np.uint8), UNBOUNDED, print, print)
+        fresh.measure_fresh(bundle_path, choice, 1, np.zeros((32, 32, 3), np.uint8), UNBOUNDED, print, print)
     assert "\n" not in str(error.value)
 
 
-def test_an_incomplete_round_does_not_count_and_no_process_is_left_behind(trunked, monkeypatch):
-    with Pipeline.open(trunked, "cpu", threads=1) as pipeline:
+def test_an_incomplete_round_does_not_count_and_no_process_is_left_behind(bundle_path, monkeypatch):
+    with Pipeline.open(bundle_path, "cpu", threads=1) as pipeline:
         choice = pipeline.choice
     limits = iter([1e9] * 5)
     monkeypatch.setattr(Deadline, "left", property(lambda _: next(limits, 0.0)))
@@ -63,7 +63,7 @@ def test_an_incomplete_round_does_not_count_and_no_process_is_left_behind(trunke
     kept = []
     frame = np.zeros((32, 32, 3), np.uint8)
     with pytest.raises(TimeUp):
-        fresh.measure_fresh(trunked, choice, 1, frame, Deadline.after(1e9), lambda _line: None, kept.append)
+        fresh.measure_fresh(bundle_path, choice, 1, frame, Deadline.after(1e9), lambda _line: None, kept.append)
     assert [(len(found.bundle), len(found.files)) for found in kept] == [(1, 1)]
 
 

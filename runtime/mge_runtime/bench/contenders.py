@@ -1,28 +1,20 @@
-"""What the runtime itself brings to the bench: the chain, its bare trunks, pictures to predictions."""
+"""What the runtime itself brings to the bench: the chain, pictures to predictions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from time import perf_counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mge_runtime.backends import open_backend
-from mge_runtime.backends.staged import StagedBackend
 from mge_runtime.bench.contender import MILLISECONDS
-from mge_runtime.bench.parts import PartBundle, TrunkChainBundle
 from mge_runtime.bench.rounds import Stepped
-from mge_runtime.errors import BackendError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mge_runtime.backends import Choice
-    from mge_runtime.backends.base import Array
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["ChainContender", "PartsContender", "PhotoContender", "TrunkChainContender"]
+__all__ = ["ChainContender", "PhotoContender"]
 
 
 class ChainContender(Stepped):
@@ -43,7 +35,7 @@ class ChainContender(Stepped):
 
     def run(self) -> None:
         """Run the chain."""
-        self.steps_ms = dict(self._pipeline.run_timed(self._frames).stage_ms)
+        self.steps_ms = dict(self._pipeline.run_timed(self._frames).step_ms)
 
     def close(self) -> None:
         """The pipeline is its owner's."""
@@ -72,90 +64,3 @@ class PhotoContender(Stepped):
 
     def close(self) -> None:
         """The pipeline is its owner's."""
-
-
-class PartsContender(Stepped):
-    """Parts of the stages in turn, each on the image that its stage reads, on a backend that runs stage by stage.
-
-    Args:
-        name: of the contender.
-        parts: opens the parts.
-        choice: what runs the chain.
-        path: the bundle.
-        images: what each stage reads, by the tensor's name.
-        threads: as for `Pipeline.open`.
-
-    Raises:
-        BackendError: the backend runs no stages by themselves, or no trunk can be told.
-        BundleError: the bundle is damaged.
-    """
-
-    unit = MILLISECONDS
-
-    def __init__(
-        self,
-        name: str,
-        parts: type[PartBundle],
-        choice: Choice,
-        path: str,
-        images: Mapping[str, Array],
-        threads: int | None,
-    ) -> None:
-        self.name = name
-        self.steps_ms = {}
-        with parts.open(path) as bundle:
-            backend = open_backend(choice, bundle, threads=threads)
-            if not isinstance(backend, StagedBackend):
-                raise BackendError(f"{choice} does not run stages by themselves")
-            self._backend = backend
-            self.trunks = bundle.trunks
-            self.stages = [stage.name for stage in bundle.manifest.stages]
-            inputs = {stage.name: stage.inputs[0].name for stage in bundle.manifest.stages}
-            self._feeds = {name: {tensor: backend.upload(images[tensor])} for name, tensor in inputs.items()}
-            self._runners = backend.open_stages(bundle)
-
-    def run(self) -> None:
-        """Run every part."""
-        for name, runner in self._runners.items():
-            start = perf_counter()
-            runner.run(self._feeds[name])
-            self._backend.synchronize()
-            self.steps_ms[name] = (perf_counter() - start) * 1e3
-
-    def close(self) -> None:
-        """Release every part."""
-        for runner in self._runners.values():
-            runner.close()
-        self._runners = {}
-
-
-class TrunkChainContender(Stepped):
-    """The bare trunks as one segment on a device, behind the copy of the frames and `ingest`; nothing is copied out.
-
-    Raises:
-        BackendError: the backend cannot run ONNX graphs, or no trunk can be told.
-        BundleError: the bundle is damaged.
-    """
-
-    unit = MILLISECONDS
-
-    def __init__(self, name: str, choice: Choice, path: str, frames: NDArray[np.uint8]) -> None:
-        self.name = name
-        self.steps_ms = {}
-        if choice.backend != "onnxruntime":
-            raise BackendError(f"{choice} runs engines, and none was built for the bare trunks; ONNX Runtime runs them")
-        with ExitStack() as stack, TrunkChainBundle.open(path) as bundle:
-            self._frames = frames
-            self.trunks = bundle.trunks
-            self._executor = open_backend(choice, bundle).open_chain(bundle)
-            stack.callback(self._executor.close)
-            self._executor.run(frames, 1, ())
-            self._close: Callable[[], None] = stack.pop_all().close
-
-    def run(self) -> None:
-        """Run every trunk."""
-        self.steps_ms = dict(self._executor.run(self._frames, 1, ()).times_ms)
-
-    def close(self) -> None:
-        """Release the device's memory."""
-        self._close()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BUNDLE", "PLAIN", "Fresh", "Start", "measure_fresh"]
 
-BUNDLE, PLAIN = "from the bundle", "plain ONNX Runtime, same stages"
+BUNDLE, PLAIN = "from the bundle", "plain ONNX Runtime, same graphs"
 _MOST_ROUNDS = 9
 _SECONDS = 20.0  # where nothing bounds the run
 
@@ -156,11 +156,11 @@ def _seconds(starts: Sequence[Start]) -> float:
 def _plain(path: Path, folder: Path, raw: Path, choice: Choice, threads: int) -> list[str]:
     with Bundle.open(path) as bundle:
         bundle.extract(folder)
-        stages = [name for segment in bundle.manifest.segments for name in segment.stages]
+        graphs = [graph.name for graph in bundle.manifest.graphs]
         size = bundle.manifest.preprocess.size
     provider = "CPUExecutionProvider" if choice.device == "cpu" else "CUDAExecutionProvider"
     script = [sys.executable, str(Path(plain.__file__).resolve())]
-    return [*script, str(folder / "onnx"), str(raw), str(size), str(threads), provider, *stages]
+    return [*script, str(folder / "onnx"), str(raw), str(size), str(threads), provider, *graphs]
 
 
 def _start(command: Sequence[str]) -> Start:

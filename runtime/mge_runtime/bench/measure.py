@@ -1,4 +1,4 @@
-"""Time one batch size: the chain, its parts, pictures and PyTorch, interleaved."""
+"""Time one batch size: the chain, pictures and PyTorch, interleaved."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from mge_runtime.bench.arithmetic import measured_arithmetic
 from mge_runtime.bench.contender import Contender
-from mge_runtime.bench.contenders import ChainContender, PartsContender, PhotoContender, TrunkChainContender
+from mge_runtime.bench.contenders import ChainContender, PhotoContender
 from mge_runtime.bench.deadline import NO_TIME, Deadline
 from mge_runtime.bench.noise import Watch
-from mge_runtime.bench.parts import HeadBundle, TrunkBundle
 from mge_runtime.bench.results import BatchResult, NotRun, Row, Step
 from mge_runtime.bench.rounds import Series, interleave, plan_rounds, timed, warm_up
-from mge_runtime.bench.shares import derived_shares
 from mge_runtime.bench.stats import Percentiles, Ratio
 from mge_runtime.bench.toolchain import eager_contenders
-from mge_runtime.errors import BackendError, MGEError
+from mge_runtime.errors import MGEError
 from mge_runtime.selfcheck.memory import host_memory
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from mge_runtime.backends import Choice
-    from mge_runtime.bench.arithmetic import Yardstick
     from mge_runtime.bench.inputs import Inputs
     from mge_runtime.pipeline import Pipeline
 
@@ -36,8 +28,6 @@ __all__ = ["COMPUTE", "measure_batch"]
 COMPUTE = "chain"  # the step of a device's executor that is computing, and nothing else
 _UPLOAD = "upload"
 _BETWEEN = "between the steps (derived)"
-_TRUNKS = "bare trunks"
-_HEADS = "experts up to their logits"
 _ROUNDS_SECONDS = 40.0  # where the number of iterations is left open and nothing bounds the run
 _PYTORCH_SHARE = 0.4  # of a batch size's time, to open PyTorch's ways
 _LEAST_RUNS = 3  # of each contender that there must be time for: one to warm up, two rounds
@@ -45,7 +35,6 @@ _LEAST_RUNS = 3  # of each contender that there must be time for: one to warm up
 
 def measure_batch(
     pipeline: Pipeline,
-    path: Path,
     inputs: Inputs,
     batch: int,
     *,
@@ -56,13 +45,11 @@ def measure_batch(
     deadline: Deadline,
     say: Callable[[str], None],
     keep: Callable[[BatchResult], None],
-    yardstick: Yardstick | None = None,
 ) -> None:
     """Time everything with one batch size.
 
     Args:
         pipeline: opened with one stream.
-        path: its bundle.
         inputs: the pictures.
         batch: images in a run.
         threads: as the pipeline was opened with.
@@ -72,7 +59,6 @@ def measure_batch(
         deadline: what it leaves no time for is not measured.
         say: is told what is being done.
         keep: is given the times, whatever ends the rounds, if one of them was whole.
-        yardstick: what the chain's arithmetic is held to; None: nothing.
 
     Raises:
         BackendError: the chain failed, or cannot run this batch.
@@ -86,8 +72,7 @@ def measure_batch(
     not_run: list[NotRun] = []
     with ExitStack() as stack:
         deadline.check()
-        trunks, heads = _parts(pipeline, path, frames, threads, not_run)
-        contenders: list[Contender] = [c for c in (chain, trunks, heads, photos) if c is not None]
+        contenders: list[Contender] = [chain, photos]
         eager: list[Contender] = []
         if ckpt is not None:
             say(f"batch {batch}: opening PyTorch's ways")
@@ -99,11 +84,9 @@ def measure_batch(
         say(f"batch {batch}: warming up")
         contenders = _fitting(contenders, eager, deadline, not_run)
         count, estimates = warm_up(contenders, warmup, deadline)
-        probes = [] if yardstick is None else [yardstick.rates.matrix, yardstick.rates.memory]
-        probes_ms = sum(warm_up(probes, 1)[1].values())
         seconds = deadline.seconds(_ROUNDS_SECONDS) if iterations is None else deadline.left
-        plan = plan_rounds(list(estimates.values()), iterations, seconds, probes_ms)
-        total = plan.rounds * ((plan.runs + (plan.runs > 1)) * sum(estimates.values()) + probes_ms) / 1e3
+        plan = plan_rounds(list(estimates.values()), iterations, seconds)
+        total = plan.rounds * ((plan.runs + (plan.runs > 1)) * sum(estimates.values())) / 1e3
         say(f"batch {batch}: {plan.rounds} rounds of {plan.runs} runs, about {min(total, deadline.left):.0f} s")
         before, watch = host_memory(), Watch()
         series: dict[str, Series] = {}
@@ -113,7 +96,6 @@ def measure_batch(
                 contenders,
                 plan,
                 lambda line: say(f"batch {batch}: {line}"),
-                probes=probes,
                 deadline=deadline,
                 series=series,
             )
@@ -121,10 +103,7 @@ def measure_batch(
             ended = error
         after = host_memory()
     if series[chain.name].rounds:
-        probed = {probe.name: series.pop(probe.name) for probe in probes}
-        if trunks is not None and trunks.name not in series:  # there was no time for them
-            trunks = heads = None
-        reference = series[trunks.name if trunks is not None else chain.name]
+        reference = series[chain.name]
         on_device = any(_UPLOAD in steps for block in series[chain.name].steps for steps in block)
         keep(
             BatchResult(
@@ -134,60 +113,16 @@ def measure_batch(
                 runs=plan.runs,
                 rows=tuple(_rows(series, on_device, batch)),
                 steps=tuple(_steps(series[chain.name])),
-                shares=tuple(
-                    derived_shares(pipeline.manifest, series[chain.name], series[trunks.name], series[heads.name])
-                    if isinstance(trunks, PartsContender) and heads is not None and heads.name in series
-                    else ()
-                ),
-                ratios=tuple(_ratios(series, trunks, eager, on_device)),
+                ratios=tuple(_ratios(series, eager)),
                 copies=_copies(on_device),
-                trunk_convolutions={} if trunks is None else {n: t.convolutions for n, t in trunks.trunks.items()},
                 growth=None if before is None or after is None else after - before,
                 noise=watch.stop(reference.contender.name, reference.medians),
                 not_run=tuple(not_run),
                 pytorch_threads=_pytorch_threads(eager),
-                arithmetic=None
-                if yardstick is None
-                else measured_arithmetic(
-                    yardstick,
-                    probed,
-                    batch,
-                    _computing(series[chain.name], on_device),
-                    None if trunks is None else _computing(series[trunks.name], on_device),
-                ),
             )
         )
     if ended is not None:
         raise ended
-
-
-def _parts(
-    pipeline: Pipeline, path: Path, frames: NDArray[np.uint8], threads: int | None, not_run: list[NotRun]
-) -> tuple[PartsContender | TrunkChainContender | None, PartsContender | None]:
-    """The bare trunks, and the experts up to their logits; None for what cannot be run, with the reason."""
-    choice, manifest = pipeline.choice, pipeline.manifest
-    try:
-        if choice.device != "cpu":
-            not_run.append(NotRun(_HEADS, "on a device the executor times the chain as one step"))
-            chained = TrunkChainContender(_TRUNKS, choice, str(path), frames)
-            chained.name = f"{len(chained.trunks)} {_TRUNKS} (with the copy in and ingest)"
-            return chained, None
-        images = {t.name for s in manifest.stages for t in (*s.inputs, *s.outputs) if len(t.shape) == 4}
-        made = {tensor.name for stage in manifest.stages for tensor in stage.outputs}
-        tensors = pipeline.run(frames, outputs=images & made)
-        trunks = PartsContender(_TRUNKS, TrunkBundle, choice, str(path), tensors, threads)
-        trunks.name = f"{len(trunks.trunks)} {_TRUNKS}"
-        return trunks, PartsContender(_HEADS, HeadBundle, choice, str(path), tensors, threads)
-    except BackendError as error:
-        not_run.append(NotRun(_TRUNKS, str(error), _trunk_command(choice)))
-        return None, None
-
-
-def _trunk_command(choice: Choice) -> str | None:
-    """What times the bare trunks on this device where engines run the chain."""
-    if choice.backend == "onnxruntime":
-        return None
-    return f"mge-bench --backend onnxruntime --device {choice.device}"
 
 
 def _fitting(
@@ -253,28 +188,15 @@ def _steps(chain: Series) -> list[Step]:
     ]
 
 
-def _ratios(
-    series: dict[str, Series],
-    trunks: PartsContender | TrunkChainContender | None,
-    eager: Sequence[Contender],
-    on_device: bool,
-) -> list[Ratio]:
+def _ratios(series: dict[str, Series], eager: Sequence[Contender]) -> list[Ratio]:
     chain = series[COMPUTE]
     ratios: list[Ratio] = []
-    if trunks is not None:
-        above, below = _computing(chain, on_device), _computing(series[trunks.name], on_device)
-        ratios.append(Ratio.of(f"chain / {trunks.name}", above, below))
     for contender in eager:
         if contender.name in series:
             ratios.append(Ratio.of(f"{contender.name} / chain", series[contender.name].medians, chain.medians))
     if (photos := series.get(PhotoContender.name)) is not None:
         ratios.append(Ratio.of("JPEG to Prediction, not pipelined / chain", photos.medians, chain.medians))
     return ratios
-
-
-def _computing(found: Series, on_device: bool) -> list[float]:
-    """The median of each round without the copies, ms."""
-    return found.step_medians(COMPUTE) if on_device else found.medians
 
 
 def _copies(on_device: bool) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from statistics import median
 
-from mge_runtime.bench.arithmetic import Arithmetic
 from mge_runtime.bench.fresh import BUNDLE, PLAIN, Fresh
 from mge_runtime.bench.noise import Noise
 from mge_runtime.bench.results import BatchResult, Results
@@ -72,13 +70,6 @@ def _batch(found: BatchResult) -> Iterator[Table]:
         for step in found.steps
     ]
     yield Table(f"Batch {found.batch}, the chain step by step, ms", ("", "p50", "p90", "p99", "share"), steps)
-    if found.shares:
-        shares = [
-            [share.name, f"{share.median:.1%}", *_ends(share, ".1%"), str(len(share.rounds))] for share in found.shares
-        ]
-        yield Table(f"Batch {found.batch}, shares of the chain", _RATIO, shares)
-    if found.arithmetic is not None:
-        yield _arithmetic(found.batch, found.arithmetic)
     notes = [f"{item.name}: {item.reason}{_command(item.command)}" for item in found.not_run]
     if found.growth is not None:
         notes.append(
@@ -86,20 +77,6 @@ def _batch(found: BatchResult) -> Iterator[Table]:
         )
     if notes:
         yield Table(f"Batch {found.batch}, beside that", (), (), notes)
-
-
-def _arithmetic(batch: int, found: Arithmetic) -> Table:
-    rates = [found.rate_tflops, *found.tflops]
-    rows = [[f"{r.name}, TFLOP/s", f"{r.median:.4g}", *_ends(r, ".4g"), str(len(r.rounds))] for r in rates]
-    shares = [*found.shares, *(replace(part, name=f"of the chain's time: {part.name}") for part in found.parts)]
-    rows += [[r.name, f"{r.median:.1%}", *_ends(r, ".1%"), str(len(r.rounds))] for r in shares]
-    gmacs = f"one image: {found.chain_gmacs:.4g} GMACs of convolutions and matrix products in the chain"
-    gmacs += "" if found.trunks_gmacs is None else f", {found.trunks_gmacs:.4g} in the trunks"
-    notes = [f"{gmacs}; a multiply-accumulate is two operations"]
-    notes.append(f"{found.memory_gb_s.name} by one operator: {found.memory_gb_s.median:.4g} GB/s")
-    if found.traffic_mb is not None:
-        notes.append(f"maps and weights of the trunks' layers, each once: {found.traffic_mb:.4g} MB a batch")
-    return Table(f"Batch {batch}, against the device's matrix rate", _RATIO, rows, [*notes, *found.limits])
 
 
 def _noise(noise: Noise) -> Iterator[str]:
@@ -124,12 +101,7 @@ def _fresh(found: Results, fresh: Fresh) -> Table:
     if ratio is not None and whole is not None:
         notes.append(f"{ratio.name}: ratio of the medians {whole:.3f}; round by round: {_numbers(ratio)}")
     notes += _noise(fresh.noise)
-    weights = found.memory
-    limit = 2 * weights.weights_fp32 + 300_000_000
-    notes.append(
-        f"weights as FP32: {format_bytes(weights.weights_fp32)} (twice that and 300 MB: {format_bytes(limit)}); "
-        f"stored: {format_bytes(weights.weights_stored)}"
-    )
+    notes.append(f"weights: {format_bytes(found.memory.weights_stored)}")
     devices = [start.device for start in fresh.bundle if start.device is not None]
     if devices:
         notes.append(f"device memory in use, by all processes: {format_bytes(max(devices))}")

@@ -13,7 +13,6 @@ from mge_runtime.fields import JsonValue
 from mge_runtime.machine import Machine
 
 if TYPE_CHECKING:
-    from mge_runtime.bench.arithmetic import Arithmetic
     from mge_runtime.bench.fresh import Fresh
     from mge_runtime.bench.pipelined import Pipelined
 
@@ -59,22 +58,18 @@ class BatchResult:
     runs: int  # of each contender in a round
     rows: tuple[Row, ...]
     steps: tuple[Step, ...]
-    shares: tuple[Ratio, ...]  # of the chain's time, derived from differences between contenders
     ratios: tuple[Ratio, ...]
     copies: str  # what is known of copies between host and device
-    trunk_convolutions: Mapping[str, int]  # by stage, in the bare trunks; empty where they were not run
     growth: int | None  # bytes of host memory from the first round to the last; None: unknown
     noise: Noise
     not_run: tuple[NotRun, ...]
     pytorch_threads: Mapping[str, int]  # on the CPU, as PyTorch says, by contender; empty without a checkpoint
-    arithmetic: Arithmetic | None = None  # against the device's matrix rate; None: not measured, the run says why
 
 
 @dataclass(frozen=True)
 class Memory:
     """Beside a fresh process's peak."""
 
-    weights_fp32: int  # bytes of the bundle's weights, four for each
     weights_stored: int  # bytes of its weights files
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mge_runtime.backends import choose, open_backend
-from mge_runtime.bench.arithmetic import open_yardstick
 from mge_runtime.bench.contenders import ChainContender
 from mge_runtime.bench.deadline import NO_TIME, Deadline, TimeUp
 from mge_runtime.bench.energy import find_meter, measure_energy
@@ -22,7 +21,6 @@ from mge_runtime.bench.noise import describe_cpu
 from mge_runtime.bench.pipelined import measure_pipelined
 from mge_runtime.bench.results import BundleFacts, Memory, NotRun, Results
 from mge_runtime.bench.toolchain import check_checkpoint
-from mge_runtime.bench.weights import fp32_bytes
 from mge_runtime.bundle import Bundle
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError, MGEError
@@ -37,7 +35,7 @@ __all__ = ["Request", "run_bench"]
 
 _FIRST, _MORE = 120, 60  # seconds of the whole run where nobody names them: with one batch size, for each more
 # What the sections may take of the time that is left, in proportion.
-_FRESH, _RATES, _BATCH, _PIPELINED, _ENERGY = 20, 2, 40, 20, 5
+_FRESH, _BATCH, _PIPELINED, _ENERGY = 20, 40, 20, 5
 _PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "tensorrt-rtx", "cuda-core")
 
 
@@ -145,7 +143,7 @@ class _Run:
     ) -> None:
         self._request, self._results, self._deadline = request, results, deadline
         self._say, self._interrupt = say, interrupt
-        self._shares = _FRESH + _RATES + _BATCH * len(request.batches) + _PIPELINED + _ENERGY  # of sections to come
+        self._shares = _FRESH + _BATCH * len(request.batches) + _PIPELINED + _ENERGY  # of sections to come
 
     def fresh(self, choice: Choice, pictures: Inputs) -> None:
         """Start-up and peak memory."""
@@ -162,37 +160,29 @@ class _Run:
             )
 
     def batches(self, pipeline: Pipeline, pictures: Inputs) -> None:
-        """Every batch size, beside the device's matrix rate.
+        """Every batch size.
 
         Raises:
             MGEError: the first one failed.
         """
-        request, results, yardstick = self._request, self._results, None
-        with ExitStack() as stack:
-            with self._section("share of the device's matrix rate", _RATES) as deadline:
-                deadline.check()
-                seconds = min(_RATES, deadline.left)
-                yardstick = open_yardstick(request.path, pipeline.choice, request.threads, seconds)
-                stack.callback(yardstick.rates.close)
-            if request.ckpt is None:
-                command = f"mge-bench --engine {results.bundle.name} --ckpt best.pt"
-                results.not_run.append(NotRun("eager PyTorch, torch.compile", "no checkpoint was named", command))
-            for number, batch in enumerate(request.batches):
-                with self._section(f"batch {batch}", _BATCH, needed=not number) as deadline:
-                    measure_batch(
-                        pipeline,
-                        request.path,
-                        pictures,
-                        batch,
-                        threads=request.threads,
-                        ckpt=request.ckpt,
-                        iterations=request.iterations,
-                        warmup=request.warmup,
-                        deadline=deadline,
-                        say=self._say,
-                        keep=results.batches.append,
-                        yardstick=yardstick,
-                    )
+        request, results = self._request, self._results
+        if request.ckpt is None:
+            command = f"mge-bench --engine {results.bundle.name} --ckpt best.pt"
+            results.not_run.append(NotRun("eager PyTorch, torch.compile", "no checkpoint was named", command))
+        for number, batch in enumerate(request.batches):
+            with self._section(f"batch {batch}", _BATCH, needed=not number) as deadline:
+                measure_batch(
+                    pipeline,
+                    pictures,
+                    batch,
+                    threads=request.threads,
+                    ckpt=request.ckpt,
+                    iterations=request.iterations,
+                    warmup=request.warmup,
+                    deadline=deadline,
+                    say=self._say,
+                    keep=results.batches.append,
+                )
 
     def pipelined(self, pipeline: Pipeline, pictures: Inputs) -> None:
         """Pictures to answers, in the first batch size that was measured."""
@@ -274,7 +264,7 @@ def _facts(bundle: Bundle) -> BundleFacts:
 
 def _memory(bundle: Bundle) -> Memory:
     stored = sum(size for name, size in bundle.sizes.items() if name.endswith(".weights"))
-    return Memory(fp32_bytes(bundle), stored)
+    return Memory(stored)
 
 
 def _versions() -> dict[str, str]:
