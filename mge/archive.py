@@ -16,7 +16,7 @@ import numpy as np
 
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["check_file", "read_archive"]
+__all__ = ["check_file", "read_archive", "read_plain"]
 
 # Harmless types that optimizer and scheduler states of other training loops hold and that PyTorch does not allow by
 # itself: NumPy scalars (a learning rate, a best score), under NumPy's old and new names.
@@ -80,6 +80,20 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
         raise
     except Exception as error:  # a damaged pickle can fail in any way while it is read
         raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
+
+
+def read_plain(path: Path) -> Any:
+    """The plain values of a file of `torch.save`, without PyTorch: what stands for a tensor is of no use.
+
+    For what is to be said early; the file is not checked. None where it cannot be read so: `read_archive` says why.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+            with archive.open(pickled) as file:
+                return _PlainValues(file, encoding="utf-8").load()
+    except Exception:  # a damaged pickle can fail in any way
+        return None
 
 
 def _torch_load(path: Path, *, mmap: bool) -> Any:
@@ -146,15 +160,23 @@ class _Inert:
     def append(self, _: Any) -> None: ...
 
 
-class _StorageSizes(pickle.Unpickler):
-    """Read how large the storages are that a pickle names; nothing that it asks for is imported or called."""
+class _PlainValues(pickle.Unpickler):
+    """Read the plain values of a pickle; nothing that it asks for is imported or called."""
+
+    def find_class(self, _module: str, name: str) -> Any:
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        del pid
+        return _Inert()
+
+
+class _StorageSizes(_PlainValues):
+    """Read how large the storages are that a pickle names."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")
         self.sizes: dict[str, int] = {}  # by key, in bytes
-
-    def find_class(self, _module: str, name: str) -> Any:
-        return type(name, (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -41,7 +42,11 @@ class MGEConfig:
 
     def __post_init__(self) -> None:
         checks = [
-            (bool(self.arch), "arch", "the name of a timm model"),
+            (  # timm takes "hf-hub:...", "local-dir:..." and more for a place to fetch a model from
+                re.fullmatch(r"[A-Za-z0-9_.]+", self.arch) is not None,
+                "arch",
+                "the name of a CNN in timm itself (see timm.list_models()), nothing is fetched",
+            ),
             (len(self.classes) >= 2, "classes", "at least two names"),
             (len(set(self.classes)) == len(self.classes), "classes", "names that differ"),
             (self.experts >= 1, "experts", "at least 1"),

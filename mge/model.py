@@ -52,7 +52,7 @@ def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
     Raises:
         CheckpointError: timm has no such model, or it offers no features at stride 16 and 32.
     """
-    # timm takes "hf-hub:...", "local-dir:..." and more for a place to fetch a model from.
+    # `MGEConfig` refuses the same, earlier.
     if not timm.is_model(arch.partition(".")[0]) or not arch.replace(".", "").replace("_", "").isalnum():
         raise CheckpointError(
             f"arch is {arch!r}; expected the name of a CNN in timm itself (see timm.list_models()), nothing is fetched"

@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
 from mge.evaluation import Answers, median_areas, summarize
 from mge.metrics import view_areas
 from mge.parts import part_report, read_parts
 from mge_runtime.errors import InputError
-from mge_runtime.files import atomic_path
+from mge_runtime.files import atomic_path, echo
 
 __all__ = ["figures", "print_table", "write_predictions"]
 
@@ -54,20 +53,20 @@ def figures(answers: Answers, folder: Path, paths: Sequence[Path]) -> dict[str, 
 
 def print_table(result: dict[str, Any]) -> None:
     """Print the figures for people."""
-    click.echo(f"{result['images']} images\n")
-    click.echo(f"{'answer':<18}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>8}{'ECE %':>8}")
+    echo(f"{result['images']} images\n")
+    echo(f"{'answer':<18}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>8}{'ECE %':>8}")
     for row in result["heads"]:
-        click.echo(
+        echo(
             f"{row['name']:<18}{100 * row['top1']:9.2f}{100 * row['top5']:9.2f}{row['nll']:8.3f}{100 * row['ece']:8.2f}"
         )
     calibrated = result["heads"][-1]
     if calibrated["calibrated_nll"] is not None:
-        click.echo(
+        echo(
             f"\n{calibrated['name']} after the bundle's temperature {result['temperature']:.3f}, as mge-run answers: "
             f"NLL {calibrated['calibrated_nll']:.3f}, ECE {100 * calibrated['calibrated_ece']:.2f} %; "
             "the rows above are before any temperature"
         )
-    click.echo("\nECE: 15 bins of equal mass")
+    echo("\nECE: 15 bins of equal mass")
     columns = [
         ("gate %", [f"{100 * value:.1f}" for value in result["gate"]]),
         ("crop area %", [f"{100 * value:.1f}" for value in result["crop_areas"]]),
@@ -76,10 +75,10 @@ def print_table(result: dict[str, Any]) -> None:
     if "part_kept" in result:
         columns.append(("part kept %", [f"{100 * value:.1f}" for value in result["part_kept"]]))
         columns.append(("part enlarged", [f"{value:.2f} x" for value in result["part_enlargement"]]))
-    click.echo("\n" + f"{'expert':<8}" + "".join(f"{name:>15}" for name, _ in columns))
+    echo("\n" + f"{'expert':<8}" + "".join(f"{name:>15}" for name, _ in columns))
     for k in range(len(result["gate"])):
-        click.echo(f"{k + 1:<8}" + "".join(f"{values[k]:>15}" for _, values in columns))
-    click.echo(
+        echo(f"{k + 1:<8}" + "".join(f"{values[k]:>15}" for _, values in columns))
+    echo(
         "\ncrop area: median share that each expert's crop keeps of the view before; view area: of the first view"
         + ("; part: the deciding part of the image" if "part_kept" in result else "")
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mge_calibration.collect import Answers, collect, load_frame
+from mge_calibration.collect import Answers, collect
 from mge_calibration.cost import Cost, Times, chain_cost, measure_times
 from mge_calibration.exits import fewest_images
 from mge_calibration.folder import data_sha256, short_digest
@@ -20,6 +20,7 @@ from mge_calibration.parts import TEMPERATURE_SHARE, Chosen, choose_images, spli
 from mge_calibration.temperature import with_temperature
 from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.calibrated import Calibrated, Promise, RunsOn
+from mge_runtime.decode import MAX_PIXELS
 from mge_runtime.errors import InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
@@ -43,6 +44,8 @@ class Request:
     device: str = "auto"
     backend: str = "auto"
     threads: int | None = None
+    mmap: bool = True  # as for `Pipeline.open`, and so is the next
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,17 @@ def learn(
     chosen = choose_images(request.data, request.exit_data, manifest, say)
     _require_enough(len(chosen.fitting), chosen.folders[0], "are in")
     # What is there already is about to be replaced; it may be damaged.
-    opened = functools.partial(Pipeline.open, request.bundle, request.device, request.backend, request.threads)
-    with opened("auto", calibration=False) as pipeline:
+    opened = functools.partial(
+        Pipeline.open,
+        request.bundle,
+        request.device,
+        request.backend,
+        request.threads,
+        calibration=False,
+        mmap=request.mmap,
+        max_pixels=request.max_pixels,
+    )
+    with opened("auto") as pipeline:
         runs_on = RunsOn(pipeline.choice.backend, pipeline.choice.device)
         step = progress(len(chosen.fitting) + len(chosen.testing or []))
         fitted = collect(pipeline, chosen.fitting, problem=problem, step=step)
@@ -112,7 +124,7 @@ def learn(
         if outcome.fit.bounded:
             say(f"the temperature of {name} ended at its bound, {outcome.fit.temperature:.3g}: add harder images")
     exits = _exits(request, manifest, fitted, tested, temperatures, cost)
-    with opened(calibration=False) as pipeline:
+    with opened() as pipeline:
         times = _measure(pipeline, tested or fitted, temperatures, exits, request)
     return Learned(
         request=request,
@@ -184,7 +196,7 @@ def _measure(
 ) -> Times:
     """Time the chain, with and without exits, on some of the images that set them."""
     picked = np.random.default_rng(request.seed).permutation(len(judged))[:_TIMED]
-    frames = [load_frame(pipeline, judged.images[int(row)]) for row in picked]
+    frames = [pipeline.frame(judged.images[int(row)].path) for row in picked]
     if not isinstance(exits, str):
         # They are not in the bundle yet.
         pipeline.calibrated = Calibrated(

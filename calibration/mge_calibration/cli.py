@@ -12,8 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, report, reports_errors
+from mge_runtime.cli.common import (
+    backend_option,
+    device_option,
+    max_pixels_option,
+    no_mmap_option,
+    report,
+    reports_errors,
+    threads_option,
+)
 from mge_runtime.errors import MGEError, OutputError
+from mge_runtime.files import echo
 
 if TYPE_CHECKING:
     from mge_calibration.calibrate import Learned
@@ -84,15 +93,11 @@ SHARE = _Share()
     type=click.Path(path_type=Path),
     help=f"Also write {_REPORT}, {_RELIABILITY} and {_EXITS} here.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
-@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(min=1),
-    callback=at_most_cpus,
-    help="Processors to compute with.  [default: all]",
-)
+@device_option
+@backend_option
+@threads_option
+@no_mmap_option
+@max_pixels_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was written to the bundle.")
 @click.version_option(package_name="mge")
 @reports_errors
@@ -107,6 +112,8 @@ def main(
     device: str,
     backend: str,
     threads: int | None,
+    no_mmap: bool,
+    max_pixels: int,
     as_json: bool,
 ) -> None:
     """Calibrate BUNDLE (default: mge.plan): its probabilities, and where its chain may stop early.
@@ -130,7 +137,10 @@ def main(
         from mge_runtime.calibrated import Promise
         from mge_runtime.files import atomic_path
 
-        request = Request(bundle, data, exit_data, Promise(epsilon, delta), seed, device, backend, threads)
+        promise = Promise(epsilon, delta)
+        request = Request(
+            bundle, data, exit_data, promise, seed, device, backend, threads, mmap=not no_mmap, max_pixels=max_pixels
+        )
         if report_to is not None:
             _make_folder(report_to)
         learned = learn(request, say=lambda line: click.echo(line, err=True), problem=report, progress=_progress)

@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 
 from mge_calibration.folder import LabelledImage
 from mge_runtime.ahead import batches, map_ahead
-from mge_runtime.decode import decode_picture
 from mge_runtime.errors import InputError
 from mge_runtime.manifest import Manifest
 from mge_runtime.pipeline import Pipeline
-from mge_runtime.preprocess import to_frame
 
-__all__ = ["Answers", "answer_names", "collect", "load_frame"]
+__all__ = ["Answers", "answer_names", "collect"]
 
 _BATCH = 8  # frames in one run where runs are not computed side by side
 _DECODERS = 2  # threads
@@ -85,21 +83,12 @@ def collect(
     return Answers(tuple(kept), labels, logits, unreadable=len(images) - len(kept))
 
 
-def load_frame(pipeline: Pipeline, image: LabelledImage) -> NDArray[np.uint8]:
-    """The chain's input for one image, uint8 RGB [S, S, 3].
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    return to_frame(decode_picture(image.path), pipeline.manifest.preprocess)[0]
-
-
 def _answered(
     pipeline: Pipeline, images: Sequence[LabelledImage], names: tuple[str, ...]
 ) -> Iterator[tuple[LabelledImage, NDArray[np.float32] | InputError]]:
     def load(image: LabelledImage) -> NDArray[np.uint8] | InputError:
         try:
-            return load_frame(pipeline, image)
+            return pipeline.frame(image.path)
         except InputError as error:
             return error.with_traceback(None)  # the traceback would keep the decoder's buffers
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from mge_runtime import sources
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
+from mge_runtime.files import file_sha256
 
 __all__ = ["LabelledImage", "data_sha256", "list_labelled", "short_digest", "split_by_content", "without"]
 
@@ -49,7 +50,7 @@ def list_labelled(
     _, samples = sources.list_labelled(root, class_names, say)
     named = [(path.relative_to(root).as_posix(), path, label) for path, label in samples]
     with ThreadPoolExecutor(cpu_count()) as pool:
-        hashes = list(pool.map(_file_sha256, (path for _, path, _ in named)))
+        hashes = list(pool.map(_content_sha256, (path for _, path, _ in named)))
     unique: dict[str, LabelledImage] = {}
     for (name, path, label), sha256 in zip(named, hashes, strict=True):
         first = unique.setdefault(sha256, LabelledImage(name, path, label, sha256))
@@ -91,10 +92,9 @@ def data_sha256(images: Iterable[LabelledImage]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _file_sha256(path: Path) -> str:
+def _content_sha256(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError:
         # Decoding reports what is wrong with it; until then it is told from others by its name.
         return hashlib.sha256(f"unreadable:{path}".encode()).hexdigest()

@@ -27,7 +27,7 @@ from mge.model import MGENet
 from mge_export.eager_chain import AuthorsChain
 from mge_export.eager_trunk import EagerUnavailable
 from mge_runtime.bench.contender import MILLISECONDS, Contender
-from mge_runtime.errors import InputError
+from mge_runtime.errors import InputError, brief
 
 __all__ = [
     "AUTHORS",
@@ -86,7 +86,7 @@ class _EagerContender:
         try:
             self._answer()
         except RuntimeError as error:  # out of memory, an operator that the device lacks
-            raise EagerUnavailable(f"{self.name} failed: {_first_line(error)}") from error
+            raise EagerUnavailable(f"{self.name} failed: {brief(error)}") from error
 
     @torch.no_grad()
     def _answer(self) -> None:
@@ -161,7 +161,7 @@ class CompiledContender(_EagerContender):
         except EagerUnavailable:
             raise
         except Exception as error:  # the compilers' exceptions have no common base
-            raise EagerUnavailable(f"torch.compile does not work here: {_first_line(error)}") from error
+            raise EagerUnavailable(f"torch.compile does not work here: {brief(error)}") from error
 
     def _make(self, model: MGENet) -> Callable[[Tensor], Any]:
         # With fullgraph a network that cannot be compiled is an error, not silently eager.
@@ -229,7 +229,7 @@ def _open(
             model.to(device)
             torch.backends.cudnn.benchmark = True
         except (RuntimeError, AssertionError) as error:
-            reason = f"PyTorch cannot use {device}: {_first_line(error)}"
+            reason = f"PyTorch cannot use {device}: {brief(error)}"
     for kind in (AuthorsContender, ModelContender, CompiledContender):
         for autocast in (False, True) if cuda else (False,):
             try:
@@ -239,7 +239,3 @@ def _open(
             except EagerUnavailable as error:
                 error.name = kind.title + (_AUTOCAST if autocast else "")
                 yield error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

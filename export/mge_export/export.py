@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +23,11 @@ from mge_export.parity import ParityReport, measure_parity
 from mge_export.precision import Precision, check_precision, infer_types
 from mge_export.report import format_report
 from mge_runtime.bundle import GraphModel, write_bundle
-from mge_runtime.errors import ExportError, OutputError
-from mge_runtime.files import check_writable, temporary_folder
+from mge_runtime.errors import ExportError
+from mge_runtime.files import check_output, temporary_folder
 from mge_runtime.manifest import Manifest
 
-__all__ = ["ExportResult", "check_output", "export_bundle", "file_sha256"]
+__all__ = ["ExportResult", "export_bundle"]
 
 TOOLS = ("mge", "torch", "timm", "onnx", "onnxscript", "onnxruntime")  # distributions that shape the graphs
 ATTESTED = "onnx: types inferred from the written graph"
@@ -139,31 +137,6 @@ def export_bundle(
         chain = join_graphs(manifest, {facts.name: facts.runs_on_cpu for facts in written})
         published = write_bundle(path, manifest, models, chain=chain.SerializeToString(deterministic=True), check=check)
     return ExportResult(path, published, report)
-
-
-def check_output(path: Path) -> None:
-    """Find out before the work, not after it, that a place cannot be written.
-
-    Raises:
-        OutputError: it cannot.
-    """
-    folder = path.parent
-    with suppress(OSError):  # check_writable says it
-        if path.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
-        if folder.is_file():
-            raise OutputError(f"cannot write {path}: {folder} is a file, expected a folder; name another with -o")
-        if not folder.is_dir():
-            raise OutputError(f"cannot write {path}: no folder {folder}; make it or name another place with -o")
-        if path.exists() and not path.is_file():
-            raise OutputError(f"cannot write {path}: it is a device or a pipe; expected a file name")
-    check_writable(path)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from mge_runtime.cli.common import reports_errors
+from mge_runtime.files import echo
 
 __all__ = ["main"]
 
@@ -49,11 +50,11 @@ def main(
             workers=workers if workers > 0 else os.cpu_count() or 1,
             progress=lambda done, _: bar.update(done - bar.pos),
         )
-    click.echo(f"{folder}: {total} pictures of {species} species" + ("" if drawn else ", already there"))
+    echo(f"{folder}: {total} pictures of {species} species" + ("" if drawn else ", already there"))
     if sheet is not None:
         with atomic_path(sheet) as draft:
             draw_sheet(guide).save(draft, format="PNG")
-        click.echo(f"{sheet}: contact sheet")
+        echo(f"{sheet}: contact sheet")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,21 @@ import shutil
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import note, reports_errors
-from mge_runtime.errors import CheckpointError, OutputError, TrainingError
+from mge_runtime.cli.common import max_pixels_option, note, reports_errors
+from mge_runtime.errors import CheckpointError, OutputError, TrainingError, brief
+from mge_runtime.files import echo
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from mge.checkpoint import Checkpoint
+    from mge.config import MGEConfig
     from mge.model import MGENet
 
 __all__ = ["main"]
@@ -29,7 +30,9 @@ PATH = click.Path(path_type=Path)
 UNIT = click.FloatRange(0, 1, max_open=True)
 CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
 # What may differ from the run that --resume goes on with; of --epochs, more.
-FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "accelerator", "devices", "compile"})
+FREE = frozenset(
+    {"data", "out", "overwrite", "resume", "epochs", "workers", "max_pixels", "accelerator", "devices", "compile"}
+)
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
@@ -49,7 +52,8 @@ FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "ac
 @click.option("--arch", default="resnet50", help="timm backbone; any CNN with features at strides 16 and 32.")
 @click.option(
     "--init", default="timm", metavar="timm|none|FILE",
-    help="ImageNet weights for the backbones (from timm, or a .safetensors file), or a best.pt to fine-tune.",
+    help="Weights to start from: timm downloads ImageNet's for the backbones, a .safetensors file brings them, none "
+    "draws them at random; a best.pt is fine-tuned.",
 )  # fmt: skip
 @click.option("--experts", type=click.IntRange(1), default=3, help="Experts in the chain; 1 trains a single network.")
 @click.option(
@@ -86,6 +90,7 @@ FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "ac
 @click.option("--flip/--no-flip", default=True, help="Random horizontal flips.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")
+@max_pixels_option
 @click.option("--accelerator", default="auto", help="Lightning Fabric's name: auto, cpu, cuda, mps.")
 @click.option("--devices", default="auto", help="How many of them; under torchrun, those it started.")
 @click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), default="32-true")
@@ -112,32 +117,35 @@ def main(**options: Any) -> None:
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     resume: Path | None = options["resume"]
-    checkpoint = None
+    config = None
     if resume is None:
         _complete(options)
     else:
-        checkpoint = _take_up(resume, options, given)
+        config = _take_up(resume, options, given)
     data, out = Path(options["data"]), Path(options["out"])
     first = _is_first_process()
     classes, train, val = training_splits(data, options["seed"], note if first else lambda _: None)
+    if resume is None:
+        config = None if _is_own(options["init"]) else _make_config(classes, options)
+    elif config is not None and config.classes != classes:
+        raise TrainingError(
+            f"{resume} knows {config.num_classes} classes, the data folder has {len(classes)} others; "
+            "expected the folder that the run started with; --init fine-tunes for other classes"
+        )
     moved = resume is not None and resume.resolve().parent != out.resolve()
     _check_folder(out, replace=options["overwrite"] or (resume is not None and not moved))
 
+    from mge.checkpoint import load_checkpoint
     from mge.data.folder import FolderDataset, TrainingDataset
     from mge.training.loop import Trainer
 
     names = {field.name for field in fields(TrainOptions)}
     train_options = TrainOptions(**{name: value for name, value in options.items() if name in names})
     fabric = _make_fabric(options["accelerator"], options["devices"], train_options.precision)
-    if checkpoint is None:
-        model, origin = _make_model(classes, options, given)
+    if resume is None:
+        model, origin = _make_model(config, classes, options, given)
     else:
-        model, origin = checkpoint.model, ""
-        if model.config.classes != classes:
-            raise TrainingError(
-                f"{resume} knows {model.config.num_classes} classes, the data folder has {len(classes)} others; "
-                "expected the folder that the run started with; --init fine-tunes for other classes"
-            )
+        model, origin = load_checkpoint(resume), ""
     options |= {name: value for name, value in asdict(model.config).items() if name in options}  # for --resume
     with _claimed(out, claim=first or fabric.world_size == 1):
         if resume is not None and moved and first:
@@ -145,16 +153,18 @@ def main(**options: Any) -> None:
         _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
         if fabric.is_global_zero:
             if validation_folder(data) is None:
-                click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
-            click.echo(
+                echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
+            echo(
                 f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
                 f"{model.config.experts} x {model.config.arch} at {model.config.image_size} px{origin}"
             )
-            click.echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
+            echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
         trainer = Trainer(
             model,
-            TrainingDataset(train, model.config, seed=train_options.seed, flip=train_options.flip),
-            FolderDataset(val, model.config),
+            TrainingDataset(
+                train, model.config, seed=train_options.seed, flip=train_options.flip, max_pixels=options["max_pixels"]
+            ),
+            FolderDataset(val, model.config, max_pixels=options["max_pixels"]),
             train_options,
             out,
             fabric,
@@ -164,18 +174,20 @@ def main(**options: Any) -> None:
     if not fabric.is_global_zero:
         return  # with 0: Fabric kills the first process when another one fails
     if progress.epoch < train_options.epochs:
-        click.echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
+        echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
         raise click.exceptions.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     best = out / "best.pt"
     if not best.exists():
         raise TrainingError(
             f"no epoch of this run was kept, and the best.pt beside {resume} is gone; train on (--epochs)"
         )
-    click.echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
+    echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
 
 
 def _complete(options: dict[str, Any]) -> None:
     """Put the values that hang on others into the options of a new run."""
+    from mge.archive import check_file
+
     if options["data"] is None:
         raise click.UsageError("missing option '--data'")
     options["data"] = options["data"].absolute()
@@ -188,25 +200,38 @@ def _complete(options: dict[str, Any]) -> None:
         options["crop_area"] = CROP_AREA
     if options["init"] not in ("timm", "none"):
         _require_file(Path(options["init"]), "--init", "timm, none, a .safetensors file or a best.pt")
+    if _is_own(options["init"]):
+        check_file(Path(options["init"]))
 
 
-def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> Checkpoint:
-    """Read a checkpoint to go on with, and put what its run was asked for into the options that are not given.
+def _is_own(init: str) -> bool:
+    """Whether --init names a checkpoint to fine-tune."""
+    return init not in ("timm", "none") and not init.endswith(".safetensors")
+
+
+def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfig:
+    """Put what a run was asked for into the options that are not given; returns its config.
 
     Raises:
         TrainingError: a given option differs, or the file says too little.
     """
-    from mge.archive import check_file
+    from mge.archive import check_file, read_plain
+    from mge.config import MGEConfig
+    from mge.training.options import require_as_many_epochs
 
     _require_file(resume, "--resume", "the last.pt of a run")
-    check_file(resume)  # before PyTorch is loaded, which takes seconds
+    check_file(resume)
+    content = read_plain(resume)
+    if not isinstance(content, dict) or "config" not in content:
+        from mge.checkpoint import read_checkpoint
 
-    from mge.checkpoint import read_checkpoint
-
-    checkpoint = read_checkpoint(resume)
-    if checkpoint.training is None:
+        checkpoint = read_checkpoint(resume)  # says what else it is
+        content = {"config": checkpoint.model.config.to_dict(), "training": checkpoint.training}
+    training = content.get("training")
+    if training is None:
         raise TrainingError(f"{resume} holds a model but no training state; expected last.pt of an unfinished run")
-    before = asdict(checkpoint.model.config) | checkpoint.training["options"] | checkpoint.training.get("command", {})
+    config = MGEConfig.from_dict(content["config"])
+    before = asdict(config) | training["options"] | training.get("command", {})
     for name in options.keys() - {"out", "overwrite", "resume"}:
         if name not in given:
             options[name] = before.get(name, options[name])
@@ -218,8 +243,9 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> Checkpoi
             )
     if options["data"] is None:
         raise TrainingError(f"{resume} does not say where its images lie; add --data")
+    require_as_many_epochs(resume, options["epochs"], training["options"]["epochs"])
     options["out"] = options["out"] or resume.parent
-    return checkpoint
+    return config
 
 
 def _bring_best(old: Path, new: Path) -> None:
@@ -260,9 +286,9 @@ def _make_fabric(accelerator: str, devices: str, precision: str) -> Fabric:
     try:
         return Fabric(accelerator=accelerator, precision=precision, **placement)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, RuntimeError) as error:  # Fabric's ways to refuse an option or a missing device
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: {reason}; "
+            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: "
+            f"{brief(error)}; "
             "expected what this machine has, for instance --accelerator cpu"
         ) from error
 
@@ -272,9 +298,8 @@ def _launch(fabric: Fabric) -> None:
     try:
         fabric.launch()
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot start {fabric.world_size} processes: {reason}; expected a machine that can, or --devices 1"
+            f"cannot start {fabric.world_size} processes: {brief(error)}; expected a machine that can, or --devices 1"
         ) from error
 
 
@@ -322,38 +347,52 @@ def _claimed(out: Path, *, claim: bool) -> Generator[None]:
         os.close(folder)
 
 
-def _make_model(classes: tuple[str, ...], options: dict[str, Any], given: set[str]) -> tuple[MGENet, str]:
-    """A model that starts from --init, and what to say of its origin."""
-    import torch
+def _thresholds(options: dict[str, Any]) -> tuple[float, ...]:
+    """What was asked for; one stands for every crop, none for the default."""
+    from mge.config import PAPER_THRESHOLD
 
+    return options["box_threshold"] or ((PAPER_THRESHOLD,) if options["recipe"] == "paper" else ())
+
+
+def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig:
+    """The config that the options ask for; whether features are normalised by default hangs on the backbone."""
     from mge.config import PAPER_THRESHOLD, MGEConfig
-    from mge.model import MGENet
-    from mge.pretrained import fine_tuned, has_linear_features, initialize_trunks
 
-    init = options["init"]
-    # One stands for every crop, of which a model of one's own says how many there are.
-    thresholds = options["box_threshold"] or ((PAPER_THRESHOLD,) if options["recipe"] == "paper" else ())
-    torch.manual_seed(options["seed"])
-    if init not in ("timm", "none") and not init.endswith(".safetensors"):
-        names = {field.name for field in fields(MGEConfig)}
-        changes = {name: options[name] for name in given & names}
-        return fine_tuned(Path(init), classes, changes | ({"box_thresholds": thresholds} if thresholds else {}))
-    if len(thresholds) == 1:
-        thresholds *= options["experts"] - 1
-    arch, size = options["arch"], options["image_size"]
-    resize, normalize = options["resize"], options["normalize_features"]
-    config = MGEConfig(
-        arch=arch,
+    size, resize, crops = options["image_size"], options["resize"], options["experts"] - 1
+    thresholds = _thresholds(options) or (PAPER_THRESHOLD,)
+    return MGEConfig(
+        arch=options["arch"],
         classes=classes,
         experts=options["experts"],
         image_size=size,
         resize=size * 8 // 7 if resize is None else resize,  # 512 for the paper's 448
         mean=options["mean"],
         std=options["std"],
-        box_thresholds=thresholds or (PAPER_THRESHOLD,) * (options["experts"] - 1),
+        box_thresholds=thresholds * crops if len(thresholds) == 1 else thresholds,
         parts_per_class=options["parts_per_class"],
-        normalize_features=has_linear_features(arch) if normalize is None else normalize,
+        normalize_features=bool(options["normalize_features"]),
     )
+
+
+def _make_model(
+    config: MGEConfig | None, classes: tuple[str, ...], options: dict[str, Any], given: set[str]
+) -> tuple[MGENet, str]:
+    """A model that starts from --init, and what to say of its origin."""
+    import torch
+
+    from mge.config import MGEConfig
+    from mge.model import MGENet
+    from mge.pretrained import fine_tuned, has_linear_features, initialize_trunks
+
+    init = options["init"]
+    torch.manual_seed(options["seed"])
+    if config is None:
+        names = {field.name for field in fields(MGEConfig)}
+        changes = {name: options[name] for name in given & names}
+        thresholds = _thresholds(options)
+        return fine_tuned(Path(init), classes, changes | ({"box_thresholds": thresholds} if thresholds else {}))
+    if options["normalize_features"] is None:
+        config = replace(config, normalize_features=has_linear_features(config.arch))
     model = MGENet(config)
     if init != "none":
         initialize_trunks(model, init)

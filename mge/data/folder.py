@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mge.config import MGEConfig
 from mge.data.sampling import sample_generator
-from mge_runtime.decode import decode_picture
+from mge_runtime.decode import MAX_PIXELS, decode_picture
 from mge_runtime.preprocess import crop_resized, resized_size, to_frame
 
 __all__ = ["FolderDataset", "TrainingDataset", "normalize"]
@@ -33,16 +33,17 @@ class FolderDataset(Dataset[tuple[Tensor, int, Tensor]]):
     The last is a float64 tensor of a `Viewport`'s fields in their order, since a loader's batches are tensors.
     """
 
-    def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig) -> None:
+    def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig, *, max_pixels: int = MAX_PIXELS) -> None:
         self.samples = list(samples)
         self.config = config
+        self._max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
         path, label = self.samples[index]
-        frame, viewport = to_frame(decode_picture(path), self.config.preprocess)
+        frame, viewport = to_frame(decode_picture(path, self._max_pixels), self.config.preprocess)
         return normalize(frame, self.config), label, torch.tensor(astuple(viewport), dtype=torch.float64)
 
 
@@ -52,11 +53,20 @@ class TrainingDataset(Dataset[tuple[Tensor, int]]):
     Indexed by the (epoch, index) pairs of an `EpochSampler`: the same pair always gives the same image.
     """
 
-    def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig, *, seed: int, flip: bool = True) -> None:
+    def __init__(
+        self,
+        samples: Sequence[tuple[Path, int]],
+        config: MGEConfig,
+        *,
+        seed: int,
+        flip: bool = True,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.samples = list(samples)
         self.config = config
         self._seed = seed
         self._flip = flip
+        self._max_pixels = max_pixels
 
     def fingerprint(self) -> str:
         """Number of images and a hash of their names and classes, to tell one training set from another."""
@@ -70,7 +80,7 @@ class TrainingDataset(Dataset[tuple[Tensor, int]]):
         epoch, index = key
         path, label = self.samples[index]
         random = sample_generator(self._seed, epoch, index)
-        frame = random_crop(decode_picture(path), self.config, random)
+        frame = random_crop(decode_picture(path, self._max_pixels), self.config, random)
         if self._flip and random.random() < 0.5:
             frame = frame[:, ::-1]
         return normalize(frame, self.config), label

@@ -36,15 +36,22 @@ def _collate(samples: list[Any]) -> Any:
 
 
 def make_loader(
-    dataset: Dataset[Any], batch_size: int, *, workers: int, device: torch.device | None = None, **options: Any
+    dataset: Dataset[Any],
+    batch_size: int,
+    *,
+    workers: int,
+    device: torch.device | None = None,
+    persistent: bool = False,
+    **options: Any,
 ) -> DataLoader[Any]:
-    """A loader whose batches are to be read through `batches`; its processes live as long as it does.
+    """A loader whose batches are to be read through `batches`.
 
     Args:
         dataset: decodes in the workers.
         batch_size: images.
         workers: processes, at most one for each core.
         device: where the batches go; for a GPU they lie in pinned memory, so that copying them need not wait.
+        persistent: whether the processes live as long as the loader, rather than as one pass through it.
         options: of `DataLoader`.
     """
     workers = min(workers, cpu_count())  # more only wait for each other
@@ -54,7 +61,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=shield_worker,
-        persistent_workers=workers > 0,
+        persistent_workers=persistent and workers > 0,
         pin_memory=device is not None and device.type == "cuda",
         **options,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["to_training_layout"]
 
@@ -24,10 +24,17 @@ def to_training_layout(model: nn.Module, device: torch.device) -> None:
         if isinstance(module, nn.Conv2d) and _is_fragile(module):
             # A clone: a 1x1 kernel counts as contiguous whatever its strides, by which PyTorch chooses the layout.
             module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
-            module.register_forward_pre_hook(
-                lambda _, inputs: (inputs[0].clone(memory_format=torch.contiguous_format),)
-            )
-            module.register_forward_hook(lambda _, __, output: output.contiguous(memory_format=torch.channels_last))
+            if _to_contiguous not in module._forward_pre_hooks.values():  # a second `fit` finds them there
+                module.register_forward_pre_hook(_to_contiguous)
+                module.register_forward_hook(_to_channels_last)
+
+
+def _to_contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    return (inputs[0].clone(memory_format=torch.contiguous_format),)
+
+
+def _to_channels_last(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.contiguous(memory_format=torch.channels_last)
 
 
 def _is_fragile(layer: nn.Conv2d) -> bool:

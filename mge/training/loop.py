@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from lightning.fabric import Fabric
@@ -32,6 +31,7 @@ from mge.training.record import Board, Meter, write_csv, write_curves
 from mge.training.state import Progress, Stateful, load_progress, save_progress, seed_step
 from mge.training.thresholds import crop_report, propose_threshold
 from mge_runtime.errors import TrainingError
+from mge_runtime.files import echo
 
 __all__ = ["Trainer", "within_noise"]
 
@@ -97,12 +97,10 @@ class Trainer:
                 parts,
                 images=self.train.fingerprint(),
                 processes=self.fabric.world_size,
-                say=click.echo if self.fabric.is_global_zero else lambda _: None,
+                say=echo if self.fabric.is_global_zero else lambda _: None,
             )
-            if progress.step > self.steps_per_epoch:  # there are fewer images now; losses stay means of the steps
-                share = self.steps_per_epoch / progress.step
-                progress.sums = {name: value * share for name, value in progress.sums.items()}
-                progress.step = self.steps_per_epoch
+            if progress.step > self.steps_per_epoch:  # there are fewer images now
+                progress.move(self.steps_per_epoch)
         done = progress.epoch * self.steps_per_epoch + progress.step
         schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
         meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
@@ -123,7 +121,7 @@ class Trainer:
         if answers is not None and not stop and self.fabric.is_global_zero:
             config = self.model.config
             for line in crop_report(answers.heatmaps, config.image_size, config.box_thresholds):
-                click.echo(f"last.pt: {line}")
+                echo(f"last.pt: {line}")
         return progress
 
     @property
@@ -149,6 +147,7 @@ class Trainer:
             batch,
             workers=self.options.workers,
             device=self.fabric.device,
+            persistent=True,
             sampler=self._sampler,
             drop_last=len(self.train) // self.fabric.world_size >= batch,
         )
@@ -156,6 +155,7 @@ class Trainer:
 
     @cached_property
     def _val_loader(self) -> Any:
+        """Its workers end with each validation: those of training keep their memory, and decode more often."""
         loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers, device=self.fabric.device)
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
@@ -262,7 +262,7 @@ class Trainer:
                 save_checkpoint(self.folder / "best.pt", self.model)
             write_csv(self.folder / "metrics.csv", progress.history)
             singles = [line.top1 for line in rows if line.name.startswith("expert") and line.name.count(" ") == 1]
-            click.echo(
+            echo(
                 f"epoch {progress.epoch + 1:3d}  loss {row['loss/total']:7.3f}  "
                 f"val: experts {' '.join(f'{100 * value:5.1f}' for value in singles)}  "
                 f"{rows[-1].name} {100 * accuracy:5.1f} %  areas {' '.join(f'{100 * area:.0f}' for area in areas)} %  "

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["SCHEDULES", "TrainOptions"]
+from mge_runtime.errors import TrainingError
+
+__all__ = ["SCHEDULES", "TrainOptions", "require_as_many_epochs"]
 
 SCHEDULES = ("step", "onecycle", "cosine")
 
@@ -30,3 +33,13 @@ class TrainOptions:
     workers: int = 2  # processes that decode images
     precision: str = "32-true"  # Lightning Fabric's name
     compile: bool = False  # torch.compile for the backbones
+
+
+def require_as_many_epochs(path: Path, epochs: int, before: int) -> None:
+    """Refuse to go on with a run for fewer epochs than it was to have.
+
+    Raises:
+        TrainingError: so it is; `path` is the run's file.
+    """
+    if epochs < before:
+        raise TrainingError(f"{path} was trained with epochs = {before} (now {epochs}); expected as many or more")

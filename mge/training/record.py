@@ -8,10 +8,9 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
 from tqdm import tqdm
 
-from mge_runtime.files import atomic_path
+from mge_runtime.files import atomic_path, echo
 from mge_runtime.plot import expert_colour
 
 __all__ = ["Board", "Meter", "write_csv", "write_curves"]
@@ -66,7 +65,7 @@ class Meter:
             self._said = now
             share = self._done / (self._epochs * self._steps)
             batch = (self._done - 1) % self._steps + 1
-            click.echo(f"{self._name}, batch {batch}/{self._steps}: {loss}{share:.0%} done, {left}")
+            echo(f"{self._name}, batch {batch}/{self._steps}: {loss}{share:.0%} done, {left}")
 
 
 def write_csv(path: Path, history: History) -> None:

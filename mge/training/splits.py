@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import unicodedata
 from collections.abc import Callable
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
-
-import numpy as np
 
 from mge_runtime.errors import InputError
 from mge_runtime.sources import list_labelled, validation_folder
@@ -21,8 +21,10 @@ def training_splits(
 ) -> tuple[tuple[str, ...], list[tuple[Path, int]], list[tuple[Path, int]]]:
     """Classes, training samples and validation samples of `data` (ImageFolder layout).
 
-    Validation images are those of `validation_folder` where there is one; else a seeded tenth of every class of
-    `data/train` (at least one image where a class has two), taken out of training. `data/test` is never read.
+    Validation images are those of `validation_folder` where there is one; else a tenth of every class of `data/train`
+    (at least one image where a class has two), taken out of training. A seeded hash of their names chooses them: where
+    images are added or removed, the others stay on their side, but for the few by which the tenth grows or shrinks.
+    `data/test` is never read.
 
     Args:
         data: the data folder.
@@ -30,17 +32,28 @@ def training_splits(
         say: is told what was passed over, a line for each folder.
 
     Raises:
-        InputError: no training images, or a validation class without a training folder.
+        InputError: no training images, a validation class without a training folder, or two classes that Unicode calls
+            one.
     """
     classes, samples = list_labelled(data / "train", say=say)
+    for first, second in combinations(classes, 2) if len({*map(_composed, classes)}) < len(classes) else ():
+        if _composed(first) == _composed(second):
+            raise InputError(
+                f"{data / 'train'} holds two class folders named {first}, once composed and once decomposed in "
+                f"Unicode ({first!a}, {second!a}); expected one for each class: merge them"
+            )
     if (held_out := validation_folder(data)) is not None:
         return classes, samples, list_labelled(held_out, classes, say)[1]
-    random = np.random.default_rng(seed)
+
+    def rank(path: Path) -> bytes:
+        name = path.relative_to(data).as_posix()
+        return hashlib.sha256(f"{seed}:{name}".encode()).digest()
+
     held: set[Path] = set()
     for _, group in groupby(samples, key=lambda sample: sample[1]):
         paths = [path for path, _ in group]
         count = max(round(HOLDOUT * len(paths)), 1) if len(paths) > 1 else 0
-        held.update(paths[i] for i in random.permutation(len(paths))[:count])
+        held.update(sorted(paths, key=rank)[:count])
     if not held:
         raise InputError(
             f"{data / 'train'} has one image for each class and there is no {data / 'val'}; expected at least two "
@@ -51,3 +64,7 @@ def training_splits(
         [sample for sample in samples if sample[0] not in held],
         [sample for sample in samples if sample[0] in held],
     )
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)

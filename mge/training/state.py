@@ -12,7 +12,7 @@ import torch
 
 from mge.checkpoint import read_checkpoint, save_checkpoint
 from mge.model import MGENet
-from mge.training.options import TrainOptions
+from mge.training.options import TrainOptions, require_as_many_epochs
 from mge_runtime.errors import TrainingError
 
 __all__ = ["Progress", "Stateful", "load_progress", "save_progress", "seed_step"]
@@ -41,6 +41,11 @@ class Progress:
     best: float = -1.0  # highest validation accuracy so far, in [0, 1]
     kept: float = -1.0  # validation accuracy of the epoch in best.pt, in [0, 1]
     rates: list[float] = field(default_factory=list)  # of trunks and heads in the last step
+
+    def move(self, step: int) -> None:
+        """Go to another step of the epoch, where steps mean other images than before; the mean losses stay."""
+        share = step / self.step if self.step else 0.0
+        self.step, self.sums = step, {name: value * share for name, value in self.sums.items()}
 
 
 def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
@@ -111,8 +116,8 @@ def load_progress(
         options: those of the run; `epochs` may have grown.
         parts: as they were saved.
         images: names the training set. Another one than before (images were removed) goes on, no longer exactly.
-        processes: that share each step.
-        say: is told of another training set or more epochs.
+        processes: that share each step. Another number than before goes on, no longer exactly.
+        say: is told of another training set, another number of processes or more epochs.
 
     Raises:
         TrainingError: the file holds no training state, or was trained with other options.
@@ -120,16 +125,12 @@ def load_progress(
     training = read_checkpoint(path).training
     if training is None:
         raise TrainingError(f"{path} holds a model but no training state; expected last.pt of an unfinished run")
-    ours = _decisive(asdict(options) | {"devices": processes})
-    theirs = _decisive({"devices": 1} | training["options"])
+    ours, theirs = _decisive(asdict(options)), _decisive(training["options"])
     if changed := sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)):
         differences = ", ".join(f"{key} = {theirs.get(key)} (now {ours.get(key)})" for key in changed)
         raise TrainingError(f"{path} was trained with {differences}; expected the same options to resume exactly")
     before = training["options"]["epochs"]
-    if options.epochs < before:
-        raise TrainingError(
-            f"{path} was trained with epochs = {before} (now {options.epochs}); expected as many or more"
-        )
+    require_as_many_epochs(path, options.epochs, before)
     if options.epochs > before:
         say(f"{options.epochs} epochs instead of {before}: learning rates go on as in a run of that length")
     if training.get("images") != images:
@@ -140,9 +141,13 @@ def load_progress(
     for name, part in parts.items():
         if state := training.get(name):  # empty where the precision needs no scale
             part.load_state_dict(state)
-    return Progress(**training["progress"])
+    progress = Progress(**training["progress"])
+    if (shared := training["options"].get("devices", 1)) != processes:
+        say(f"{processes} processes instead of {shared}: each step learns from {processes}/{shared} as many images")
+        progress.move(progress.step * shared // processes)
+    return progress
 
 
 def _decisive(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that change what is learned (`epochs` may grow)."""
-    return {key: value for key, value in options.items() if key not in ("workers", "epochs", "compile")}
+    """The options that must not change (`epochs` may grow, `devices` change what a step learns from, which is said)."""
+    return {key: value for key, value in options.items() if key not in ("workers", "epochs", "compile", "devices")}

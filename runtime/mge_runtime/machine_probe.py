@@ -14,6 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from mge_runtime.errors import brief
 from mge_runtime.machine import Gpu, Machine, this_platform
 
 __all__ = ["available_memory", "describe_machine"]
@@ -109,7 +110,7 @@ def _import(name: str, libraries: dict[str, str], broken: dict[str, str]) -> Non
     try:
         module: Any = load_onnxruntime() if name == "onnxruntime" else importlib.import_module(_LIBRARIES[name][0])
     except Exception as error:  # a broken native library raises what it likes
-        broken[name] = _line(error)
+        broken[name] = brief(error)
         del libraries[name]
         return
     libraries[name] = str(getattr(module, "__version__", libraries[name]))
@@ -139,9 +140,9 @@ def _gpus(cuda: str, libraries: dict[str, str], broken: dict[str, str]) -> tuple
         core: Any = importlib.import_module("cuda.core")
         bindings: Any = importlib.import_module("cuda.bindings.driver")
     except Exception as error:  # cuda-core without bindings, or with those of another CUDA
-        broken["cuda-core"] = _line(error)
+        broken["cuda-core"] = brief(error)
         libraries.pop("cuda-core", None)
-        return (), f"cuda-core cannot be imported ({_line(error)}): {install}"
+        return (), f"cuda-core cannot be imported ({brief(error)}): {install} --upgrade"
     try:
         gpus: list[Gpu] = []
         for device in core.Device.get_all_devices():
@@ -160,7 +161,7 @@ def _gpus(cuda: str, libraries: dict[str, str], broken: dict[str, str]) -> tuple
                 )
             )
     except Exception as error:  # CUDAError, or what cuda-core raises where the driver lacks a function
-        return (), f"the NVIDIA driver for CUDA {cuda} is here, and its devices cannot be used: {_line(error)}"
+        return (), f"the NVIDIA driver for CUDA {cuda} is here, and its devices cannot be used: {brief(error)}"
     return tuple(gpus), None if gpus else f"the NVIDIA driver for CUDA {cuda} is here, and it finds no device"
 
 
@@ -175,7 +176,3 @@ def _board() -> str | None:
         return _MODEL.read_bytes().rstrip(b"\0").decode(errors="replace").strip() or None
     except OSError:
         return None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -157,6 +157,14 @@ def test_shares_outside_their_range_are_a_usage_error(copy, labelled, name, valu
     assert calibrate(copy, "--data", labelled, name, value).exit_code == 2
 
 
+def test_an_image_may_have_as_many_pixels_as_were_named(copy, labelled):
+    result = calibrate(copy, "--data", labelled, "--max-pixels", 10, "--no-mmap")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert "expected at most 1e-05 megapixels" in lines[0]
+    assert "none of the 240 images could be read" in lines[-1]
+
+
 def test_a_negative_seed_is_a_usage_error(copy, labelled):
     assert calibrate(copy, "--data", labelled, "--seed", "-1").exit_code == 2
 

@@ -18,6 +18,7 @@ from mge_export import export, parity
 from mge_export.cli import main
 from mge_runtime.bundle import Bundle, GraphModel, writer
 from mge_runtime.errors import OutputError
+from mge_runtime.files import check_output
 
 
 @pytest.fixture
@@ -172,9 +173,9 @@ def test_writing_is_tried_not_asked_for(monkeypatch, tmp_path):
     """Root may write anywhere, says the system; it cannot in /proc."""
     monkeypatch.setattr(os, "access", lambda *_: True)
     with pytest.raises(OutputError, match=r"cannot write /proc/mge\.plan: .*name another place"):
-        export.check_output(Path("/proc/mge.plan"))
+        check_output(Path("/proc/mge.plan"))
     (tmp_path / "mge.plan").write_bytes(b"the old one")
-    export.check_output(tmp_path / "mge.plan")
+    check_output(tmp_path / "mge.plan")
     assert leftovers(tmp_path) == {"mge.plan"}
     assert (tmp_path / "mge.plan").read_bytes() == b"the old one"
 
@@ -184,7 +185,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OutputError, match="File too large"):
-            export.check_output(tmp_path / "mge.plan")
+            check_output(tmp_path / "mge.plan")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

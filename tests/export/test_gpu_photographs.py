@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from mge_runtime.backends import choose
+from mge_runtime.bench.inputs import photograph_inputs
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
-from mge_runtime.selfcheck.pictures import photograph_frames
 from mge_runtime.selfcheck.run import all_checks
 from mge_runtime.selfcheck.subject import open_subject
 from mge_runtime.sources import find_images
@@ -15,7 +15,7 @@ NAMES = [name for name, _ in all_checks(np.empty(0, np.uint8))]
 
 
 def named(folder, subject):
-    return photograph_frames(find_images([str(folder)]).images, subject.manifest.preprocess)
+    return photograph_inputs(find_images([str(folder)]).images, subject.manifest.preprocess)
 
 
 @pytest.mark.parametrize("name", ["the same answers in batches", "two pipelines in one process"])
@@ -24,7 +24,6 @@ def test_an_export_passes_on_the_cpu(exported, photographs, name):
     frames = named(photographs, subject)
     check = dict(all_checks(frames.frames))[name](subject)
     assert check.outcome == "passed", check
-    assert frames.source == "10 images that were named"
     assert subject.limits.relative == exported.result.report.tolerances.relative
     assert "parity report" in subject.limits.source
 

@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -233,8 +235,54 @@ def test_bad_input_gets_one_line(data, tmp_path):
     assert "does not exist" in fails(train, "--data", data, "--accelerator", "cpu", "--resume", tmp_path / "absent.pt")
     assert "cannot train with --accelerator tpux" in fails(train, *start, "--accelerator", "tpux")
     assert "cannot train with --accelerator cpu --devices abc" in fails(train, *start, "--devices", "abc")
+    assert "expected at most 1e-05 megapixels" in fails(train, *start, "--max-pixels", "10")
     assert "image_size is 50" in fails(train, *start, "--image-size", "50")
     assert not (tmp_path / "x/best.pt").exists()
+
+
+WITHOUT_TORCH = """
+import json, sys
+sys.modules |= dict.fromkeys(["torch", "torchvision", "timm", "lightning"])  # importing them fails
+from click.testing import CliRunner
+from mge.cli.train import main as train
+from mge_export.cli import main as export
+lines = json.loads(sys.argv[1])
+print(json.dumps([CliRunner().invoke({"train": train, "export": export}[line[0]], line[1:]).stderr for line in lines]))
+"""
+
+
+def test_bad_options_are_refused_before_pytorch_is_loaded(trained, data, tmp_path):
+    content = torch.load(trained[0] / "last.pt")
+    content["training"]["options"]["epochs"] = content["training"]["command"]["epochs"] = 3
+    torch.save(content, tmp_path / "last.pt")
+    (tmp_path / "text.pt").write_text("text")
+    start = ["train", "--data", data, "--out", tmp_path / "x", *TINY, "--init", "none"]
+    resume = ["train", "--resume", tmp_path / "last.pt"]
+    best, thresholds = (
+        trained[0] / "best.pt",
+        ["--box-threshold", "0.1", "--box-threshold", "0.2", "--box-threshold", "0.3"],
+    )
+    expected = {
+        "arch is 'hf-hub:x/y'; expected the name of a CNN in timm": [*start, "--arch", "hf-hub:x/y"],
+        "resize is 40; expected at least image_size": [*start, "--resize", "40"],
+        "image_size is 50; expected a multiple of 16": [*start, "--image-size", "50"],
+        "box_thresholds is (0.1, 0.2, 0.3); expected 2": [*start, *thresholds],
+        "text.pt is a text file": [*start, "--init", tmp_path / "text.pt"],
+        "epochs = 3 (now 2); expected as many or more": [*resume, "--epochs", "2"],
+        "with --head-lr 0.01, now it is 0.5": [*resume, "--head-lr", "0.5"],
+        "holds a model but no training state": ["train", "--resume", best],
+        "data folder has 2 others": [*resume, "--data", tmp_path / "other"],
+        "no folder": ["export", "--ckpt", best, "-o", tmp_path / "none/x.plan"],
+        "--verify-images 0 takes all images": ["export", "--ckpt", best, "--verify-images", "0"],
+    }
+    shutil.copytree(data, tmp_path / "other")
+    for split in ("train", "val"):
+        (tmp_path / "other" / split / "b").rename(tmp_path / "other" / split / "c")
+    lines = json.dumps([[str(word) for word in words] for words in expected.values()])
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, lines], capture_output=True, text=True, check=True)
+    for message, said in zip(expected, json.loads(done.stdout), strict=True):
+        assert message in said.strip().splitlines()[-1]
+        assert said.startswith(("error: ", "Usage: "))
 
 
 def test_a_finished_run_is_not_overwritten_by_mistake(trained, data):

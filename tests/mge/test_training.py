@@ -1,11 +1,12 @@
 """The loop on a tiny network and drawn squares: resuming, interrupting, stopping at nonsense."""
 
 import csv
+import multiprocessing
 import os
+import pickle
 import re
 import signal
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -31,6 +33,7 @@ from mge.training.optim import make_optimizer, make_schedule
 from mge.training.options import TrainOptions
 from mge.training.record import Board, Meter
 from mge.training.splits import training_splits
+from mge.training.state import Progress, load_progress, save_progress
 from mge_runtime.errors import InputError, TrainingError
 
 COLOURS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
@@ -201,7 +204,9 @@ def test_ctrl_c_is_as_before_after_training(make):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_what_a_run_leaves(make):
+def test_what_a_run_leaves(make, monkeypatch):
+    drawn, draw = [], FigureCanvasAgg.print_png
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, path: (drawn.append(canvas), draw(canvas, path)))
     trainer = make()
     progress = trainer.fit()
     names = {path.name for path in trainer.folder.iterdir()}
@@ -215,6 +220,13 @@ def test_what_a_run_leaves(make):
     )
     with Image.open(trainer.folder / "curves.png") as image:
         assert image.size[0] > 600
+    panels = drawn[-1].figure.axes
+    assert panels[-1].get_title().startswith("learning rate")
+    for axes in panels:
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1, "it covers the curves"
+        assert all(tick == round(tick) for tick in axes.get_xticks()), "there are no half epochs"
+        looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+        assert len(set(looks)) == len(looks) > 1
     accuracies = [float(row["top1/mixture"]) for row in rows]
     best = max(i for i in range(3) if within_noise(accuracies[i], max(accuracies[:i], default=-1), 6))
     stored = load_checkpoint(trainer.folder / "best.pt").config.box_thresholds
@@ -259,13 +271,28 @@ def test_workers_live_on_and_batches_for_a_gpu_are_pinned():
         def __getitem__(self, index):
             return os.getpid()
 
-    loader = make_loader(Process(), 2, workers=1)
+    loader = make_loader(Process(), 2, workers=1, persistent=True)
     first, second = (next(batches(loader)) for _ in range(2))
     assert first.tolist() == second.tolist() != [os.getpid()] * 2
     assert [make_loader(Process(), 2, workers=0, device=torch.device(name)).pin_memory for name in ("cpu", "cuda")] == [
         False,
         True,
     ]
+
+
+def test_only_the_workers_of_training_outlive_an_epoch(make):
+    trainer = make("run", epochs=1, workers=1)
+    before = {process.pid for process in multiprocessing.active_children()}
+    trainer.fit()
+    assert len({process.pid for process in multiprocessing.active_children()} - before) == 1
+
+
+def test_a_second_fit_adds_no_hooks_and_a_model_in_its_layout_can_be_pickled():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2))
+    for _ in range(2):
+        to_training_layout(model, torch.device("cpu"))
+    (layer,) = pickle.loads(pickle.dumps(model))
+    assert (len(layer._forward_pre_hooks), len(layer._forward_hooks)) == (1, 1)
 
 
 def test_compiled_backbones_learn_the_same(make, monkeypatch):
@@ -368,13 +395,20 @@ def test_other_options_do_not_resume(make):
     trainer = make("run", epochs=1, head_lr=0.5)
     with pytest.raises(TrainingError, match=r"trained with head_lr = 0\.01 \(now 0\.5\); expected"):
         trainer.fit(trainer.folder / "last.pt")
-    two = make("run", epochs=1)
-    names = ("setup", "strategy", "device", "is_global_zero")
-    two.fabric = SimpleNamespace(world_size=2, **{name: getattr(two.fabric, name) for name in names})
-    with pytest.raises(TrainingError, match=r"trained with devices = 1 \(now 2\)"):
-        two.fit(two.folder / "last.pt")
     with pytest.raises(TrainingError, match="holds a model but no training state"):
         trainer.fit(trainer.folder / "best.pt")
+
+
+@pytest.mark.parametrize(("before", "now", "step"), [(2, 1, 10), (1, 4, 1), (1, 1, 5)])
+def test_another_number_of_processes_goes_on_at_the_same_images(make, before, now, step):
+    trainer = make("run", epochs=1)
+    path, said = trainer.folder / "last.pt", []
+    progress = Progress(step=5, sums={"part": 15.0})
+    save_progress(path, trainer.model, progress, trainer.options, {}, images="18", processes=before)
+    found = load_progress(path, trainer.options, {}, images="18", processes=now, say=said.append)
+    assert (found.step, found.sums["part"]) == (step, pytest.approx(3.0 * step))
+    assert said == ([] if now == before else [said[0]])
+    assert all(line.startswith(f"{now} processes instead of {before}: ") for line in said)
 
 
 def test_the_latest_epoch_within_noise_is_kept():
@@ -449,6 +483,29 @@ def test_without_val_a_tenth_is_held_out(data, tmp_path):
     assert (len(train), len(val)) == (16, 2)
     assert not {path for path, _ in train} & {path for path, _ in val}
     assert training_splits(tmp_path, seed=0)[2] == val
+    assert training_splits(tmp_path, seed=1)[2] != val
+
+
+def test_images_stay_held_out_where_others_are_removed(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(20):
+            (tmp_path / f"train/{name}/{number}.png").touch()
+    _, train, val = training_splits(tmp_path, seed=0)
+    assert len(val) == 4
+    for path, _ in train[::9]:
+        path.unlink()
+    assert training_splits(tmp_path, seed=0)[2] == val
+
+
+def test_classes_that_unicode_calls_one_are_refused(tmp_path):
+    for name in ("caf\u00e9", "cafe\u0301", "tea"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").touch()
+        (tmp_path / "train" / name / "1.png").touch()
+    with pytest.raises(InputError, match=r"two class folders named .*'cafe\\u0301', 'caf\\xe9'.*merge them") as error:
+        training_splits(tmp_path, seed=0)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_images_is_refused(tmp_path):

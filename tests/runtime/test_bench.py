@@ -15,8 +15,10 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from mge_runtime.backends import onnxruntime as onnxruntime_backend
+from mge_runtime.backends import ort, ort_graph
 from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.bench import deadline, fresh, inputs, measure, pipelined, rounds, run, toolchain
+from mge_runtime.bench import child, deadline, fresh, inputs, measure, pipelined, rounds, run, toolchain
 from mge_runtime.bench.deadline import NO_TIME, Deadline
 from mge_runtime.bench.report import BenchReport
 from mge_runtime.bench.run import run_bench
@@ -171,7 +173,7 @@ def slow(monkeypatch):
         return run_timed(self, frames, **options)
 
     monkeypatch.setattr(Pipeline, "run_timed", slowly)
-    monkeypatch.setattr(run, "measure_fresh", lambda *_: None)
+    monkeypatch.setattr(run, "measure_fresh", lambda *_, **__: None)
     monkeypatch.setattr(run, "find_meter", lambda _: "not asked")
     monkeypatch.setattr(inputs, "_HEIGHT", 96)
     monkeypatch.setattr(inputs, "_WIDTH", 128)
@@ -212,7 +214,7 @@ from mge_runtime.bench import inputs, run
 from mge_runtime.bench.contenders import ChainContender
 from mge_runtime.cli.bench import main
 inputs._HEIGHT, inputs._WIDTH = 96, 128
-run.measure_fresh = lambda *given: None
+run.measure_fresh = lambda *_, **__: None
 runs = ChainContender.run
 def slowly(self):
     runs(self)
@@ -296,6 +298,36 @@ def test_an_unknown_batch_size_is_a_usage_error(bundle_path, batch):
     result = CliRunner().invoke(main, ["--engine", str(bundle_path), "--batch", batch])
     assert result.exit_code == 2
     assert "is no batch size" in result.stderr
+
+
+def test_an_image_may_have_as_many_pixels_as_were_named(bundle_path, tmp_path):
+    Image.new("RGB", (5, 4)).save(tmp_path / "0.png")
+    arguments = ["--engine", str(bundle_path), "--device", "cpu", "--max-pixels", "19", str(tmp_path)]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "expected at most 1.9e-05 megapixels" in result.stderr.splitlines()[-1]
+
+
+def test_without_mapping_everything_that_is_measured_loads_its_weights(bundle_path, tmp_path, monkeypatch):
+    mapped, commands, load = [], [], ort.load_weights
+
+    def loaded(runtime, options, bundle, graph):
+        mapped.append(bundle.maps_weights)
+        return load(runtime, options, bundle, graph)
+
+    for module in (onnxruntime_backend, ort_graph):
+        monkeypatch.setattr(module, "load_weights", loaded)
+    monkeypatch.setattr(fresh, "_start", lambda command: commands.append(command) or fresh.Start(1.0, None))
+    arguments = ["--engine", str(bundle_path), "--device", "cpu", "--iterations", "1", "--warmup", "1", "--images", "1"]
+    result = CliRunner().invoke(main, [*arguments, "--threads", "1", "--no-mmap"])
+    assert result.exit_code == 0, result.output
+    (child_arguments,) = {tuple(command[3:]) for command in commands if command[2] == child.__name__}
+    assert child_arguments[-1] == "loaded"
+    opened = len(mapped)
+    np.zeros((32, 32, 3), np.uint8).tofile(tmp_path / "frame")
+    child.main(str(bundle_path), str(tmp_path / "frame"), *child_arguments[2:])
+    assert len(mapped) > opened > 0
+    assert not any(mapped)
 
 
 def test_errors_are_one_line(bundle_path, tmp_path):
@@ -409,7 +441,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
 
 
 def test_a_batch_too_large_is_refused_before_processes_are_started(bundle_path, monkeypatch):
-    monkeypatch.setattr(run, "measure_fresh", lambda *_: pytest.fail("processes were started"))
+    monkeypatch.setattr(run, "measure_fresh", lambda *_, **__: pytest.fail("processes were started"))
     check = run._check_batches
     monkeypatch.setattr(run, "_check_batches", lambda batches, _most: check(batches, 2))  # as if engines ran it
     result = CliRunner().invoke(main, ["--engine", str(bundle_path), "--device", "cpu", "--batch", "1,3"])

@@ -71,7 +71,7 @@ def test_parts_of_the_archive_that_would_need_zip64_are_refused():
         archive.add("manifest.json", [Endless()])
 
 
-def test_extracted_stages_are_ordinary_onnx_models(bundle_path, tmp_path):
+def test_extracted_graphs_are_ordinary_onnx_models(bundle_path, tmp_path):
     onnxruntime = load_onnxruntime()
     with Bundle.open(bundle_path) as bundle:
         written = bundle.extract(tmp_path / "out")

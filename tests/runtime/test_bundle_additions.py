@@ -75,7 +75,7 @@ def test_additions_of_another_manifest_are_refused(copy, tiny, tmp_path):
             bundle.calibration() if name == "calibration.json" else bundle.engine(TARGET)
 
 
-def test_unknown_stages_and_odd_targets_are_refused(copy):
+def test_unknown_graphs_and_odd_targets_are_refused(copy):
     with Bundle.open(copy) as bundle:
         digest = bundle.manifest_sha256
     with pytest.raises(BundleError, match="no such graph"):
@@ -260,11 +260,14 @@ def test_whoever_waits_for_another_process_says_so_and_can_be_stopped(copy, prog
     with copy.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with subprocess.Popen([sys.executable, "-c", program, copy], stderr=subprocess.PIPE, text=True) as process:
+            guard = threading.Timer(60, process.kill)  # one that says nothing would wait for ever
+            guard.start()
             lines = []
             for line in process.stderr:
                 lines.append(line)
                 if line.startswith("waiting for another process that writes "):
                     process.send_signal(number)
+            guard.cancel()
             assert process.wait(20) == 1
     assert lines[-1].startswith("error: ")
     assert f"was interrupted ({number.name})" in lines[-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from mge_runtime.bundle import Bundle, add_engine
+from mge_runtime.bundle import Bundle, add_calibration, add_engine
 from mge_runtime.bundle.archive import ArchiveError, ArchiveWriter, read_directory
 from mge_runtime.errors import BundleError
 
@@ -49,6 +49,29 @@ def test_documents_of_any_size_are_not_read(copy):
     with pytest.raises(BundleError, match="expected at most"):
         add_engine(copy, TARGET, {}, {"notes": "n" * 2**22}, manifest_sha256=digest)
     assert zip_entries.read_entries(copy) == entries
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("1" * 401, "a number has 401 digits"),
+        ("1e999", "1e999 is beyond every number"),
+        ("[" * 900 + "]" * 900, "nested more than 32 deep"),
+        (r'"\ud800"', "surrogates not allowed"),
+    ],
+    ids=["digits", "exponent", "depth", "surrogate"],
+)
+@pytest.mark.parametrize("document", ["calibration.json", f"engines/{TARGET}/engine.json"])
+def test_what_would_break_readers_of_additions_is_refused(copy, document, value, found):
+    with Bundle.open(copy) as bundle:
+        digest = bundle.manifest_sha256
+    add_calibration(copy, {"note": "here"})
+    add_engine(copy, TARGET, {}, {"note": "here"}, manifest_sha256=digest)
+    entries = zip_entries.read_entries(copy)
+    entries[document] = entries[document].replace(b'"here"', value.encode())
+    zip_entries.write_entries(copy, entries)
+    with Bundle.open(copy) as bundle, pytest.raises(BundleError, match=found):
+        bundle.calibration() if document == "calibration.json" else bundle.engine(TARGET)
 
 
 # --- damage -------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class OnHost(Backend):
         return open_ort_chain(onnxruntime, bundle, HostDevice())
 
 
-BACKENDS = {"staged": lambda: OnnxRuntimeBackend(threads=1), "device": OnHost}
+BACKENDS = {"host": lambda: OnnxRuntimeBackend(threads=1), "device": OnHost}
 
 
 def open_chain(path, backend, **options):
@@ -195,7 +195,7 @@ def test_a_graph_that_does_not_keep_its_shape_is_refused(tiny, tmp_path, frames)
         path = tmp_path / f"{number}.plan"
         rewrite(tiny, path, "logits", node)
         with pytest.raises(BundleError, match=r"logits.*the manifest says"):
-            open_chain(path, "staged").run(frames)
+            open_chain(path, "host").run(frames)
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("float32", (3, 32, 7)), ("float32", (3, 32)), ("float16", (3, 32, 32))])

@@ -192,6 +192,37 @@ def test_opening_closing_and_a_failed_run_wait_for_another_pipelines_first_run(p
     opening.result(30).close()
 
 
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        pytest.param(lambda chain: chain.run(frames(2), 3, EVERY), id="a larger buffer for more outputs"),
+        pytest.param(lambda chain: chain._space.spare(64), id="memory to change rows, where images leave early"),
+        pytest.param(lambda chain: chain._space.close(), id="what it frees"),
+    ],
+)
+def test_a_settled_run_that_allocates_waits_for_another_pipelines_first_run(pair, allocate):
+    (_, settled), gate, start = pair
+    for _ in range(2):
+        settled.run(frames(2), 3, {"logits"})
+    device, gate.stops = settled._device, True
+    before = device.allocated + device.allocated_host
+    log = []
+    for name in ("_allocate", "_allocate_host"):
+        method = getattr(device, name)
+        setattr(device, name, lambda size, method=method: log.append(size) or method(size))
+    running = start(0, 2)
+    assert gate.inside.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        allocating = pool.submit(allocate, settled)
+        done, early = wait([allocating], 0.3).done, list(log)
+        gate.let_on.set()
+        allocating.result(30)
+    assert not early
+    assert not done
+    assert device.allocated + device.allocated_host != before
+    running.result(30)
+
+
 def test_a_first_run_that_fails_gives_its_turn_back(pair, expected):
     (first, second), gate, start = pair
     gate.fails = True

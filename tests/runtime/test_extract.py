@@ -60,7 +60,7 @@ def called(tmp_path):
     return called
 
 
-def test_the_script_calls_trtexec_for_every_stage_with_its_shapes(bundle_path, tmp_path, called):
+def test_the_script_calls_trtexec_for_every_graph_with_its_shapes(bundle_path, tmp_path, called):
     with Bundle.open(bundle_path) as bundle:
         extract_bundle(bundle, tmp_path / "out")
         graphs = {graph.name for graph in bundle.manifest.graphs}

@@ -9,9 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 from mge_runtime.bundle import Bundle, add_calibration, add_engine
-from mge_runtime.cli.common import format_bytes, reports_errors
+from mge_runtime.cli.common import reports_errors
 from mge_runtime.cli.info import main
 from mge_runtime.cli.info_parity import parity_lines
+from mge_runtime.files import format_bytes
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.trt.batch import BatchRange

@@ -24,7 +24,8 @@ from mge_runtime.bundle import add_calibration
 from mge_runtime.cli.run import main
 from mge_runtime.cpus import cpu_count
 from mge_runtime.prediction import softmax
-from mge_runtime.sources import SAVED_SUFFIX
+from mge_runtime.report import PictureFolder
+from mge_runtime.sources import SAVED_SUFFIX, NamedImage
 
 COMMAND = [sys.executable, "-c", "from mge_runtime.cli.run import main; main(prog_name='mge-run')"]
 
@@ -231,6 +232,11 @@ def test_save_draws_every_image_and_overwrites_none(folder):
     run("in", f"in/1{SAVED_SUFFIX}", "--save", "in")
     assert Path(f"in/1{SAVED_SUFFIX}").read_bytes() == named
     assert len(run("in").stdout.splitlines()) == 4
+
+
+@pytest.mark.timeout(10)  # a second; half a minute where each name tries all before it
+def test_names_for_many_images_of_one_name_are_found_at_once(tmp_path):
+    PictureFolder(tmp_path, [NamedImage(f"{n}/1.jpg", Path(f"/{n}/1.jpg")) for n in range(6000)])
 
 
 def test_standard_input(expected):

@@ -83,24 +83,33 @@ def test_the_command_reports_on_the_cpu(bundle_path, tmp_path):
     assert all(row.replace(r"\|", "").count("|") in (3, 5) for row in rows)
 
 
-def test_photographs_are_named_and_a_bad_one_is_an_error(bundle_path, tmp_path):
+def test_photographs_are_named_and_a_bad_one_is_passed_over_as_in_measuring(bundle_path, tmp_path):
     for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (3, 50, 60, 3), np.uint8)):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
     arguments = ["--engine", str(bundle_path), "--selfcheck", "--device", "cpu", "--runs", "2", "--threads", "1"]
     result = CliRunner().invoke(main, [*arguments, str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "images   3 images that were named" in result.stdout
+    assert "images   3 named images" in result.stdout
     (tmp_path / "bad.png").write_bytes(b"no picture")
     result = CliRunner().invoke(main, [*arguments, str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "images   3 of 4 named images" in result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "bad.png" in line
+    result = CliRunner().invoke(main, [*arguments, str(tmp_path / "bad.png")])
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"{line}\n")
+    result = CliRunner().invoke(main, [*arguments, str(tmp_path / "0.png"), "--max-pixels", "10"])
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert "bad.png" in result.stderr
+    assert "expected at most 1e-05 megapixels" in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["--selfcheck", "--runs", "1"], 2, "--runs"),
+        (["--selfcheck", "--seconds", "9", "-b", "2"], 2, "measures no speed, so it cannot use --batch, --seconds"),
+        (["--selfcheck", "--images", "3", "--ckpt", "best.pt"], 2, "so it cannot use --images, --ckpt"),
+        (["--runs", "5"], 2, "without --selfcheck nothing is checked, so it cannot use --runs"),
         (["--selfcheck", "--engine", "missing.plan"], 1, "error: no bundle at missing.plan"),
         (["--selfcheck", "--engine", "missing.plan", "no.jpg", "nowhere/*.jpg"], 1, "error: "),
     ],
@@ -145,7 +154,7 @@ def test_a_failed_check_is_reported_the_others_go_on_and_the_exit_code_is_1(bund
     )
     assert "FAILED" in report.to_text()
     assert "**failed**" in report.to_markdown()
-    monkeypatch.setattr("mge_runtime.selfcheck.subject.open_subject", lambda *_: broken)
+    monkeypatch.setattr("mge_runtime.selfcheck.subject.open_subject", lambda *_, **__: broken)
     result = CliRunner().invoke(main, ["--engine", str(bundle_path), "--selfcheck", "--runs", "2"])
     assert result.exit_code == 1
     assert "6 failed" in result.stdout
@@ -180,7 +189,7 @@ def test_engines_that_are_read_before_they_are_refused_fail(on_cpu, monkeypatch)
     assert failed(check_refused(on_cpu), "not refused")
 
 
-def test_precision_is_attested_for_every_stage(on_cpu, with_engines):
+def test_precision_is_attested_for_every_graph(on_cpu, with_engines):
     graphs = [graph.name for graph in on_cpu.manifest.graphs]
     good = {name: {"type": "fp32", "attested": "network"} for name in graphs}
     check = check_attested(with_engines(good))

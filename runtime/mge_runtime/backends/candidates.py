@@ -61,7 +61,7 @@ def _gpu(machine: Machine, index: int) -> tuple[str | None, Gpu | None]:
         last = len(machine.gpus) - 1
         return f"this machine has no such GPU; expected cuda:0{f' to cuda:{last}' if last else ''}", None
     if (error := machine.broken.get("cuda-core")) is not None:
-        return f"cuda-core cannot be imported ({error}): {_cuda_core(machine)}", None
+        return f"cuda-core cannot be imported ({error}): {_cuda_core(machine)} --upgrade", None
     if "cuda-core" not in machine.libraries:
         return f"cuda-core is not installed: {_cuda_core(machine)}", None
     return None, machine.gpus[index]

@@ -14,13 +14,12 @@ from mge_runtime.backends.ort import (
     check_border,
     import_onnxruntime,
     load_weights,
-    one_line,
     session_options,
     weights_checked,
 )
 from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, brief
 from mge_runtime.manifest import FRAME, Manifest
 
 if TYPE_CHECKING:
@@ -93,9 +92,7 @@ class OnnxRuntimeBackend(Backend):
         try:
             session: Any = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception
-            raise BackendError(
-                f"ONNX Runtime {self.version} cannot open graph {spec.name}: {one_line(error)}"
-            ) from error
+            raise BackendError(f"ONNX Runtime {self.version} cannot open graph {spec.name}: {brief(error)}") from error
         del loaded
         check_border(spec.name, session, spec.inputs, spec.outputs)
         return session
@@ -150,7 +147,7 @@ class _Sessions(Executor):
         try:
             values = self._sessions[graph.name].run(names, {tensor.name: known[tensor.name] for tensor in graph.inputs})
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in graph {graph.name}: {one_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed in graph {graph.name}: {brief(error)}") from error
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from mge_runtime.bundle.layout import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors
-from mge_runtime.errors import BackendError, BundleError
+from mge_runtime.errors import BackendError, BundleError, brief
 from mge_runtime.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ __all__ = [
     "load_onnxruntime",
     "load_weights",
     "log_severity",
-    "one_line",
     "session_options",
     "weights_checked",
 ]
@@ -91,7 +90,7 @@ def import_onnxruntime(install: str = 'pip install "mge[cpu]"') -> Any:
             raise BackendError(f"onnxruntime cannot be imported: {error}; install it again: {install}") from error
         raise BackendError(f"the backend onnxruntime needs the module onnxruntime: {install}") from error
     except ImportError as error:
-        raise BackendError(f"onnxruntime cannot be imported: {one_line(error)}; install it again: {install}") from error
+        raise BackendError(f"onnxruntime cannot be imported: {brief(error)}; install it again: {install}") from error
     found = tuple(int(part) for part in module.__version__.split(".")[:2])
     if found < OLDEST:
         oldest = ".".join(map(str, OLDEST))
@@ -182,8 +181,3 @@ def check_border(what: str, session: Any, inputs: Sequence[TensorSpec], outputs:
                     f"the graph of {what} has {tensor.name} as {kind} {shape}; the manifest says {tensor.dtype} "
                     f"{list(tensor.shape)}: export it again"
                 )
-
-
-def one_line(error: Exception) -> str:
-    """An error of ONNX Runtime, which may span many lines, as one."""
-    return " ".join(str(error).split())[:300]

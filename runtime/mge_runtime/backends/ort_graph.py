@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.backends.ort import check_border, load_weights, one_line, session_options
+from mge_runtime.backends.ort import check_border, load_weights, session_options
 from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.unit import Addresses, Launch, Unit
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, brief
 from mge_runtime.spec import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class OrtGraph(Unit):
             session = self.ort.InferenceSession(graph, session_opts, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception
             raise BackendError(
-                f"ONNX Runtime {self.ort.__version__} cannot open graph {self.name}: {one_line(error)}"
+                f"ONNX Runtime {self.ort.__version__} cannot open graph {self.name}: {brief(error)}"
             ) from error
         del loaded
         return session
@@ -196,7 +196,7 @@ class _OrtLaunch(Launch):
         try:
             self._owner.session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in graph {self._owner.name}: {one_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed in graph {self._owner.name}: {brief(error)}") from error
 
     def why_not_captured(self, stream: Stream) -> str | None:  # noqa: ARG002
         return self._why_plain or "ONNX Runtime captures a CUDA graph of its own for each graph of the chain"

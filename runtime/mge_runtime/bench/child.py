@@ -21,7 +21,7 @@ def peak_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def main(engine: str, frame: str, device: str, backend: str, threads: str) -> None:
+def main(engine: str, frame: str, device: str, backend: str, threads: str, weights: str = "mapped") -> None:
     """Open, answer, report.
 
     Args:
@@ -30,10 +30,12 @@ def main(engine: str, frame: str, device: str, backend: str, threads: str) -> No
         device: "cpu" or "cuda:0".
         backend: "onnxruntime", ...
         threads: a number, or "all".
+        weights: "mapped" or "loaded".
     """
     from mge_runtime.pipeline import Pipeline
 
-    with Pipeline.open(engine, device, backend, None if threads == "all" else int(threads)) as pipeline:
+    count = None if threads == "all" else int(threads)
+    with Pipeline.open(engine, device, backend, count, mmap=weights == "mapped") as pipeline:
         import numpy as np
 
         size = pipeline.manifest.preprocess.size

@@ -87,6 +87,8 @@ def measure_fresh(
     deadline: Deadline,
     say: Callable[[str], None],
     keep: Callable[[Fresh], None],
+    *,
+    mmap: bool = True,
 ) -> None:
     """Start one process of each way in every round, in shuffled order.
 
@@ -98,6 +100,7 @@ def measure_fresh(
         deadline: looked at between two processes.
         say: is told how far it is.
         keep: is given the rounds, whatever ends them, if one of them was whole.
+        mmap: as for `Pipeline.open`.
 
     Raises:
         BackendError: a process failed.
@@ -105,7 +108,7 @@ def measure_fresh(
         OutputError: the temporary folder cannot be written.
     """
     with temporary_folder("bench") as folder:
-        _measure(path, choice, threads, frame, deadline, say, keep, folder)
+        _measure(path, choice, threads, frame, deadline, say, keep, folder, mmap)
 
 
 def _measure(
@@ -117,11 +120,12 @@ def _measure(
     say: Callable[[str], None],
     keep: Callable[[Fresh], None],
     folder: Path,
+    mmap: bool,
 ) -> None:
     raw = folder / "frame"
     frame.tofile(raw)
     mine = [sys.executable, "-m", child.__name__, str(path), str(raw), choice.device, choice.backend]
-    mine.append("all" if threads is None else str(threads))
+    mine += ["all" if threads is None else str(threads), "mapped" if mmap else "loaded"]
     engines = choice.backend != "onnxruntime"
     ways: dict[str, Callable[[], Start]] = {BUNDLE: partial(_start, mine)}
     if not engines:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mge_runtime.bench.deadline import UNBOUNDED, Deadline
-from mge_runtime.decode import decode_picture
+from mge_runtime.decode import MAX_PIXELS, decode_picture
 from mge_runtime.errors import InputError
 from mge_runtime.preprocess import to_frame
 from mge_runtime.spec import Preprocess
@@ -56,6 +56,8 @@ def photograph_inputs(
     spec: Preprocess,
     deadline: Deadline = UNBOUNDED,
     report: Callable[[InputError], None] = lambda _: None,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> Inputs:
     """Read and decode photographs as `Pipeline.predict` does: the first thousand of them, at least one.
 
@@ -64,6 +66,7 @@ def photograph_inputs(
         spec: how.
         deadline: those that are not read by then are left out.
         report: is told of each that cannot be read; it is left out, too.
+        max_pixels: as for `decode_picture`.
 
     Raises:
         InputError: none can be read.
@@ -76,7 +79,7 @@ def photograph_inputs(
             break
         try:
             source = image.source()
-            frames.append(to_frame(decode_picture(source), spec)[0])
+            frames.append(to_frame(decode_picture(source, max_pixels), spec)[0])
         except InputError as problem:
             problems.append(problem)
             continue

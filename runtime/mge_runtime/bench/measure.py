@@ -16,7 +16,7 @@ from mge_runtime.bench.results import BatchResult, NotRun, Row, Step
 from mge_runtime.bench.rounds import Series, interleave, plan_rounds, timed, warm_up
 from mge_runtime.bench.stats import Percentiles, Ratio
 from mge_runtime.bench.toolchain import eager_contenders
-from mge_runtime.errors import MGEError
+from mge_runtime.errors import MGEError, one_line
 from mge_runtime.selfcheck.memory import host_memory
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _fitting(
             except MGEError as error:
                 if contender not in eager:
                     raise
-                not_run.append(NotRun(contender.name, " ".join(str(error).split())))
+                not_run.append(NotRun(contender.name, one_line(error)))
                 continue
         if fits and (not kept or (seconds + took) * _LEAST_RUNS <= deadline.left):
             kept.append(contender)

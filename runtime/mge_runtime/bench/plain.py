@@ -1,4 +1,4 @@
-"""The reference of the start-up: Python and ONNX Runtime, the same stages from plain files, run once, wired by name.
+"""The reference of the start-up: Python and ONNX Runtime, the same graphs from plain files, run once, wired by name.
 
 A script of its own that imports nothing of this project: it is run by its path, in a fresh process, and prints what
 `child` prints. Options are ONNX Runtime's defaults but for the number of threads.
@@ -14,16 +14,16 @@ from typing import Any
 __all__ = ["main"]
 
 
-def main(folder: str, frame: str, size: str, threads: str, provider: str, *stages: str) -> None:
-    """Open every stage, run the chain once, report.
+def main(folder: str, frame: str, size: str, threads: str, provider: str, *graphs: str) -> None:
+    """Open every graph, run the chain once, report.
 
     Args:
-        folder: with `<stage>.onnx` and the weights beside it.
+        folder: with `<graph>.onnx` and the weights beside it.
         frame: a file of uint8 [S, S, 3].
         size: S.
         threads: of each session.
         provider: of ONNX Runtime.
-        stages: names, in the order they run.
+        graphs: names, in the order they run.
     """
     import numpy as np
 
@@ -32,10 +32,10 @@ def main(folder: str, frame: str, size: str, threads: str, provider: str, *stage
     onnxruntime = load_onnxruntime()
 
     sessions: list[Any] = []
-    for stage in stages:
+    for graph in graphs:
         options: Any = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(threads)
-        model = str(Path(folder) / f"{stage}.onnx")
+        model = str(Path(folder) / f"{graph}.onnx")
         sessions.append(onnxruntime.InferenceSession(model, options, providers=[provider, "CPUExecutionProvider"]))
     tensors: dict[str, Any] = {"frame": np.fromfile(frame, np.uint8).reshape(1, int(size), int(size), 3)}
     for session in sessions:

@@ -23,7 +23,8 @@ from mge_runtime.bench.results import BundleFacts, Memory, NotRun, Results
 from mge_runtime.bench.toolchain import check_checkpoint
 from mge_runtime.bundle import Bundle
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import BackendError, MGEError
+from mge_runtime.decode import MAX_PIXELS
+from mge_runtime.errors import BackendError, MGEError, one_line
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.pipeline import Pipeline
 
@@ -53,6 +54,8 @@ class Request:
     images: int | None = None  # of the pipelined rounds together; None: as many as fit
     ckpt: Path | None = None  # for PyTorch's contenders
     seconds: float | None = None  # of the whole run; None: see `limit`
+    mmap: bool = True  # as for `Pipeline.open`, and so is the next
+    max_pixels: int = MAX_PIXELS
 
     @property
     def limit(self) -> float:
@@ -61,6 +64,12 @@ class Request:
             return self.seconds
         counted = self.iterations is not None or self.images is not None
         return math.inf if counted else _FIRST + _MORE * (len(self.batches) - 1)
+
+    def open(self, choice: Choice) -> Pipeline:
+        """The pipeline that is measured, on what was chosen for it."""
+        return Pipeline.open(
+            self.path, choice.device, choice.backend, self.threads, mmap=self.mmap, max_pixels=self.max_pixels
+        )
 
 
 def run_bench(
@@ -101,7 +110,7 @@ def run_bench(
             say("reading the checkpoint")
             check_checkpoint(request.ckpt, bundle.manifest)
         pictures = inputs(bundle, deadline.share(1, 10))
-    with Pipeline.open(request.path, choice.device, choice.backend, request.threads) as pipeline:
+    with request.open(choice) as pipeline:
         _check_batches(request.batches, pipeline.max_batch)
     results = Results(
         mge=importlib.metadata.version("mge"),
@@ -120,7 +129,7 @@ def run_bench(
     run = _Run(request, results, deadline, say, interrupt)
     with suppress(KeyboardInterrupt):
         run.fresh(choice, pictures)
-        with Pipeline.open(request.path, choice.device, choice.backend, request.threads) as pipeline:
+        with request.open(choice) as pipeline:
             run.batches(pipeline, pictures)
             if results.batches:
                 run.pipelined(pipeline, pictures)
@@ -157,6 +166,7 @@ class _Run:
                 deadline,
                 lambda line: self._say(f"fresh processes: {line}"),
                 self._keep_fresh,
+                mmap=request.mmap,
             )
 
     def batches(self, pipeline: Pipeline, pictures: Inputs) -> None:
@@ -235,7 +245,7 @@ class _Run:
         except MGEError as error:
             if needed:
                 raise
-            results.not_run.append(NotRun(name, " ".join(str(error).split())))
+            results.not_run.append(NotRun(name, one_line(error)))
 
 
 def _check_batches(batches: tuple[int, ...], most: int | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from mge_runtime.bench.contender import Contender
 from mge_runtime.bench.deadline import NO_TIME, UNBOUNDED, Deadline, TimeUp
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import BackendError, CheckpointError
+from mge_runtime.errors import BackendError, CheckpointError, brief
+from mge_runtime.files import file_sha256
 from mge_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["NEEDED", "check_checkpoint", "eager_contenders"]
 
 NEEDED = 'pip install "mge[train,export]"'
-_CHUNK = 1 << 20  # bytes
 # Fields of the checkpoint's config that change what is computed, beside those that the manifest holds by itself.
 _COSTLY = ("parts_per_class", "gate_width", "normalize_features", "attention_head")
 
@@ -34,7 +33,11 @@ def check_checkpoint(ckpt: Path, manifest: Manifest) -> None:
         CheckpointError: the file cannot be read, or holds another model.
     """
     checkpoint: Any = _imported("mge.checkpoint")
-    if manifest.checkpoint_sha256 is not None and _sha256(ckpt) == manifest.checkpoint_sha256:
+    try:
+        same = manifest.checkpoint_sha256 is not None and file_sha256(ckpt) == manifest.checkpoint_sha256
+    except OSError as error:
+        raise CheckpointError(f"cannot read {ckpt}: {error.strerror}; expected a checkpoint") from error
+    if same:
         return
     config: Any = checkpoint.load_checkpoint(ckpt).config
     pairs: list[tuple[str, Any, Any]] = [
@@ -87,7 +90,7 @@ def eager_contenders(
         with deadline.enforced():
             for way in make(ckpt, frames, threads, device):
                 if isinstance(way, Exception):
-                    missing[str(getattr(way, "name", "PyTorch"))] = _line(way)
+                    missing[str(getattr(way, "name", "PyTorch"))] = brief(way)
                 else:
                     found.append(cast("Contender", way))
     except TimeUp:
@@ -99,19 +102,4 @@ def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise BackendError(f"--ckpt needs PyTorch and mge's toolchain ({_line(error)}): {NEEDED}") from error
-
-
-def _sha256(path: Path) -> str | None:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; expected a checkpoint") from error
-    return digest.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise BackendError(f"--ckpt needs PyTorch and mge's toolchain ({brief(error)}): {NEEDED}") from error

@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, note, reports_errors
+from mge_runtime.cli.common import (
+    backend_option,
+    device_option,
+    max_pixels_option,
+    no_mmap_option,
+    note,
+    options_given,
+    reports_errors,
+    threads_option,
+)
 from mge_runtime.cli.common import report as report_error
 from mge_runtime.errors import MGEError
+from mge_runtime.files import echo
 from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
@@ -18,9 +28,11 @@ if TYPE_CHECKING:
     from mge_runtime.bench.inputs import Inputs
     from mge_runtime.bench.run import Request
     from mge_runtime.bundle import Bundle
+    from mge_runtime.selfcheck.subject import Subject
     from mge_runtime.sources import NamedImage
 
 _RUNS = 1000
+_MEASURING = ("batch", "seconds", "iterations", "warmup", "image_count", "ckpt")  # of no use to --selfcheck
 _MOST_BATCH, _MOST_RUNS, _MOST_SECONDS = 4096, 1_000_000, 86_400
 
 
@@ -47,15 +59,11 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.argument("images", nargs=-1)
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to measure or check.")
 @click.option("--selfcheck", is_flag=True, help="Check answers, memory, copies and graphs; measures no speed.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
-@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(min=1),
-    callback=at_most_cpus,
-    help="Processors to compute with on the CPU.  [default: all]",
-)
+@device_option
+@backend_option
+@threads_option
+@no_mmap_option
+@max_pixels_option
 @click.option(
     "-b",
     "--batch",
@@ -113,6 +121,8 @@ def main(
     device: str,
     backend: str,
     threads: int | None,
+    no_mmap: bool,
+    max_pixels: int,
     batch: tuple[int, ...],
     seconds: int | None,
     iterations: int | None,
@@ -136,6 +146,9 @@ def main(
     The exit code is 1 if a check failed, if nothing could be measured, and after Ctrl-C or SIGTERM: the report is then
     of what was measured before, and says so.
     """
+    if unused := options_given(*(_MEASURING if selfcheck else ("runs",))):
+        what = "--selfcheck measures no speed" if selfcheck else "without --selfcheck nothing is checked"
+        raise click.UsageError(f"{what}, so it cannot use {', '.join(unused)}; leave that out")
     with interruptible("the bench", "nothing was measured yet", MGEError) as interrupt:
         from mge_runtime.files import check_writable
         from mge_runtime.sources import find_images
@@ -149,12 +162,27 @@ def main(
         if remark := listed.remark():
             note(remark)
         if selfcheck:
-            report = _selfcheck(found, engine, device, backend, threads, runs, interrupt)
+            from mge_runtime.selfcheck.subject import open_subject
+
+            subject = open_subject(engine, device, backend, threads, mmap=not no_mmap)
+            report = _selfcheck(subject, found, max_pixels, runs, interrupt)
         else:
             from mge_runtime.bench.run import Request
 
-            path = Path(engine)
-            request = Request(path, device, backend, batch, threads, iterations, warmup, image_count, ckpt, seconds)
+            request = Request(
+                Path(engine),
+                device,
+                backend,
+                batch,
+                threads,
+                iterations,
+                warmup,
+                image_count,
+                ckpt,
+                seconds,
+                mmap=not no_mmap,
+                max_pixels=max_pixels,
+            )
             report = _bench(request, found, interrupt)
         interrupt.consequence = "the report is of what was measured before"
         _give(report, as_json, out)
@@ -171,27 +199,24 @@ def _bench(request: Request, found: list[NamedImage], interrupt: Interrupt) -> _
     def inputs(bundle: Bundle, deadline: Deadline) -> Inputs:
         """Photographs, or drawn pictures where none was named."""
         spec = bundle.manifest.preprocess
-        return photograph_inputs(found, spec, deadline, report_error) if found else drawn_inputs(spec)
+        if not found:
+            return drawn_inputs(spec)
+        return photograph_inputs(found, spec, deadline, report_error, max_pixels=request.max_pixels)
 
     return BenchReport(run_bench(request, inputs, _say, interrupt))
 
 
-def _selfcheck(
-    found: list[NamedImage],
-    engine: str,
-    device: str,
-    backend: str,
-    threads: int | None,
-    runs: int,
-    interrupt: Interrupt,
-) -> _Report:
-    from mge_runtime.selfcheck.pictures import drawn_frames, photograph_frames
+def _selfcheck(subject: Subject, found: list[NamedImage], max_pixels: int, runs: int, interrupt: Interrupt) -> _Report:
+    from mge_runtime.bench.inputs import photograph_inputs
+    from mge_runtime.selfcheck.pictures import Frames, drawn_frames
     from mge_runtime.selfcheck.run import run_checks
-    from mge_runtime.selfcheck.subject import open_subject
 
-    subject = open_subject(engine, device, backend, threads)
     preprocess = subject.manifest.preprocess
-    frames = photograph_frames(found, preprocess) if found else drawn_frames(preprocess)
+    if found:
+        inputs = photograph_inputs(found, preprocess, report=report_error, max_pixels=max_pixels)
+        frames = Frames(inputs.frames, inputs.source)
+    else:
+        frames = drawn_frames(preprocess)
     return run_checks(subject, frames, runs=runs, say=_say, interrupt=interrupt)
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import GPU_STATUS, echo, reports_errors, verbose_option
+from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, verbose_option
 from mge_runtime.cli.progress import shown_progress
 from mge_runtime.errors import BackendError, BuildError
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _MEGABYTE = 1_000_000
     help="native: this machine's GPU. rtx:sm86,sm89,sm120: ahead of time with TensorRT-RTX, no GPU needed. Repeatable.",
 )
 @click.option("--into-bundle", is_flag=True, help="Keep the engines in the bundle, beside those of other targets.")
-@click.option("--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes to build for.")
+@engine_batch_option
 @click.option("--opt-level", type=click.IntRange(0, 5), help="0 builds quickest, 5 runs quickest.  [default: 3]")
 @click.option(
     "--workspace",

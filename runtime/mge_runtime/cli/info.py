@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import GPU_STATUS, echo, reports_errors
+from mge_runtime.cli.common import GPU_STATUS, reports_errors
 from mge_runtime.errors import OutputError, printable
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:

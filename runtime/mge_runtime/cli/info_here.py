@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, cast
 
-from mge_runtime.cli.common import format_bytes
+from mge_runtime.files import format_bytes
 
 __all__ = ["engine_lines", "here_lines", "machine_line"]
 

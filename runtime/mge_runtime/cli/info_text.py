@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from mge_runtime.bundle.layout import cpu_graph_entry, graph_entry, weights_entry
-from mge_runtime.cli.common import format_bytes
 from mge_runtime.cli.info_calibration import calibration_lines
 from mge_runtime.cli.info_here import engine_lines, here_lines, machine_line
 from mge_runtime.cli.info_parity import parity_lines
 from mge_runtime.errors import printable
+from mge_runtime.files import format_bytes
 
 __all__ = ["brief_lines", "info_lines"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,14 @@ from mge_runtime.errors import BackendError
 if TYPE_CHECKING:
     from mge_runtime.device.memory import Bytes
 
-__all__ = ["CaptureRefusedError", "CopyCounters", "Device", "Event", "Graph", "Stream"]
+__all__ = ["FIRST_RUNS", "CaptureRefusedError", "CopyCounters", "Device", "Event", "Graph", "Stream"]
+
+# Held by one run of this process until its program is captured or known never to be. Until then libraries allocate,
+# search for kernels and capture, some of it in threads of their own, and what one pipeline allocates or frees may end
+# what another captures; so opening, closing and every allocation hold it too. Later runs allocate where they are asked
+# for more outputs than before, and wait for that alone. Reentrant: a first run allocates, and closes its programs where
+# it fails.
+FIRST_RUNS = threading.RLock()
 
 
 class CaptureRefusedError(BackendError):
@@ -125,12 +133,14 @@ class Device(ABC):
         Args:
             size: bytes, at least 1.
         """
-        address, free = self._allocate(size)
+        with FIRST_RUNS:
+            address, free = self._allocate(size)
         self.allocated += size
 
         def give_back() -> None:
             self.allocated -= size
-            free()
+            with FIRST_RUNS:
+                free()
 
         return OwnedMemory(address, size, give_back)
 
@@ -140,12 +150,14 @@ class Device(ABC):
         Args:
             size: bytes, at least 1.
         """
-        buffer, free = self._allocate_host(size)
+        with FIRST_RUNS:
+            buffer, free = self._allocate_host(size)
         self.allocated_host += size
 
         def give_back() -> None:
             self.allocated_host -= size
-            free()
+            with FIRST_RUNS:
+                free()
 
         return HostBuffer(buffer, give_back)
 

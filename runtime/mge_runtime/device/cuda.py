@@ -23,7 +23,7 @@ import numpy as np
 
 from mge_runtime.device.base import CaptureRefusedError, Device, Event, Graph, Stream
 from mge_runtime.device.cuda_nodes import count_nodes
-from mge_runtime.errors import BackendError, MGEError
+from mge_runtime.errors import BackendError, MGEError, brief
 
 if TYPE_CHECKING:
     from mge_runtime.device.memory import Bytes
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["CudaDevice"]
 
 _OLDEST = 1  # major version of cuda-core; before it, events and graphs had other names
-_INSTALL = 'pip install "cuda-core>=1.0" cuda-bindings (for drivers of CUDA 12, as on JetPack 6: "cuda-bindings==12.*")'
+_INSTALL = (
+    'pip install "cuda-core>=1.0.1" cuda-bindings (for drivers of CUDA 12, as on JetPack 6: "cuda-bindings==12.*")'
+)
 
 
 class CudaDevice(Device):
@@ -96,7 +98,7 @@ class CudaDevice(Device):
             builder.end_building()
             return _CudaGraph(self, builder.complete(), self._nodes(builder))
         except Exception as error:
-            raise CaptureRefusedError(f"{self.name} cannot capture a graph: {_line(error)}") from error
+            raise CaptureRefusedError(f"{self.name} cannot capture a graph: {brief(error)}") from error
         finally:
             # Ends a capture that went wrong, too, which `end_building` refuses to; then it raises.
             with suppress(Exception):
@@ -161,7 +163,7 @@ class CudaDevice(Device):
         except MGEError:
             raise
         except Exception as error:  # CUDAError has no public home; a missing driver is a RuntimeError
-            raise BackendError(f"{self.name} cannot {what}: {_line(error)}") from error
+            raise BackendError(f"{self.name} cannot {what}: {brief(error)}") from error
 
 
 class _CudaStream(Stream):
@@ -220,8 +222,4 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise BackendError(f"the module {name} cannot be imported: {_line(error)}; install it: {_INSTALL}") from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise BackendError(f"the module {name} cannot be imported: {brief(error)}; install it: {_INSTALL}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -12,6 +11,7 @@ import numpy as np
 
 from mge_runtime.backends.base import Executor, ExecutorResult, Span, split
 from mge_runtime.device.arena import Arena
+from mge_runtime.device.base import FIRST_RUNS
 from mge_runtime.device.plan import aligned, made_in, read_after
 from mge_runtime.device.programs import MOST_BATCHES, Programs
 from mge_runtime.device.rows import Rows
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
 
 __all__ = ["DeviceExecutor"]
-
-# Held by one run of this process until its program is captured or known never to be. Until then libraries allocate,
-# search for kernels and capture, some of it in threads of their own, and what one pipeline allocates or frees may end
-# what another captures; so opening and closing hold it too. Later runs do none of that and do not wait. Reentrant: a
-# first run that fails closes its programs.
-_FIRST_RUNS = threading.RLock()
 
 
 class DeviceExecutor(Executor):
@@ -64,7 +58,7 @@ class DeviceExecutor(Executor):
         self._manifest = manifest
         self._device = device
         device.activate()
-        with _FIRST_RUNS, ExitStack() as stack:
+        with FIRST_RUNS, ExitStack() as stack:
             self._stream = device.create_stream()
             stack.callback(self._stream.close)
             self._units: list[Unit] = []
@@ -108,7 +102,7 @@ class DeviceExecutor(Executor):
                 # one worth telling.
                 with suppress(Exception):
                     self._stream.synchronize()
-                with suppress(Exception), _FIRST_RUNS:
+                with suppress(Exception), FIRST_RUNS:
                     self._programs.close()
                 raise
 
@@ -144,7 +138,7 @@ class DeviceExecutor(Executor):
             return
         self._open = False
         self._device.activate()
-        with _FIRST_RUNS, self._resources:
+        with FIRST_RUNS, self._resources:
             self._stream.synchronize()
 
     def _run(
@@ -153,7 +147,7 @@ class DeviceExecutor(Executor):
         """Run; `turn` holds the turn of this process's first runs where one is needed, also while an error passes."""
         batch = len(frames)
         if batch > self._space.plan.max_batch:  # units without a limit
-            with _FIRST_RUNS:  # it allocates
+            with FIRST_RUNS:  # it closes programs
                 self._grow(1 << (batch - 1).bit_length())  # seldom: addresses change, graphs are lost
         space, stream, manifest = self._space, self._stream, self._manifest
         before_upload, before_span, after_span, after_download = self._events
@@ -164,7 +158,7 @@ class DeviceExecutor(Executor):
         for span in spans:
             size = self._fitting(len(rows.running), batch)
             if not self._programs.is_settled(size, span.first, span.last):
-                turn.enter_context(_FIRST_RUNS)
+                turn.enter_context(FIRST_RUNS)
             program = self._programs.get(size, span.first, span.last, space)
             if span is spans[0]:
                 self._upload(frames, before_upload)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,7 @@ from mge_runtime.spec import Preprocess
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mge_runtime.sources import NamedImage
-
-__all__ = ["DRAWN", "Frames", "drawn_frames", "photograph_frames"]
+__all__ = ["DRAWN", "Frames", "drawn_frames"]
 
 DRAWN = 12  # a batch of eight and a remainder
 
@@ -26,19 +23,6 @@ class Frames:
 
     frames: NDArray[np.uint8]  # [N, S, S, 3], RGB
     source: str  # for people
-
-
-def photograph_frames(images: Iterable[NamedImage], spec: Preprocess) -> Frames:
-    """Decode photographs as `Pipeline.predict` does.
-
-    Raises:
-        InputError: one cannot be read.
-    """
-    from mge_runtime.decode import decode_picture
-    from mge_runtime.preprocess import to_frame
-
-    frames = [to_frame(decode_picture(image.source()), spec)[0] for image in images]
-    return Frames(np.stack(frames), f"{len(frames)} images that were named")
 
 
 def drawn_frames(spec: Preprocess, count: int = DRAWN) -> Frames:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mge_runtime.bundle import Bundle
-from mge_runtime.errors import MGEError
+from mge_runtime.errors import MGEError, one_line
 from mge_runtime.selfcheck.answers import check_batches, check_graphs, check_parity
 from mge_runtime.selfcheck.check import Check, not_run
 from mge_runtime.selfcheck.copies import check_copies, check_graph_copies
@@ -88,7 +88,7 @@ def run_checks(
             checks += [not_run(left, "interrupted", "the whole check") for left, _ in to_do[number:]]
             break
         except MGEError as error:
-            checks.append(Check(name, "failed", " ".join(str(error).split()), "no error"))
+            checks.append(Check(name, "failed", one_line(error), "no error"))
         except Exception as error:  # a defect, and the other checks may tell more about it
             checks.append(Check(name, "failed", _defect(error), "no error"))
     with Bundle.open(subject.path) as bundle:

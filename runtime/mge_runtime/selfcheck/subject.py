@@ -65,7 +65,12 @@ class Subject:
 
 
 def open_subject(
-    path: str | os.PathLike[str], device: str = "auto", backend: str = "auto", threads: int | None = None
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    backend: str = "auto",
+    threads: int | None = None,
+    *,
+    mmap: bool = True,
 ) -> Subject:
     """Choose what runs a bundle here, as `Pipeline.open` does.
 
@@ -74,6 +79,7 @@ def open_subject(
         device: "auto", "cpu" or "cuda:0".
         backend: "auto", "onnxruntime", "tensorrt" or "tensorrt-rtx".
         threads: processors to compute with on the CPU; None: all.
+        mmap: as for `Pipeline.open`.
 
     Raises:
         BundleError: the file is missing, no bundle or damaged.
@@ -90,10 +96,10 @@ def open_subject(
         choice = choose(device, backend, bundle=bundle)
 
     def opened(graphs: bool) -> Opened:
-        return Pipeline.open(path, choice.device, choice.backend, threads, graphs=graphs)
+        return Pipeline.open(path, choice.device, choice.backend, threads, graphs=graphs, mmap=mmap)
 
     def reference() -> Opened:
-        return Pipeline.open(path, "cpu", "onnxruntime", threads)
+        return Pipeline.open(path, "cpu", "onnxruntime", threads, mmap=mmap)
 
     return Subject(
         path=Path(path),

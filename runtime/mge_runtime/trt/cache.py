@@ -19,7 +19,7 @@ from pathlib import Path
 from mge_runtime.bundle import EngineDescription
 from mge_runtime.cache import cache_folder
 from mge_runtime.errors import BundleError, OutputError
-from mge_runtime.files import lock
+from mge_runtime.files import file_sha256, lock
 from mge_runtime.machine import Gpu
 from mge_runtime.manifest import Entry
 from mge_runtime.trt.engines import DESCRIPTION, CachedEngines, EngineDetails
@@ -94,11 +94,7 @@ def _write(place: Path, plans: Mapping[str, Path], description: EngineDescriptio
         entries: dict[str, Entry] = {}
         for graph, path in plans.items():
             shutil.copyfile(path, fresh / f"{graph}.plan")
-            digest = hashlib.sha256()
-            with path.open("rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
-            entries[graph] = Entry(digest.hexdigest(), path.stat().st_size)
+            entries[graph] = Entry(file_sha256(path), path.stat().st_size)
         (fresh / DESCRIPTION).write_bytes(replace(description, plans=entries).to_json())
         fresh.rename(place)
 

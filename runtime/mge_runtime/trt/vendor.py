@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from mge_runtime.errors import BackendError
+from mge_runtime.errors import BackendError, brief
 from mge_runtime.trt.api import Api
 
 if TYPE_CHECKING:
@@ -119,9 +119,8 @@ def load_vendor(name: str) -> Vendor:
     try:
         module: Any = importlib.import_module(library.module)
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        reason = " ".join(str(error).split())
         raise BackendError(
-            f"{library.module} cannot be imported: {reason}; install it again: {library.install}"
+            f"{library.module} cannot be imported: {brief(error)}; install it again: {library.install}"
         ) from error
     api = cast("Api", module)
     if refusal := library.refusal(api.__version__):
