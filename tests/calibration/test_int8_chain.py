@@ -323,9 +323,8 @@ def test_a_graph_without_half_or_int8_stays_as_it_is():
 
 
 def test_weights_in_another_file_stay_there_and_are_widened_by_a_node(images, quantised, tmp_path):
-    onnx.save(
-        quantised.model, tmp_path / "q.onnx", save_as_external_data=True, location="q.weights", size_threshold=200
-    )
+    copy = onnx.load_from_string(quantised.model.SerializeToString())  # which saving changes
+    onnx.save(copy, tmp_path / "q.onnx", save_as_external_data=True, location="q.weights", size_threshold=200)
     referring = onnx.load(tmp_path / "q.onnx", load_external_data=False)
     (tmp_path / "q.cpu.onnx").write_bytes(cpu_graph(referring, fast=True).SerializeToString())
     inside = cpu_graph(quantised.model, fast=True).SerializeToString()

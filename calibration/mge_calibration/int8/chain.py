@@ -1,4 +1,4 @@
-"""Quantise a chain of graphs, each on what the quantised ones before it really put out."""
+"""Quantise a chain of graphs, each on the real outputs of the quantised ones before it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def quantize_chain(
     options: Int8Options,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, QuantizedGraph]:
-    """Quantise the trunks of a chain.
+    """Quantise the backbones of a chain.
 
-    A graph without a trunk is run as it is. Expert k so sees the crops that quantised experts make of the images, which
-    are not quite those of the float model (`options.float_crops` calibrates on the latter).
+    Expert k sees the crops that quantised experts make of the images, which are not quite those of the float model
+    (`options.float_crops` calibrates on the latter).
 
     Each graph is judged by what it does to the chain: the graphs before it quantised, those after it still in floats,
     its answer and boxes against the float chain's. So after the last graph the limits hold for the chain as it will
@@ -41,21 +41,18 @@ def quantize_chain(
     Args:
         graphs: in the order they run.
         models: by graph name, with their weights; left as they are.
-        trunk_weight: whether an initialiser is a convolution's weight in a trunk.
+        trunk_weight: whether an initialiser is a convolution's weight in a backbone.
         frames: uint8 [N, S, S, 3], the chain's input.
         options: how.
         say: shows progress.
 
     Returns:
-        By name, the graphs that have a trunk.
+        By name, all graphs.
     """
     chain = FloatChain(graphs, models, frames)
     tensors: Tensors = dict(chain.input)
     done: dict[str, QuantizedGraph] = {}
     for index, graph in enumerate(graphs):
-        if not any(node.op_type == "Conv" for node in models[graph.name].graph.node):
-            tensors |= chain.run(graph, tensors)
-            continue
         judge = _judge(chain, graph, tensors, options)
         result = quantize_graph(models[graph.name], trunk_weight, tensors, judge, options)
         done[graph.name] = result
