@@ -57,7 +57,7 @@ def main(
         raise click.UsageError("give either --test-data or --halves")
     promise = Promise(epsilon, delta)
     with Bundle.open(engine) as bundle:
-        cost = chain_cost(bundle)
+        cost = chain_cost(bundle.manifest)
     with Pipeline.open(engine, streams="auto") as pipeline:
         folders = [data, exit_data, *([test_data] if test_data else [])]
         found = [list_labelled(folder, pipeline.manifest.class_names)[1] for folder in folders]

@@ -83,7 +83,7 @@ def main(engine: Path, rounds: int, threads: int, limit: float) -> None:
         with Bundle.open(engine) as bundle:
             bundle.extract(folder)
             manifest = bundle.manifest
-            names = [name for segment in manifest.segments for name in segment.stages]
+            names = [graph.name for graph in manifest.graphs]
             weights = sum(size for name, size in bundle.sizes.items() if name.endswith(".weights")) / 1e6
         common = [str(manifest.preprocess.size), str(threads)]
         files = [str(Path(folder, "onnx", f"{name}.onnx")) for name in names]

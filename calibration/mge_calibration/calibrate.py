@@ -17,6 +17,7 @@ from mge_calibration.exits import fewest_images
 from mge_calibration.folder import data_sha256, short_digest
 from mge_calibration.judge import ExitOutcome, TemperatureOutcome, learn_exits, learn_temperatures
 from mge_calibration.parts import TEMPERATURE_SHARE, Chosen, choose_images, split_answers
+from mge_calibration.temperature import with_temperature
 from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.calibrated import Calibrated, Promise, RunsOn
 from mge_runtime.decode import MAX_PIXELS
@@ -92,10 +93,10 @@ def learn(
     Raises:
         InputError: a folder without usable images, or too few of them.
         BundleError: no bundle, or a damaged one.
-        BackendError: it cannot run here, or a stage failed.
+        BackendError: it cannot run here, or a graph failed.
     """
     with Bundle.open(request.bundle) as bundle:
-        manifest, manifest_sha256, cost = bundle.manifest, bundle.manifest_sha256, chain_cost(bundle)
+        manifest, manifest_sha256, cost = bundle.manifest, bundle.manifest_sha256, chain_cost(bundle.manifest)
     chosen = choose_images(request.data, request.exit_data, manifest, say)
     _require_enough(len(chosen.fitting), chosen.folders[0], "are in")
     # What is there already is about to be replaced; it may be damaged.
@@ -168,12 +169,18 @@ def publish(learned: Learned, values: Mapping[str, JsonValue]) -> None:
         BundleError: the file holds another model by now.
         OutputError: it cannot be written.
     """
-    add_calibration(learned.request.bundle, values, manifest_sha256=learned.manifest_sha256)
+    last = list(learned.temperatures.values())[-1]  # of the whole chain
+    add_calibration(
+        learned.request.bundle,
+        values,
+        manifest_sha256=learned.manifest_sha256,
+        chain=lambda chain: with_temperature(chain, last.fit.temperature),
+    )
 
 
 def _divided(answers: Answers, chosen: Chosen, manifest: Manifest, request: Request) -> tuple[Answers, Answers | None]:
     """One folder's answers for temperatures and for exits; all for temperatures where there can be no exits."""
-    if len(manifest.segments) < 2:
+    if len(manifest.graphs) < 2:
         return answers, None
     fitted, tested = split_answers(answers, chosen.known, request.seed)
     least = fewest_images(request.promise.epsilon, request.promise.delta)
@@ -208,7 +215,7 @@ def _exits(
     temperatures: Mapping[str, TemperatureOutcome],
     cost: Cost,
 ) -> ExitOutcome | str:
-    if len(manifest.segments) < 2:
+    if len(manifest.graphs) < 2:
         return "the chain has a single answer, there is nowhere to stop before it"
     if tested is None:
         least = fewest_images(request.promise.epsilon, request.promise.delta)

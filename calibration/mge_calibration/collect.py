@@ -1,4 +1,4 @@
-"""What a bundle answers on labelled images, after each segment of its chain."""
+"""What a bundle answers on labelled images, after each graph of its chain."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DECODERS = 2  # threads
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Logits of N images after each segment."""
+    """Logits of N images after each graph."""
 
     images: tuple[LabelledImage, ...]  # N, those that could be read
     labels: NDArray[np.int64]  # [N]
@@ -40,8 +40,8 @@ class Answers:
 
 
 def answer_names(manifest: Manifest) -> tuple[str, ...]:
-    """The answer tensor of every segment, in the order they run."""
-    return tuple(segment.answer for segment in manifest.segments)
+    """The answer tensor of every graph, in the order they run."""
+    return tuple(graph.logits for graph in manifest.graphs)
 
 
 def collect(
@@ -51,7 +51,7 @@ def collect(
     problem: Callable[[InputError], None],
     step: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """Answer every image with the whole chain, and keep what each segment said.
+    """Answer every image with the whole chain, and keep what each graph said.
 
     Args:
         pipeline: with several streams, that many images are computed side by side.
@@ -61,7 +61,7 @@ def collect(
 
     Raises:
         InputError: no image could be read.
-        BackendError: a stage failed, or an answer is not finite.
+        BackendError: a graph failed, or an answer is not finite.
     """
     names = answer_names(pipeline.manifest)
     kept: list[LabelledImage] = []

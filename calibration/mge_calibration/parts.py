@@ -114,7 +114,7 @@ def _listed(folder: Path, manifest: Manifest, say: Callable[[str], None]) -> tup
 
 def _tell_of_choice(root: Path, manifest: Manifest, say: Callable[[str], None]) -> None:
     # The part of a data set that training chooses its checkpoint and box thresholds on.
-    if root.name in VALIDATION_FOLDERS and len(manifest.segments) > 1:
+    if root.name in VALIDATION_FOLDERS and len(manifest.graphs) > 1:
         say(
             f"exits are set by {root}: if checkpoint or box thresholds were chosen on these images, as mge-train does, "
             "the promise is not kept; name images that no choice has seen with --exit-data"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["FP16_MAX", "ActivationWatch", "Peak"]
@@ -28,11 +28,16 @@ class ActivationWatch(TorchDispatchMode):
 
     Args:
         dtype: maps of this type alone are watched; those of an FP32 island cannot overflow FP16.
+        aside: a module whose own maps are none of a network's, as it normalises the image.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, aside: nn.Module | None = None) -> None:
         super().__init__()
         self.dtype = dtype
+        self._paused = False
+        if aside is not None:
+            aside.register_forward_pre_hook(lambda *_: self._pause(True))
+            aside.register_forward_hook(lambda *_: self._pause(False))
         self.peak = Peak(0.0, "")
 
     def __torch_dispatch__(
@@ -45,7 +50,7 @@ class ActivationWatch(TorchDispatchMode):
         """Run the operator, look at what it puts out."""
         del types
         result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
+        for value in () if self._paused else result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, Tensor) and value.dtype is self.dtype and value.ndim == 4 and value.numel():
                 low, high = torch.aminmax(value)
                 largest = max(abs(float(low)), abs(float(high)))
@@ -53,3 +58,6 @@ class ActivationWatch(TorchDispatchMode):
                 if not largest <= self.peak.value and self.peak.value == self.peak.value:
                     self.peak = Peak(largest, str(func))
         return result
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused

@@ -71,6 +71,14 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 )
 @engine_batch_option
 @click.option("--extract", type=PATH, default=None, metavar="DIR", help="Also write plain ONNX and plan files here.")
+@click.option(
+    "--onnx",
+    "onnx_file",
+    type=PATH,
+    default=None,
+    metavar="FILE",
+    help="Also write the whole chain as one ONNX file, and labels.txt beside it.",
+)
 @click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
 @click.option(
     "--verify-data",
@@ -106,6 +114,7 @@ def main(
     targets: tuple[str, ...],
     batch: str,
     extract: Path | None,
+    onnx_file: Path | None,
     output: Path | None,
     verify_data: Path | None,
     verify_images: int,
@@ -139,7 +148,8 @@ def main(
     from mge_runtime.sources import require_folder
 
     # What can be told without PyTorch, whose import takes seconds.
-    check_output(path)
+    for file in filter(None, (path, onnx_file)):
+        check_output(file)
     check_file(ckpt)
     if labels is not None:
         read_labels(labels)
@@ -152,8 +162,9 @@ def main(
     # The imports take seconds, too.
     with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
         from mge.checkpoint import load_checkpoint
+        from mge_calibration.int8.graph import Int8Options
         from mge_calibration.int8.images import read_calibration_images
-        from mge_calibration.int8.stage import Int8Options
+        from mge_export.chain import write_chain
         from mge_export.export import export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
@@ -202,10 +213,13 @@ def main(
             say=say,
         )
         interrupt.consequence = f"{path} was written before"
-        if extract is not None:
+        if extract is not None or onnx_file is not None:
             try:
                 with Bundle.open(path) as bundle:
-                    say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+                    if extract is not None:
+                        say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+                    if onnx_file is not None:
+                        say(f"wrote {', '.join(map(str, write_chain(bundle, onnx_file)))}")
             except OutputError as error:
                 raise OutputError(f"{error}; {path} was written before") from error
     if result.report.failures:
@@ -214,7 +228,7 @@ def main(
     with Bundle.open(path) as bundle:
         engines = f", engines for {', '.join(bundle.targets)}" if bundle.targets else ""
     echo(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.stages)} stages, "
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.graphs)} graphs, "
         f"weights {weights / 1e6:.1f} MB{engines}"
     )
     echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")

@@ -10,9 +10,9 @@ import numpy as np
 
 from mge_export.runners import Tensors
 from mge_runtime.geometry import Viewport, compose_boxes
-from mge_runtime.spec import StageSpec
+from mge_runtime.spec import GraphSpec
 
-__all__ = ["ChainDifferences", "StageDifferences", "box_area", "box_iou", "class_margins"]
+__all__ = ["ChainDifferences", "GraphDifferences", "box_area", "box_iou", "class_margins"]
 
 
 def box_area(boxes: np.ndarray) -> np.ndarray:
@@ -40,14 +40,14 @@ def class_margins(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class StageDifferences:
-    """One stage fed the reference's inputs: per image and tensor."""
+class GraphDifferences:
+    """One graph fed the reference's inputs: per image and tensor."""
 
-    spec: StageSpec
+    spec: GraphSpec
     absolute: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     relative: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of the image's largest value
-    class_changes: list[bool] = field(default_factory=list)
-    class_margins: list[float] = field(default_factory=list)  # see `class_margins`
+    class_changes: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))  # of tensors of logits
+    class_margins: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # see `class_margins`
     box_iou: list[float] = field(default_factory=list)
 
     def add(self, found: Tensors, reference: Tensors) -> None:
@@ -59,8 +59,8 @@ class StageDifferences:
                 self.box_iou += box_iou(ours, theirs).tolist()
                 same_box = (ours == theirs).all(1)
             if name.startswith("logits"):
-                self.class_changes += (ours.argmax(1) != theirs.argmax(1)).tolist()
-                self.class_margins += class_margins(ours, theirs).tolist()
+                self.class_changes[name] += (ours.argmax(1) != theirs.argmax(1)).tolist()
+                self.class_margins[name] += class_margins(ours, theirs).tolist()
         for tensor in self.spec.outputs:
             if tensor.name.startswith("box_"):
                 continue

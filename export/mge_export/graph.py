@@ -1,4 +1,4 @@
-"""A stage's module as an ONNX graph: a small model and one raw block of weights."""
+"""An expert's module as an ONNX graph: a small model and one raw block of weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from onnx.external_data_helper import set_external_data
 from onnxscript import opset18
 from torch import Tensor
 
-from mge_export.stages import Stage
+from mge_export.experts import ExpertGraph
+from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
-from mge_runtime.spec import BATCH, StageSpec, TensorSpec
+from mge_runtime.spec import BATCH, GraphSpec, TensorSpec
 
-__all__ = ["OPSET", "StageGraph", "export_graph", "externalize", "inlined", "weights_name"]
+__all__ = ["OPSET", "OnnxGraph", "count_gmacs", "export_graph", "externalize", "inlined", "weights_name"]
 
 # What PyTorch's exporter writes without converting, and old enough for every parser in use: TensorRT 10.3 of JetPack 6
 # knows 9 to 20, ONNX Runtime knows 18 since 1.14.
@@ -29,39 +30,40 @@ INLINE_LIMIT = 1024  # bytes; smaller tensors (shapes, axes, scalars) stay in th
 
 
 @dataclass(frozen=True)
-class StageGraph:
-    """One written stage."""
+class OnnxGraph:
+    """One graph as it is written."""
 
-    spec: StageSpec
+    spec: GraphSpec
+    precision: Precision  # of its backbones
     model: onnx.ModelProto  # its large initializers point into `weights`, ONNX's external-data layout
     weights: bytes  # little-endian, each tensor at a multiple of ALIGNMENT
 
 
-def weights_name(stage: str) -> str:
-    """Name of a stage's weights file, beside its graph."""
-    return f"{stage}.weights"
+def weights_name(graph: str) -> str:
+    """Name of a graph's weights file, beside it."""
+    return f"{graph}.weights"
 
 
-def export_graph(stage: Stage) -> StageGraph:
-    """Trace a stage with a dynamic batch and write it as ONNX.
+def export_graph(graph: ExpertGraph) -> OnnxGraph:
+    """Trace an expert's graph with a dynamic batch and write it as ONNX.
 
     Raises:
-        ExportError: the trace fails, or the graph's border is not what the stage's specification says.
+        ExportError: the trace fails, or inputs and outputs are not what the specification says.
     """
-    spec = stage.spec
+    spec = graph.spec
     # Any batch above 1 will do: 0 and 1 are taken for constants.
     inputs = tuple(_example(tensor, batch=2) for tensor in spec.inputs)
     batch = torch.export.Dim(BATCH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(
-            stage.module,
+            graph,
             inputs,
             dynamo=True,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_shapes=_dynamic_shapes(stage, batch),
+            dynamic_shapes=(tuple({0: batch} for _ in spec.inputs),),
             custom_translation_table={torch.ops.aten.amax.default: _amax},
             verbose=False,
         )
@@ -72,7 +74,7 @@ def export_graph(stage: Stage) -> StageGraph:
     _count_by_size(model.graph)
     _check_border(spec, model)
     weights = externalize(model, weights_name(spec.name))
-    return StageGraph(spec, model, weights)
+    return OnnxGraph(spec, graph.precision, model, weights)
 
 
 op: Any = opset18  # its functions are typed for NumPy arrays, not for a graph's values
@@ -99,19 +101,6 @@ def _example(tensor: TensorSpec, batch: int) -> Tensor:
     return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
 
 
-def _dynamic_shapes(stage: Stage, batch: object) -> tuple[object, ...]:
-    axes: list[object] = [{0: batch} for _ in stage.spec.inputs]
-    return _variadic(stage, axes)
-
-
-def _variadic(stage: Stage, axes: Sequence[object]) -> tuple[object, ...]:
-    """Shape the axes like the module's arguments: a `*rest` parameter takes its tensors as one tuple."""
-    code = type(stage.module).forward.__code__
-    positional = code.co_argcount - 1
-    has_rest = bool(code.co_flags & 0x04)
-    return (*axes[:positional], tuple(axes[positional:])) if has_rest else tuple(axes)
-
-
 def _strip(model: onnx.ModelProto) -> None:
     """Remove the exporter's notes: they hold stack traces with paths of this machine, and outweigh the graph."""
     model.ClearField("metadata_props")
@@ -135,6 +124,11 @@ def _count_by_size(graph: onnx.GraphProto) -> None:
     """
     made = {output: node for node in graph.node for output in node.output}
     images = {t.name: math.prod(axis.dim_value for axis in t.type.tensor_type.shape.dim[1:]) for t in graph.input}
+    # TensorRT knows uint8 as the input of a Cast alone; what is cast has as many numbers.
+    frames = {t.name for t in graph.input if t.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
+    counted = {
+        node.input[0]: node.output[0] for node in graph.node if node.op_type == "Cast" and node.input[0] in frames
+    }
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         shape = _counted_by_shape(node, made, graph)
@@ -145,7 +139,9 @@ def _count_by_size(graph: onnx.GraphProto) -> None:
         step, size, steps = (f"{numbers}_{part}" for part in ("step", "size", "steps"))
         graph.initializer.append(onnx.numpy_helper.from_array(np.array(images[shape.input[0]]), step))
         nodes += [
-            onnx.helper.make_node("Size", [shape.input[0]], [size], name=f"{node.name}_size"),
+            onnx.helper.make_node(
+                "Size", [counted.get(shape.input[0], shape.input[0])], [size], name=f"{node.name}_size"
+            ),
             onnx.helper.make_node("Range", [node.input[0], size, step], [steps], name=f"{node.name}_steps"),
             onnx.helper.make_node("Div", [steps, step], [numbers], name=node.name),
         ]
@@ -182,7 +178,7 @@ def _scalar(graph: onnx.GraphProto, name: str) -> int | None:
     return int(value) if value is not None and value.ndim == 0 and value.dtype == np.int64 else None
 
 
-def _check_border(spec: StageSpec, model: onnx.ModelProto) -> None:
+def _check_border(spec: GraphSpec, model: onnx.ModelProto) -> None:
     for role, tensors, protos in (
         ("inputs", spec.inputs, model.graph.input),
         ("outputs", spec.outputs, model.graph.output),
@@ -199,8 +195,8 @@ def _tensor_spec(proto: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(proto.name, dtype, shape)
 
 
-def inlined(graph: StageGraph) -> onnx.ModelProto:
-    """A copy of a stage's model with its weights inside."""
+def inlined(graph: OnnxGraph) -> onnx.ModelProto:
+    """A copy of a graph's model with its weights inside."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     for tensor in model.graph.initializer:
@@ -238,3 +234,29 @@ def externalize(model: onnx.ModelProto, location: str) -> bytes:
         tensor.ClearField("raw_data")
         block.extend(data)
     return bytes(block)
+
+
+def count_gmacs(model: onnx.ModelProto) -> float:
+    """Convolutions and matrix products of one image, in billions of multiply-accumulates.
+
+    Args:
+        model: with inferred shapes, the batch as its only open axis.
+
+    Raises:
+        ExportError: a shape is not known.
+    """
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        shapes[value.name] = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    total = 0
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            weights, (_, *made) = shapes.get(node.input[1], [0]), shapes.get(node.output[0], [0, 0])
+            if node.op_type == "Conv":
+                depth = math.prod(weights[1:])  # input channels of the group x kernel
+            else:
+                depth = math.prod(weights) // made[-1] if node.op_type == "Gemm" and made[-1] else weights[-2]
+            if not depth or not all(made):
+                raise ExportError(f"the shapes of {node.op_type} {node.name!r} cannot be inferred; expected known ones")
+            total += math.prod(made) * depth
+    return total / 1e9

@@ -14,7 +14,7 @@ __all__ = ["format_report"]
 
 
 def format_report(report: ParityReport) -> str:
-    """Lay out stages and chain of every check, then what is out of tolerance or worth a look."""
+    """Lay out graphs and chain of every check, then what is out of tolerance or worth a look."""
     lines = [f"Parity with the checkpoint in FP32, on {report.images.source}"]
     for check in report.checks:
         lines += ["", f"{check.label}:", *_table(_rows(check, report))]
@@ -26,15 +26,15 @@ def format_report(report: ParityReport) -> str:
 
 
 def _rows(check: Check, report: ParityReport) -> Iterable[Sequence[str]]:
-    yield ("stage", "abs diff", "rel diff", "same class", "box IoU", "1st pct", "max |act|", "of FP16")
-    for name, stage in check.stages.items():
+    yield ("graph", "abs diff", "rel diff", "same class", "box IoU", "1st pct", "max |act|", "of FP16")
+    for name, graph in check.graphs.items():
         peak = report.peaks.get(name) if check.name == "torch" else None
         yield (
             name,
-            _worst(stage.absolute.values()),
-            _worst(stage.relative.values()),
-            _same(stage.class_changes),
-            *_iou(stage.box_iou),
+            _worst(graph.absolute.values()),
+            _worst(graph.relative.values()),
+            _same([change for changes in graph.class_changes.values() for change in changes]),
+            *_iou(graph.box_iou),
             f"{peak.value:.4g}" if peak else "",
             f"{100 * peak.value / FP16_MAX:.2g} %" if peak else "",
         )

@@ -84,7 +84,7 @@ class EnginePlan:
         """Add the engines to a bundle before it is published; those that nobody asked for do not keep it from that.
 
         Raises:
-            BuildError: a stage cannot be built or is not of its precision.
+            BuildError: a graph cannot be built or is not of its precision.
             BackendError: as for `check`.
             OutputError: the bundle cannot be written.
         """

@@ -22,13 +22,13 @@ FEW_IMAGES = 100  # with fewer, one image is more than one percent
 class Tolerances:
     """Limits of one parity check. Relative differences are of the largest magnitude in an image's tensor."""
 
-    relative: float  # of any tensor of a stage that was fed the reference's inputs
+    relative: float  # of any tensor of a graph that was fed the reference's inputs
     classes: float  # share of images that may change their class, rounded up to whole images
     box_iou_median: float
     classes_of_few: int  # how many of fewer than `FEW_IMAGES` may change their class; at 0, ties are excused
     box_iou_p1: float  # 1st percentile
     outliers: float  # share of images that may have another heat map, rounded up to whole images
-    chain_boxes: bool  # whether boxes are held in the whole chain, too, not only stage by stage
+    chain_boxes: bool  # whether boxes are held in the whole chain, too, not only graph by graph
     reason: str
 
     def allowed_changes(self, images: int) -> int:
@@ -74,7 +74,7 @@ TOLERANCES = {
         outliers=1.0,
         chain_boxes=False,
         reason="INT8 keeps 127 magnitudes of each activation; each layer adds a noise of one or two percent, some "
-        "fifty layers about a tenth of the largest logit, so classes and each stage's median box are held, no single "
+        "fifty layers about a tenth of the largest logit, so classes and each graph's median box are held, no single "
         "image; a box in a crop that moved itself moves twice: those of the chain are held while INT8 is learned, and "
         "reported here",
     ),

@@ -161,7 +161,7 @@ def _time_batch(pipeline: Pipeline, images: BenchImages, batch: int, end: float,
                 break
             sources, frames = images.batch(number, batch)
             start = time.perf_counter()
-            steps = pipeline.run_timed(frames).stage_ms
+            steps = pipeline.run_timed(frames).step_ms
             middle = time.perf_counter()
             predictions = pipeline.predict_batch(sources)
             done = time.perf_counter()

@@ -26,7 +26,7 @@ _ADVICE = "calibrate again with mge-calibrate"
 class ExitPoint:
     """One place where the chain stops for the images whose answer is sure enough."""
 
-    segments: int  # how many have run there, from 1
+    graphs: int  # how many have run there, from 1
     answer: str  # the tensor [B, C] that answers there
     temperature: float  # of that answer, in [0.001, 1000]
     threshold: float  # in [0, 1]: an image stops where its calibrated confidence is at least this
@@ -69,8 +69,8 @@ class RunsOn:
 class Calibrated:
     """Temperatures and exits of one bundle; `from_values` reads a calibration, `none` stands in where there is none."""
 
-    temperatures: Mapping[str, float]  # by answer tensor, one for every segment's, > 0
-    # Calibrated confidence by answer tensor at or above which the chain stops there, in [0, 1]; an answer that is
+    temperatures: Mapping[str, float]  # by logits tensor, one for every graph's, > 0
+    # Calibrated confidence by logits tensor at or above which the chain stops there, in [0, 1]; an answer that is
     # missing stops nothing. None: the calibration learned no exits.
     exits: Mapping[str, float] | None
     promise: Promise | None = None  # that the exits keep
@@ -81,7 +81,7 @@ class Calibrated:
     @classmethod
     def none(cls, manifest: Manifest) -> Calibrated:
         """What holds without a calibration: temperature 1 everywhere, no exits."""
-        return cls({segment.answer: 1.0 for segment in manifest.segments}, None, fitted=False)
+        return cls({graph.logits: 1.0 for graph in manifest.graphs}, None, fitted=False)
 
     @classmethod
     def from_values(cls, values: Mapping[str, JsonValue], manifest: Manifest) -> Calibrated:
@@ -96,7 +96,7 @@ class Calibrated:
                 of this chain.
         """
         root = Field(dict(values), "", CALIBRATION, _ADVICE).table()
-        answers = [segment.answer for segment in manifest.segments]
+        answers = [graph.logits for graph in manifest.graphs]
         temperatures = _member(root, "temperatures").members(answers)
         exits = _member(root, "exits").optional(lambda f: f.members(("epsilon", "delta", "thresholds")))
         return cls(
@@ -144,9 +144,9 @@ class Calibrated:
                 "with more images or a larger epsilon (mge-calibrate), or run the whole chain with exit never"
             )
         return tuple(
-            ExitPoint(number, segment.answer, self.temperatures[segment.answer], self.exits[segment.answer])
-            for number, segment in enumerate(manifest.segments[:-1], 1)
-            if segment.answer in self.exits
+            ExitPoint(number, graph.logits, self.temperatures[graph.logits], self.exits[graph.logits])
+            for number, graph in enumerate(manifest.graphs[:-1], 1)
+            if graph.logits in self.exits
         )
 
 
@@ -180,7 +180,7 @@ def _thresholds(f: Field, answers: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in f.table().items():
         if name not in answers:
-            value.fail(f"thresholds of {', '.join(answers) or 'no answer, since the chain has one segment'} alone")
+            value.fail(f"thresholds of {', '.join(answers) or 'no answer, since the chain has one graph'} alone")
         threshold = value.optional(lambda v: _between(v, 0, 1, "a confidence from 0 to 1, or null", closed=True))
         if threshold is not None:
             found[name] = threshold

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias
 
-from mge_runtime.chain import first_segments
+from mge_runtime.chain import first_graphs
 from mge_runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Exit", "Stops", "resolve_exit"]
 
 # "never": the whole chain; "calibrated": stop each image as soon as its answer is as sure as the calibration asks for;
-# N: stop after segment N, from 1.
+# N: stop after graph N, from 1, as a rule expert N.
 Exit: TypeAlias = "Literal['never', 'calibrated'] | int"
 
 
@@ -25,7 +25,7 @@ Exit: TypeAlias = "Literal['never', 'calibrated'] | int"
 class Stops:
     """Where a run of the chain stops."""
 
-    segments: int | None = None  # for every image, after this many; None: at the end
+    graphs: int | None = None  # for every image, after this many; None: at the end
     exits: Sequence[ExitPoint] = ()  # for the images that are sure enough
 
 
@@ -38,12 +38,12 @@ def resolve_exit(exit: object, calibrated: Calibrated, manifest: Manifest) -> St
         manifest: of the chain.
 
     Raises:
-        BackendError: no `Exit`, a segment that the chain does not have, or calibrated exits where there are none.
+        BackendError: no `Exit`, a graph that the chain does not have, or calibrated exits where there are none.
     """
     if isinstance(exit, str) and exit in ("never", "calibrated"):
         return Stops(exits=calibrated.exit_points(manifest) if exit == "calibrated" else ())
     if isinstance(exit, SupportsIndex) and not isinstance(exit, bool):
-        return Stops(len(first_segments(manifest, operator.index(exit))))
+        return Stops(len(first_graphs(manifest, operator.index(exit))))
     raise BackendError(
-        f'asked to stop after segment {exit!r}; expected the number of a segment, from 1, "never" or "calibrated"'
+        f'asked to stop after graph {exit!r}; expected the number of a graph, from 1, "never" or "calibrated"'
     )

@@ -13,13 +13,14 @@ from mge_runtime.errors import BundleError
 from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path
 from mge_runtime.manifest import Manifest
-from mge_runtime.spec import BATCH, StageSpec, TensorSpec
+from mge_runtime.spec import BATCH, GraphSpec, TensorSpec
 from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.engines import BundleEngines
 
-__all__ = ["extract_bundle", "trtexec_script"]
+__all__ = ["LABELS", "extract_bundle", "trtexec_script", "write_labels"]
 
 SCRIPT = "trtexec.sh"
+LABELS = "labels.txt"
 
 
 def extract_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> list[Path]:
@@ -30,9 +31,10 @@ def extract_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> list[Path]
         folder: where to; files of the same names are replaced, each whole or not at all.
 
     Returns:
-        The files that were written: `onnx/<stage>.onnx` with `<stage>.weights` beside it, `engines/<target>/...`,
-        `manifest.json`, `trtexec.sh` for the default batch sizes, and one beside the engines of each TensorRT target
-        with the options that they were built with.
+        The files that were written: `onnx/chain.onnx`, the whole chain, `onnx/<graph>.onnx`, both with the
+        `<graph>.weights` beside them, `onnx/labels.txt`, a class a line, `engines/<target>/...`, `manifest.json`,
+        `trtexec.sh` for the default batch sizes, and one beside the engines of each TensorRT target with the options
+        that they were built with.
 
     Raises:
         BundleError: an entry was damaged.
@@ -57,7 +59,19 @@ def extract_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> list[Path]
         with atomic_path(script) as temporary:
             temporary.write_text(text)
         script.chmod(script.stat().st_mode | 0o111)
-    return [*written, *scripts]
+    labels = Path(folder) / "onnx" / LABELS
+    write_labels(labels, bundle.manifest.class_names)
+    return [*written, labels, *scripts]
+
+
+def write_labels(path: Path, class_names: Sequence[str]) -> None:
+    """Write one class a line, by index.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
 
 
 def trtexec_script(
@@ -68,7 +82,7 @@ def trtexec_script(
     workspace: JsonValue = None,
     top: str = ".",
 ) -> str:
-    """A shell script that builds each stage's engine with trtexec, from the extracted `onnx` folder.
+    """A shell script that builds each graph's engine with trtexec, from the extracted `onnx` folder.
 
     Args:
         manifest: of the bundle.
@@ -81,25 +95,25 @@ def trtexec_script(
     extra += [] if workspace is None else [f"--memPoolSize=workspace:{workspace}B"]
     lines = [
         "#!/bin/sh",
-        "# Builds the engine of every stage with full TensorRT's own tool (10.3 or newer), for this machine's GPU.",
+        "# Builds the engine of every graph with full TensorRT's own tool (10.3 or newer), for this machine's GPU.",
         "# Precision is in the graphs: --fp16 and its like are neither needed nor known to TensorRT 11. Not yet run.",
         "# Engines of TensorRT-RTX are built with mge-build --target rtx:..., which needs no GPU.",
         "set -e",
         'cd "$(dirname "$0")"',
         "mkdir -p built",
-        *(_command(stage, batch, extra, top) for stage in manifest.stages),
+        *(_command(graph, batch, extra, top) for graph in manifest.graphs),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _command(stage: StageSpec, batch: BatchRange, extra: Sequence[str], top: str) -> str:
+def _command(graph: GraphSpec, batch: BatchRange, extra: Sequence[str], top: str) -> str:
     shapes = {
-        option: ",".join(_shape(tensor, size) for tensor in stage.inputs)
+        option: ",".join(_shape(tensor, size) for tensor in graph.inputs)
         for option, size in zip(("minShapes", "optShapes", "maxShapes"), batch.sizes, strict=True)
     }
     options = [
-        f"--onnx={top}/onnx/{stage.name}.onnx",
-        f"--saveEngine=built/{stage.name}.plan",
+        f"--onnx={top}/onnx/{graph.name}.onnx",
+        f"--saveEngine=built/{graph.name}.plan",
         "--stronglyTyped",
         "--noTF32",
         *(f"--{option}={value}" for option, value in shapes.items()),

@@ -1,4 +1,4 @@
-"""Read JSON with types checked: every error names the path of the field, as `manifest.json: stages[2].name`.
+"""Read JSON with types checked: every error names the path of the field, as `manifest.json: graphs[2].name`.
 
 A document may come from anybody, so everything is bounded before it is used: its size and depth, numbers, lengths of
 texts and the characters in them, which may reach a terminal.

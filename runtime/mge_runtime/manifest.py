@@ -1,4 +1,4 @@
-"""The manifest: what a bundle holds, how its stages are wired, and the hash of every model entry.
+"""The manifest: what a bundle holds, how its graphs are wired, and the hash of every model entry.
 
 It is written once, at export, and never changes afterwards: calibrations and engines added later name its hash.
 """
@@ -12,28 +12,29 @@ from dataclasses import asdict, dataclass, field, replace
 
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import Field, JsonValue, parse_json
-from mge_runtime.spec import BATCH, Preprocess, SegmentSpec, StageSpec, TensorSpec, ViewSpec
+from mge_runtime.spec import BATCH, GraphSpec, Preprocess, TensorSpec, ViewSpec
 from mge_runtime.wiring import check_wiring
 
 __all__ = ["FRAME", "SCHEMA_VERSION", "Entry", "Manifest", "read_class_names", "read_entry", "read_preprocess"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FRAME = "frame"  # the chain's one input: uint8 RGB [B, S, S, 3]
 
 _LONGEST_NAME = 255  # characters of a class's name, which is a folder's as a rule
 _LARGEST_FRAME = 4096  # pixels; such a frame has 50 MB, and each image made of it 200 MB
 _MOST_ELEMENTS = 2**28  # of a tensor of one image, 1 GB of float32
-_MOST_STAGES = 256
+_MOST_GRAPHS = 256
+_MOST_GMACS = 1e9
 _DOCUMENT = "manifest.json"
 _FIELDS = (
     "schema_version",
     "model",
     "class_names",
     "preprocess",
-    "stages",
-    "segments",
+    "graphs",
     "views",
     "gate",
+    "gmacs",
     "precision",
     "parity",
     "tools",
@@ -58,11 +59,12 @@ class Manifest:
     model: Mapping[str, JsonValue]  # free: arch, experts, thresholds, ... for people and for mge-eval
     class_names: tuple[str, ...]  # by class index
     preprocess: Preprocess
-    stages: tuple[StageSpec, ...]
-    segments: tuple[SegmentSpec, ...]  # every stage once, in the order they run; the last one's answer is the chain's
+    graphs: tuple[GraphSpec, ...]  # in the order they run; the last one's logits are the chain's
     views: tuple[ViewSpec, ...]  # one for each expert
     gate: str | None = None  # the tensor [B, K] of the experts' shares, if the chain has a gate
-    # By stage: "type" ("fp32", "fp16", ...) and "attested" (by what check), more if the export likes.
+    # By graph: convolutions and matrix products of one image, in billions of multiply-accumulates.
+    gmacs: Mapping[str, float] = field(default_factory=dict[str, float])
+    # By graph: "type" ("fp32", "fp16", ...) and "attested" (by what check), more if the export likes.
     precision: Mapping[str, Mapping[str, JsonValue]] = field(default_factory=dict[str, "Mapping[str, JsonValue]"])
     parity: Mapping[str, JsonValue] | None = None  # the export's report; None: not measured
     tools: Mapping[str, str] = field(default_factory=dict[str, str])  # name: version, of what made the bundle
@@ -72,23 +74,23 @@ class Manifest:
 
     @property
     def answer(self) -> str:
-        """The tensor [B, C] that answers after the whole chain."""
-        return self.segments[-1].answer
+        """The logits [B, C] of the whole chain."""
+        return self.graphs[-1].logits
 
     @property
     def is_int8(self) -> bool:
-        """Whether a stage of it was quantised; others may have stayed in FP16."""
+        """Whether a graph of it was quantised; others may have stayed in FP16."""
         return any(plan.get("type") == "int8" for plan in self.precision.values())
 
-    def stage(self, name: str) -> StageSpec:
-        """The stage of this name.
+    def graph(self, name: str) -> GraphSpec:
+        """The graph of this name.
 
         Raises:
             KeyError: there is none.
         """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
+        for graph in self.graphs:
+            if graph.name == name:
+                return graph
         raise KeyError(name)
 
     def with_entries(self, entries: Mapping[str, Entry]) -> Manifest:
@@ -99,10 +101,16 @@ class Manifest:
         """Check that the parts fit each other.
 
         Raises:
-            BundleError: stages that are not wired, a view or an answer that no stage puts out, shapes that differ.
+            BundleError: graphs that are not wired, a view or logits that no graph puts out, shapes that differ, a graph
+                without its GMACs.
         """
         size, classes = self.preprocess.size, len(self.class_names)
-        check_wiring(self.stages, self.segments, self.views, self.gate, size=size, classes=classes, frame=FRAME)
+        check_wiring(self.graphs, self.views, self.gate, size=size, classes=classes, frame=FRAME)
+        if set(self.gmacs) != {graph.name for graph in self.graphs}:
+            raise BundleError(
+                f"{_DOCUMENT}: gmacs are of {sorted(self.gmacs)}; expected each graph's, "
+                f"{sorted(graph.name for graph in self.graphs)}: export the bundle again"
+            )
 
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`: UTF-8, the same for equal manifests."""
@@ -115,14 +123,14 @@ class Manifest:
         """Read and check what `to_json` wrote.
 
         Raises:
-            BundleError: no JSON, a newer schema, a field that is missing, unknown or of the wrong type (named by its
+            BundleError: no JSON, another schema, a field that is missing, unknown or of the wrong type (named by its
                 path), or parts that do not fit each other.
         """
         root = parse_json(data, _DOCUMENT)
         version = root.table().get("schema_version")
         if version is None:
             raise BundleError(f"{_DOCUMENT}: schema_version is missing; expected a bundle that mge-export wrote")
-        if version.integer(1) > SCHEMA_VERSION:
+        if version.integer(1) != SCHEMA_VERSION:
             raise BundleError(
                 f"the bundle has schema version {version.integer(1)}; "
                 f"expected {SCHEMA_VERSION}, which this runtime reads: "
@@ -134,13 +142,13 @@ class Manifest:
             model={key: value.value for key, value in fields["model"].table().items()},
             class_names=read_class_names(fields["class_names"]),
             preprocess=read_preprocess(fields["preprocess"]),
-            stages=_stages(fields["stages"]),
-            segments=tuple(_segment(f) for f in fields["segments"].items()),
+            graphs=_graphs(fields["graphs"]),
             views=tuple(_view(f) for f in fields["views"].items()),
             gate=fields["gate"].optional(Field.text),
+            gmacs={name: value.number(0, _MOST_GMACS) for name, value in fields["gmacs"].table().items()},
             precision={
-                stage: {key: value.value for key, value in plan.table().items()}
-                for stage, plan in fields["precision"].table().items()
+                graph: {key: value.value for key, value in plan.table().items()}
+                for graph, plan in fields["precision"].table().items()
             },
             parity=fields["parity"].optional(lambda f: {key: value.value for key, value in f.table().items()}),
             tools={name: value.text() for name, value in fields["tools"].table().items()},
@@ -188,19 +196,20 @@ def _triple(f: Field, low: float, high: float) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
-def _stages(f: Field) -> tuple[StageSpec, ...]:
-    stages = f.items()
-    if len(stages) > _MOST_STAGES:
-        f.fail(f"at most {_MOST_STAGES} stages")
-    return tuple(_stage(stage) for stage in stages)
+def _graphs(f: Field) -> tuple[GraphSpec, ...]:
+    graphs = f.items()
+    if len(graphs) > _MOST_GRAPHS:
+        f.fail(f"at most {_MOST_GRAPHS} graphs")
+    return tuple(_graph(graph) for graph in graphs)
 
 
-def _stage(f: Field) -> StageSpec:
-    fields = f.members(("name", "inputs", "outputs"))
-    return StageSpec(
+def _graph(f: Field) -> GraphSpec:
+    fields = f.members(("name", "inputs", "outputs", "logits"))
+    return GraphSpec(
         name=fields["name"].text(),
         inputs=tuple(_tensor(t) for t in fields["inputs"].items()),
         outputs=tuple(_tensor(t) for t in fields["outputs"].items()),
+        logits=fields["logits"].text(),
     )
 
 
@@ -213,11 +222,6 @@ def _tensor(f: Field) -> TensorSpec:
     if math.prod(axis for axis in shape if isinstance(axis, int)) > _MOST_ELEMENTS:
         fields["shape"].fail(f"at most {_MOST_ELEMENTS} elements for one image")
     return TensorSpec(name=fields["name"].text(), dtype=fields["dtype"].text(), shape=shape)
-
-
-def _segment(f: Field) -> SegmentSpec:
-    fields = f.members(("stages", "answer"))
-    return SegmentSpec(stages=tuple(s.text() for s in fields["stages"].items()), answer=fields["answer"].text())
 
 
 def _view(f: Field) -> ViewSpec:

@@ -114,7 +114,7 @@ class Pipeline:
             graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
             exit: where predictions stop that do not say it themselves: "never" for the whole chain, "calibrated" to
                 stop each picture as soon as its answer is as sure as the calibration asks for, or the number of the
-                segment to stop after, from 1.
+                graph to stop after, from 1.
             calibration: whether to use the bundle's calibration; without, it is not even read, so that one which is
                 damaged can be made anew.
             mmap: whether the weights may be mapped from the file. A file that is overwritten in place (`cp`, `scp`)
@@ -234,7 +234,7 @@ class Pipeline:
             outputs: tensors to return beside the answer; default: those that a prediction reports.
 
         Returns:
-            Tensors by name, float32, the first axis is the batch; those of stages that did not run are left out. With
+            Tensors by name, float32, the first axis is the batch; those of graphs that did not run are left out. With
             calibrated exits a tensor has one row for each frame that ran so far, in order.
 
         Raises:
@@ -276,7 +276,7 @@ class Pipeline:
 
     def _run(self, frames: Array, stops: Stops, outputs: Collection[str] | None = None) -> ChainResult:
         with self._opened() as chain:
-            return chain.run(frames, segments=stops.segments, outputs=outputs, exits=stops.exits)
+            return chain.run(frames, graphs=stops.graphs, outputs=outputs, exits=stops.exits)
 
     def _stops(self, exit: object) -> Stops:
         stops = resolve_exit(exit, self.calibrated, self.manifest)

@@ -41,7 +41,7 @@ class Prediction:
     experts_used: int  # K
     width: int  # pixels of the source image, upright
     height: int  # pixels of the source image
-    # Milliseconds for this image: "decode", "preprocess", each stage (a batch's time divided by its size), and "total",
+    # Milliseconds for this image: "decode", "preprocess", each graph (a batch's time divided by its size), and "total",
     # their sum; where decoding overlaps computing the wall time is less.
     timings_ms: Mapping[str, float]
     class_names: tuple[str, ...] = field(repr=False)  # of the model, by class index

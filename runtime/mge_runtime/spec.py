@@ -1,4 +1,4 @@
-"""What the export writes and the runtime reads: tensors, stages, segments, views, preprocessing.
+"""What the export writes and the runtime reads: tensors, graphs, views, preprocessing.
 
 Every class is a frozen dataclass of plain values; `to_dict` and `from_dict` (in `mge_runtime.manifest`) turn them into
 the bundle's JSON. Nothing here knows what an expert is: tensor names wire the chain.
@@ -8,38 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BATCH", "Preprocess", "SegmentSpec", "StageSpec", "TensorSpec", "ViewSpec"]
+__all__ = ["BATCH", "GraphSpec", "Preprocess", "TensorSpec", "ViewSpec"]
 
 BATCH = "batch"  # the name of the one dynamic axis, always the first
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor at a stage's border."""
+    """One input or output of a graph."""
 
-    name: str  # unique in the chain: the tensor of this name that a stage puts out is the one a later stage takes in
+    name: str  # unique in the chain: one graph's output is the input of this name of those after it
     dtype: str  # NumPy's name: "uint8", "float32", "float16", "int64"
     shape: tuple[int | str, ...]  # BATCH for the dynamic first axis, sizes for the others
 
 
 @dataclass(frozen=True)
-class StageSpec:
-    """One graph of the chain: `onnx/<name>.onnx` with its weights beside it."""
+class GraphSpec:
+    """One graph of the chain, an expert as a rule: `onnx/<name>.onnx` with its weights beside it.
+
+    The chain may stop after any of its graphs.
+    """
 
     name: str  # letters, digits and "_"
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True)
-class SegmentSpec:
-    """Stages that run without a look at their results, then an answer.
-
-    Without early exits the runtime joins all segments into one; with exits it may stop after any of them.
-    """
-
-    stages: tuple[str, ...]  # names, in the order they run
-    answer: str  # the tensor [B, C] of logits that answers if the chain stops here
+    logits: str  # the output [B, C] that is the chain's if it stops after this graph
 
 
 @dataclass(frozen=True)

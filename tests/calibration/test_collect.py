@@ -23,17 +23,17 @@ def test_answers_are_those_of_each_image_in_order(tiny_path, labelled, streams):
         answers = collect(pipeline, images, problem=fail, step=lambda: steps.append(1))
         predictions = [pipeline.predict(image.path) for image in images]
         first = [pipeline.predict(image.path, exit=1) for image in images]
-    assert list(answers.logits) == ["answer_1", "answer_2", "logits"]
+    assert list(answers.logits) == ["mean_logits_1", "mean_logits_2", "logits"]
     assert [names[label] for label in answers.labels] == [image.path.parent.name for image in images]
     np.testing.assert_allclose(answers.logits["logits"], [p.logits for p in predictions], rtol=1e-5)
-    np.testing.assert_allclose(answers.logits["answer_1"], [p.logits for p in first], rtol=1e-5)
+    np.testing.assert_allclose(answers.logits["mean_logits_1"], [p.logits for p in first], rtol=1e-5)
     assert len(steps) == 21
     assert len(answers.take(np.array([3, 5]))) == 2
     assert answers.take(np.array([3, 5])).images == (images[3], images[5])
 
 
 def test_answers_that_are_not_finite_are_refused(tiny, labelled, tmp_path):
-    graphs = tiny.make_stages()
+    graphs = tiny.make_graphs()
     expert = next(g for g in graphs if g.spec.name == "expert_2")
     expert.weights[-4:] = np.float32(np.inf).tobytes()
     write_bundle(tmp_path / "inf.plan", tiny.make_manifest(graphs), {g.spec.name: g.model() for g in graphs})

@@ -39,7 +39,7 @@ def test_the_bundle_gets_what_the_runtime_reads(calibrated, tiny_path):
     with Bundle.open(calibrated[0]) as bundle, Bundle.open(tiny_path) as before:
         assert bundle.manifest_sha256 == before.manifest_sha256
         read = Calibrated.from_values(values, bundle.manifest)
-    assert set(read.temperatures) == {"answer_1", "answer_2", "logits"}
+    assert set(read.temperatures) == {"mean_logits_1", "mean_logits_2", "logits"}
     assert read.exits
     assert (values["seed"], values["made_by"].split()[0]) == (0, "mge")
     assert (values["exits"]["epsilon"], values["exits"]["delta"]) == (0.2, 0.05)
@@ -56,9 +56,9 @@ def test_the_figures_are_those_of_the_rule(calibrated, labelled):
     with Pipeline.open(calibrated[0], threads=1) as pipeline:
         images = split_by_content(list_labelled(labelled, pipeline.manifest.class_names)[1], 1 / 3, 0)[1]
         frames = np.stack([to_frame(decode_picture(i.path), pipeline.manifest.preprocess)[0] for i in images])
-        tensors = pipeline.run(frames, exit="never", outputs=["answer_1", "answer_2", "logits"])
+        tensors = pipeline.run(frames, exit="never", outputs=["mean_logits_1", "mean_logits_2", "logits"])
         early = [pipeline.predict(image.path, exit="calibrated") for image in images]
-    names = ["answer_1", "answer_2"]
+    names = ["mean_logits_1", "mean_logits_2"]
     sure = np.column_stack([confidence(tensors[n], values["temperatures"][n]) for n in names])
     limits = [np.inf if thresholds[n] is None else thresholds[n] for n in names]
     stopped = stops(sure, limits)
@@ -83,11 +83,11 @@ def test_what_is_learned_from_one_part_knows_nothing_of_the_other(calibrated, la
     with Pipeline.open(calibrated[0], threads=1) as pipeline:
         images = split_by_content(list_labelled(labelled, pipeline.manifest.class_names)[1], 1 / 3, 0)[0]
         frames = np.stack([to_frame(decode_picture(i.path), pipeline.manifest.preprocess)[0] for i in images])
-        tensors = pipeline.run(frames, exit="never", outputs=["answer_1", "answer_2", "logits"])
+        tensors = pipeline.run(frames, exit="never", outputs=["mean_logits_1", "mean_logits_2", "logits"])
     labels = np.array([image.label for image in images])
     for name, temperature in values["temperatures"].items():
         assert temperature == pytest.approx(fit_temperature(tensors[name], labels).temperature, rel=1e-6)
-    names = ["answer_1", "answer_2"]
+    names = ["mean_logits_1", "mean_logits_2"]
     sure = np.column_stack([confidence(tensors[n], values["temperatures"][n]) for n in names])
     differs = np.column_stack([tensors[n].argmax(1) != tensors["logits"].argmax(1) for n in names])
     path = propose_path(sure, differs, values["report"]["cost"]["stops"], 5)
@@ -221,14 +221,11 @@ def test_a_bundle_that_was_replaced_meanwhile_is_left_alone(tiny, copy, labelled
 
 
 def test_a_chain_with_one_answer_gets_its_temperature(tiny, labelled, tmp_path):
-    from mge_runtime.spec import SegmentSpec
-
-    graphs = tiny.make_stages()
-    manifest = tiny.make_manifest(graphs)
-    names = tuple(name for segment in manifest.segments for name in segment.stages)
-    whole = replace(manifest, segments=(SegmentSpec(names, "logits"),))
-    write_bundle(tmp_path / "one.plan", whole, {g.spec.name: g.model() for g in graphs})
+    (first, *_) = tiny.make_graphs()
+    whole = replace(tiny.make_manifest([first]), gate=None)
+    whole = replace(whole, views=whole.views[:1])
+    write_bundle(tmp_path / "one.plan", whole, {"expert_1": first.model()})
     done = calibrate(tmp_path / "one.plan", "--data", labelled, *EPSILON)
     assert done.exit_code == 0
     assert "no early exits: the chain has a single answer" in done.output
-    assert list(values_of(tmp_path / "one.plan")["temperatures"]) == ["logits"]
+    assert list(values_of(tmp_path / "one.plan")["temperatures"]) == ["mean_logits_1"]

@@ -63,7 +63,7 @@ def test_a_separate_folder_may_be_too_small_too(copy, data, tmp_path):
 
 def with_int8(tiny, path, files):
     """A bundle whose manifest says that INT8 was learned from these files."""
-    graphs = tiny.make_stages()
+    graphs = tiny.make_graphs()
     digests = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
     plan = {"type": "int8", "attested": "graph", "calibration": {"digests": digests}}
     manifest = replace(tiny.make_manifest(graphs), precision={"expert_1": plan})

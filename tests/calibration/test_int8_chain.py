@@ -1,4 +1,4 @@
-"""Two small stages: each a trunk of a stem, a residual block and a head; the first makes the image of the second.
+"""Two small graphs: each a trunk of a stem, a residual block and a head; the first makes the image of the second.
 
 The first one's box is no crop, but it depends on the trunk, and moves with it.
 """
@@ -10,15 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mge_calibration.int8.agreement import Agreement, box_iou, relative_error
 from mge_calibration.int8.chain import _least, quantize_chain
+from mge_calibration.int8.cpu import cpu_graph
 from mge_calibration.int8.follow import FloatChain
+from mge_calibration.int8.graph import Int8Options, quantize_graph
 from mge_calibration.int8.insert import insert_quantization, quantize_weight
 from mge_calibration.int8.sessions import learn_ranges, open_graph, run_all
 from mge_calibration.int8.sites import find_layers
-from mge_calibration.int8.stage import Int8Options, quantize_stage
 from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.bundle.cpu_graph import cpu_graph
-from mge_runtime.errors import BundleError
-from mge_runtime.spec import StageSpec, TensorSpec
+from mge_runtime.spec import GraphSpec, TensorSpec
 
 SIZE, WIDTH, CLASSES = 16, 8, 4
 HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT
@@ -28,11 +27,11 @@ def is_trunk(name):
     return name.startswith("trunk.")
 
 
-def make_stage(k, *, last, loud=1.0):
+def make_graph(k, *, last, loud=1.0):
     """Image [B, 3, S, S] to logits [B, C] and, unless it is the last, a dimmed middle of the image as the next one.
 
     Args:
-        k: stage number.
+        k: graph number.
         last: whether it puts out no image.
         loud: one output channel's weight of the block is so much larger than the others.
     """
@@ -99,11 +98,11 @@ def make_stage(k, *, last, loud=1.0):
         specs.append(TensorSpec(f"image_{k + 1}", "float32", ("batch", 3, SIZE, SIZE)))
     image = helper.make_tensor_value_info(f"image_{k}", FULL, ["batch", 3, SIZE, SIZE])
     tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, f"stage_{k}", [image], outputs, tensors)
+    graph = helper.make_graph(nodes, f"expert_{k}", [image], outputs, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model, full_check=True)
-    return StageSpec(
-        f"expert_{k}", (TensorSpec(f"image_{k}", "float32", ("batch", 3, SIZE, SIZE)),), tuple(specs)
+    return GraphSpec(
+        f"expert_{k}", (TensorSpec(f"image_{k}", "float32", ("batch", 3, SIZE, SIZE)),), tuple(specs), f"logits_{k}"
     ), model
 
 
@@ -113,12 +112,12 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def stage():
-    return make_stage(1, last=False)
+def graph():
+    return make_graph(1, last=False)
 
 
 def quantise(model, images, classes=lambda out: out["logits_1"].argmax(1), **options):
-    """A stage alone, held to the classes that follow from its outputs."""
+    """A graph alone, held to the classes that follow from its outputs."""
     options = Int8Options(**options)
     wanted = run_all(open_graph(model), {"image_1": images})
 
@@ -128,18 +127,18 @@ def quantise(model, images, classes=lambda out: out["logits_1"].argmax(1), **opt
         agreement = Agreement(len(images), changed, {}, relative_error(found, wanted))
         return agreement, agreement.within(options.max_drop, {})
 
-    return quantize_stage(model, is_trunk, {"image_1": images}, judge, options)
+    return quantize_graph(model, is_trunk, {"image_1": images}, judge, options)
 
 
-def test_layers_are_the_trunks_convolutions_and_its_residual_sum(stage):
-    layers = find_layers(stage[1], is_trunk)
+def test_layers_are_the_trunks_convolutions_and_its_residual_sum(graph):
+    layers = find_layers(graph[1], is_trunk)
     assert [layer.node for layer in layers] == ["n_stem", "n_block", "n_add"]
     assert layers[2].activations == ("clipped", "block")
 
 
 @pytest.fixture(scope="module")
-def quantised(stage, images):
-    return quantise(stage[1], images, max_drop=0.2)
+def quantised(graph, images):
+    return quantise(graph[1], images, max_drop=0.2)
 
 
 def test_everything_is_symmetric_int8_with_scales_in_half(quantised):
@@ -157,16 +156,16 @@ def test_everything_is_symmetric_int8_with_scales_in_half(quantised):
     assert "trunk.block.weight" not in values  # its codes alone are kept
 
 
-def test_what_is_not_of_the_trunk_reads_what_it_read(stage, quantised):
+def test_what_is_not_of_the_trunk_reads_what_it_read(graph, quantised):
     chosen = {layer.node for layer in quantised.layers}
     for node in quantised.model.graph.node:
-        before = next((other for other in stage[1].graph.node if other.name == node.name), None)
+        before = next((other for other in graph[1].graph.node if other.name == node.name), None)
         if before is not None and node.name not in chosen:
             assert list(node.input) == list(before.input)
 
 
-def test_the_quantised_stage_answers_nearly_as_before(stage, images, quantised):
-    found, wanted = (run_all(open_graph(model), {"image_1": images}) for model in (quantised.model, stage[1]))
+def test_the_quantised_graph_answers_nearly_as_before(graph, images, quantised):
+    found, wanted = (run_all(open_graph(model), {"image_1": images}) for model in (quantised.model, graph[1]))
     difference = np.abs(found["logits_1"] - wanted["logits_1"]).max() / np.abs(wanted["logits_1"]).max()
     assert 1e-4 < difference < 0.05
 
@@ -181,7 +180,7 @@ def test_a_weight_is_coded_by_channel():
 
 def test_the_worst_layer_stays_float_and_is_named(images):
     # One channel of the block dwarfs the others, which lose their digits where its sum is quantised.
-    _, model = make_stage(1, last=False, loud=300)
+    _, model = make_graph(1, last=False, loud=300)
 
     def fine_classes(outputs):
         """Steps of a hundredth of the largest logit: they change where an answer's class would not."""
@@ -197,19 +196,19 @@ def test_the_worst_layer_stays_float_and_is_named(images):
     assert len(found.layers) > 0
 
 
-def test_twice_the_same_images_give_the_same_bytes(stage, images, quantised):
-    again = quantise(stage[1], images, max_drop=0.2)
+def test_twice_the_same_images_give_the_same_bytes(graph, images, quantised):
+    again = quantise(graph[1], images, max_drop=0.2)
     assert again.model.SerializeToString(deterministic=True) == quantised.model.SerializeToString(deterministic=True)
-    other = quantise(stage[1], images * 1.5, max_drop=0.2)
+    other = quantise(graph[1], images * 1.5, max_drop=0.2)
     assert other.model.SerializeToString(deterministic=True) != quantised.model.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize("float_crops", [False, True], ids=["chained", "float-crops"])
-def test_the_second_stage_is_calibrated_on_what_the_first_one_really_makes(images, float_crops):
-    (first, model_1), (second, model_2) = make_stage(1, last=False), make_stage(2, last=True)
+def test_the_second_graph_is_calibrated_on_what_the_first_one_really_makes(images, float_crops):
+    (first, model_1), (second, model_2) = make_graph(1, last=False), make_graph(2, last=True)
     models = {"expert_1": model_1, "expert_2": model_2}
     options = Int8Options(method="max", max_drop=0.5, float_crops=float_crops, min_box_iou=0.5)
-    done = quantize_chain([first, second], models, is_trunk, images, "logits_2", options)
+    done = quantize_chain([first, second], models, is_trunk, images, options)
     crops = {
         name: open_graph(model)({"image_1": images})["image_2"]
         for name, model in {"quantised": done["expert_1"].model, "float": model_1}.items()
@@ -225,7 +224,7 @@ def test_the_second_stage_is_calibrated_on_what_the_first_one_really_makes(image
 @pytest.fixture(scope="module")
 def chain(images):
     """A chain whose classes are close, so that some change, and whose box moves."""
-    (first, model_1), (second, model_2) = make_stage(1, last=False, loud=30), make_stage(2, last=True, loud=100)
+    (first, model_1), (second, model_2) = make_graph(1, last=False, loud=30), make_graph(2, last=True, loud=100)
     made = {"image_1": images}
     for k, model in enumerate((model_1, model_2), 1):
         logits = run_all(open_graph(model), made)[f"logits_{k}"]
@@ -238,7 +237,7 @@ def chain(images):
 @pytest.mark.parametrize("least", [0.5, 0.995])
 def test_layers_stay_float_until_the_chains_box_stays(chain, images, least):
     options = Int8Options(method="max", max_drop=0.9, min_box_iou=least)
-    found = quantize_chain(*chain, is_trunk, images, "logits_2", options)["expert_1"]
+    found = quantize_chain(*chain, is_trunk, images, options)["expert_1"]
     assert 0.5 < found.all_layers.box_iou["box_1"] < 0.995, "with all layers in INT8 the box must move for this test"
     assert bool(found.left) is (least > 0.9)
     run = open_graph(found.model)
@@ -248,9 +247,9 @@ def test_layers_stay_float_until_the_chains_box_stays(chain, images, least):
     assert found.agreement.box_iou["box_1"] == pytest.approx(ours, abs=1e-6)
 
 
-def test_a_stage_is_judged_by_the_answer_at_the_end_of_the_chain(chain, images):
+def test_a_graph_is_judged_by_the_answer_at_the_end_of_the_chain(chain, images):
     options = Int8Options(method="max", max_drop=0.9, min_box_iou=0)
-    found = quantize_chain(*chain, is_trunk, images, "logits_2", options)
+    found = quantize_chain(*chain, is_trunk, images, options)
     models = chain[1]
 
     def classes(first, second):
@@ -258,7 +257,7 @@ def test_a_stage_is_judged_by_the_answer_at_the_end_of_the_chain(chain, images):
         return run_all(open_graph(second), {"image_2": made["image_2"]})["logits_2"].argmax(1)
 
     wanted = classes(*models.values())
-    changed = [found[stage].agreement.changed for stage in models]
+    changed = [found[graph].agreement.changed for graph in models]
     assert changed == [
         (classes(found["expert_1"].model, second) != wanted).sum()
         for second in (models["expert_2"], found["expert_2"].model)
@@ -267,15 +266,15 @@ def test_a_stage_is_judged_by_the_answer_at_the_end_of_the_chain(chain, images):
 
 
 def test_pictures_are_not_kept(chain, images):
-    stages, models = chain
-    floats = FloatChain(stages, models, "logits_2", images)
+    graphs, models = chain
+    floats = FloatChain(graphs, models, images)
     assert set(floats.reference(["image_1", "image_2", "logits_1", "logits_2", "box_1"])) == {
         "logits_1",
         "logits_2",
         "box_1",
     }
-    assert floats.boxes_moved_by(stages[0]) == ["box_1"]
-    assert floats.boxes_moved_by(stages[1]) == []
+    assert floats.boxes_moved_by(graphs[0]) == ["box_1"]
+    assert floats.boxes_moved_by(graphs[1]) == []
 
 
 @pytest.mark.parametrize(
@@ -300,33 +299,47 @@ def test_options_that_are_none_are_refused(name, value):
         Int8Options(**{name: value})
 
 
-def test_on_a_cpu_the_trunk_is_integer_and_answers_alike(stage, images, quantised, tmp_path):
+def test_on_a_cpu_the_trunk_is_integer_and_answers_alike(graph, images, quantised, tmp_path):
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    fast = cpu_graph(quantised.model.SerializeToString(), fast=True)
-    session = onnxruntime.InferenceSession(fast, options, providers=["CPUExecutionProvider"])
+    fast = cpu_graph(quantised.model, fast=True)
+    session = onnxruntime.InferenceSession(fast.SerializeToString(), options, providers=["CPUExecutionProvider"])
     operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     assert operators.count("QLinearConv") == 2
     assert "Clip" not in operators  # its work is done by the codes' own end
     (found, *_) = session.run(["logits_1"], {"image_1": images})
-    wanted = run_all(open_graph(stage[1]), {"image_1": images})["logits_1"]
+    wanted = run_all(open_graph(graph[1]), {"image_1": images})["logits_1"]
     assert np.abs(found - wanted).max() < 0.05 * np.abs(wanted).max()
 
 
 def test_a_graph_without_half_or_int8_stays_as_it_is():
-    _, model = make_stage(1, last=True)
-    wide = cpu_graph(model.SerializeToString(), fast=False)
+    _, model = make_graph(1, last=True)
+    wide = cpu_graph(model, fast=False)
     assert cpu_graph(wide, fast=True) == wide
-    kinds = {tensor.data_type for tensor in onnx.load_from_string(wide).graph.initializer}
+    kinds = {tensor.data_type for tensor in wide.graph.initializer}
     assert HALF not in kinds
     assert FULL in kinds
 
 
-def test_only_layers_that_are_asked_for_are_quantised(stage):
-    layers = find_layers(stage[1], is_trunk)
-    assert insert_quantization(stage[1], [], {}).SerializeToString() == stage[1].SerializeToString()
-    alone = insert_quantization(stage[1], [layers[2]], {"clipped": 7, "block": 3})
+def test_weights_in_another_file_stay_there_and_are_widened_by_a_node(images, quantised, tmp_path):
+    copy = onnx.load_from_string(quantised.model.SerializeToString())  # which saving changes
+    onnx.save(copy, tmp_path / "q.onnx", save_as_external_data=True, location="q.weights", size_threshold=200)
+    referring = onnx.load(tmp_path / "q.onnx", load_external_data=False)
+    (tmp_path / "q.cpu.onnx").write_bytes(cpu_graph(referring, fast=True).SerializeToString())
+    inside = cpu_graph(quantised.model, fast=True).SerializeToString()
+    onnxruntime = load_onnxruntime()
+    found, wanted = (
+        onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"]).run(None, {"image_1": images})
+        for source in (tmp_path / "q.cpu.onnx", inside)
+    )
+    assert all(map(np.array_equal, found, wanted))
+
+
+def test_only_layers_that_are_asked_for_are_quantised(graph):
+    layers = find_layers(graph[1], is_trunk)
+    assert insert_quantization(graph[1], [], {}).SerializeToString() == graph[1].SerializeToString()
+    alone = insert_quantization(graph[1], [layers[2]], {"clipped": 7, "block": 3})
     assert sum(node.op_type == "DequantizeLinear" for node in alone.graph.node) == 2
     scales = {t.name: float(numpy_helper.to_array(t)) for t in alone.graph.initializer if t.name.endswith("_scale")}
     assert 5.98 < scales["clipped_scale"] * 127 < 6  # no code beyond the clip's end, so that a CPU may drop the clip
@@ -355,23 +368,17 @@ def test_a_bias_takes_up_what_rounding_its_weight_adds():
     assert abs(corrected.mean()) < abs(plain.mean()) / 20
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xff\xff", b"\x3a\x7f\x01"], ids=["no-message", "cut"])
-def test_bytes_that_are_no_graph_are_refused(damage):
-    with pytest.raises(BundleError, match="no ONNX model"):
-        cpu_graph(damage, fast=True)
-
-
-def test_a_stage_that_stays_mostly_float_stays_float_as_a_whole(stage, images):
+def test_a_graph_that_stays_mostly_float_stays_float_as_a_whole(graph, images):
     tried = []
 
     def judge(_):
         tried.append(None)
         return Agreement(len(images), 0, {}, 0.0), len(tried) > 2  # all, all but one: bad; all but two: good
 
-    found = quantize_stage(stage[1], is_trunk, {"image_1": images}, judge, Int8Options())
+    found = quantize_graph(graph[1], is_trunk, {"image_1": images}, judge, Int8Options())
     assert len(found.left) == 3
     assert found.layers == ()
-    assert found.model.SerializeToString() == stage[1].SerializeToString()
+    assert found.model.SerializeToString() == graph[1].SerializeToString()
 
 
 @pytest.mark.parametrize(

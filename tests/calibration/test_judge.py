@@ -13,7 +13,7 @@ from mge_calibration.path import propose_path
 from mge_runtime.calibrated import Promise, confidence
 
 COST = Cost("trunks", (1.0, 2.0, 4.0))
-SAME = {"answer_1": 1.0, "answer_2": 1.0, "logits": 1.0}
+SAME = {"mean_logits_1": 1.0, "mean_logits_2": 1.0, "logits": 1.0}
 
 
 def make_answers(count, seed, *, noise=(1.0, 0.3)):
@@ -35,7 +35,7 @@ def answers():
 def test_exits_are_what_their_figures_say(answers):
     outcome = learn_exits(*answers, SAME, COST, Promise(0.02, 0.05), seed=0)
     tested = answers[1]
-    sure = np.column_stack([confidence(tested.logits[n], 1.0) for n in ("answer_1", "answer_2")])
+    sure = np.column_stack([confidence(tested.logits[n], 1.0) for n in ("mean_logits_1", "mean_logits_2")])
     stopped = stops(sure, list(outcome.thresholds.values()))
     classes = np.column_stack([v.argmax(1) for v in tested.logits.values()])
     got = classes[np.arange(1000), stopped]
@@ -61,7 +61,7 @@ def test_a_larger_epsilon_saves_more(answers):
 def test_thresholds_are_chosen_from_a_path_that_the_tested_images_do_not_shape(answers):
     proposing, tested = answers
     final = proposing.logits["logits"].argmax(1)
-    early = [proposing.logits[name] for name in ("answer_1", "answer_2")]
+    early = [proposing.logits[name] for name in ("mean_logits_1", "mean_logits_2")]
     sure = np.column_stack([confidence(logits, 1.0) for logits in early])
     differs = np.column_stack([logits.argmax(1) != final for logits in early])
     path = {tuple(None if np.isinf(t) else t for t in row) for row in propose_path(sure, differs, COST.stops, 6)}
@@ -93,9 +93,9 @@ def test_a_chain_with_a_single_answer_has_nowhere_to_stop(answers):
 
 def test_temperatures_are_judged_on_the_other_images(answers):
     fitted, judged = answers
-    outcome = learn_temperatures(fitted, judged, seed=0)["answer_1"]
-    again = learn_temperatures(judged, judged, seed=0)["answer_1"]
-    assert outcome.fit.temperature == learn_temperatures(fitted, fitted, seed=0)["answer_1"].fit.temperature
+    outcome = learn_temperatures(fitted, judged, seed=0)["mean_logits_1"]
+    again = learn_temperatures(judged, judged, seed=0)["mean_logits_1"]
+    assert outcome.fit.temperature == learn_temperatures(fitted, fitted, seed=0)["mean_logits_1"].fit.temperature
     assert outcome.before == again.before
     assert outcome.fit != again.fit
     assert again.after.nll.value < outcome.after.nll.value < outcome.before.nll.value

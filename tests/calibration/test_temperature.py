@@ -1,9 +1,11 @@
 """Temperatures against answers whose temperature is known."""
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
-from mge_calibration.temperature import BOUNDS, fit_temperature
+from mge_calibration.temperature import BOUNDS, fit_temperature, set_temperature, with_temperature
 from mge_runtime.metrics import log_softmax
 
 
@@ -49,3 +51,17 @@ def test_answers_of_pure_chance_end_at_the_other_bound():
     fit = fit_temperature(100 * logits, labels)
     assert fit.bounded
     assert fit.temperature == pytest.approx(BOUNDS[1], rel=1e-2)
+
+
+def test_a_chain_in_one_graph_takes_the_temperature_that_was_learned():
+    node = helper.make_node("Div", ["logits", "temperature"], ["scaled"])
+    tensors = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("logits", "scaled")]
+    model = helper.make_model(helper.make_graph([node], "chain", tensors[:1], tensors[1:]))
+    helper.set_model_props(model, {"size": "448"})
+    for value in (1.0, 2.5):
+        set_temperature(model, value)
+    changed = onnx.load_from_string(with_temperature(model.SerializeToString(), 1.75))
+    for chain, value in ((model, 2.5), (changed, 1.75)):
+        (initializer,) = chain.graph.initializer
+        assert (initializer.name, float(numpy_helper.to_array(initializer))) == ("temperature", value)
+        assert {entry.key: entry.value for entry in chain.metadata_props} == {"size": "448", "temperature": str(value)}

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from mge.checkpoint import save_checkpoint
 from mge_export import export, parity
 from mge_export.cli import main
-from mge_runtime.bundle import Bundle, StageModel, writer
+from mge_runtime.bundle import Bundle, GraphModel, writer
 from mge_runtime.errors import OutputError
 from mge_runtime.files import check_output
 
@@ -64,7 +64,7 @@ def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
         manifest = opened.manifest
     assert manifest.class_names == ("wren", "robin", "tit", "finch", "dove")
     assert manifest.preprocess.size == 64
-    assert manifest.answer == "answer_1"
+    assert manifest.answer == "logits"
     assert manifest.gate is None
     assert manifest.precision["expert_1"]["type"] == "fp16"
     assert manifest.checkpoint_sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
@@ -73,14 +73,14 @@ def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
 def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypatch):
     original = parity.torch_runner
 
-    def wrong_runner(stages, watches):
-        run = original(stages, watches)
+    def wrong_runner(graphs, watches):
+        run = original(graphs, watches)
         return lambda spec, tensors: {name: value * 1.5 for name, value in run(spec, tensors).items()}
 
     monkeypatch.setattr(parity, "torch_runner", wrong_runner)
     arguments = ["--ckpt", checkpoint, "--verify-images", 2]
     result = invoke(*arguments)
-    assert refused(result, "out of tolerance", "torch ingest: image_1", "--allow-mismatch")
+    assert refused(result, "out of tolerance", "torch expert_1: logits_1", "--allow-mismatch")
     assert leftovers(checkpoint.parent) == {"best.pt"}
     result = invoke(*arguments, "--allow-mismatch")
     assert result.exit_code == 0
@@ -92,7 +92,7 @@ def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypa
 
 def other_weights(model):
     data = np.frombuffer(model.weights.read_bytes(), np.float32)
-    return StageModel(model.graph, (data * 1.01).astype(np.float32).tobytes())
+    return GraphModel(model.graph, (data * 1.01).astype(np.float32).tobytes())
 
 
 def other_types(model):
@@ -101,7 +101,7 @@ def other_types(model):
     for node in graph.graph.node:
         if node.op_type == "Conv":
             node.op_type = "NoSuchOperator"
-    return StageModel(graph.SerializeToString(), model.weights)
+    return GraphModel(graph.SerializeToString(), model.weights)
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,12 @@ def other_types(model):
     [(other_weights, "answers otherwise than its graphs did: "), (other_types, "cannot be run: ONNX Runtime")],
 )
 def test_a_bundle_that_is_not_what_was_verified_is_never_published(checkpoint, monkeypatch, change, words):
-    original = export._stage_model
+    original = export.write_bundle
 
-    def changed(stage, folder):
-        model = original(stage, folder)
-        return change(model) if stage.has_trunk else model
+    def changed(path, manifest, models, **options):
+        return original(path, manifest, {name: change(model) for name, model in models.items()}, **options)
 
-    monkeypatch.setattr(export, "_stage_model", changed)
+    monkeypatch.setattr(export, "write_bundle", changed)
     (checkpoint.parent / "mge.plan").write_bytes(b"the old one")
     result = invoke("--ckpt", checkpoint, "--verify-images", 5, "--allow-mismatch")
     assert refused(result, words, "no bundle was written")

@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 
 from mge_runtime.backends import choose
-from mge_runtime.bench.inputs import photograph_inputs
+from mge_runtime.bench import BenchImages
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
 from mge_runtime.selfcheck.run import all_checks
 from mge_runtime.selfcheck.subject import open_subject
-from mge_runtime.sources import find_images
+from mge_runtime.sources import MAX_PIXELS, find_images
 
 NAMES = [name for name, _ in all_checks(np.empty(0, np.uint8))]
 
 
 def named(folder, subject):
-    return photograph_inputs(find_images([str(folder)]).images, subject.manifest.preprocess)
+    named = find_images([str(folder)]).images
+    return BenchImages.read(named, subject.manifest.preprocess, MAX_PIXELS, float("inf"), pytest.fail)
 
 
 @pytest.mark.parametrize("name", ["the same answers in batches", "two pipelines in one process"])

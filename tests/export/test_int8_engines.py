@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from mge_runtime.bundle import Bundle, StageModel, write_bundle
+from mge_runtime.bundle import Bundle, GraphModel, write_bundle
 from mge_runtime.errors import BuildError
 from mge_runtime.trt.attest import attest_engine
 
-TRUNKS = ("expert_1", "expert_2", "gate")
+GRAPHS = ("expert_1", "expert_2")
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +29,25 @@ def build_all(path, vendor, capabilities):
         (target,) = ahead_of_time(vendor, capabilities)
         options = BuildOptions(BatchRange.parse("1,2,8"))
         with build_engines(bundle, vendor, target, gpu=None, options=options) as new:
-            return {stage: plan.stat().st_size for stage, plan in new.plans.items()}, new.details
+            return {graph: plan.stat().st_size for graph, plan in new.plans.items()}, new.details
 
 
 @pytest.mark.parametrize("capability", ["sm86", "sm120"])
-def test_the_real_builder_takes_every_stage(quantised, rtx, capability):
+def test_the_real_builder_takes_every_graph(quantised, rtx, capability):
     sizes, details = build_all(quantised.path, rtx, [capability])
-    assert set(sizes) == {"ingest", *TRUNKS, "mixture"}
-    for stage in TRUNKS:
-        assert details.precision[stage]["attested"] == "network"
-        assert details.precision[stage]["type"] == "int8"
-        assert details.precision[stage]["layers"]["CONVOLUTION"] == {"float16": 14 + (stage != "gate")}
+    assert set(sizes) == set(GRAPHS)
+    for graph in GRAPHS:
+        assert details.precision[graph]["attested"] == "network"
+        assert details.precision[graph]["type"] == "int8"
+        assert details.precision[graph]["layers"]["CONVOLUTION"] == {"float16": 15 if graph == "expert_1" else 29}
 
 
-@pytest.mark.parametrize("stage", TRUNKS)
-def test_in_the_parsed_network_quantised_convolutions_read_two_dequantize_layers(quantised, rtx, stage):
-    from mge_runtime.trt.network import parse_stage
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_in_the_parsed_network_quantised_convolutions_read_two_dequantize_layers(quantised, rtx, graph):
+    from mge_runtime.trt.network import parse_graph
 
-    path = quantised.folder / f"{stage}.onnx"
-    parsed = parse_stage(rtx, quantised.manifest.stage(stage), path.read_bytes(), path)
+    path = quantised.folder / f"{graph}.onnx"
+    parsed = parse_graph(rtx, quantised.manifest.graph(graph), path.read_bytes(), path)
     layers = [parsed.network.get_layer(index) for index in range(parsed.network.num_layers)]
     made = {layer.get_output(0).name: layer.type.name for layer in layers}
     both = [
@@ -57,21 +57,22 @@ def test_in_the_parsed_network_quantised_convolutions_read_two_dequantize_layers
         and layer.num_inputs > 1
         and [made.get(layer.get_input(index).name) for index in (0, 1)] == ["DEQUANTIZE", "DEQUANTIZE"]
     ]
-    assert len(both) == quantised.manifest.precision[stage]["quantized"]["convolutions"] > 0
+    assert len(both) == quantised.manifest.precision[graph]["quantized"]["convolutions"] > 0
 
 
 def test_a_bundle_that_tells_of_more_than_it_has_is_not_built(quantised, rtx, tmp_path):
     manifest = quantised.manifest
     models = {}
-    for stage in manifest.stages:
-        weights = quantised.folder / f"{stage.name}.weights"
-        models[stage.name] = StageModel(quantised.folder / f"{stage.name}.onnx", weights if weights.exists() else None)
-    plan = manifest.precision["gate"]
+    for graph in manifest.graphs:
+        weights = quantised.folder / f"{graph.name}.weights"
+        cpu = quantised.folder / f"{graph.name}.cpu.onnx"
+        models[graph.name] = GraphModel(quantised.folder / f"{graph.name}.onnx", weights, cpu)
+    plan = manifest.precision["expert_2"]
     told = {**plan, "quantized": {**plan["quantized"], "convolutions": 99}}
     write_bundle(
-        tmp_path / "x.plan", dataclasses.replace(manifest, precision={**manifest.precision, "gate": told}), models
+        tmp_path / "x.plan", dataclasses.replace(manifest, precision={**manifest.precision, "expert_2": told}), models
     )
-    with pytest.raises(BuildError, match=r"stage gate: \d+ convolutions read two DequantizeLinear; expected 99"):
+    with pytest.raises(BuildError, match=r"graph expert_2: \d+ convolutions read two DequantizeLinear; expected 99"):
         build_all(tmp_path / "x.plan", rtx, ["sm86"])
 
 

@@ -8,16 +8,16 @@ from torch import nn
 
 from mge_export.activations import ActivationWatch, Peak
 from mge_export.differences import ChainDifferences, box_iou, class_margins
+from mge_export.experts import build_graphs
 from mge_export.half_kernels import HalfKernels
 from mge_export.parity import Check, ParityReport, measure_parity
 from mge_export.precision import Precision
 from mge_export.report import format_report
-from mge_export.stages import build_stages
 from mge_export.tolerances import TOLERANCES
 
 
-def measure(exported, stages):
-    return measure_parity(exported.model, stages, exported.folder, exported.precision, exported.images, lambda _: None)
+def measure(exported, graphs):
+    return measure_parity(exported.model, graphs, exported.folder, exported.precision, exported.images, lambda _: None)
 
 
 class FrozenHead(nn.Module):
@@ -34,19 +34,18 @@ class FrozenHead(nn.Module):
 
 @torch.no_grad()
 def test_a_map_frozen_to_the_examples_class_is_caught(exported):
-    stages = build_stages(exported.model, exported.precision)
-    module = stages[1].module
-    module.dual_head = FrozenHead(module.dual_head, torch.rand(1, 512, *module.map_shape))
-    failures = measure(exported, stages).failures
+    graphs = build_graphs(exported.model, exported.precision)
+    graphs[0].dual_head = FrozenHead(graphs[0].dual_head, torch.rand(1, 512, 2, 2))
+    failures = measure(exported, graphs).failures
     assert any(line.startswith("torch expert_1: heatmap_1 differs") for line in failures)
     assert not any(line.startswith("onnx") for line in failures)
 
 
 @torch.no_grad()
 def test_another_threshold_is_caught_by_the_boxes(exported):
-    stages = build_stages(exported.model, exported.precision)
-    stages[1].module.threshold = 0.7
-    failures = measure(exported, stages).failures
+    graphs = build_graphs(exported.model, exported.precision)
+    graphs[0].threshold = 0.7
+    failures = measure(exported, graphs).failures
     assert any(line.startswith("torch expert_1: median box IoU") for line in failures)
     in_chain = any(line.startswith("torch chain box_1: median box IoU") for line in failures)
     assert in_chain == (exported.precision is Precision.FP32)
@@ -54,9 +53,9 @@ def test_another_threshold_is_caught_by_the_boxes(exported):
 
 @torch.no_grad()
 def test_a_wrong_weight_is_caught_and_reported(exported):
-    stages = build_stages(exported.model, exported.precision)
-    stages[2].module.expert.concat_head.weight.data[:, 0] += 1
-    report = measure(exported, stages)
+    graphs = build_graphs(exported.model, exported.precision)
+    graphs[1].expert.concat_head.weight.data[:, 0] += 1
+    report = measure(exported, graphs)
     assert any(line.startswith("torch expert_2: logits_2 differs") for line in report.failures)
     assert "out of tolerance: torch expert_2: logits_2" in format_report(report)
     assert report.to_dict()["failures"] == report.failures

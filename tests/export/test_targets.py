@@ -120,7 +120,7 @@ def test_where_an_engine_fails_the_bundle_before_stays(checkpoint, monkeypatch):
     monkeypatch.setattr("mge_runtime.trt.build.build_engine", stopped)
     result = invoke("--ckpt", checkpoint, "--verify-images", 2, "--target", "rtx:sm86")
     assert result.exit_code == 1
-    assert f"error: tensorrt-rtx {vendor.version} cannot build stage ingest" in result.stderr
+    assert f"error: tensorrt-rtx {vendor.version} cannot build graph expert_1" in result.stderr
     assert hashlib.sha256(old.read_bytes()).digest() == hashlib.sha256(b"the bundle before").digest()
     assert {path.name for path in checkpoint.parent.iterdir()} == {"best.pt", "mge.plan"}
 

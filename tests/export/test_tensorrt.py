@@ -1,4 +1,4 @@
-"""The gate: the vendor's own parser and builder take every stage, for several compute capabilities. No GPU needed."""
+"""The gate: the vendor's own parser and builder take every graph, for several compute capabilities. No GPU needed."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 from mge_export.export import export_bundle
 from mge_export.images import generated_images
 from mge_export.precision import Precision
-from mge_runtime.bundle import Bundle, StageModel, write_bundle
+from mge_runtime.bundle import Bundle, GraphModel, write_bundle
 from mge_runtime.errors import BuildError
 from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.build import ahead_of_time, build_engines
@@ -29,14 +29,14 @@ def build_all(path, vendor, capabilities, batch):
         (target,) = ahead_of_time(vendor, capabilities)
         options = BuildOptions(BatchRange.parse(batch))
         with build_engines(bundle, vendor, target, gpu=None, options=options) as new:
-            return {stage: plan.stat().st_size for stage, plan in new.plans.items()}, new.details
+            return {graph: plan.stat().st_size for graph, plan in new.plans.items()}, new.details
 
 
 @pytest.mark.parametrize("batch", ["1", "1,2,8"], ids=["batch-1", "dynamic"])
 @pytest.mark.parametrize("capability", ["sm86", "sm120"])
-def test_every_stage_is_built_in_its_precision(exported, rtx, capability, batch):
+def test_every_graph_is_built_in_its_precision(exported, rtx, capability, batch):
     sizes, details = build_all(exported.path, rtx, [capability], batch)
-    assert set(sizes) == {"ingest", "expert_1", "expert_2", "gate", "mixture"}
+    assert set(sizes) == {"expert_1", "expert_2"}
     for name, graph in exported.graphs.items():
         assert details.precision[name]["attested"] == "network"
         convolutions = sum(node.op_type == "Conv" for node in graph.graph.node)
@@ -44,7 +44,7 @@ def test_every_stage_is_built_in_its_precision(exported, rtx, capability, batch)
         expected = {wanted: convolutions} if convolutions else None
         assert details.precision[name]["layers"].get("CONVOLUTION") == expected
     entries = exported.result.manifest.entries
-    weights = {name: entries[f"onnx/{name}.weights"].size for name in ("expert_1", "expert_2", "gate")}
+    weights = {name: entries[f"onnx/{name}.weights"].size for name in ("expert_1", "expert_2")}
     assert all(sizes[name] > size for name, size in weights.items())  # an engine holds its weights
 
 
@@ -75,36 +75,35 @@ def test_turing_takes_half_heads(half_heads, rtx):
 def test_half_heads_answer_nearly_as_full_ones(tiny, photographs):
     import torch
 
-    from mge_export.stages import build_stages
+    from mge_export.experts import build_graphs
     from mge_export.typed import HalfLinear
 
     model = tiny.make_model()
     frames = torch.from_numpy(tiny.load_frames(photographs, model.config.preprocess))
-    full, half = (build_stages(model, Precision.FP16, half_linear=flag) for flag in (False, True))
-    assert sum(isinstance(m, HalfLinear) for m in half[1].module.modules()) == 4  # three heads, the attention's copy
-    assert not any(isinstance(m, HalfLinear) for m in full[1].module.modules())
-    (image,) = full[0].module(frames)
+    full, half = (build_graphs(model, Precision.FP16, half_linear=flag) for flag in (False, True))
+    assert sum(isinstance(m, HalfLinear) for m in half[0].modules()) == 4  # three heads, the attention's copy
+    assert not any(isinstance(m, HalfLinear) for m in full[0].modules())
     with torch.no_grad():
-        logits, expected = half[1].module(image)[0], full[1].module(image)[0]
+        logits, expected = half[0](frames)[0], full[0](frames)[0]
     assert not torch.equal(logits, expected)
     assert (logits - expected).abs().max() <= 4e-3 * expected.abs().max()
 
 
 def test_turing_refuses_fp32_heads_before_and_in_the_builder(exported, rtx):
-    with pytest.raises(BuildError, match=r"stage expert_1 cannot run on sm75: .* FP32 matrix products for Turing"):
+    with pytest.raises(BuildError, match=r"graph expert_1 cannot run on sm75: .* FP32 matrix products for Turing"):
         build_all(exported.path, rtx, ["sm75"], "1")
     # The rule is the library's own.
     with Bundle.open(exported.path) as bundle:
-        stage = bundle.manifest.stage("gate")
-        assert turing_refusal("gate", bundle.manifest.precision["gate"])
+        graph = bundle.manifest.graph("expert_2")
+        assert turing_refusal("expert_2", bundle.manifest.precision["expert_2"])
         bundle.extract(exported.folder.parent)
-        with pytest.raises(BuildError, match=r"cannot build stage gate: .*FP32 GEMM is not supported"):
+        with pytest.raises(BuildError, match=r"cannot build graph expert_2: .*FP32 GEMM is not supported"):
             build_engine(
                 rtx,
-                stage,
-                (exported.folder / "gate.onnx").read_bytes(),
-                exported.folder / "gate.onnx",
-                plan=bundle.manifest.precision["gate"],
+                graph,
+                (exported.folder / "expert_2.onnx").read_bytes(),
+                exported.folder / "expert_2.onnx",
+                plan=bundle.manifest.precision["expert_2"],
                 capabilities=["sm75"],
                 options=BuildOptions(),
             )
@@ -114,9 +113,9 @@ def relabelled(exported, path, precision):
     """The exported graphs in a bundle whose manifest tells another precision of expert_1."""
     manifest = exported.result.manifest
     models = {}
-    for stage in manifest.stages:
-        weights = exported.folder / f"{stage.name}.weights"
-        models[stage.name] = StageModel(exported.folder / f"{stage.name}.onnx", weights if weights.exists() else None)
+    for graph in manifest.graphs:
+        weights = exported.folder / f"{graph.name}.weights"
+        models[graph.name] = GraphModel(exported.folder / f"{graph.name}.onnx", weights if weights.exists() else None)
     plan = {**manifest.precision["expert_1"], **precision}
     write_bundle(path, dataclasses.replace(manifest, precision={**manifest.precision, "expert_1": plan}), models)
 
@@ -124,7 +123,7 @@ def relabelled(exported, path, precision):
 def test_a_graph_offered_as_another_precision_is_refused(exported, rtx, tmp_path):
     found, claimed = ("float32", "fp16") if exported.precision is Precision.FP32 else ("float16", "fp32")
     relabelled(exported, tmp_path / "wrong.plan", {"type": claimed})
-    with pytest.raises(BuildError, match=rf"stage expert_1: \d+ convolutions compute in {found}; expected"):
+    with pytest.raises(BuildError, match=rf"graph expert_1: \d+ convolutions compute in {found}; expected"):
         build_all(tmp_path / "wrong.plan", rtx, ["sm86"], "1")
 
 

@@ -3,14 +3,14 @@
 import numpy as np
 
 from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.backends.ort_segment import open_segments
+from mge_runtime.backends.ort_graph import open_graphs
 from mge_runtime.device import DeviceExecutor
 
 onnxruntime = load_onnxruntime()
 
 EVERY = {
-    "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
-    "image_1", "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
+    "mean_logits_1", "mean_logits_2", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
+    "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
 }  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def open_capturable(bundle, device, **options):
     """The chain on a device that lets everything be captured, as CUDA does."""
 
     def open_units(device, stream):
-        for unit in open_segments(onnxruntime, bundle, device, stream):
+        for unit in open_graphs(onnxruntime, bundle, device, stream):
             prepare = unit.prepare
 
             def capturable(addresses, stream, prepare=prepare):

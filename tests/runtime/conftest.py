@@ -88,7 +88,7 @@ def bundle(bundle_path):
 
 @pytest.fixture(scope="session")
 def expected(bundle_path):
-    """The tiny chain on the CPU, stage by stage: what others must answer, too."""
+    """The tiny chain on the CPU, graph by graph: what others must answer, too."""
     from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
     from mge_runtime.bundle import Bundle
     from mge_runtime.chain import Chain

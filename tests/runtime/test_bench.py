@@ -42,7 +42,7 @@ def test_the_report_holds_every_measurement(bundle_path, tmp_path):
     report = json.loads(result.stdout)
     with Pipeline.open(bundle_path, "cpu", threads=1) as pipeline:
         size = pipeline.manifest.preprocess.size
-        steps = list(pipeline.run_timed(np.zeros((1, size, size, 3), np.uint8)).stage_ms)
+        steps = list(pipeline.run_timed(np.zeros((1, size, size, 3), np.uint8)).step_ms)
     assert [batch["batch"] for batch in report["batches"]] == [1, 3]
     for batch in report["batches"]:
         rows = {row["name"]: row for row in batch["rows"]}
@@ -79,8 +79,8 @@ def test_rare_percentiles_need_many_runs():
 
 
 def test_named_images_are_measured_in_turn_and_an_unreadable_one_is_passed_over(copy, tmp_path, monkeypatch):
-    add_calibration(copy, {"version": 1, "temperatures": dict.fromkeys(("answer_1", "answer_2", "logits"), 2.0),
-                           "exits": None, "data": {}})  # fmt: skip
+    temperatures = dict.fromkeys(("mean_logits_1", "mean_logits_2", "logits"), 2.0)
+    add_calibration(copy, {"version": 1, "temperatures": temperatures, "exits": None, "data": {}})
     for number in range(3):
         Image.new("RGB", (50, 60), (0, 80 * number, 0)).save(tmp_path / f"{number}.jpg")
     (tmp_path / "bad.jpg").write_bytes(b"no image")

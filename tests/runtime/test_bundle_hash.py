@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mge_runtime.bundle import Bundle, add_calibration, add_engine
+from mge_runtime.bundle import Bundle, add_calibration, add_engine, write_bundle
 from mge_runtime.cli.info import main
 from mge_runtime.errors import BundleError
 
@@ -31,8 +31,8 @@ def info(*arguments):
 def full(copy):
     """With engines and a calibration."""
     with Bundle.open(copy) as bundle:
-        digest, stages = bundle.manifest_sha256, [stage.name for stage in bundle.manifest.stages]
-    add_engine(copy, TARGET, dict.fromkeys(stages, b"an engine"), {}, manifest_sha256=digest)
+        digest, graphs = bundle.manifest_sha256, [graph.name for graph in bundle.manifest.graphs]
+    add_engine(copy, TARGET, dict.fromkeys(graphs, b"an engine"), {}, manifest_sha256=digest)
     add_calibration(copy, {"temperatures": {}})
     return copy
 
@@ -54,10 +54,10 @@ def test_a_strangers_engines_and_calibration_change_it(full, bundle_path):
     told = hash_of(full)
     with Bundle.open(full) as bundle:
         bundle.verify(expected=told.upper())
-        digest, stages = bundle.manifest_sha256, [stage.name for stage in bundle.manifest.stages]
+        digest, graphs = bundle.manifest_sha256, [graph.name for graph in bundle.manifest.graphs]
     changes = (
         lambda: add_calibration(full, {"temperatures": {"logits": 0.01}}),
-        lambda: add_engine(full, TARGET, dict.fromkeys(stages, b"another!!"), {}, manifest_sha256=digest),
+        lambda: add_engine(full, TARGET, dict.fromkeys(graphs, b"another!!"), {}, manifest_sha256=digest),
         lambda: add_engine(full, "tensorrt-11.4-sm90-linux-x86_64", {}, {}, manifest_sha256=digest),
     )
     seen = {told, hash_of(bundle_path)}
@@ -74,7 +74,7 @@ def test_a_strangers_engines_and_calibration_change_it(full, bundle_path):
 
 def test_the_bytes_behind_the_hash_are_checked_with_it(full, tmp_path):
     entries = zip_entries.read_entries(full)
-    for name in ("onnx/gate.weights", f"engines/{TARGET}/gate.plan"):
+    for name in ("onnx/expert_3.weights", f"engines/{TARGET}/expert_3.plan"):
         forged = tmp_path / "forged.plan"
         zip_entries.write_entries(forged, {**entries, name: bytes(len(entries[name]))})
         with pytest.raises(BundleError, match=name), Bundle.open(forged) as bundle:
@@ -100,3 +100,18 @@ def test_mge_info_prints_it_and_holds_a_bundle_to_it(full):
     result = info(full, "--verify", told[:12])
     assert result.exit_code == 2
     assert "64 hexadecimal digits" in result.output
+
+
+def test_the_chain_in_one_graph_counts_and_follows_the_calibration(tiny, tmp_path):
+    graphs, path = tiny.make_graphs(), tmp_path / "mge.plan"
+    models = {graph.spec.name: graph.model() for graph in graphs}
+    hashes = []
+    for chain in (None, b"one", b"another"):
+        write_bundle(path, tiny.make_manifest(graphs), models, chain=chain)
+        hashes.append(hash_of(path))
+    assert len(set(hashes)) == 3
+    add_calibration(path, {"temperatures": {}}, chain=lambda data: data + b" with a temperature")
+    with Bundle.open(path) as bundle:
+        assert bundle.read("onnx/chain.onnx") == b"another with a temperature"
+        bundle.verify()
+        assert "onnx/chain.onnx" not in bundle.manifest.entries

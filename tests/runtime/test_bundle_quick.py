@@ -17,7 +17,7 @@ spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__fi
 zip_entries = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(zip_entries)
 
-WEIGHTS = "onnx/gate.weights"
+WEIGHTS = "onnx/expert_3.weights"
 
 
 def rewrite(path, change):
@@ -69,7 +69,7 @@ def test_opening_does_not_hash_the_weights_and_finds_one_flipped_bit(copy, monke
     monkeypatch.setattr(Bundle, "_verify", graphs_alone)
     Pipeline.open(copy, "cpu").close()
     flip(copy, WEIGHTS)
-    with pytest.raises(BundleError, match=r"onnx/gate\.weights do not match"):
+    with pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match"):
         Pipeline.open(copy, "cpu")
 
 
@@ -78,7 +78,7 @@ def test_weights_of_another_model_are_refused_at_once(copy):
         entries[WEIGHTS] = bytes(len(entries[WEIGHTS]))
 
     rewrite(copy, swap)
-    with pytest.raises(BundleError, match=r"entry onnx/gate\.weights has [0-9a-f]{8} as CRC-32, manifest\.json says"):
+    with pytest.raises(BundleError, match=r"onnx/expert_3\.weights has [0-9a-f]{8} as CRC-32, manifest\.json says"):
         Bundle.open(copy)
 
 
@@ -91,9 +91,9 @@ def test_a_forged_crc_passes_opening_and_neither_verifying_nor_the_self_check(co
 
     rewrite(copy, forge)
     check(copy)
-    with Bundle.open(copy) as bundle, pytest.raises(BundleError, match=r"onnx/gate\.weights do not match"):
+    with Bundle.open(copy) as bundle, pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match"):
         bundle.verify()
-    with pytest.raises(BundleError, match=r"onnx/gate\.weights do not match"):
+    with pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match"):
         open_subject(copy, "cpu")
 
 

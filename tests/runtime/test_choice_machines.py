@@ -128,7 +128,7 @@ RTX3060_TENSORRT = with_version(machines.RTX3060, "tensorrt", "10.13.3.9")
         ),
         (machines.ORIN, machines.FOR_THOR, "is for sm110, this GPU is Orin (sm87)"),
         (machines.ORIN, replace(machines.FOR_ORIN, gpu=None), "does not say which GPU it was built on"),
-        (machines.ORIN, replace(machines.FOR_ORIN, left_out=("gate",)), "has no engine for the stage gate"),
+        (machines.ORIN, replace(machines.FOR_ORIN, left_out=("expert_3",)), "has no engine for the graph expert_3"),
         (machines.RTX3060, machines.FOR_WINDOWS, "is for windows x86_64, this machine is linux x86_64"),
         (machines.RTX4090, machines.FOR_RTX, "is for linux x86_64, this machine is windows x86_64"),
         (
@@ -266,7 +266,7 @@ def test_the_cache_counts_on_this_machine_alone(make, monkeypatch, tmp_path):
     path = make(replace(machines.FOR_ORIN, version="10.7.0"))
     (tmp_path / "plan").write_bytes(machines.NO_PLAN)
     with Bundle.open(path) as bundle:
-        plans = {stage.name: tmp_path / "plan" for stage in bundle.manifest.stages}
+        plans = {graph.name: tmp_path / "plan" for graph in bundle.manifest.graphs}
         store_engines(
             bundle.manifest_sha256,
             Target.parse(machines.FOR_ORIN.target),
@@ -287,9 +287,9 @@ def test_engines_nobody_here_can_read_are_passed_over(make):
     with Bundle.open(path) as bundle:
         digest = bundle.manifest_sha256
     add_engine(
-        path, "tensorrt-rtx-1.7-sm86-linux-x86_64", {"gate": machines.NO_PLAN}, {"note": 1}, manifest_sha256=digest
+        path, "tensorrt-rtx-1.7-sm86-linux-x86_64", {"expert_3": machines.NO_PLAN}, {"note": 1}, manifest_sha256=digest
     )
-    add_engine(path, "tensorrt-rtx-of-tomorrow", {"gate": machines.NO_PLAN}, {}, manifest_sha256=digest)
+    add_engine(path, "tensorrt-rtx-of-tomorrow", {"expert_3": machines.NO_PLAN}, {}, manifest_sha256=digest)
     assert chosen(path, machines.RTX3060).engines.description.target == machines.FOR_RTX.target
     choice = chosen(path, with_version(machines.RTX3060, "tensorrt-rtx", "1.8.0.1"))
     assert choice.engines is None

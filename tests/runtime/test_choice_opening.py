@@ -89,15 +89,15 @@ def test_opening_asks_the_library_for_its_version_before_it_reads_an_engine(make
 def test_a_damaged_engine_is_no_engine(make):
     path = make(machines.FOR_RTX)
     with Bundle.open(path) as bundle:
-        offset = bundle.region(f"engines/{machines.FOR_RTX.target}/gate.plan").offset
+        offset = bundle.region(f"engines/{machines.FOR_RTX.target}/expert_3.plan").offset
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(b"X")
     with Bundle.open(path) as bundle:
         engines = choose(bundle=bundle, machine=machines.RTX3060).engines
-        assert bytes(engines.plan("ingest")) == machines.NO_PLAN
-        with pytest.raises(BundleError, match=r"gate\.plan do not match"):
-            engines.plan("gate")
+        assert bytes(engines.plan("expert_1")) == machines.NO_PLAN
+        with pytest.raises(BundleError, match=r"expert_3\.plan do not match"):
+            engines.plan("expert_3")
 
 
 @pytest.mark.parametrize(
@@ -226,10 +226,11 @@ def test_a_gpu_that_is_not_used_is_remarked(make):
 def test_int8_is_not_left_to_a_library_that_nobody_has_seen_answer_it(make, tiny, tmp_path):
     with Bundle.open(make()) as bundle:
         assert str(choose(bundle=bundle, machine=machines.H100_ORT)) == "onnxruntime on cuda:0"
-    graphs = tiny.make_stages()
+    graphs = tiny.make_graphs()
     manifest = tiny.make_manifest(graphs)
     manifest = replace(manifest, precision={**manifest.precision, "expert_1": {"type": "int8"}})
-    write_bundle(tmp_path / "int8.plan", manifest, {g.spec.name: g.model() for g in graphs})
+    models = {g.spec.name: replace(g.model(), cpu=g.model().graph) for g in graphs}
+    write_bundle(tmp_path / "int8.plan", manifest, models)
     with Bundle.open(tmp_path / "int8.plan") as bundle:
         choice = choose(bundle=bundle, machine=machines.H100_ORT)
         assert str(choice) == "onnxruntime on cpu"

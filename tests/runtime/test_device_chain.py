@@ -12,7 +12,7 @@ from mge_runtime import Pipeline
 from mge_runtime.backends.base import Backend
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.backends.ort_segment import OrtSegment, open_segments
+from mge_runtime.backends.ort_graph import OrtGraph, open_graphs
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.device import DeviceExecutor
 from mge_runtime.device.host import HostDevice
@@ -37,23 +37,23 @@ def _needs_a_session(request):
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("segments", [1, 2, 3])
-def test_every_tensor_equals_the_chain_on_the_cpu(device, bundle, expected, segments):
+@pytest.mark.parametrize("graphs", [1, 2, 3])
+def test_every_tensor_equals_the_chain_on_the_cpu(device, bundle, expected, graphs):
     chain = open_ort_chain(onnxruntime, bundle, device)
     for batch in (1, 3, 8):
         for seed in (1, 2, 3):  # plain, captured, launched
-            found = chain.run(frames(batch, seed), segments, EVERY)
-            same(found.tensors, expected.run(frames(batch, seed), segments=segments, outputs=EVERY).tensors)
+            found = chain.run(frames(batch, seed), graphs, EVERY)
+            same(found.tensors, expected.run(frames(batch, seed), graphs=graphs, outputs=EVERY).tensors)
     assert list(found.times_ms) == ["upload", "chain", "download", "host"]
     assert all(ms >= 0 for ms in found.times_ms.values())
     chain.close()
 
 
-def test_only_the_segments_that_are_asked_for_run(bundle, monkeypatch):
+def test_only_the_graphs_that_are_asked_for_run(bundle, monkeypatch):
     chain = open_ort_chain(onnxruntime, bundle, HostDevice())
-    monkeypatch.setattr(chain._units[2], "prepare", lambda *_: pytest.fail("segment 3 was not asked for"))
+    monkeypatch.setattr(chain._units[2], "prepare", lambda *_: pytest.fail("the third was not asked for"))
     assert set(chain.run(frames(1), 2, EVERY).tensors) == EVERY - {
-        "logits_3", "answer_3", "heatmap_3", "gate", "logits"
+        "logits_3", "heatmap_3", "gate", "logits"
     }  # fmt: skip
     chain.close()
 
@@ -62,7 +62,7 @@ def test_units_share_scratch_memory_and_know_how_much(device, bundle):
     seen = []
 
     def open_units(device, stream):
-        for unit, size in zip(open_segments(onnxruntime, bundle, device, stream), (100, 3000, 0), strict=True):
+        for unit, size in zip(open_graphs(onnxruntime, bundle, device, stream), (100, 3000, 0), strict=True):
             unit.scratch_bytes = size
             prepare = unit.prepare
             unit.prepare = lambda a, s, prepare=prepare: (seen.append((a.scratch, a.scratch_bytes)), prepare(a, s))[1]
@@ -184,24 +184,24 @@ def test_a_larger_batch_than_the_device_holds_leaves_the_chain_usable(bundle, ex
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
-def test_a_segment_that_fails_to_open_takes_the_others_with_it(device, tiny, tmp_path, monkeypatch):
-    graphs = tiny.make_stages()
+def test_a_graph_that_fails_to_open_takes_the_others_with_it(device, tiny, tmp_path, monkeypatch):
+    graphs = tiny.make_graphs()
     models = {g.spec.name: g.model() for g in graphs}
-    models["gate"] = replace(models["gate"], graph=models["gate"].graph.replace(b"Softmax", b"Softmix"))
+    models["expert_3"] = replace(models["expert_3"], graph=models["expert_3"].graph.replace(b"Softmax", b"Softmix"))
     write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
     closed = []
-    monkeypatch.setattr(OrtSegment, "close", lambda unit: closed.append(unit.segment))
+    monkeypatch.setattr(OrtGraph, "close", lambda unit: closed.append(unit.name))
     with (
         Bundle.open(tmp_path / "mge.plan") as broken,
-        pytest.raises(BackendError, match=r"cannot open segment 3 \(expert_3, gate, mixture\): .*Softmix"),
+        pytest.raises(BackendError, match=r"cannot open graph expert_3: .*Softmix"),
     ):
         open_ort_chain(onnxruntime, broken, device)
-    assert closed == [1, 0]
+    assert closed == ["expert_2", "expert_1"]
 
 
 def test_memory_that_runs_out_while_opening_closes_the_units(bundle, monkeypatch):
     device, closed = HostDevice(), []
-    monkeypatch.setattr(OrtSegment, "close", lambda unit: closed.append(unit.segment))
+    monkeypatch.setattr(OrtGraph, "close", lambda unit: closed.append(unit.name))
 
     def none(size):
         raise BackendError(f"no page-locked memory of {size} bytes")
@@ -209,7 +209,7 @@ def test_memory_that_runs_out_while_opening_closes_the_units(bundle, monkeypatch
     monkeypatch.setattr(device, "_allocate_host", none)
     with pytest.raises(BackendError, match="no page-locked memory"):
         open_ort_chain(onnxruntime, bundle, device)
-    assert closed == [2, 1, 0]
+    assert closed == ["expert_3", "expert_2", "expert_1"]
     assert device.allocated == 0
 
 
@@ -239,7 +239,7 @@ def test_a_run_that_fails_is_named_and_the_next_one_works(device, bundle, expect
             raise RuntimeError("the kernel\nfailed")
 
     monkeypatch.setattr(unit, "session", Failing())
-    with pytest.raises(BackendError, match=r"^ONNX Runtime failed in segment 2 \(expert_2\): the kernel failed$"):
+    with pytest.raises(BackendError, match=r"^ONNX Runtime failed in graph expert_2: the kernel failed$"):
         chain.run(frames(2), 3, EVERY)
     monkeypatch.setattr(unit, "session", session)
     same(chain.run(frames(2), 3, EVERY).tensors, expected.run(frames(2), outputs=EVERY).tensors)

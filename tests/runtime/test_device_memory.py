@@ -152,7 +152,7 @@ def test_every_tensor_has_an_aligned_place_of_its_own(bundle_path, max_batch):
     with Bundle.open(bundle_path) as bundle:
         manifest = bundle.manifest
     plan = TensorPlan(manifest, max_batch)
-    assert set(plan.places) == {FRAME, *(t.name for stage in manifest.stages for t in stage.outputs)}
+    assert set(plan.places) == {FRAME, *(t.name for graph in manifest.graphs for t in graph.outputs)}
     end = 0
     for place in sorted(plan.places.values(), key=lambda place: place.offset):
         assert place.offset % 256 == 0

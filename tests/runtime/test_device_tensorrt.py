@@ -20,7 +20,7 @@ from mge_runtime.trt.vendor import load_vendor
 pytestmark = pytest.mark.gpu
 
 EVERY = {
-    "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
+    "mean_logits_1", "mean_logits_2", "mean_logits_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
     "image_1", "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
 }  # fmt: skip
 

@@ -30,7 +30,10 @@ def test_plain_files_come_out(with_engines, tmp_path):
     with Bundle.open(with_engines) as bundle:
         written = extract_bundle(bundle, tmp_path / "out")
         (target,) = bundle.targets
-        assert bundle.read(f"engines/{target}/gate.plan") == (tmp_path / f"out/engines/{target}/gate.plan").read_bytes()
+        assert (
+            bundle.read(f"engines/{target}/expert_3.plan")
+            == (tmp_path / f"out/engines/{target}/expert_3.plan").read_bytes()
+        )
     assert all(path.is_file() for path in written)
     model = onnx.load(tmp_path / "out/onnx/expert_1.onnx")
     onnx.checker.check_model(model)
@@ -57,16 +60,17 @@ def called(tmp_path):
     return called
 
 
-def test_the_script_calls_trtexec_for_every_stage_with_its_shapes(bundle_path, tmp_path, called):
+def test_the_script_calls_trtexec_for_every_graph_with_its_shapes(bundle_path, tmp_path, called):
     with Bundle.open(bundle_path) as bundle:
         extract_bundle(bundle, tmp_path / "out")
-        stages = {stage.name for stage in bundle.manifest.stages}
+        graphs = {graph.name for graph in bundle.manifest.graphs}
     calls = called(tmp_path / "out" / "trtexec.sh")
-    assert set(calls) == stages
-    assert {"--minShapes=image_2:1x3x32x32,answer_1:1x5", "--stronglyTyped", "--noTF32"} <= set(calls["expert_2"])
-    assert {"--optShapes=image_2:1x3x32x32,answer_1:1x5", "--maxShapes=image_2:8x3x32x32,answer_1:8x5"} <= set(
-        calls["expert_2"]
-    )
+    assert set(calls) == graphs
+    assert {"--minShapes=image_2:1x3x32x32,mean_logits_1:1x5", "--stronglyTyped", "--noTF32"} <= set(calls["expert_2"])
+    assert {
+        "--optShapes=image_2:1x3x32x32,mean_logits_1:1x5",
+        "--maxShapes=image_2:8x3x32x32,mean_logits_1:8x5",
+    } <= set(calls["expert_2"])
     assert "--saveEngine=built/expert_2.plan" in calls["expert_2"]
     assert not any("--fp16" in call or "--memPoolSize" in " ".join(call) for call in calls.values())
 
@@ -77,14 +81,14 @@ def test_engines_of_tensorrt_come_with_the_options_they_were_built_with(copy, tm
     facts = {"optimization_level": 4, "workspace": 1 << 28, "seconds": {}, "scratch": {}}
     details = EngineDetails("10.3.0", gpu, BatchRange(1, 2, 5), {}, facts, "mge 0.1.0")
     with Bundle.open(copy) as bundle:
-        plans = {stage.name: b"engine" for stage in bundle.manifest.stages}
+        plans = {graph.name: b"engine" for graph in bundle.manifest.graphs}
         digest = bundle.manifest_sha256
     add_engine(copy, target, plans, details.to_dict(), manifest_sha256=digest)
     with Bundle.open(copy) as bundle:
         extract_bundle(bundle, tmp_path / "out")
-    call = called(tmp_path / "out/engines" / target / "trtexec.sh")["gate"]
+    call = called(tmp_path / "out/engines" / target / "trtexec.sh")["expert_3"]
     assert {"--builderOptimizationLevel=4", "--memPoolSize=workspace:268435456B"} <= set(call)
-    assert "--maxShapes=image_1:5x3x32x32" in call
+    assert "--maxShapes=image_3:5x3x32x32,frame:5x32x32x3,logits_1:5x5,logits_2:5x5" in call
 
 
 def test_without_engines_the_script_takes_the_default_batches(bundle_path):

@@ -59,14 +59,14 @@ def entries(bundle_path, tmp_path_factory):
     path.write_bytes(bundle_path.read_bytes())
     with Bundle.open(path) as bundle:
         manifest, digest = bundle.manifest, bundle.manifest_sha256
-    answers = [segment.answer for segment in manifest.segments]
+    answers = [graph.logits for graph in manifest.graphs]
     thresholds = dict.fromkeys(answers[:-1], 0.5)
     exits = {"epsilon": 0.01, "delta": 0.05, "thresholds": thresholds}
     add_calibration(path, {"temperatures": dict.fromkeys(answers, 1.5), "exits": exits, "runs_on": None, "data": {}})
     details = EngineDetails(
         "10.3.0.30", MACHINE.gpus[0], BatchRange(1, 1, 8), {"gate": {"type": "fp32"}}, {"workspace": 1}, "mge"
     )
-    plans = {stage.name: b"engine" for stage in manifest.stages}
+    plans = {graph.name: b"engine" for graph in manifest.graphs}
     add_engine(path, TARGET, plans, details.to_dict(), manifest_sha256=digest)
     return Entries(zip_entries.read_entries(path))
 

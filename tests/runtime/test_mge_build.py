@@ -99,8 +99,8 @@ def test_a_missing_or_foreign_bundle_is_one_line(tmp_path):
 
 def test_fp32_heads_for_turing_are_refused_with_the_reason(path):
     with Bundle.open(path) as bundle:
-        stages = dict(bundle.manifest.precision)
-    assert all("operators" not in facts for facts in stages.values())  # hand-made: it tells no operators
+        graphs = dict(bundle.manifest.precision)
+    assert all("operators" not in facts for facts in graphs.values())  # hand-made: it tells no operators
     result = run(path, "--target", "rtx:sm75", "--into-bundle")
     assert result.exit_code == 1
     assert "FP32 GEMM is not supported" in result.stderr
@@ -177,7 +177,7 @@ def test_a_killed_build_leaves_the_bundle(path, tmp_path):
 
 def test_what_cannot_be_kept_is_found_out_before_anything_is_built(path, monkeypatch):
     def built(*_, **__):
-        pytest.fail("a stage was built")
+        pytest.fail("a graph was built")
 
     monkeypatch.setattr("mge_runtime.trt.build.build_engine", built)
     with monkeypatch.context() as patch:
@@ -186,10 +186,10 @@ def test_what_cannot_be_kept_is_found_out_before_anything_is_built(path, monkeyp
         assert result.exit_code == 1
         assert f"cannot write {path}: No space left on device; expected a writable folder" in result.stderr
     # Another target's engines that are damaged would be copied.
-    add_engine(path, "tensorrt-10.3-sm87-linux-aarch64", {"gate": b"engine"}, {}, manifest_sha256=manifest_of(path))
+    add_engine(path, "tensorrt-10.3-sm87-linux-aarch64", {"expert_3": b"engine"}, {}, manifest_sha256=manifest_of(path))
     data = bytearray(path.read_bytes())
     with Bundle.open(path) as bundle:
-        data[bundle.region("engines/tensorrt-10.3-sm87-linux-aarch64/gate.plan").offset] ^= 1
+        data[bundle.region("engines/tensorrt-10.3-sm87-linux-aarch64/expert_3.plan").offset] ^= 1
     path.write_bytes(data)
     result = run(path, "--target", "rtx:sm86", "--into-bundle")
     assert result.exit_code == 1
@@ -197,15 +197,15 @@ def test_what_cannot_be_kept_is_found_out_before_anything_is_built(path, monkeyp
 
 
 def test_turing_is_refused_before_the_other_targets_are_built(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("mge_runtime.trt.build.build_engine", lambda *_, **__: pytest.fail("a stage was built"))
-    graphs = tiny.make_stages()
+    monkeypatch.setattr("mge_runtime.trt.build.build_engine", lambda *_, **__: pytest.fail("a graph was built"))
+    graphs = tiny.make_graphs()
     manifest = tiny.make_manifest(graphs)
     plan = {"type": "fp16", "operators": {"MatMul": {"float32": 1}}}
     manifest = replace(manifest, precision={**manifest.precision, "expert_2": plan})
     write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
     result = run(tmp_path / "mge.plan", "--target", "rtx:sm86", "--target", "rtx:sm75", "--into-bundle")
     assert result.exit_code == 1
-    assert "stage expert_2 cannot run on sm75: its MatMul are in FP32" in result.stderr
+    assert "graph expert_2 cannot run on sm75: its MatMul are in FP32" in result.stderr
 
 
 def test_a_temporary_folder_that_cannot_be_used_is_one_line(path, monkeypatch):

@@ -199,8 +199,8 @@ def test_an_early_exit_leaves_out_what_did_not_run():
 def test_calibrated_exits_and_probabilities(folder, bundle_path, expected):
     assert "no calibration; learn them with `mge-calibrate" in run("in", "--exit", "calibrated", code=1).stderr
     path = shutil.copy(bundle_path, folder / "calibrated.plan")
-    exits = {"epsilon": 0.01, "delta": 0.05, "thresholds": {"answer_1": None, "answer_2": 0.0}}
-    add_calibration(path, {"temperatures": {"answer_1": 4.0, "answer_2": 3.0, "logits": 2.0}, "exits": exits})
+    exits = {"epsilon": 0.01, "delta": 0.05, "thresholds": {"mean_logits_1": None, "mean_logits_2": 0.0}}
+    add_calibration(path, {"temperatures": {"mean_logits_1": 4.0, "mean_logits_2": 3.0, "logits": 2.0}, "exits": exits})
     records = {}
     for exit, experts, extra in (("calibrated", 2, ["--batch", 3]), ("never", 3, []), (1, 1, [])):
         lines = run("in", "--json", "--csv", "table.csv", "--engine", path, "--exit", exit, *extra).stdout.splitlines()

@@ -34,7 +34,7 @@ def with_engines(on_cpu, tmp_path):
         path = tmp_path / "mge.plan"
         shutil.copyfile(on_cpu.path, path)
         details = EngineDetails("1.7.1", gpu, BatchRange(), precision, options or {}, "mge test")
-        plans = {stage.name: b"bytes" for stage in on_cpu.manifest.stages}
+        plans = {graph.name: b"bytes" for graph in on_cpu.manifest.graphs}
         target = "tensorrt-rtx-1.7-sm86-linux-x86_64"
         add_engine(path, target, plans, details.to_dict(), manifest_sha256=on_cpu.manifest_sha256)
         return replace(on_cpu, path=path)
@@ -65,7 +65,7 @@ def test_the_command_reports_on_the_cpu(bundle_path, tmp_path):
         "the same answers in batches of 1 and 8": "passed",
         "the same answers with CUDA graphs as without": "not run",
         "one copy in, one out for each wanted tensor": "not run",
-        "no copy to or from the host between stages": "not run",
+        "no copy to or from the host between graphs": "not run",
         "two pipelines in one process answer as one alone": "passed",
         "engines that do not fit are refused": "passed",
         "the precision of every engine is attested": "not run",
@@ -181,27 +181,29 @@ def test_engines_that_are_not_refused_fail(on_cpu, monkeypatch, place):
 
 def test_engines_that_are_read_before_they_are_refused_fail(on_cpu, monkeypatch):
     def reading(choice, _):
-        choice.engines.plan("gate")
+        choice.engines.plan("expert_3")
         raise BackendError("TensorRT does not accept its engine")
 
     monkeypatch.setattr("mge_runtime.selfcheck.engines.open_backend", reading)
     assert failed(check_refused(on_cpu), "not refused")
 
 
-def test_precision_is_attested_for_every_stage(on_cpu, with_engines):
-    stages = [stage.name for stage in on_cpu.manifest.stages]
-    good = {name: {"type": "fp32", "attested": "network"} for name in stages}
+def test_precision_is_attested_for_every_graph(on_cpu, with_engines):
+    graphs = [graph.name for graph in on_cpu.manifest.graphs]
+    good = {name: {"type": "fp32", "attested": "network"} for name in graphs}
     check = check_attested(with_engines(good))
     assert (check.outcome, check.numbers) == (
         "passed",
-        {"tensorrt-rtx-1.7-sm86-linux-x86_64": {"engine": 0, "network": len(stages)}},
+        {"tensorrt-rtx-1.7-sm86-linux-x86_64": {"engine": 0, "network": len(graphs)}},
     )
-    assert failed(check_attested(with_engines({**good, "gate": {"type": "fp32"}})), "stage gate is attested by None")
-    wrong = {**good, "gate": {"type": "fp16", "attested": "network"}}
-    assert failed(check_attested(with_engines(wrong)), "stage gate is recorded as fp16; the bundle says fp32")
-    missing = {name: good[name] for name in stages[1:]}
-    assert failed(check_attested(with_engines(missing)), f"stage {stages[0]} has no record")
+    assert failed(
+        check_attested(with_engines({**good, "expert_3": {"type": "fp32"}})), "graph expert_3 is attested by None"
+    )
+    wrong = {**good, "expert_3": {"type": "fp16", "attested": "network"}}
+    assert failed(check_attested(with_engines(wrong)), "graph expert_3 is recorded as fp16; the bundle says fp32")
+    missing = {name: good[name] for name in graphs[1:]}
+    assert failed(check_attested(with_engines(missing)), f"graph {graphs[0]} has no record")
     gpu = Gpu("NVIDIA GeForce RTX 3060", "sm86", 12 * 2**30, 28)
     assert failed(check_attested(with_engines(good, gpu=gpu)), "inspector was not asked")
-    asked = {"scratch": dict.fromkeys(stages, 0)}
+    asked = {"scratch": dict.fromkeys(graphs, 0)}
     assert check_attested(with_engines(good, gpu=gpu, options=asked)).outcome == "passed"

@@ -64,7 +64,7 @@ class OnDevice:
 
     def run(self, frames, *, outputs=None):
         outputs = compared_tensors(self.manifest) if outputs is None else outputs
-        tensors = self.chain.run(frames, len(self.manifest.segments), set(outputs)).tensors
+        tensors = self.chain.run(frames, len(self.manifest.graphs), set(outputs)).tensors
         return self.change(dict(tensors), frames)
 
     def report(self):

@@ -8,12 +8,12 @@ from onnx import TensorProto, helper
 
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError, BuildError
-from mge_runtime.spec import StageSpec, TensorSpec
+from mge_runtime.spec import GraphSpec, TensorSpec
 from mge_runtime.trt.attest import attest_engine
 from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.build import ahead_of_time, build_engines
 from mge_runtime.trt.builder import BuildOptions, _configure, _profile, build_engine
-from mge_runtime.trt.network import parse_stage
+from mge_runtime.trt.network import parse_graph
 from mge_runtime.trt.vendor import load_vendor
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
@@ -29,19 +29,19 @@ def spec(name, *shape, dtype="float32"):
 
 
 def graph(nodes, constants=(), *, x=(3, 8, 8), y=(3, 8, 8), kind=TensorProto.FLOAT):
-    """A stage `s` from `x` to `y`, with its specification."""
+    """A graph `s` from `x` to `y`, with its specification."""
     inputs = [helper.make_tensor_value_info("x", kind, ["batch", *x])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", *y])]
     proto = helper.make_graph(nodes, "s", inputs, outputs, list(constants))
     model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind).name
-    return StageSpec("s", (spec("x", *x, dtype=dtype),), (spec("y", *y),)), model.SerializeToString()
+    return GraphSpec("s", (spec("x", *x, dtype=dtype),), (spec("y", *y),), "y"), model.SerializeToString()
 
 
-def build(vendor, stage, data, path, *, plan=None, options=None, **arguments):
+def build(vendor, border, data, path, *, plan=None, options=None, **arguments):
     return build_engine(
         vendor,
-        stage,
+        border,
         data,
         path,
         plan=plan or {},
@@ -77,30 +77,29 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize(("nodes", "constants", "name", "operator"), UNSUPPORTED.values(), ids=UNSUPPORTED)
 def test_an_unsupported_graph_fails_and_names_the_node(rtx, tmp_path, nodes, constants, name, operator):
-    stage, data = graph(nodes, constants)
-    with pytest.raises(BuildError, match=rf"tensorrt-rtx [\d.]+ cannot parse stage s: node '{name}' \({operator}\): "):
-        build(rtx, stage, data, tmp_path / "s.onnx")
+    unsupported, data = graph(nodes, constants)
+    with pytest.raises(BuildError, match=rf"tensorrt-rtx [\d.]+ cannot parse graph s: node '{name}' \({operator}\): "):
+        build(rtx, unsupported, data, tmp_path / "s.onnx")
     # One failure leaves nothing behind that the next build would report.
-    stage, data = graph(RELU)
-    built, _ = build(rtx, stage, data, tmp_path / "s.onnx")
+    built, _ = build(rtx, *graph(RELU), tmp_path / "s.onnx")
     assert built.data.nbytes > 1000
     assert rtx.messages.take() == ""
 
 
 def test_what_the_border_promises_is_checked(rtx, tmp_path):
     _, data = graph(RELU)
-    wrong = StageSpec("s", (spec("x", 3, 8, 9),), (spec("y", 3, 8, 8),))
-    with pytest.raises(BuildError, match=r"stage s was parsed with the inputs \[\('x', 'float32', \(-1, 3, 8, 8\)\)\]"):
+    wrong = GraphSpec("s", (spec("x", 3, 8, 9),), (spec("y", 3, 8, 8),), "y")
+    with pytest.raises(BuildError, match=r"graph s was parsed with the inputs \[\('x', 'float32', \(-1, 3, 8, 8\)\)\]"):
         build(rtx, wrong, data, tmp_path)
-    wrong = StageSpec("s", (spec("x", 3, 8, 8),), (spec("z", 3, 8, 8),))
-    with pytest.raises(BuildError, match="stage s was parsed with the outputs"):
+    wrong = GraphSpec("s", (spec("x", 3, 8, 8),), (spec("z", 3, 8, 8),), "z")
+    with pytest.raises(BuildError, match="graph s was parsed with the outputs"):
         build(rtx, wrong, data, tmp_path)
 
 
 def test_damaged_bytes_are_one_line(rtx, tmp_path):
-    stage, data = graph(RELU)
-    with pytest.raises(BuildError, match=r"cannot parse stage s: .+") as caught:
-        build(rtx, stage, data[:-10], tmp_path)
+    relu, data = graph(RELU)
+    with pytest.raises(BuildError, match=r"cannot parse graph s: .+") as caught:
+        build(rtx, relu, data[:-10], tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -114,7 +113,7 @@ def test_progress_never_falls_and_ends_at_the_end(rtx, tmp_path):
 
 
 def test_a_build_can_be_stopped_and_its_callback_may_fail(rtx, tmp_path):
-    with pytest.raises(BuildError, match="cannot build stage s"):
+    with pytest.raises(BuildError, match="cannot build graph s"):
         build(rtx, *graph(RELU), tmp_path, progress=lambda share, _: share < 0.1)
 
     def fail(share, _):
@@ -129,7 +128,7 @@ def configured(rtx, tmp_path):
     """Configure a build of `relu`; the configuration is read back from the library."""
 
     def configure(options=None, capabilities=("sm86", "sm120")):
-        parsed = parse_stage(rtx, *graph(RELU), tmp_path)
+        parsed = parse_graph(rtx, *graph(RELU), tmp_path)
         config, _ = _configure(rtx, parsed, options or BuildOptions(), capabilities, b"")
         return parsed, config  # the configuration lives no longer than its builder
 
@@ -187,7 +186,7 @@ def test_without_a_type_nothing_is_attested(rtx, tmp_path):
 
 
 def product(kind):
-    """A stage of one matrix product, in `kind` between casts."""
+    """A graph of one matrix product, in `kind` between casts."""
     nodes = [
         helper.make_node("Cast", ["x"], ["x.cast"], name="in", to=kind),
         helper.make_node("MatMul", ["x.cast", "w"], ["y.cast"], name="product"),
@@ -240,11 +239,11 @@ def test_a_whole_bundle_is_built(rtx, bundle_path):
         (target,) = ahead_of_time(rtx, ["sm120", "sm86"])
         assert target.capabilities == ("sm86", "sm120")
         with build_engines(bundle, rtx, target, gpu=None, options=BuildOptions(), say=lines.append) as new:
-            assert list(new.plans) == [stage.name for stage in bundle.manifest.stages]
-            folder = new.plans["gate"].parent
+            assert list(new.plans) == [graph.name for graph in bundle.manifest.graphs]
+            folder = new.plans["expert_3"].parent
             assert new.details.version == rtx.version
         assert not folder.exists()
-    assert [line.split(",")[0] for line in lines] == [f"{stage.name}: fp32" for stage in bundle.manifest.stages]
+    assert [line.split(",")[0] for line in lines] == [f"{graph.name}: fp32" for graph in bundle.manifest.graphs]
 
 
 def test_turing_has_an_engine_of_its_own(rtx):
@@ -277,9 +276,9 @@ def test_a_built_engine_is_read_back(single, half, eleven):
     assert attest_engine("s", mixed, {"type": "fp16"}) == counts
     full = inspected(layer("CaskConvolution", single, single, eleven=eleven))
     assert attest_engine("s", full, {"type": "fp32"}) == {"CaskConvolution": {"float32": 1}}
-    with pytest.raises(BuildError, match=r"stage s: 1 convolutions compute in float32; expected float16"):
+    with pytest.raises(BuildError, match=r"graph s: 1 convolutions compute in float32; expected float16"):
         attest_engine("s", full, {"type": "fp16"})
-    with pytest.raises(BuildError, match=r"stage s: 1 convolutions compute in float16; expected float32"):
+    with pytest.raises(BuildError, match=r"graph s: 1 convolutions compute in float16; expected float32"):
         attest_engine("s", mixed, {"type": "fp32"})
     # What cannot be told is not attested: the network's attestation stands.
     fused = inspected(layer("Myelin", single, single, eleven=eleven))
@@ -302,5 +301,5 @@ def test_an_engine_that_does_not_tell_is_not_attested():
 
 @pytest.mark.parametrize("information", ["", "[", "null", "[]", '{"Layers": null}', '{"Bindings": []}'])
 def test_an_answer_of_the_inspector_that_cannot_be_read_is_one_line(information):
-    with pytest.raises(BuildError, match=r"stage s: the engine inspector's answer (is no JSON|has no list of layers)"):
+    with pytest.raises(BuildError, match=r"graph s: the engine inspector's answer (is no JSON|has no list of layers)"):
         attest_engine("s", information, {"type": "fp32"})

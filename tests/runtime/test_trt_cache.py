@@ -68,7 +68,7 @@ def test_damage_is_told_when_the_engine_is_read(tmp_path, cache):
     with pytest.raises(BundleError, match=r"cannot read .*gate.plan: "):
         found.plan("gate")
     with pytest.raises(BundleError, match=r"was damaged after it was built|cannot read"):
-        found.plan("mixture")
+        found.plan("expert_1")
 
 
 @pytest.mark.parametrize("text", ["", "{}", json.dumps({"manifest_sha256": "b" * 64})])

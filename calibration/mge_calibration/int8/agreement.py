@@ -1,4 +1,4 @@
-"""How far a quantised stage, and the chain that goes on from it, is from the float one on the same images."""
+"""How far a quantised graph, and the chain that goes on from it, is from the float one on the same images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _ROUNDING = 1e-9  # a share times a number of images is a whole number up to thi
 
 @dataclass(frozen=True)
 class Agreement:
-    """A chain with quantised stages against the float chain, over N images."""
+    """A chain with quantised graphs against the float chain, over N images."""
 
     images: int
     changed: int  # of them, with another class at the end of the chain
     box_iou: Mapping[str, float]  # box -> median over images, in pixels of the frame
-    error: float  # of the stage alone, see `relative_error`
+    error: float  # of the graph alone, see `relative_error`
 
     @property
     def same_class(self) -> float:
@@ -46,9 +46,9 @@ def relative_error(found: Mapping[str, np.ndarray], reference: Mapping[str, np.n
     """Mean over images and tensors of |found - reference| / |reference|, Euclidean norms.
 
     Args:
-        found: a stage's outputs; images and boxes are left out: one follows from the other, and the box from the heat
+        found: a graph's outputs; images and boxes are left out: one follows from the other, and the box from the heat
             map, which is in.
-        reference: of the float stage on the same inputs, maybe for more images.
+        reference: of the float graph on the same inputs, maybe for more images.
     """
     errors: list[float] = []
     for name, values in found.items():

@@ -1,4 +1,4 @@
-"""Quantise a chain of stages, each on what the quantised ones before it really put out."""
+"""Quantise a chain of graphs, each on the real outputs of the quantised ones before it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import onnx
 
 from mge_calibration.int8.agreement import Agreement, relative_error
 from mge_calibration.int8.follow import FloatChain, small
+from mge_calibration.int8.graph import Int8Options, Judge, QuantizedGraph, quantize_graph
 from mge_calibration.int8.sessions import Run, Tensors, default_workers, open_graph, run_all
-from mge_calibration.int8.stage import Int8Options, Judge, QuantizedStage, quantize_stage
-from mge_runtime.spec import StageSpec
+from mge_runtime.spec import GraphSpec
 
 __all__ = ["quantize_chain"]
 
@@ -21,50 +21,45 @@ _HEADROOM = 0.01
 
 
 def quantize_chain(
-    stages: Sequence[StageSpec],
+    graphs: Sequence[GraphSpec],
     models: Mapping[str, onnx.ModelProto],
     trunk_weight: Callable[[str], bool],
     frames: np.ndarray,
-    answer: str,
     options: Int8Options,
     say: Callable[[str], None] = lambda _: None,
-) -> dict[str, QuantizedStage]:
-    """Quantise the trunks of a chain.
+) -> dict[str, QuantizedGraph]:
+    """Quantise the backbones of a chain.
 
-    A stage without a trunk is run as it is. Expert k so sees the crops that quantised experts make of the images, which
-    are not quite those of the float model (`options.float_crops` calibrates on the latter).
+    Expert k sees the crops that quantised experts make of the images, which are not quite those of the float model
+    (`options.float_crops` calibrates on the latter).
 
-    Each stage is judged by what it does to the chain: the stages before it quantised, those after it still in floats,
-    its answer and boxes against the float chain's. So after the last stage the limits hold for the chain as it will
+    Each graph is judged by what it does to the chain: the graphs before it quantised, those after it still in floats,
+    its answer and boxes against the float chain's. So after the last graph the limits hold for the chain as it will
     run (not with `options.float_crops`). A box needs more than its own expert: a crop that moved by a pixel is another
     image to the next expert, whose box then moves further.
 
     Args:
-        stages: in the order they run.
-        models: by stage name, with their weights; left as they are.
-        trunk_weight: whether an initialiser is a convolution's weight in a trunk.
+        graphs: in the order they run.
+        models: by graph name, with their weights; left as they are.
+        trunk_weight: whether an initialiser is a convolution's weight in a backbone.
         frames: uint8 [N, S, S, 3], the chain's input.
-        answer: the tensor that the whole chain answers with.
         options: how.
         say: shows progress.
 
     Returns:
-        By name, the stages that have a trunk.
+        By name, all graphs.
     """
-    chain = FloatChain(stages, models, answer, frames)
+    chain = FloatChain(graphs, models, frames)
     tensors: Tensors = dict(chain.input)
-    done: dict[str, QuantizedStage] = {}
-    for index, stage in enumerate(stages):
-        if not any(node.op_type == "Conv" for node in models[stage.name].graph.node):
-            tensors |= chain.run(stage, tensors)
-            continue
-        judge = _judge(chain, stage, tensors, options)
-        result = quantize_stage(models[stage.name], trunk_weight, tensors, judge, options)
-        done[stage.name] = result
-        say(_line(stage.name, result))
+    done: dict[str, QuantizedGraph] = {}
+    for index, graph in enumerate(graphs):
+        judge = _judge(chain, graph, tensors, options)
+        result = quantize_graph(models[graph.name], trunk_weight, tensors, judge, options)
+        done[graph.name] = result
+        say(_line(graph.name, result))
         # Images are large and only the next experts want them.
-        wanted = {tensor.name for later in stages[index + 1 :] for tensor in later.inputs}
-        made = chain.run(stage, tensors) if options.float_crops else _run(result.model, stage, tensors)
+        wanted = {tensor.name for later in graphs[index + 1 :] for tensor in later.inputs}
+        made = chain.run(graph, tensors) if options.float_crops else _run(result.model, graph, tensors)
         tensors = {name: value for name, value in (tensors | made).items() if value.ndim < 4 or name in wanted}
     layers = sum(len(result.layers) for result in done.values())
     left = sum(len(result.left) for result in done.values())
@@ -76,24 +71,24 @@ def quantize_chain(
     return done
 
 
-def _judge(chain: FloatChain, stage: StageSpec, tensors: Tensors, options: Int8Options) -> Judge:
-    """Judge variants of a stage.
+def _judge(chain: FloatChain, graph: GraphSpec, tensors: Tensors, options: Int8Options) -> Judge:
+    """Judge variants of a graph.
 
     Args:
         chain: in floats.
-        stage: whose variants.
-        tensors: what the stages before it put out, over all images.
+        graph: whose variants.
+        tensors: what the graphs before it put out, over all images.
         options: the limits.
 
     Returns:
         Run of a variant -> its agreement, and whether it is within the limits.
     """
-    outputs = [tensor.name for tensor in stage.outputs]
-    boxes = chain.boxes_moved_by(stage)
+    outputs = [tensor.name for tensor in graph.outputs]
+    boxes = chain.boxes_moved_by(graph)
     least = {name: _least(options.min_box_iou, later) for later, name in enumerate(boxes)}
-    later = {t.name for other in chain.stages for t in other.outputs} - tensors.keys()
-    known = tensors | chain.reference(later - set(outputs))  # float results of what the stage does not change, too
-    own = small(chain.run(stage, tensors))
+    later = {t.name for other in chain.graphs for t in other.outputs} - tensors.keys()
+    known = tensors | chain.reference(later - set(outputs))  # float results of what the graph does not change, too
+    own = small(chain.run(graph, tensors))
 
     def judge(run: Run) -> tuple[Agreement, bool]:
         found = run_all(
@@ -112,15 +107,15 @@ def _least(min_box_iou: float, later: int) -> float:
     return min_box_iou + min(_HEADROOM * later, (1 - min_box_iou) / 2) if min_box_iou else 0.0
 
 
-def _run(model: onnx.ModelProto, stage: StageSpec, tensors: Tensors) -> Tensors:
-    inputs = {tensor.name: tensors[tensor.name] for tensor in stage.inputs}
+def _run(model: onnx.ModelProto, graph: GraphSpec, tensors: Tensors) -> Tensors:
+    inputs = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
     return run_all(open_graph(model), inputs, workers=default_workers())
 
 
-def _line(stage: str, result: QuantizedStage) -> str:
+def _line(graph: str, result: QuantizedGraph) -> str:
     total, found = len(result.layers) + len(result.left), result.agreement
     text = (
-        f"{stage}: {len(result.layers)} of {total} layers in INT8; the chain answers {100 * found.same_class:.1f} % "
+        f"{graph}: {len(result.layers)} of {total} layers in INT8; the chain answers {100 * found.same_class:.1f} % "
         f"the same ({100 * result.all_layers.same_class:.1f} % with all)"
     )
     if found.box_iou:

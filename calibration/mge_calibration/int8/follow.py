@@ -1,4 +1,4 @@
-"""What a chain answers when some of its stages are quantised and the later ones are still floats."""
+"""What a chain answers when some of its graphs are quantised and the later ones are still floats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mge_calibration.int8.agreement import box_iou
 from mge_calibration.int8.sessions import Run, Tensors, default_workers, open_graph, run_all
 from mge_runtime.geometry import Viewport, compose_boxes
-from mge_runtime.spec import StageSpec
+from mge_runtime.spec import GraphSpec
 
 __all__ = ["FloatChain", "small"]
 
@@ -20,50 +20,48 @@ class FloatChain:
     """A chain in floats, and what it answers to the calibration images: the reference.
 
     Args:
-        stages: in the order they run.
-        models: by stage name, in floats, with their weights.
-        answer: the tensor that the whole chain answers with.
-        frames: the first stage's input, uint8 [N, S, S, 3].
+        graphs: in the order they run.
+        models: by graph name, in floats, with their weights.
+        frames: the first graph's input, uint8 [N, S, S, 3].
     """
 
     def __init__(
         self,
-        stages: Sequence[StageSpec],
+        graphs: Sequence[GraphSpec],
         models: Mapping[str, onnx.ModelProto],
-        answer: str,
         frames: NDArray[np.uint8],
     ) -> None:
-        self.stages = stages
-        self._answer = answer
+        self.graphs = graphs
+        self._logits = graphs[-1].logits
         self._size = frames.shape[2]
-        self._runs: dict[str, Run] = {stage.name: open_graph(models[stage.name]) for stage in stages}
-        self._boxes = [tensor.name for stage in stages for tensor in stage.outputs if tensor.name.startswith("box_")]
-        (first,) = stages[0].inputs
+        self._runs: dict[str, Run] = {graph.name: open_graph(models[graph.name]) for graph in graphs}
+        self._boxes = [tensor.name for graph in graphs for tensor in graph.outputs if tensor.name.startswith("box_")]
+        (first,) = graphs[0].inputs
         self.input = {first.name: frames}
         # Pictures are large, and every one can be made again.
         self._reference = run_all(lambda batch: small(self.finish(batch, batch)), self.input, workers=default_workers())
         self._views = self._frame_boxes(self._reference)
 
-    def run(self, stage: StageSpec, tensors: Mapping[str, np.ndarray]) -> Tensors:
-        """One stage over all images."""
-        inputs = {tensor.name: tensors[tensor.name] for tensor in stage.inputs}
-        return run_all(self._runs[stage.name], inputs, workers=default_workers())
+    def run(self, graph: GraphSpec, tensors: Mapping[str, np.ndarray]) -> Tensors:
+        """One graph over all images."""
+        inputs = {tensor.name: tensors[tensor.name] for tensor in graph.inputs}
+        return run_all(self._runs[graph.name], inputs, workers=default_workers())
 
     def finish(self, tensors: Mapping[str, np.ndarray], changed: Collection[str]) -> Tensors:
-        """Run every stage that reads what changed, for one batch.
+        """Run every graph that reads what changed, for one batch.
 
         Args:
-            tensors: what there is, the float stages' own for all that did not change.
+            tensors: what there is, the float graphs' own for all that did not change.
             changed: names among them of what is not the float chain's; of a new frame, the frame.
 
         Returns:
             The tensors, with those that follow.
         """
         known, differs = dict(tensors), set(changed)
-        for stage in self.stages:
-            outputs = {tensor.name for tensor in stage.outputs}
-            if not outputs & differs and any(tensor.name in differs for tensor in stage.inputs):
-                known |= self._runs[stage.name](known)
+        for graph in self.graphs:
+            outputs = {tensor.name for tensor in graph.outputs}
+            if not outputs & differs and any(tensor.name in differs for tensor in graph.inputs):
+                known |= self._runs[graph.name](known)
                 differs |= outputs
         return known
 
@@ -71,17 +69,17 @@ class FloatChain:
         """What the float chain made of the images; pictures are not kept."""
         return {name: self._reference[name] for name in names if name in self._reference}
 
-    def boxes_moved_by(self, stage: StageSpec) -> list[str]:
-        """Boxes that change with a stage's outputs."""
-        differs = {tensor.name for tensor in stage.outputs}
-        for other in self.stages:
+    def boxes_moved_by(self, graph: GraphSpec) -> list[str]:
+        """Boxes that change with a graph's outputs."""
+        differs = {tensor.name for tensor in graph.outputs}
+        for other in self.graphs:
             if any(tensor.name in differs for tensor in other.inputs):
                 differs |= {tensor.name for tensor in other.outputs}
         return [name for name in self._boxes if name in differs]
 
     def changed_classes(self, found: Mapping[str, np.ndarray]) -> int:
         """Images whose class is not the float chain's."""
-        return int((found[self._answer].argmax(1) != self._reference[self._answer].argmax(1)).sum())
+        return int((found[self._logits].argmax(1) != self._reference[self._logits].argmax(1)).sum())
 
     def median_iou(self, found: Mapping[str, np.ndarray], boxes: Sequence[str]) -> dict[str, float]:
         """Median over images of each box's IoU with the float chain's, both in pixels of the frame."""

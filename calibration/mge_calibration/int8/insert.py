@@ -10,12 +10,12 @@ from onnx import helper, numpy_helper
 
 from mge_calibration.int8.ranges import LEVELS
 from mge_calibration.int8.sites import Layer
-from mge_runtime.bundle.cpu_graph import POSITIVE_ZERO, SIGNED_ZERO
 
-__all__ = ["OPSET", "insert_quantization", "quantize_weight"]
+__all__ = ["OPSET", "insert_quantization", "positive_bound", "quantize_weight"]
 
 # DequantizeLinear puts out FP16 from opset 19 on; TensorRT 10.3 of JetPack 6 knows up to 20.
 OPSET = 19
+_ZERO = "zero_point"  # of every quantised activation
 
 
 def insert_quantization(
@@ -35,7 +35,7 @@ def insert_quantization(
     Weight Equalization and Bias Correction", ICCV 2019, section 4.2; here the means are measured).
 
     Args:
-        model: a stage with its weights; left as it is.
+        model: a graph with its weights; left as it is.
         layers: of `find_layers`.
         ranges: tensor name -> magnitude of code 127, for every activation of the layers.
         means: tensor name -> mean of each channel, [C], of the same; None: biases stay as they are.
@@ -60,12 +60,11 @@ def insert_quantization(
         scale, coded, result = f"{tensor}_scale", f"{tensor}_quantized", f"{tensor}_dequantized"
         if result not in written:
             written.add(result)
-            bound = _positive_bound(tensor, producers, constants)
-            zero = SIGNED_ZERO if bound is None else POSITIVE_ZERO
-            added[zero] = numpy_helper.from_array(np.zeros((), np.int8), zero)
+            bound = positive_bound(tensor, producers, constants)
+            added[_ZERO] = numpy_helper.from_array(np.zeros((), np.int8), _ZERO)
             added[scale] = numpy_helper.from_array(_scale(ranges[tensor], bound, kind), scale)
-            nodes.append(_pair_node("QuantizeLinear", tensor, scale, zero, coded))
-            nodes.append(_pair_node("DequantizeLinear", coded, scale, zero, result))
+            nodes.append(_pair_node("QuantizeLinear", tensor, scale, _ZERO, coded))
+            nodes.append(_pair_node("DequantizeLinear", coded, scale, _ZERO, result))
         return result
 
     def weight(name: str) -> str:
@@ -140,10 +139,16 @@ def _groups(node: onnx.NodeProto) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
 
 
-def _positive_bound(
+def positive_bound(
     tensor: str, producers: Mapping[str, onnx.NodeProto], constants: Mapping[str, onnx.TensorProto]
 ) -> float | None:
-    """The largest value that a ReLU or a clip from 0 on lets pass; None: the tensor may be negative."""
+    """The largest value that a ReLU or a clip from 0 on lets pass; None: the tensor may be negative.
+
+    Args:
+        tensor: its name.
+        producers: of the graph's tensors.
+        constants: its initializers.
+    """
     node = producers.get(tensor)
     if node is not None and node.op_type == "Relu":
         return float("inf")

@@ -1,4 +1,4 @@
-"""Run a stage's graph, as it is or quantised, over images that are held in memory."""
+"""Run a graph, as it is or quantised, over images that are held in memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import onnx
 
+from mge_calibration.int8.cpu import cpu_graph
 from mge_calibration.int8.ranges import Magnitudes, pick_range
 from mge_runtime.backends.ort import import_onnxruntime
-from mge_runtime.bundle.cpu_graph import cpu_graph
 from mge_runtime.cpus import cpu_count
 
 __all__ = ["BATCH", "Run", "Tensors", "default_workers", "learn_ranges", "open_graph", "run_all"]
@@ -43,7 +43,7 @@ def open_graph(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Run:
     options.intra_op_num_threads = 1
     # Its fusions would also quantise weights and biases that the graph leaves float.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    graph = cpu_graph(watched.SerializeToString(), fast=False)
+    graph = cpu_graph(watched, fast=False).SerializeToString()
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in session.get_outputs()]
     taken = [tensor.name for tensor in session.get_inputs()]
@@ -82,9 +82,9 @@ def learn_ranges(
     """Learn the range of each tensor: one pass for the largest magnitudes, for all but "max" another for histograms.
 
     Args:
-        model: a stage, not quantised, with its weights.
+        model: a graph, not quantised, with its weights.
         wanted: names of the tensors to learn the ranges of.
-        tensors: the stage's inputs, over all images.
+        tensors: its inputs, over all images.
         how: a method of `ranges.METHODS`.
 
     Returns:

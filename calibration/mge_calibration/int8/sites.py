@@ -1,4 +1,4 @@
-"""Which operators of a stage are quantised: the convolutions of its trunk and the residual sums between them."""
+"""Which operators of a graph are quantised: the convolutions of its backbones and the residual sums between them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Layer:
 
 
 def find_layers(model: onnx.ModelProto, trunk_weight: Callable[[str], bool]) -> tuple[Layer, ...]:
-    """List what of a stage's graph may be quantised, in the order of its nodes.
+    """List what of a graph may be quantised, in the order of its nodes.
 
     A sum is a residual one if both of its terms come from the trunk's convolutions through nothing but activations and
     pooling. So neither biases nor anything of heads, attention or crop is among them.
 
     Args:
-        model: a stage, every node named.
+        model: a graph, every node named.
         trunk_weight: whether an initialiser is a convolution's weight in the trunk.
     """
     graph = model.graph
@@ -62,5 +62,5 @@ def find_layers(model: onnx.ModelProto, trunk_weight: Callable[[str], bool]) -> 
 
 
 def _short(weight: str) -> str:
-    """`expert.trunk.layers.blocks.0.0.conv_dw.weight` -> `blocks.0.0.conv_dw`."""
-    return weight.removesuffix(".weight").rpartition("trunk.layers.")[2]
+    """`expert.trunk.layers.conv1.weight` -> `conv1`, `gate.trunk.layers.conv1.weight` -> `gate.conv1`."""
+    return weight.removesuffix(".weight").removeprefix("expert.").replace("trunk.layers.", "", 1)

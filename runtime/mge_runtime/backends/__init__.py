@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mge_runtime.backends.base import Backend, Buffer, StageRunner, Streams
+from mge_runtime.backends.base import Backend, Streams
 from mge_runtime.backends.choice import BACKENDS, Candidate, Choice, choose
 from mge_runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
 
-__all__ = ["BACKENDS", "Backend", "Buffer", "Candidate", "Choice", "StageRunner", "Streams", "choose", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Candidate", "Choice", "Streams", "choose", "open_backend"]
 
 
 def open_backend(

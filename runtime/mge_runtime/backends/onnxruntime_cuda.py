@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU: each segment one session, on one stream, over memory of the device layer.
+"""ONNX Runtime on an NVIDIA GPU: each graph one session, on one stream, over memory of the device layer.
 
 Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
 has not.
@@ -23,7 +23,7 @@ _INSTALL = 'pip install "mge[gpu]"'
 
 
 class OnnxRuntimeCudaBackend(Backend):
-    """Runs every segment as one session of the CUDA execution provider.
+    """Runs every graph as one session of the CUDA execution provider.
 
     Args:
         device_index: as CUDA numbers devices, from 0.
@@ -44,11 +44,11 @@ class OnnxRuntimeCudaBackend(Backend):
         self._graphs = graphs
 
     def open_chain(self, bundle: Bundle) -> Executor:
-        """Open a session for each segment; the weights are checked in other threads meanwhile.
+        """Open a session for each graph; the weights are checked in other threads meanwhile.
 
         Raises:
             BundleError: an entry is damaged, or the file was replaced meanwhile.
-            BackendError: the GPU cannot be opened, or ONNX Runtime cannot run a segment on it.
+            BackendError: the GPU cannot be opened, or ONNX Runtime cannot run a graph on it.
         """
         from mge_runtime.device.cuda import CudaDevice
 
@@ -68,13 +68,13 @@ def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = T
     Raises:
         BundleError, BackendError: as for `OnnxRuntimeCudaBackend.open_chain`; nothing is left open.
     """
-    from mge_runtime.backends.ort_segment import open_segments
+    from mge_runtime.backends.ort_graph import open_graphs
     from mge_runtime.device.executor import DeviceExecutor
 
     with ExitStack() as stack:
         with weights_checked(bundle):
             executor = DeviceExecutor(
-                bundle.manifest, device, lambda d, stream: open_segments(ort, bundle, d, stream, graphs=graphs)
+                bundle.manifest, device, lambda d, stream: open_graphs(ort, bundle, d, stream, graphs=graphs)
             )
             stack.callback(executor.close)
         stack.pop_all()

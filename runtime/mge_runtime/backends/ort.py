@@ -1,7 +1,7 @@
 """What every backend on ONNX Runtime needs: the module, weights read from the bundle in place, one-line errors.
 
 The graphs stay small: their weights are read by ONNX Runtime from the bundle itself. Each graph's references to
-`<stage>.weights` are pointed at the bundle file and the place of that entry in it, so ONNX Runtime maps them as it maps
+`<graph>.weights` are pointed at the bundle file and the place of that entry in it, so ONNX Runtime maps them as it maps
 an ordinary external-data file. A bundle that is overwritten in place changes the weights of sessions that are open;
 with `mmap=False` they are loaded instead (`load_weights`; docs/adr/0004 has the cost).
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.bundle.layout import stage_weights
+from mge_runtime.bundle.layout import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors
 from mge_runtime.errors import BackendError, BundleError, brief
 from mge_runtime.spec import TensorSpec
@@ -147,7 +147,7 @@ def weights_checked(bundle: Bundle) -> Generator[None]:
     Raises:
         BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
-    names = [stage_weights(stage.name) for stage in bundle.manifest.stages]
+    names = [weights_entry(graph.name) for graph in bundle.manifest.graphs]
     with bundle.verifying([name for name in names if name in bundle.sizes], quick=True):
         yield
     if not bundle.in_place():

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: one engine for each stage, all on one stream, over memory of the device layer.
+"""TensorRT and TensorRT-RTX: one engine for each graph, all on one stream, over memory of the device layer.
 
 One implementation for `tensorrt` 10.3 to 11.x and `tensorrt_rtx`. Engines that run in turn share one piece of scratch
 memory: contexts are created without memory of their own and given the arena's.
@@ -24,7 +24,7 @@ __all__ = ["TensorRTBackend"]
 
 
 class TensorRTBackend(Backend):
-    """Runs every stage as an engine.
+    """Runs every graph as an engine.
 
     Args:
         vendor: the library.
@@ -49,19 +49,17 @@ class TensorRTBackend(Backend):
         """Deserialise every engine; each is checked against its hash first and against the manifest afterwards.
 
         Raises:
-            BundleError: an engine is missing or damaged, or takes in or puts out other tensors than its stage.
+            BundleError: an engine is missing or damaged, or has other inputs or outputs than its graph.
             BackendError: the GPU cannot be opened, or TensorRT refuses an engine.
         """
         from mge_runtime.device.cuda import CudaDevice
         from mge_runtime.device.executor import DeviceExecutor
 
         def open_units(device: Device, stream: Stream) -> Generator[Unit]:  # noqa: ARG001 - each launch is told
-            from mge_runtime.backends.trt_stage import TensorRTStage
+            from mge_runtime.backends.trt_graph import TensorRTGraph
 
             runtime = self._vendor.api.Runtime(self._vendor.logger)
-            for number, segment in enumerate(bundle.manifest.segments):
-                for name in segment.stages:
-                    plan = self._engines.plan(name)
-                    yield TensorRTStage(self._vendor, runtime, plan, bundle.manifest.stage(name), number)
+            for spec in bundle.manifest.graphs:
+                yield TensorRTGraph(self._vendor, runtime, self._engines.plan(spec.name), spec)
 
         return DeviceExecutor(bundle.manifest, CudaDevice(self._index), open_units, graphs=self._graphs)

@@ -20,7 +20,7 @@ class EngineDescription:
 
     manifest_sha256: str  # of the manifest whose ONNX they were built from
     target: str  # what they are for, such as "tensorrt-10.3-sm87-linux-aarch64"
-    plans: Mapping[str, Entry]  # hash and size of each stage's engine, by stage
+    plans: Mapping[str, Entry]  # hash and size of each graph's engine, by its name
     details: Mapping[str, JsonValue]  # free: builder, options, attestation, ...
 
     def to_json(self) -> bytes:
@@ -39,7 +39,7 @@ class EngineDescription:
         if fields["target"].text() != target:
             fields["target"].fail(f'"{target}", the folder it lies in')
         _check_hash(fields["manifest_sha256"], document, manifest_sha256, "build the engines again with mge-build")
-        plans = {stage: read_entry(field) for stage, field in fields["plans"].table().items()}
+        plans = {graph: read_entry(field) for graph, field in fields["plans"].table().items()}
         details = {key: value.value for key, value in fields["details"].table().items()}
         return cls(manifest_sha256, target, plans, details)
 

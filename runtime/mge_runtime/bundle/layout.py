@@ -7,36 +7,44 @@ import re
 __all__ = [
     "ALIGNMENT",
     "CALIBRATION",
+    "CHAIN",
     "MANIFEST",
+    "cpu_graph_entry",
     "engine_description",
     "engine_plan",
+    "graph_entry",
     "is_entry_name",
     "is_target",
-    "stage_graph",
-    "stage_weights",
     "target_of",
+    "weights_entry",
 ]
 
 ALIGNMENT = 4096  # bytes: every entry's data starts on a page, so that it can be mapped into memory in place
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
+CHAIN = "onnx/chain.onnx"  # all graphs in one, over the same weights: for whoever takes the files out
 
-_STAGE = r"[A-Za-z0-9_]{1,64}"
+_GRAPH = r"[A-Za-z0-9_]{1,64}"
 _TARGET = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _ENTRY_NAME = re.compile(
-    rf"{re.escape(MANIFEST)}|{re.escape(CALIBRATION)}|onnx/{_STAGE}\.(onnx|weights)"
-    rf"|engines/{_TARGET}/(engine\.json|{_STAGE}\.plan)"
+    rf"{re.escape(MANIFEST)}|{re.escape(CALIBRATION)}|onnx/{_GRAPH}\.((cpu\.)?onnx|weights)"
+    rf"|engines/{_TARGET}/(engine\.json|{_GRAPH}\.plan)"
 )
 
 
-def stage_graph(stage: str) -> str:
-    """Entry with the stage's ONNX graph."""
-    return f"onnx/{stage}.onnx"
+def graph_entry(graph: str) -> str:
+    """Entry with a graph's ONNX model."""
+    return f"onnx/{graph}.onnx"
 
 
-def stage_weights(stage: str) -> str:
-    """Entry with the stage's weights in ONNX's external-data layout; missing where a stage has none."""
-    return f"onnx/{stage}.weights"
+def cpu_graph_entry(graph: str) -> str:
+    """Entry with the same graph encoded for CPUs, over the same weights; in INT8 bundles alone."""
+    return f"onnx/{graph}.cpu.onnx"
+
+
+def weights_entry(graph: str) -> str:
+    """Entry with a graph's weights in ONNX's external-data layout; missing where it has none."""
+    return f"onnx/{graph}.weights"
 
 
 def engine_description(target: str) -> str:
@@ -44,9 +52,9 @@ def engine_description(target: str) -> str:
     return f"engines/{target}/engine.json"
 
 
-def engine_plan(target: str, stage: str) -> str:
-    """Entry with the stage's engine for one target."""
-    return f"engines/{target}/{stage}.plan"
+def engine_plan(target: str, graph: str) -> str:
+    """Entry with a graph's engine for one target."""
+    return f"engines/{target}/{graph}.plan"
 
 
 def target_of(name: str) -> str | None:

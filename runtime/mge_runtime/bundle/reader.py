@@ -19,12 +19,14 @@ from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.bundle.diagnose import not_a_bundle
 from mge_runtime.bundle.layout import (
     CALIBRATION,
+    CHAIN,
     MANIFEST,
+    cpu_graph_entry,
     engine_description,
     engine_plan,
-    stage_graph,
-    stage_weights,
+    graph_entry,
     target_of,
+    weights_entry,
 )
 from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BundleError
@@ -174,15 +176,20 @@ class Bundle:
         """One hash over everything that can change an answer, whatever the order of the entries; nothing large is read.
 
         It is the SHA-256 of what `sha256sum` prints of the bundle's JSON documents (`calibration.json`,
-        `engines/*/engine.json`, `manifest.json`), sorted by their names. The manifest names the hashes of graphs and
-        weights, `engine.json` those of engines; `verify` checks these.
+        `engines/*/engine.json`, `manifest.json`) and of `onnx/chain.onnx`, sorted by their names. The manifest names
+        the hashes of graphs and weights, `engine.json` those of engines; `verify` checks these.
 
         Raises:
             BundleError: a document was damaged.
         """
-        documents = sorted(name for name in self._entries if name.endswith(".json"))
-        lines = [f"{hashlib.sha256(self._read_by_crc(name)).hexdigest()}  {name}\n" for name in documents]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        documents = sorted(name for name in self._entries if name.endswith(".json") or name == CHAIN)
+        total = hashlib.sha256()
+        for name in documents:
+            digest = hashlib.sha256()
+            for chunk in self.chunks(name):
+                digest.update(chunk)
+            total.update(f"{digest.hexdigest()}  {name}\n".encode())
+        return total.hexdigest()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -208,7 +215,7 @@ class Bundle:
         return memoryview(self._mapped)[entry.offset : entry.offset + entry.size]
 
     def read(self, name: str) -> bytes:
-        """An entry's bytes, checked against its hash (manifest, calibration and descriptions: against the CRC-32).
+        """An entry's bytes, checked against its hash (documents and `onnx/chain.onnx`: against the CRC-32).
 
         Raises:
             BundleError: there is no such entry, or its bytes were damaged.
@@ -297,7 +304,7 @@ class Bundle:
             return Calibration.from_json(data, manifest_sha256=self.manifest_sha256)
 
     def engine(self, target: str) -> EngineDescription:
-        """What the bundle says of the engines of one target; their plans are entries `engines/<target>/<stage>.plan`.
+        """What the bundle says of the engines of one target; their plans are entries `engines/<target>/<graph>.plan`.
 
         Raises:
             BundleError: there is none, it is damaged, or it was built from another manifest.
@@ -308,14 +315,14 @@ class Bundle:
         data = self._read_by_crc(name)
         with _naming(self.path):
             description = EngineDescription.from_json(data, target=target, manifest_sha256=self.manifest_sha256)
-        for stage, plan in description.plans.items():
-            self._check_listed(engine_plan(target, stage), plan, name)
+        for graph, plan in description.plans.items():
+            self._check_listed(engine_plan(target, graph), plan, name)
         return description
 
     def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write every entry to a folder, as any unzip would, checked against its hash.
 
-        `onnx/<stage>.onnx` with `<stage>.weights` beside it is then an ordinary ONNX model with external data. Files of
+        `onnx/<graph>.onnx` with `<graph>.weights` beside it is then an ordinary ONNX model with external data. Files of
         the same names are replaced, each whole or not at all.
 
         Returns:
@@ -399,8 +406,8 @@ class Bundle:
         target = target_of(name)
         if target is None or name == engine_description(target):
             return None
-        for stage, plan in self.engine(target).plans.items():
-            if engine_plan(target, stage) == name:
+        for graph, plan in self.engine(target).plans.items():
+            if engine_plan(target, graph) == name:
                 return plan
         raise BundleError(
             f"{self.path} holds {name}, which its {engine_description(target)} does not list; it was changed after it "
@@ -416,12 +423,15 @@ class Bundle:
         return b"".join(self.chunks(name))
 
     def _check_entries(self) -> None:
-        """Hold the manifest's entries to the directory and to the stages."""
-        graphs = {stage_graph(stage.name) for stage in self.manifest.stages}
-        allowed = graphs | {stage_weights(stage.name) for stage in self.manifest.stages}
+        """Check the manifest's entries against the directory and the graphs."""
+        names = [graph.name for graph in self.manifest.graphs]
+        needed = set(map(graph_entry, names))
+        if self.manifest.is_int8:
+            needed |= set(map(cpu_graph_entry, names))
+        allowed = needed | set(map(weights_entry, names))
         listed = set(self.manifest.entries)
-        present = {name for name in self._entries if name.startswith("onnx/")}
-        wrong = sorted((graphs - listed) | (listed - allowed) | (present ^ listed))
+        present = {name for name in self._entries if name.startswith("onnx/")} - {CHAIN}
+        wrong = sorted((needed - listed) | (listed - allowed) | (present ^ listed))
         if wrong:
             raise BundleError(
                 f"cannot open {self.path}: its manifest and its entries differ at {wrong[0]}; "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", default="mge.plan")
-@click.option("--all", "everything", is_flag=True, help="Also print stages, segments, the parity report, the machine.")
+@click.option("--all", "everything", is_flag=True, help="Also print graphs, the parity report, the machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, the whole manifest included, as JSON.")
 @click.option(
     "--verify",
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 @click.option(
     "--extract",
     metavar="DIR",
-    help="Write plain files to this folder: ONNX with weights, engines, manifest, and trtexec.sh, which rebuilds them.",
+    help="Write plain files to this folder: ONNX with weights (chain.onnx is the whole chain), class names, engines, "
+    "manifest, and trtexec.sh, which rebuilds engines.",
 )
 @click.option(
     "--machine",
@@ -132,7 +133,7 @@ def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
         # The bundle's are read again: a description that was damaged is an error here, and not a remark.
         description = bundle.engine(found.target) if found.engines is None else found.engines.description
         facts = {
-            "plans": {stage: plan.size for stage, plan in description.plans.items()},
+            "plans": {graph: plan.size for graph, plan in description.plans.items()},
             "details": dict(description.details),
             "status": GPU_STATUS[found.backend],
             "misfit": found.problem,

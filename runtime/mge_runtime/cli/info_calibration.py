@@ -35,7 +35,7 @@ def calibration_lines(values: dict[str, Any] | None, manifest: dict[str, Any]) -
         yield "no early exits: none was found that keeps the promise"
         return
     places = [
-        f"after segment {point.segments} where {point.answer} has a confidence of at least {point.threshold:.6g}"
+        f"after graph {point.graphs} where {point.answer} has a confidence of at least {point.threshold:.6g}"
         for point in calibrated.exit_points(chain)
     ]
     yield f"exits (--exit calibrated): {', '.join(places)}{_learned_from(calibrated.images.get('exits'))}"

@@ -61,7 +61,7 @@ def _engine(name: str, engine: dict[str, Any]) -> Iterator[str]:
     if batch and batch.count(batch[0]) == len(batch):
         batches = f"batch {batch[0]}, "
     size = format_bytes(sum(plans.values()))
-    yield f"{name}: {len(plans)} stages, {size}, {batches}{engine['status']}"
+    yield f"{name}: {len(plans)} graphs, {size}, {batches}{engine['status']}"
     if isinstance(version := details.get("version"), str):
         gpu = details.get("gpu")
         place = f"on {_gpu(_table(gpu))}" if gpu is not None else "ahead of time, without a GPU"
@@ -71,16 +71,16 @@ def _engine(name: str, engine: dict[str, Any]) -> Iterator[str]:
     scratch = [size for size in _table(_table(details.get("options")).get("scratch")).values() if isinstance(size, int)]
     if scratch:
         shared, apart = format_bytes(max(scratch)), format_bytes(sum(scratch))
-        yield f"  activations: {shared} shared by all stages, which run in turn; {apart} if each had its own"
+        yield f"  activations: {shared} shared by all graphs, which run in turn; {apart} if each had its own"
     yield "  fits the machine" if engine["misfit"] is None else f"  does not fit: {engine['misfit']}"
 
 
-def _precision(stages: dict[str, Any]) -> str:
-    """For example "fp16 (attested: engine): expert_1, expert_2; fp32 (attested: engine): ingest"."""
+def _precision(graphs: dict[str, Any]) -> str:
+    """For example "fp16 (attested: engine): expert_1, expert_2; fp32 (attested: engine): expert_3"."""
     groups: dict[str, list[str]] = {}
-    for stage, facts in stages.items():
+    for graph, facts in graphs.items():
         kind, attested = _table(facts).get("type"), _table(facts).get("attested")
-        groups.setdefault(f"{kind} (attested: {attested})" if attested else f"{kind} (not attested)", []).append(stage)
+        groups.setdefault(f"{kind} (attested: {attested})" if attested else f"{kind} (not attested)", []).append(graph)
     return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in groups.items())
 
 

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 __all__ = ["parity_lines"]
 
-_HEAD = ("stage", "abs diff", "rel diff", "class changes", "box IoU", "1st pct")
+_HEAD = ("graph", "abs diff", "rel diff", "class changes", "box IoU", "1st pct")
 
 
 def parity_lines(parity: dict[str, Any] | None) -> Iterator[str]:
-    """A table for each check of the export: worst differences by stage, then what the report adds."""
+    """A table for each check of the export: worst differences by graph, then what the report adds."""
     if parity is None:
         yield "not measured"
         return
@@ -19,7 +19,7 @@ def parity_lines(parity: dict[str, Any] | None) -> Iterator[str]:
     for check in _table(parity.get("checks")).values():
         yield f"{_table(check).get('label', 'a check')}:"
         rows = [_HEAD]
-        rows += [_stage_row(name, _table(stage)) for name, stage in _table(_table(check).get("stages")).items()]
+        rows += [_graph_row(name, _table(graph)) for name, graph in _table(_table(check).get("graphs")).items()]
         if chain := _table(_table(check).get("chain")):
             rows.append(_chain_row(chain))
         widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
@@ -28,7 +28,7 @@ def parity_lines(parity: dict[str, Any] | None) -> Iterator[str]:
             yield "  " + "  ".join([f"{name:<{widths[0]}}", *aligned]).rstrip()
     activations = _table(parity.get("largest_activation"))
     if activations:
-        peaks = [f"{stage} {_number(_table(peak).get('value'), '.4g')}" for stage, peak in activations.items()]
+        peaks = [f"{graph} {_number(_table(peak).get('value'), '.4g')}" for graph, peak in activations.items()]
         yield f"largest activations: {', '.join(peaks)}"
     areas = _table(parity.get("crop_area_median"))
     if areas:
@@ -39,13 +39,13 @@ def parity_lines(parity: dict[str, Any] | None) -> Iterator[str]:
             yield f"{'out of tolerance' if kind == 'failures' else 'warning'}: {text}"
 
 
-def _stage_row(name: str, stage: dict[str, Any]) -> tuple[str, ...]:
-    iou = _table(stage.get("box_iou"))
+def _graph_row(name: str, graph: dict[str, Any]) -> tuple[str, ...]:
+    iou = _table(graph.get("box_iou"))
     return (
         name,
-        _worst(stage.get("absolute")),
-        _worst(stage.get("relative")),
-        _number(stage.get("class_changes"), "d"),
+        _worst(graph.get("absolute")),
+        _worst(graph.get("relative")),
+        _number(graph.get("class_changes"), "d"),
         _number(iou.get("median"), ".4f"),
         _number(iou.get("p1"), ".4f"),
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
-from mge_runtime.bundle.layout import stage_graph, stage_weights
+from mge_runtime.bundle.layout import cpu_graph_entry, graph_entry, weights_entry
 from mge_runtime.cli.info_calibration import calibration_lines
 from mge_runtime.cli.info_here import engine_lines, here_lines, machine_line
 from mge_runtime.cli.info_parity import parity_lines
@@ -27,8 +27,8 @@ def brief_lines(facts: dict[str, Any]) -> Iterator[str]:
     yield from _row("model", _pairs(manifest["model"]) or "unknown", lines=1)
     yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=1)
     yield from _row("input", _preprocess(manifest["preprocess"]), lines=1)
-    stages = Counter(manifest["precision"].get(s["name"], {}).get("type", "unknown") for s in manifest["stages"])
-    yield from _row("precision", ", ".join(f"{kind} in {count} stages" for kind, count in stages.items()), lines=1)
+    kinds = Counter(manifest["precision"].get(g["name"], {}).get("type", "unknown") for g in manifest["graphs"])
+    yield from _row("precision", ", ".join(f"{kind} in {count} graphs" for kind, count in kinds.items()), lines=1)
     parity = list(parity_lines(manifest["parity"]))
     failed = [line for line in parity if line.startswith("out of tolerance")]
     yield from _row("parity", "; ".join(failed or parity[:1]), lines=1)
@@ -51,10 +51,7 @@ def info_lines(facts: dict[str, Any]) -> Iterator[str]:
     checkpoint = manifest["checkpoint_sha256"]
     yield from _row("made by", ", ".join(made) or "unknown tools")
     yield from _row("", f"from the checkpoint {checkpoint[:16]}" if checkpoint else "from an unknown checkpoint")
-    yield from _stages(manifest, facts["entries"])
-    for number, segment in enumerate(manifest["segments"], 1):
-        label = "segments" if number == 1 else ""
-        yield from _row(label, f"{number}: {', '.join(segment['stages'])} -> {segment['answer']}")
+    yield from _graphs(manifest, facts["entries"])
     for number, line in enumerate(parity_lines(manifest["parity"])):
         yield from _row("" if number else "parity", line)
     for number, line in enumerate(engine_lines(facts)):
@@ -77,19 +74,19 @@ def _runs_label(facts: dict[str, Any]) -> str:
     return "runs there" if facts["here"]["recorded"] else "runs here"
 
 
-def _stages(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
-    for stage in manifest["stages"]:
-        name = stage["name"]
-        size = sum(sizes.get(entry, 0) for entry in (stage_graph(name), stage_weights(name)))
+def _graphs(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
+    for graph in manifest["graphs"]:
+        name = graph["name"]
+        size = sum(sizes.get(entry(name), 0) for entry in (graph_entry, cpu_graph_entry, weights_entry))
         plan = dict(manifest["precision"].get(name, {}))
         precision = plan.pop("type", "of unknown precision")
         attested = plan.pop("attested", None)
-        yield from _row("stage", f"{name}: {precision}, {format_bytes(size)}")
+        yield from _row("graph", f"{name}: {precision}, {manifest['gmacs'][name]:.3g} GMACs, {format_bytes(size)}")
         yield from _row("", f"  precision {f'attested: {attested}' if attested else 'not attested'}")
         # Tables, such as counts of operators, are for --json.
         if scalars := {key: value for key, value in plan.items() if not isinstance(value, (dict, list))}:
             yield from _row("", f"  {_pairs(scalars)}")
-        for label, tensors in (("in", stage["inputs"]), ("out", stage["outputs"])):
+        for label, tensors in (("in", graph["inputs"]), ("out", graph["outputs"])):
             texts = [f"{t['name']} {t['dtype']} [{', '.join(map(str, t['shape']))}]" for t in tensors]
             yield from _row("", f"  {label:<4}{'; '.join(texts)}")
 

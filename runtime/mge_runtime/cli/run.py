@@ -38,7 +38,7 @@ _MANY = 8  # images; from here on they are answered several at once, and a termi
 
 
 def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exit:
-    """Read "calibrated", "never" or the number of a segment."""
+    """Read "calibrated", "never" or the number of a graph."""
     if value == "never" or value == "calibrated":
         return value
     if not value.isdecimal() or int(value) < 1:
@@ -90,7 +90,7 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
     default="never",
     show_default=True,
     metavar="calibrated|never|N",
-    help="Stop early: as soon as an answer is sure enough (mge-calibrate learns when), or after segment N.",
+    help="Stop early: as soon as an answer is sure enough (mge-calibrate learns when), or after expert N.",
 )
 @no_mmap_option
 @verbose_option

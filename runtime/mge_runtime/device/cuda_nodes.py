@@ -1,6 +1,6 @@
 """What a captured CUDA graph is made of: its nodes counted by kind, copies by direction.
 
-A copy between stages that went by way of the host would be a node of the graph, so this is how its absence is shown.
+A copy between graphs that went by way of the host would be a node of the graph, so this is how its absence is shown.
 
 Experimental: ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA).
 """

@@ -32,15 +32,15 @@ __all__ = ["DeviceExecutor"]
 class DeviceExecutor(Executor):
     """Runs units in turn on one stream of one device.
 
-    One run copies the frames in, launches the units of the first segments and copies the wanted tensors out, then waits
+    One run copies the frames in, launches the first units and copies the wanted tensors out, then waits
     once. Where images may stop early it waits after each exit point too, for the answer there; images that go on are
     moved together on the device, and all results are copied out at the end. It is used from one thread at a time.
 
     Args:
         manifest: of the chain.
         device: where it runs.
-        open_units: opens the units in the order they run, for this device and stream. Where one cannot be opened, those
-            before it are closed again.
+        open_units: opens a unit for each graph in the order they run, for this device and stream. Where one cannot be
+            opened, those before it are closed again.
         graphs: whether to capture CUDA graphs.
 
     Raises:
@@ -65,8 +65,6 @@ class DeviceExecutor(Executor):
             for unit in open_units(device, self._stream):
                 stack.callback(unit.close)
                 self._units.append(unit)
-            if [unit.segment for unit in self._units] != sorted(unit.segment for unit in self._units):
-                raise BackendError("the chain's units are out of order; expected the order of its segments")
             limits = [unit.max_batch for unit in self._units if unit.max_batch is not None]
             self.max_batch = min(limits, default=None)
             self._min_batch = max((unit.min_batch for unit in self._units), default=1)
@@ -83,11 +81,11 @@ class DeviceExecutor(Executor):
         self._open = True
 
     def run(
-        self, frames: Array, segments: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
+        self, frames: Array, graphs: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
     ) -> ExecutorResult:
         """As `Executor.run`; the steps are upload, chain and download on the device, and the host's part.
 
-        Where images may stop early, "segment_1" (or "segments_1_to_2") and so on stand for "chain".
+        Where images may stop early, "graph_1" (or "graphs_1_to_2") and so on stand for "chain".
 
         Raises:
             BackendError: a unit failed, or the engines were not built for this batch. The executor stays usable unless
@@ -98,7 +96,7 @@ class DeviceExecutor(Executor):
         self._device.activate()
         with ExitStack() as turn:
             try:
-                return self._run(frames, split(segments, exits), set(outputs), start, turn)
+                return self._run(frames, split(graphs, exits), set(outputs), start, turn)
             except BaseException:
                 # Nothing may still run over memory that the caller now thinks is free; the error that led here is the
                 # one worth telling.
@@ -154,7 +152,7 @@ class DeviceExecutor(Executor):
         space, stream, manifest = self._space, self._stream, self._manifest
         before_upload, before_span, after_span, after_download = self._events
         rows = Rows(batch, outputs)
-        segments_run = np.full(batch, spans[-1].last)
+        graphs_run = np.full(batch, spans[-1].last)
         times_ms: dict[str, float] = {}
         fetched: dict[str, Array] = {}
         for span in spans:
@@ -180,7 +178,7 @@ class DeviceExecutor(Executor):
             if span.point is None:
                 break
             stops = span.point.stops(fetched[span.point.answer])
-            segments_run[rows.running[stops]] = span.last
+            graphs_run[rows.running[stops]] = span.last
             if stops.all():
                 stream.record(after_span)
                 fetched = self._fetch(rows)
@@ -194,8 +192,8 @@ class DeviceExecutor(Executor):
         tensors = {name: view[np.argsort(rows.images(name))] for name, view in fetched.items()}
         passed = (time.perf_counter() - start) * 1e3
         times_ms["host"] = max(0.0, passed - sum(times_ms.values()))
-        step_segments = {_step(span, spans): span.first for span in spans}
-        return ExecutorResult(tensors, times_ms, segments_run, step_segments)
+        step_graphs = {_step(span, spans): span.first for span in spans}
+        return ExecutorResult(tensors, times_ms, graphs_run, step_graphs)
 
     def _upload(self, frames: Array, before: Event) -> None:
         place = self._space.plan.places[FRAME]
@@ -267,4 +265,4 @@ def _step(span: Span, spans: Sequence[Span]) -> str:
     if len(spans) == 1:
         return "chain"
     first, last = span.first + 1, span.last
-    return f"segment_{first}" if first == last else f"segments_{first}_to_{last}"
+    return f"graph_{first}" if first == last else f"graphs_{first}_to_{last}"

@@ -24,7 +24,7 @@ class HostDevice(Device):
 
     It pretends no CUDA: memory is the host's, work is done when it is enqueued, and graphs are refused. With it the
     layer above (wiring, arena, lifetimes, copies, errors) runs on real ONNX Runtime sessions where there is no GPU.
-    The chain on a CPU is faster stage by stage (`mge_runtime.backends.staged`); this device is for tests.
+    The chain on a CPU is faster with `mge_runtime.backends.onnxruntime`; this device is for tests.
     """
 
     name = "host"

@@ -42,7 +42,7 @@ class Place:
 
 
 class TensorPlan:
-    """A place of its own for every tensor between stages, so that any of them can be asked for after a run.
+    """A place of its own for every tensor between graphs, so that any of them can be asked for after a run.
 
     Args:
         manifest: of the chain.
@@ -50,7 +50,7 @@ class TensorPlan:
     """
 
     def __init__(self, manifest: Manifest, max_batch: int) -> None:
-        specs = {tensor.name: tensor for stage in manifest.stages for tensor in (*stage.inputs, *stage.outputs)}
+        specs = {tensor.name: tensor for graph in manifest.graphs for tensor in (*graph.inputs, *graph.outputs)}
         places: dict[str, Place] = {}
         offset = 0
         for name in (FRAME, *sorted(specs.keys() - {FRAME})):
@@ -64,12 +64,11 @@ class TensorPlan:
 
 
 def made_in(manifest: Manifest, first: int, last: int) -> set[str]:
-    """Tensors that segments `first` to `last` - 1 put out, counted from 0."""
-    stages = [manifest.stage(name) for segment in manifest.segments[first:last] for name in segment.stages]
-    return {tensor.name for stage in stages for tensor in stage.outputs}
+    """The outputs of graphs `first` to `last` - 1, counted from 0."""
+    return {tensor.name for graph in manifest.graphs[first:last] for tensor in graph.outputs}
 
 
 def read_after(manifest: Manifest, first: int, last: int) -> list[str]:
-    """Tensors from before segment `first` that it and those up to `last` - 1 take in, by name."""
-    stages = [manifest.stage(name) for segment in manifest.segments[first:last] for name in segment.stages]
-    return sorted({tensor.name for stage in stages for tensor in stage.inputs} - made_in(manifest, first, last))
+    """Tensors from before graph `first` that it and those up to `last` - 1 read, by name."""
+    read = {tensor.name for graph in manifest.graphs[first:last] for tensor in graph.inputs}
+    return sorted(read - made_in(manifest, first, last))

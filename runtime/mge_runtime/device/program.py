@@ -1,4 +1,4 @@
-"""Segments of the chain that run without a break, for one batch size, as one graph where that is possible."""
+"""Graphs of the chain that run without a break, for one batch size, as one CUDA graph where that is possible."""
 
 from __future__ import annotations
 

@@ -42,12 +42,12 @@ class Programs:
         self._batches: OrderedDict[int, _Batch] = OrderedDict()
 
     def get(self, batch: int, first: int, last: int, space: Space) -> Program:
-        """The program of segments `first` to `last` - 1, counted from 0.
+        """The program of graphs `first` to `last` - 1, counted from 0.
 
         Args:
             batch: rows that it computes.
-            first: its first segment.
-            last: one after its last segment.
+            first: its first graph.
+            last: one after its last graph.
             space: where the tensors lie, the same until `close`.
 
         Raises:
@@ -64,11 +64,10 @@ class Programs:
             base = space.slab.address
             tensors = {place.spec.name: base + place.offset for place in space.plan.places.values()}
             addresses = Addresses(batch, tensors, self._arena.address, self._arena.shared)
-            wanted = [number for number, unit in enumerate(self._units) if first <= unit.segment < last]
-            for number in wanted:
+            for number in range(first, last):
                 if number not in ready.launches:
                     ready.add(number, self._units[number].prepare(addresses, self._stream))
-            launches = [ready.launches[number] for number in wanted]
+            launches = [ready.launches[number] for number in range(first, last)]
             program = Program(self._device, self._stream, launches, graphs=self._graphs)
             ready.resources.callback(program.close)
             ready.programs[first, last] = program
@@ -80,9 +79,9 @@ class Programs:
         return program is not None and program.settled
 
     def report(self) -> list[JsonValue]:
-        """Each program: its batch size, after how many segments it begins (if any) and ends, whether it is a graph."""
+        """Each program: its batch size, after how many graphs it begins (if any) and ends, whether CUDA captured it."""
         return [
-            {"batch": size, **({"after": first} if first else {}), "segments": last, **program.report()}
+            {"batch": size, **({"after": first} if first else {}), "graphs": last, **program.report()}
             for size, batch in self._batches.items()
             for (first, last), program in batch.programs.items()
         ]
@@ -95,7 +94,7 @@ class Programs:
 
 
 class _Batch:
-    """What is ready for one batch size: launches by number of the unit, programs by first and last segment."""
+    """What is ready for one batch size: launches by number of the unit, programs by first and last graph."""
 
     def __init__(self) -> None:
         self.launches: dict[int, Launch] = {}

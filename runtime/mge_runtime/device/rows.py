@@ -44,7 +44,7 @@ class Rows:
         return self._images[tensor]
 
     def add(self, tensors: Iterable[str]) -> None:
-        """Stages have put out these tensors, with a row for each image that still runs."""
+        """These tensors were made, with a row for each image that still runs."""
         for name in tensors:
             if name in self._wanted:
                 self._images[name] = self.running.copy()

@@ -50,10 +50,9 @@ class Launch(ABC):
 
 
 class Unit(ABC):
-    """One piece of the chain that is enqueued as a whole: a stage of TensorRT, a segment of ONNX Runtime."""
+    """One graph of the chain: an engine of TensorRT, a session of ONNX Runtime."""
 
     name: str  # for people
-    segment: int  # the number of the segment it belongs to, from 0
     min_batch: int = 1
     max_batch: int | None = None  # None: no limit but memory
     scratch_bytes: int = 0  # memory it needs while it runs, for its largest batch

@@ -5,7 +5,7 @@ subject   `Subject`: the bundle on one backend  compare   two runs, image by ima
 pictures  what is checked with                  report    `Report`: text, Markdown, JSON
 
 answers   against ONNX Runtime on the CPU, batches, CUDA graphs
-copies    nothing visits the host between stages
+copies    nothing visits the host between graphs
 memory    nothing grows from run to run
 together  two pipelines in one process
 engines   what does not fit is refused; precision is attested

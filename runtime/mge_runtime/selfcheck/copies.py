@@ -1,4 +1,4 @@
-"""That no tensor visits the host between stages: copies are counted where they are made, and inside CUDA graphs."""
+"""That no tensor visits the host between graphs: copies are counted where they are made, and inside CUDA graphs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_copies(subject: Subject, frames: NDArray[np.uint8]) -> Check:
 
 
 def check_graph_copies(subject: Subject, frames: NDArray[np.uint8]) -> Check:
-    """What is copied inside a segment: the nodes of its CUDA graph, counted by direction.
+    """What is copied inside the chain: the nodes of its CUDA graph, counted by direction.
 
     ONNX Runtime captures graphs of its own, which cannot be looked into; it opens a session with `enable_cuda_graph`
     only where no copy between host and device was put into its graph (microsoft/onnxruntime #16491).
@@ -62,7 +62,7 @@ def check_graph_copies(subject: Subject, frames: NDArray[np.uint8]) -> Check:
     Raises:
         BackendError: a run failed.
     """
-    name, expected = "no copy to or from the host between stages", "0 copies between host and device inside a segment"
+    name, expected = "no copy to or from the host between graphs", "0 copies between host and device inside a program"
     with closing(subject.open(True)) as opened:
         if not opened.report():
             return not_run(name, _ON_CPU, expected)
@@ -76,7 +76,7 @@ def check_graph_copies(subject: Subject, frames: NDArray[np.uint8]) -> Check:
         )
     if subject.backend == "onnxruntime":
         found = (
-            "ONNX Runtime opened every segment with enable_cuda_graph, which it refuses where it had to put in a copy; "
+            "ONNX Runtime opened every graph with enable_cuda_graph, which it refuses where it had to put in a copy; "
             "copies inside its kernels cannot be seen"
         )
         return judged(name, [], found, expected)

@@ -53,7 +53,7 @@ def check_refused(subject: Subject) -> Check:
         copy = folder / subject.path.name
         shutil.copyfile(subject.path, copy)
         for what, (target, details) in _misfits(backend, machine, gpu).items():
-            plans = {stage.name: _NO_ENGINE for stage in subject.manifest.stages}
+            plans = {graph.name: _NO_ENGINE for graph in subject.manifest.graphs}
             add_engine(copy, target.name, plans, details.to_dict(), manifest_sha256=subject.manifest_sha256)
             with Bundle.open(copy) as bundle:
                 line = _refusal(bundle, target, machine, gpu, subject, opens=version is not None)
@@ -75,7 +75,7 @@ def check_attested(subject: Subject) -> Check:
     Raises:
         BundleError: a description is damaged.
     """
-    name, expected = "the precision of every engine is attested", "for each stage the bundle's precision and who saw it"
+    name, expected = "the precision of every engine is attested", "for each graph the bundle's precision and who saw it"
     with Bundle.open(subject.path) as bundle:
         sets: list[EngineSet] = [BundleEngines(bundle, target) for target in bundle.targets]
         known = {(engines.target.name, engines.place) for engines in sets}
@@ -87,10 +87,10 @@ def check_attested(subject: Subject) -> Check:
     counts: dict[str, JsonValue] = {}
     for engines in sets:
         tally = {"engine": 0, "network": 0}
-        for stage in subject.manifest.stages:
-            problem, attested = _attestation(engines, stage.name, subject)
+        for graph in subject.manifest.graphs:
+            problem, attested = _attestation(engines, graph.name, subject)
             if problem:
-                failures.append(f"{engines.target} {engines.place}: stage {stage.name} {problem}")
+                failures.append(f"{engines.target} {engines.place}: graph {graph.name} {problem}")
             if attested in tally:
                 tally[attested] += 1
         counts[engines.target.name] = cast("JsonValue", tally)
@@ -106,9 +106,9 @@ class _Watched(BundleEngines):
 
     read = 0
 
-    def plan(self, stage: str) -> memoryview:
+    def plan(self, graph: str) -> memoryview:
         self.read += 1
-        return super().plan(stage)
+        return super().plan(graph)
 
 
 def _refusal(bundle: Bundle, target: Target, machine: Machine, gpu: Gpu, subject: Subject, *, opens: bool) -> str:
@@ -170,19 +170,19 @@ def _index(subject: Subject) -> int:
     return int(subject.device.partition(":")[2] or 0)
 
 
-def _attestation(engines: EngineSet, stage: str, subject: Subject) -> tuple[str | None, str | None]:
-    """What is wrong with a stage's record, and by what check it was attested."""
-    record: Mapping[str, Any] | None = engines.details.precision.get(stage)
+def _attestation(engines: EngineSet, graph: str, subject: Subject) -> tuple[str | None, str | None]:
+    """What is wrong with a graph's record, and by what check it was attested."""
+    record: Mapping[str, Any] | None = engines.details.precision.get(graph)
     if record is None:
         return "has no record of its precision", None
     attested, kind = record.get("attested"), record.get("type")
-    wanted = subject.manifest.precision.get(stage, {}).get("type", "unknown")
+    wanted = subject.manifest.precision.get(graph, {}).get("type", "unknown")
     if attested not in ("engine", "network"):
         return f"is attested by {attested!r}; expected the engine or the network", None
     if kind != wanted:
         return f"is recorded as {kind}; the bundle says {wanted}", attested
     # A build on the device notes the memory that the engine wants when its inspector is asked.
     asked = engines.details.options.get("scratch")
-    if engines.details.gpu is not None and not (isinstance(asked, dict) and stage in asked):
+    if engines.details.gpu is not None and not (isinstance(asked, dict) and graph in asked):
         return "was built on its device, and the engine's inspector was not asked", attested
     return None, attested

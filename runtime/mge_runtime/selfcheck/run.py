@@ -44,7 +44,7 @@ def all_checks(
         ("the same answers in batches", lambda subject: check_batches(subject, frames)),
         ("the same answers with CUDA graphs as without", lambda subject: check_graphs(subject, frames)),
         ("one copy in, one out for each wanted tensor", lambda subject: check_copies(subject, frames)),
-        ("no copy to or from the host between stages", lambda subject: check_graph_copies(subject, frames)),
+        ("no copy to or from the host between graphs", lambda subject: check_graph_copies(subject, frames)),
         ("two pipelines in one process", lambda subject: check_together(subject, frames)),
         ("engines that do not fit are refused", check_refused),
         ("the precision of every engine is attested", check_attested),

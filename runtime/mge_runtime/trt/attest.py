@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["attest_engine", "attest_network"]
 
 FLOATS = ("float16", "float32", "bfloat16", "fp8")
-# What a stage's convolutions compute in, by its precision plan's type. In a parsed network a quantised one reads what
+# What a graph's convolutions compute in, by its precision plan's type. In a parsed network a quantised one reads what
 # its DEQUANTIZE layers put out, so there INT8 is FP16, too; in an engine it may be either.
 _WANTED = {"fp32": "float32", "fp16": "float16", "int8": "float16"}
 _PRODUCTS = ("Gemm", "MatMul", "Einsum")  # ONNX operators that become matrix products
@@ -32,18 +32,18 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 Counts = Mapping[str, Mapping[str, int]]  # operator or layer type -> floating type -> how many
 
 
-def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, plan: Mapping[str, JsonValue]) -> Counts:
-    """Hold every layer of a parsed network to the stage's precision plan.
+def attest_network(graph: str, network: trt.INetworkDefinition, model: bytes, plan: Mapping[str, JsonValue]) -> Counts:
+    """Hold every layer of a parsed network to the graph's precision plan.
 
     Every convolution must compute in the plan's type and all of the plan's must be there; every layer that came from an
     ONNX node may put out only floating types that the plan lists for that operator. A plan that lists no operators
     holds convolutions, and matrix products where it has no convolutions or is FP32, to its type.
 
     Args:
-        stage: its name, for errors.
+        graph: its name, for errors.
         network: as parsed, strongly typed.
-        graph: the ONNX bytes it was parsed from.
-        plan: `Manifest.precision` of the stage: "type" and, as mge-export writes it, "operators"; of INT8 also
+        model: the ONNX bytes it was parsed from.
+        plan: `Manifest.precision` of the graph: "type" and, as mge-export writes it, "operators"; of INT8 also
             "quantized", whose "convolutions" must each read two DEQUANTIZE layers.
 
     Returns:
@@ -52,7 +52,7 @@ def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, pl
     Raises:
         BuildError: the network is not what the plan says, e.g. FP32 where FP16 was asked for.
     """
-    operators = node_operators(graph)
+    operators = node_operators(model)
     planned = _planned(plan)
     counts: dict[str, Counter[str]] = {}
     for index in range(network.num_layers):
@@ -67,39 +67,39 @@ def attest_network(stage: str, network: trt.INetworkDefinition, graph: bytes, pl
             allowed = {part for kind in planned.get(operator, {}) for part in kind.split("/")}
             if wrong := kinds - allowed:
                 raise BuildError(
-                    f"stage {stage}: node {name!r} ({operator}) computes in {sorted(wrong)[0]}; the "
+                    f"graph {graph}: node {name!r} ({operator}) computes in {sorted(wrong)[0]}; the "
                     f"precision plan has {' and '.join(sorted(allowed)) or 'no floating type'} there: export again"
                 )
     found = counts.get("CONVOLUTION", Counter[str]())
     products = counts.get("MATRIX_MULTIPLY", Counter[str]())
-    _check(stage, "convolutions", found, plan)
+    _check(graph, "convolutions", found, plan)
     if not planned and (plan.get("type") == "fp32" or not found):
-        _check(stage, "matrix products", products, plan)  # nothing says that the heads are of another type
+        _check(graph, "matrix products", products, plan)  # nothing says that the heads are of another type
     if planned and not set(products) <= {kind for name in _PRODUCTS for kind in planned.get(name, ())}:
         raise BuildError(
-            f"stage {stage}: the parsed network has the matrix products {dict(products)}; the precision plan has "
+            f"graph {graph}: the parsed network has the matrix products {dict(products)}; the precision plan has "
             f"{ {name: dict(planned[name]) for name in _PRODUCTS if name in planned} }: export again"
         )
     if planned and found != Counter(planned.get("Conv", {})):
         raise BuildError(
-            f"stage {stage}: the parsed network has the convolutions {dict(found)}; the precision plan has "
+            f"graph {graph}: the parsed network has the convolutions {dict(found)}; the precision plan has "
             f"{dict(planned.get('Conv', {}))}: export again"
         )
     if plan.get("type") == "int8":
-        _check_quantized(stage, network, plan)
+        _check_quantized(graph, network, plan)
     return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
 
 
-def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -> Counts | None:
-    """Hold a built engine to the stage's precision plan, from what its inspector says.
+def attest_engine(graph: str, information: str, plan: Mapping[str, JsonValue]) -> Counts | None:
+    """Hold a built engine to the graph's precision plan, from what its inspector says.
 
     TensorRT may fuse layers beyond recognition, TensorRT-RTX usually does. Where convolutions can be told, each must
     compute in the plan's type; where some cannot, the engine does not tell, and the network's attestation stands.
 
     Args:
-        stage: its name, for errors.
+        graph: its name, for errors.
         information: JSON of `EngineInspector.get_engine_information`, of a DETAILED engine, TensorRT 10 or 11.
-        plan: `Manifest.precision` of the stage.
+        plan: `Manifest.precision` of the graph.
 
     Returns:
         Layer type -> floating type -> layers with a tensor or weights of that type; None: the engine does not tell.
@@ -110,7 +110,7 @@ def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -
     counts: dict[str, Counter[str]] = {}
     wanted = _WANTED.get(str(plan.get("type")))
     convolutions: Counter[str] = Counter()
-    for layer in _layers(stage, information):
+    for layer in _layers(graph, information):
         kinds = set(_types(layer))
         name = str(layer.get("LayerType", "unknown"))
         for kind in kinds:
@@ -121,13 +121,13 @@ def attest_engine(stage: str, information: str, plan: Mapping[str, JsonValue]) -
             if plan.get("type") == "int8" and "int8" in types:  # its scales or bias may be floats
                 types = {"int8"}
             convolutions.update(types - {wanted} or types)
-    _check(stage, "convolutions", convolutions, plan)
+    _check(graph, "convolutions", convolutions, plan)
     if not counts or convolutions.total() < sum(_planned(plan).get("Conv", {}).values()):
         return None
     return {kind: dict(sorted(number.items())) for kind, number in sorted(counts.items())}
 
 
-def _check_quantized(stage: str, network: trt.INetworkDefinition, plan: Mapping[str, JsonValue]) -> None:
+def _check_quantized(graph: str, network: trt.INetworkDefinition, plan: Mapping[str, JsonValue]) -> None:
     """Count the convolutions whose input and weights both come from a DEQUANTIZE layer."""
     quantized = cast("Mapping[str, JsonValue]", plan.get("quantized") or {})
     layers = [network.get_layer(index) for index in range(network.num_layers)]
@@ -139,7 +139,7 @@ def _check_quantized(stage: str, network: trt.INetworkDefinition, plan: Mapping[
             found += all(layer.get_input(index).name in dequantized for index in (0, 1))
     if found == 0 or found != quantized.get("convolutions", found):
         raise BuildError(
-            f"stage {stage}: {found} convolutions read two DequantizeLinear; expected "
+            f"graph {graph}: {found} convolutions read two DequantizeLinear; expected "
             f"{quantized.get('convolutions', 'some')}, as the bundle says: export it again"
         )
 
@@ -148,26 +148,26 @@ def _planned(plan: Mapping[str, JsonValue]) -> Counts:
     return cast("Counts", plan.get("operators") or {})
 
 
-def _check(stage: str, what: str, found: Counter[str], plan: Mapping[str, JsonValue]) -> None:
+def _check(graph: str, what: str, found: Counter[str], plan: Mapping[str, JsonValue]) -> None:
     wanted = _WANTED.get(str(plan.get("type")))
     if wanted is None:
         return
     for kind, number in found.items():
         if kind not in (wanted, plan.get("type")):  # "int8" is the name of a type, too
             raise BuildError(
-                f"stage {stage}: {number} {what} compute in {kind}; expected {wanted}, as the bundle says: "
+                f"graph {graph}: {number} {what} compute in {kind}; expected {wanted}, as the bundle says: "
                 "export it again"
             )
 
 
-def _layers(stage: str, information: str) -> Iterator[dict[str, Any]]:
+def _layers(graph: str, information: str) -> Iterator[dict[str, Any]]:
     try:
         document = json.loads(information)
     except ValueError as error:
-        raise BuildError(f"stage {stage}: the engine inspector's answer is no JSON ({error})") from error
+        raise BuildError(f"graph {graph}: the engine inspector's answer is no JSON ({error})") from error
     layers: Any = cast("dict[str, Any]", document).get("Layers") if isinstance(document, dict) else None
     if not isinstance(layers, list):
-        raise BuildError(f"stage {stage}: the engine inspector's answer has no list of layers; expected one")
+        raise BuildError(f"graph {graph}: the engine inspector's answer has no list of layers; expected one")
     # Without detail a layer is its name alone.
     yield from (cast("dict[str, Any]", layer) for layer in cast("list[Any]", layers) if isinstance(layer, dict))
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mge_runtime.bundle import Bundle, add_engine
-from mge_runtime.bundle.layout import stage_weights
-from mge_runtime.bundle.located import located_graph
+from mge_runtime.bundle.layout import weights_entry
+from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import temporary_folder
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from mge_runtime.manifest import Manifest
 
 __all__ = [
+    "GraphProgress",
     "NewEngines",
     "Say",
-    "StageProgress",
     "ahead_of_time",
     "build_engines",
     "build_into_bundle",
@@ -43,7 +43,7 @@ __all__ = [
     "native_target",
 ]
 
-StageProgress = Callable[[str, float, str], bool]  # stage, share done in [0, 1], phase -> whether to go on
+GraphProgress = Callable[[str, float, str], bool]  # graph, share done in [0, 1], phase -> whether to go on
 Say = Callable[[str], None]
 
 
@@ -52,7 +52,7 @@ class NewEngines:
     """Engines that were built and are not kept anywhere yet."""
 
     target: Target
-    plans: Mapping[str, Path]  # a file for each stage
+    plans: Mapping[str, Path]  # a file for each graph
     details: EngineDetails
 
 
@@ -81,8 +81,8 @@ def check_target(manifest: Manifest, target: Target) -> None:
         BuildError: TensorRT-RTX cannot build this model for this target.
     """
     if TURING in target.capabilities and target.backend == "tensorrt-rtx":
-        for stage in manifest.stages:
-            if refusal := turing_refusal(stage.name, manifest.precision.get(stage.name, {})):
+        for graph in manifest.graphs:
+            if refusal := turing_refusal(graph.name, manifest.precision.get(graph.name, {})):
                 raise BuildError(refusal)
 
 
@@ -96,9 +96,9 @@ def build_engines(
     options: BuildOptions,
     timing: TimingCache | None = None,
     say: Say = lambda _line: None,
-    progress: StageProgress = lambda _stage, _share, _phase: True,
+    progress: GraphProgress = lambda _graph, _share, _phase: True,
 ) -> Generator[NewEngines]:
-    """Build the engines of every stage; they lie in a temporary folder as long as the block runs.
+    """Build the engines of every graph; they lie in a temporary folder as long as the block runs.
 
     Args:
         bundle: open.
@@ -107,53 +107,53 @@ def build_engines(
         gpu: the current CUDA device, to build on and for; None: ahead of time for the target's compute capabilities.
         options: how.
         timing: measurements to begin with and to add to; TensorRT-RTX has none.
-        say: shows a line for each stage.
+        say: shows a line for each graph.
         progress: is told of every step and may stop the build.
 
     Raises:
-        BuildError: a stage cannot be built for this target, or is not of its precision.
+        BuildError: a graph cannot be built for this target, or is not of its precision.
         BundleError: an entry is damaged, or the file was replaced meanwhile.
         OutputError: the temporary folder or the timing cache cannot be written.
     """
     manifest = bundle.manifest
     check_target(manifest, target)
-    bundle.verify([name for stage in manifest.stages if (name := stage_weights(stage.name)) in bundle.sizes])
+    bundle.verify([name for graph in manifest.graphs if (name := weights_entry(graph.name)) in bundle.sizes])
     precision: dict[str, Mapping[str, JsonValue]] = {}
     seconds: dict[str, float] = {}
     scratch: dict[str, int] = {}
     with temporary_folder("build") as folder:
         plans: dict[str, Path] = {}
-        for stage in manifest.stages:
+        for graph in manifest.graphs:
             start = time.perf_counter()
-            plan = manifest.precision.get(stage.name, {})
+            plan = manifest.precision.get(graph.name, {})
             try:
                 built, measured = build_engine(
                     vendor,
-                    stage,
-                    located_graph(bundle, stage.name),
+                    graph,
+                    located_graph(bundle, graph.name),
                     bundle.path,
                     plan=plan,
                     capabilities=target.capabilities if gpu is None else None,
                     options=options,
                     timing_cache=timing.content if timing else b"",
-                    progress=lambda share, phase, stage=stage.name: progress(stage, share, phase),
+                    progress=lambda share, phase, graph=graph.name: progress(graph, share, phase),
                 )
             except BuildError as error:
                 if not bundle.in_place():  # the likely reason: weights are read from the file by its name
                     raise _replaced(bundle) from error
                 raise
-            plans[stage.name] = folder / f"{stage.name}.plan"
-            plans[stage.name].write_bytes(built.data)
+            plans[graph.name] = folder / f"{graph.name}.plan"
+            plans[graph.name].write_bytes(built.data)
             if timing:
                 timing.store(measured)
-            seconds[stage.name] = round(time.perf_counter() - start, 3)
+            seconds[graph.name] = round(time.perf_counter() - start, 3)
             if built.scratch is not None:
-                scratch[stage.name] = built.scratch
+                scratch[graph.name] = built.scratch
             kind = str(plan.get("type", "unknown"))
-            precision[stage.name] = {"type": kind, "attested": built.attested, "layers": built.layers}
+            precision[graph.name] = {"type": kind, "attested": built.attested, "layers": built.layers}
             say(
-                f"{stage.name}: {kind}, attested: {built.attested}, {built.data.nbytes / 1e6:.1f} MB, "
-                f"{seconds[stage.name]:.1f} s"
+                f"{graph.name}: {kind}, attested: {built.attested}, {built.data.nbytes / 1e6:.1f} MB, "
+                f"{seconds[graph.name]:.1f} s"
             )
         if not bundle.in_place():
             raise _replaced(bundle)
@@ -194,7 +194,7 @@ def build_native(
     *,
     options: BuildOptions | None = None,
     say: Say = lambda _line: None,
-    progress: StageProgress = lambda _stage, _share, _phase: True,
+    progress: GraphProgress = lambda _graph, _share, _phase: True,
 ) -> Generator[NewEngines]:
     """Build a bundle's engines for a GPU of this machine; see `build_engines`.
 
@@ -205,12 +205,12 @@ def build_native(
         vendor: the library.
         options: how; the timing cache defaults to the one of this device, which saves time where it can be written, and
             the workspace, where the GPU shares the machine's memory, to a quarter of what is available.
-        say: shows a line for each stage.
+        say: shows a line for each graph.
         progress: is told of every step and may stop the build.
 
     Raises:
         BackendError: the device cannot be opened.
-        BuildError: a stage cannot be built, or is not of its precision.
+        BuildError: a graph cannot be built, or is not of its precision.
         BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
     gpu = machine.gpus[index]

@@ -1,4 +1,4 @@
-"""Build one stage's engine from its ONNX bytes, with `tensorrt` 10.3 to 11 or with `tensorrt_rtx`. Needs no torch."""
+"""Build one graph's engine from its ONNX bytes, with `tensorrt` 10.3 to 11 or with `tensorrt_rtx`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.fields import JsonValue
-from mge_runtime.spec import StageSpec
+from mge_runtime.spec import GraphSpec
 from mge_runtime.trt.attest import attest_engine, attest_network
 from mge_runtime.trt.batch import BatchRange
-from mge_runtime.trt.network import Parsed, parse_stage
+from mge_runtime.trt.network import Parsed, parse_graph
 from mge_runtime.trt.progress import Progress, make_monitor
 from mge_runtime.trt.vendor import Vendor
 
@@ -55,8 +55,8 @@ class BuiltEngine:
 
 def build_engine(
     vendor: Vendor,
-    stage: StageSpec,
-    graph: bytes,
+    spec: GraphSpec,
+    model: bytes,
     path: Path,
     *,
     plan: Mapping[str, JsonValue],
@@ -65,14 +65,14 @@ def build_engine(
     timing_cache: bytes = b"",
     progress: Progress = lambda _share, _phase: True,
 ) -> tuple[BuiltEngine, bytes]:
-    """Build a stage's engine.
+    """Build a graph's engine.
 
     Args:
         vendor: the library.
-        stage: what the graph takes in and puts out.
-        graph: serialised ModelProto.
+        spec: inputs and outputs of the graph.
+        model: serialised ModelProto.
         path: a file beside which the graph's external data lies.
-        plan: precision plan of the stage, `Manifest.precision`.
+        plan: precision plan of the graph, `Manifest.precision`.
         capabilities: build ahead of time for these, such as ("sm86", "sm120"), TensorRT-RTX alone; None: for the
             current CUDA device, and read the engine back there.
         options: batch range, effort, memory.
@@ -85,8 +85,8 @@ def build_engine(
     Raises:
         BuildError: the graph cannot be parsed or built, is not of its plan's precision, or the build was stopped.
     """
-    parsed = parse_stage(vendor, stage, graph, path)
-    layers = attest_network(stage.name, parsed.network, graph, plan)
+    parsed = parse_graph(vendor, spec, model, path)
+    layers = attest_network(spec.name, parsed.network, model, plan)
     config, cache = _configure(vendor, parsed, options, capabilities, timing_cache)
     monitor: Any = make_monitor(vendor.api, progress)
     config.progress_monitor = monitor
@@ -96,13 +96,13 @@ def build_engine(
     said = vendor.messages.take()
     if host is None:  # pyright: ignore[reportUnnecessaryComparison] - the stubs do not know failure
         raise BuildError(
-            f"{vendor.name} {vendor.version} cannot build stage {stage.name}: {said or 'it gave no reason'}"
+            f"{vendor.name} {vendor.version} cannot build graph {spec.name}: {said or 'it gave no reason'}"
         )
     data = memoryview(host)  # pyright: ignore[reportArgumentType] - IHostMemory is a buffer
     attested, scratch = "network" if plan.get("type") else "no", None
     if capabilities is None:
-        information, scratch = _inspect(vendor, stage.name, data)
-        if (read := attest_engine(stage.name, information, plan)) is not None and plan.get("type"):
+        information, scratch = _inspect(vendor, spec.name, data)
+        if (read := attest_engine(spec.name, information, plan)) is not None and plan.get("type"):
             attested, layers = "engine", read
     return BuiltEngine(data, attested, layers, scratch), b"" if cache is None else bytes(cache.serialize())  # pyright: ignore
 
@@ -153,11 +153,11 @@ def _configure_rtx(api: Any, config: Any, capabilities: Sequence[str] | None) ->
     config.set_flag(api.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
-def _inspect(vendor: Vendor, stage: str, data: memoryview) -> tuple[str, int]:
+def _inspect(vendor: Vendor, graph: str, data: memoryview) -> tuple[str, int]:
     """What the engine says of its layers, as JSON, and the memory it wants."""
     runtime = vendor.api.Runtime(vendor.logger)
     engine = runtime.deserialize_cuda_engine(data)  # pyright: ignore[reportUnknownMemberType] - a buffer
     if engine is None:  # pyright: ignore[reportUnnecessaryComparison] - the stubs do not know failure
-        raise BuildError(f"the engine of stage {stage} cannot be opened after its build: {vendor.messages.take()}")
+        raise BuildError(f"the engine of graph {graph} cannot be opened after its build: {vendor.messages.take()}")
     information = engine.create_engine_inspector().get_engine_information(vendor.api.LayerInformationFormat.JSON)
     return information, engine.get_device_memory_size_for_profile_v2(0)

@@ -1,6 +1,6 @@
 """Engines that a device built for itself: where they lie, found by the manifest's hash and the device.
 
-<cache>/engines/<manifest's hash, 16 digits>/<target>-<hash of the GPU, 8 digits>/engine.json, <stage>.plan
+<cache>/engines/<manifest's hash, 16 digits>/<target>-<hash of the GPU, 8 digits>/engine.json, <graph>.plan
 <cache>/timing/<target>-<hash of the GPU, 8 digits>.cache
 """
 
@@ -60,7 +60,7 @@ def store_engines(
         manifest_sha256: of the bundle they were built from.
         target: what they are for.
         gpu: the device.
-        plans: a file for each stage.
+        plans: a file for each graph.
         details: how they were built.
 
     Raises:
@@ -92,9 +92,9 @@ def _write(place: Path, plans: Mapping[str, Path], description: EngineDescriptio
         fresh = Path(name) / "engines"
         fresh.mkdir()
         entries: dict[str, Entry] = {}
-        for stage, path in plans.items():
-            shutil.copyfile(path, fresh / f"{stage}.plan")
-            entries[stage] = Entry(file_sha256(path), path.stat().st_size)
+        for graph, path in plans.items():
+            shutil.copyfile(path, fresh / f"{graph}.plan")
+            entries[graph] = Entry(file_sha256(path), path.stat().st_size)
         (fresh / DESCRIPTION).write_bytes(replace(description, plans=entries).to_json())
         fresh.rename(place)
 

@@ -30,9 +30,9 @@ class EngineDetails:
     version: str  # of the library that built it, in full: an engine runs on this very version
     gpu: Gpu | None  # the GPU it was built on, and for; None: built ahead of time for compute capabilities
     batch: BatchRange
-    # By stage: "type" ("fp32", "fp16", ...), "attested" ("network" or "engine": by what check), counts of layers.
+    # By graph: "type" ("fp32", "fp16", ...), "attested" ("network" or "engine": by what check), counts of layers.
     precision: Mapping[str, Mapping[str, JsonValue]]
-    # Of the build: "optimization_level", "workspace" in bytes, "seconds" by stage, "scratch": bytes by stage that
+    # Of the build: "optimization_level", "workspace" in bytes, "seconds" by graph, "scratch": bytes by graph that
     # activations take, where the engines were built on their device.
     options: Mapping[str, JsonValue]
     built_by: str  # "mge 0.1.0"
@@ -43,7 +43,7 @@ class EngineDetails:
             "version": self.version,
             "gpu": None if self.gpu is None else asdict(self.gpu),
             "batch": list(self.batch.sizes),
-            "precision": {stage: dict(facts) for stage, facts in self.precision.items()},
+            "precision": {graph: dict(facts) for graph, facts in self.precision.items()},
             "options": dict(self.options),
             "built_by": self.built_by,
         }
@@ -66,8 +66,8 @@ class EngineDetails:
             gpu=fields["gpu"].optional(Gpu.from_field),
             batch=BatchRange(*sizes),
             precision={
-                stage: {key: value.value for key, value in facts.table().items()}
-                for stage, facts in fields["precision"].table().items()
+                graph: {key: value.value for key, value in facts.table().items()}
+                for graph, facts in fields["precision"].table().items()
             },
             options={key: value.value for key, value in fields["options"].table().items()},
             built_by=fields["built_by"].text(),
@@ -75,7 +75,7 @@ class EngineDetails:
 
 
 class EngineSet(ABC):
-    """The engines of every stage for one target."""
+    """The engines of every graph for one target."""
 
     def __init__(self, description: EngineDescription, place: str) -> None:
         self.description = description
@@ -84,8 +84,8 @@ class EngineSet(ABC):
         self.place = place  # where they lie, for people
 
     @abstractmethod
-    def plan(self, stage: str) -> memoryview:
-        """A stage's engine, mapped and read-only, its bytes checked against their hash.
+    def plan(self, graph: str) -> memoryview:
+        """A graph's engine, mapped and read-only, its bytes checked against their hash.
 
         Raises:
             BundleError: there is none, or its bytes were damaged.
@@ -103,9 +103,9 @@ class BundleEngines(EngineSet):
         super().__init__(bundle.engine(target), "in the bundle")
         self._bundle = bundle
 
-    def plan(self, stage: str) -> memoryview:
+    def plan(self, graph: str) -> memoryview:
         """As `EngineSet.plan`."""
-        name = engine_plan(self.description.target, stage)
+        name = engine_plan(self.description.target, graph)
         self._bundle.verify([name])
         return self._bundle.view(name)
 
@@ -126,10 +126,10 @@ class CachedEngines(EngineSet):
         super().__init__(description, f"in the cache, {folder}")
         self._folder = folder
 
-    def plan(self, stage: str) -> memoryview:
+    def plan(self, graph: str) -> memoryview:
         """As `EngineSet.plan`."""
-        path = self._folder / f"{stage}.plan"
-        entry = self.description.plans.get(stage)
+        path = self._folder / f"{graph}.plan"
+        entry = self.description.plans.get(graph)
         try:
             with path.open("rb") as stream:
                 mapped = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))

@@ -35,10 +35,10 @@ def why_not(
     Args:
         target: what the engines are for.
         details: the rest of their description.
-        built: the stages that they were built from.
+        built: the graphs that they were built from.
         machine: the machine.
         gpu: its GPU; None: it has none that can be used.
-        manifest: of the bundle, for its stages.
+        manifest: of the bundle, for its graphs.
 
     Returns:
         What was found and what is here, to follow the target's name.
@@ -58,8 +58,8 @@ def why_not(
         return f"needs {target.backend} {details.version}, which is not installed here"
     if installed != details.version:
         return f"was built by {target.backend} {details.version}, {installed} is installed here"
-    if missing := [stage.name for stage in manifest.stages if stage.name not in built]:
-        return f"has no engine for the stage {missing[0]}"
+    if missing := [graph.name for graph in manifest.graphs if graph.name not in built]:
+        return f"has no engine for the graph {missing[0]}"
     return None
 
 
@@ -88,7 +88,7 @@ def rtx_refusal(gpu: Gpu, manifest: Manifest | None) -> str | None:
         kind = f" ({NOT_RTX[gpu.capability]})" if gpu.capability in NOT_RTX else ""
         return f"TensorRT-RTX does not serve {gpu.capability}{kind}; full TensorRT does"
     if gpu.capability == TURING and manifest is not None:
-        refusals = (turing_refusal(stage.name, manifest.precision.get(stage.name, {})) for stage in manifest.stages)
+        refusals = (turing_refusal(graph.name, manifest.precision.get(graph.name, {})) for graph in manifest.graphs)
         return next((refusal for refusal in refusals if refusal is not None), None)
     return None
 

@@ -15,9 +15,9 @@ from mge_runtime.files import check_writable
 from mge_runtime.machine import Machine
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.trt.build import (
+    GraphProgress,
     NewEngines,
     Say,
-    StageProgress,
     ahead_of_time,
     build_engines,
     build_into_bundle,
@@ -45,7 +45,7 @@ def build_targets(
     options: BuildOptions | None = None,
     machine: Machine | None = None,
     say: Say = lambda _line: None,
-    progress: StageProgress = lambda _stage, _share, _phase: True,
+    progress: GraphProgress = lambda _graph, _share, _phase: True,
     held: Callable[[], AbstractContextManager[None]] = nullcontext,
     log: Say | None = None,
     kept: Callable[[str, str], None] = lambda _target, _place: None,
@@ -60,7 +60,7 @@ def build_targets(
         device: the GPU to build native engines for, "cuda:0".
         options: how.
         machine: this one; None: look.
-        say: shows a line for each stage.
+        say: shows a line for each graph.
         progress: is told of every step and may stop the build.
         held: keeps signals from raising inside its block: the library calls `progress` in the middle of foreign code.
         log: shows what the library says.
@@ -68,7 +68,7 @@ def build_targets(
 
     Raises:
         BackendError: no library or no GPU for it.
-        BuildError: a stage cannot be built, is not of its precision, or `progress` stopped the build or the
+        BuildError: a graph cannot be built, is not of its precision, or `progress` stopped the build or the
             wait for another process.
         BundleError: the bundle is damaged or was replaced.
         OutputError: the engines cannot be kept.
@@ -125,7 +125,7 @@ class _Job:
 
 @contextmanager
 def _built(
-    job: _Job, bundle: Bundle, index: int, options: BuildOptions, say: Say, progress: StageProgress
+    job: _Job, bundle: Bundle, index: int, options: BuildOptions, say: Say, progress: GraphProgress
 ) -> Generator[NewEngines]:
     if job.machine is not None:
         with build_native(bundle, job.machine, index, job.vendor, options=options, say=say, progress=progress) as new:

@@ -1,4 +1,4 @@
-"""From a stage's ONNX bytes to a strongly typed network, as its parser read it."""
+"""From a graph's ONNX bytes to a strongly typed network, as its parser read it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mge_runtime.errors import BuildError
-from mge_runtime.spec import BATCH, StageSpec, TensorSpec
+from mge_runtime.spec import BATCH, GraphSpec, TensorSpec
 from mge_runtime.trt.vendor import Vendor
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["Parsed", "dtype_name", "parse_stage"]
+__all__ = ["Parsed", "dtype_name", "parse_graph"]
 
 # `tensorrt.DataType` by member name -> NumPy's name.
 _DTYPES = {
@@ -35,13 +35,13 @@ class Parsed(NamedTuple):
     parser: trt.OnnxParser  # owns the weights that the network points to
 
 
-def parse_stage(vendor: Vendor, stage: StageSpec, graph: bytes, path: Path) -> Parsed:
-    """Parse a stage and hold the network's border to the stage's specification.
+def parse_graph(vendor: Vendor, spec: GraphSpec, model: bytes, path: Path) -> Parsed:
+    """Parse a graph and check the network's inputs and outputs against its specification.
 
     Args:
         vendor: the library.
-        stage: what the graph must take in and put out.
-        graph: serialised ModelProto.
+        spec: inputs and outputs that it must have.
+        model: serialised ModelProto.
         path: a file beside which the graph's external data lies.
 
     Raises:
@@ -53,16 +53,16 @@ def parse_stage(vendor: Vendor, stage: StageSpec, graph: bytes, path: Path) -> P
     # Required on 10; 11 knows no other networks and ignores it.
     network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = api.OnnxParser(network, vendor.logger)
-    if not parser.parse(graph, path=str(path)):  # pyright: ignore[reportUnknownMemberType] - a buffer
-        raise BuildError(f"{vendor.name} {vendor.version} cannot parse stage {stage.name}: {_errors(parser, vendor)}")
+    if not parser.parse(model, path=str(path)):  # pyright: ignore[reportUnknownMemberType] - a buffer
+        raise BuildError(f"{vendor.name} {vendor.version} cannot parse graph {spec.name}: {_errors(parser, vendor)}")
     messages.take()
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    for role, tensors, expected in (("inputs", inputs, stage.inputs), ("outputs", outputs, stage.outputs)):
+    for role, tensors, expected in (("inputs", inputs, spec.inputs), ("outputs", outputs, spec.outputs)):
         found = sorted((tensor.name, dtype_name(tensor.dtype), _sizes(tensor.shape)) for tensor in tensors)
-        wanted = sorted((spec.name, spec.dtype, _dynamic(spec)) for spec in expected)
+        wanted = sorted((tensor.name, tensor.dtype, _dynamic(tensor)) for tensor in expected)
         if [item[:2] for item in found] != [item[:2] for item in wanted] or (role == "inputs" and found != wanted):
-            raise BuildError(f"stage {stage.name} was parsed with the {role} {found}; expected {wanted}: export again")
+            raise BuildError(f"graph {spec.name} was parsed with the {role} {found}; expected {wanted}: export again")
     return Parsed(builder, network, parser)
 
 

@@ -46,7 +46,7 @@ class TimingCache:
             self._failed(error)
 
     def store(self, content: bytes) -> None:
-        """Keep what TensorRT has measured by now; called after each stage, so that a build that is stopped keeps it.
+        """Keep what TensorRT has measured by now; called after each graph, so that a build that is stopped keeps it.
 
         Raises:
             OutputError: a named file cannot be written.

@@ -16,11 +16,11 @@ TURING = "sm75"
 _PRODUCTS = ("Gemm", "MatMul", "Einsum")
 
 
-def turing_refusal(stage: str, plan: Mapping[str, JsonValue]) -> str | None:
-    """Why TensorRT-RTX cannot build a stage for SM75; None: it can.
+def turing_refusal(graph: str, plan: Mapping[str, JsonValue]) -> str | None:
+    """Why TensorRT-RTX cannot build a graph for SM75; None: it can.
 
     Args:
-        stage: its name.
+        graph: its name.
         plan: its precision plan, `Manifest.precision`: "type" and "operators".
     """
     operators = cast("Mapping[str, Mapping[str, int]]", plan.get("operators") or {})
@@ -29,6 +29,6 @@ def turing_refusal(stage: str, plan: Mapping[str, JsonValue]) -> str | None:
         return None
     what = f"its {' and '.join(products)} are in FP32" if products else "its convolutions are in FP32"
     return (
-        f"stage {stage} cannot run on {TURING}: {what}, and TensorRT-RTX has no FP32 matrix products for Turing; "
+        f"graph {graph} cannot run on {TURING}: {what}, and TensorRT-RTX has no FP32 matrix products for Turing; "
         "expected trunks and Linear heads in FP16: mge-export --fp16 --target rtx:sm75"
     )

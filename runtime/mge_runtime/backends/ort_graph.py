@@ -1,97 +1,91 @@
-"""A segment of the chain as one session of ONNX Runtime whose inputs and outputs lie where the device layer says.
+"""A graph of the chain as one session of ONNX Runtime whose inputs and outputs lie where the device layer says.
 
-The stages are merged into one graph, so that tensors between them stay inside the session. It runs on any device that
-ONNX Runtime binds memory of: with the CUDA provider on a `CudaDevice`, with the CPU provider on a `HostDevice`.
+It runs on any device that ONNX Runtime binds memory of: with the CUDA provider on a `CudaDevice`, with the CPU provider
+on a `HostDevice`.
 
 CUDA graphs are ONNX Runtime's own here: a session cannot be captured from outside, since it may replay a graph of its
 own inside the capture, which CUDA forbids (microsoft/onnxruntime #32081). With `enable_cuda_graph` a session opens only
 if every node computes on the GPU and no copy between host and device was put in, captures at its first run and replays
 from then on. A graph is bound to shapes and addresses; each batch size gets one of its own through the run option
 `gpu_graph_id`, so the batch stays dynamic in one session and the weights are on the GPU once. Where such a session does
-not open, the segment runs without a graph, and the reason is kept.
+not open, it runs without a CUDA graph, and the reason is kept.
 
-Segments with stages in FP16 open with tensor cores, which ONNX Runtime's option for TF32 stands for: without it, it
+Graphs in FP16 open with tensor cores, which ONNX Runtime's option for TF32 stands for: without it, it
 drops every kernel of cuDNN that uses them, for FP16 too. They compute in NHWC where that can be captured, in NCHW with
 a graph otherwise (docs/performance.md has the figures, and why NCHW rounds more). What is left in FP32 beside products,
 as attention and crops, no tensor core touches; the heads' products round their factors to 10 bits then, as FP16 does
-with the features that they read. FP32 segments stay as they were: in FP32, without tensor cores.
+with the features that they read. Graphs in FP32 stay in FP32, without tensor cores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mge_runtime.backends.ort import check_border, load_weights, session_options
-from mge_runtime.bundle.located import located_graph
-from mge_runtime.bundle.onnx_merge import merge_stages
+from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.unit import Addresses, Launch, Unit
 from mge_runtime.errors import BackendError, brief
-from mge_runtime.spec import StageSpec, TensorSpec
+from mge_runtime.spec import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.device.base import Device, Stream
     from mge_runtime.fields import JsonValue
 
-__all__ = ["OrtSegment", "open_segments"]
+__all__ = ["OrtGraph", "open_graphs"]
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
-_HALF = ("fp16", "int8")  # INT8 stages are in FP16 around their integer layers
+_HALF = ("fp16", "int8")  # INT8 graphs are in FP16 around their integer layers
 
 
-def open_segments(
+def open_graphs(
     ort: Any, bundle: Bundle, device: Device, stream: Stream, *, graphs: bool = True
-) -> Generator[OrtSegment]:
-    """Open the segments of a bundle one after the other.
+) -> Generator[OrtGraph]:
+    """Open the graphs of a bundle one after the other.
 
     Args:
         ort: the module `onnxruntime`.
         bundle: where graphs and weights lie; whoever calls checks the weights.
-        device: where the segments run and their tensors lie.
+        device: where the graphs run and their tensors lie.
         stream: what they run on.
         graphs: whether ONNX Runtime may capture CUDA graphs.
 
     Raises:
         BundleError: a graph is damaged.
-        BackendError: ONNX Runtime cannot open a segment on this device.
+        BackendError: ONNX Runtime cannot open a graph on this device.
     """
-    for number, segment in enumerate(bundle.manifest.segments):
-        stages = [bundle.manifest.stage(name) for name in segment.stages]
-        yield OrtSegment(ort, bundle, number, stages, device, stream, graphs=graphs)
+    for spec in bundle.manifest.graphs:
+        yield OrtGraph(ort, bundle, spec, device, stream, graphs=graphs)
 
 
-class OrtSegment(Unit):
-    """One segment; the arguments are those of `open_segments`, and the segment's number and stages."""
+class OrtGraph(Unit):
+    """One graph; the arguments are those of `open_graphs`, and what the manifest says of it."""
 
     def __init__(
         self,
         ort: Any,
         bundle: Bundle,
-        number: int,
-        stages: Sequence[StageSpec],
+        spec: GraphSpec,
         device: Device,
         stream: Stream,
         *,
         graphs: bool,
     ) -> None:
-        self.name = f"segment {number + 1} ({', '.join(stage.name for stage in stages)})"
-        self.segment = number
+        self.name = spec.name
         self.device = device
-        made = {tensor.name: tensor for stage in stages for tensor in stage.outputs}
-        self.inputs = list({t.name: t for stage in stages for t in stage.inputs if t.name not in made}.values())
-        self.outputs = list(made.values())
+        self.inputs, self.outputs = spec.inputs, spec.outputs
         self.why_plain: str | None = None  # why new launches capture no graph; None: they do
         self.ort = ort
         self._graph_ids: dict[tuple[int, ...], int] = {}
         self._refused: dict[str, JsonValue] = {}  # ways that did not work, and why
-        graph = merge_stages(stages, {stage.name: located_graph(bundle, stage.name) for stage in stages}, self.name)
+        graph = located_graph(bundle, spec.name)
         if device.kind == "cuda":
-            half = any(bundle.manifest.precision.get(stage.name, {}).get("type") in _HALF for stage in stages)
+            half = bundle.manifest.precision.get(spec.name, {}).get("type") in _HALF
             self.session: Any = self._open_cuda(bundle, graph, stream, graphs=graphs, half=half)
         else:
             self.why_plain = "ONNX Runtime has graphs on CUDA alone"
@@ -159,7 +153,7 @@ class OrtSegment(Unit):
             session = self.ort.InferenceSession(graph, session_opts, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime's errors have no base class but Exception
             raise BackendError(
-                f"ONNX Runtime {self.ort.__version__} cannot open {self.name}: {brief(error)}"
+                f"ONNX Runtime {self.ort.__version__} cannot open graph {self.name}: {brief(error)}"
             ) from error
         del loaded
         return session
@@ -180,9 +174,9 @@ class OrtSegment(Unit):
 
 
 class _OrtLaunch(Launch):
-    def __init__(self, segment: OrtSegment, binding: Any, options: Any, why_plain: str | None) -> None:
-        self._segment = segment
-        self._why_plain = why_plain  # of this launch: others of the segment may have their graph
+    def __init__(self, owner: OrtGraph, binding: Any, options: Any, why_plain: str | None) -> None:
+        self._owner = owner
+        self._why_plain = why_plain  # of this launch: others may have theirs
         self._binding: Any = binding
         self._options: Any = options
 
@@ -196,16 +190,16 @@ class _OrtLaunch(Launch):
             self._why_plain = str(error)
             self._options.add_run_config_entry("gpu_graph_id", "-1")
             self._run()
-            self._segment.capture_failed(self._why_plain)
+            self._owner.capture_failed(self._why_plain)
 
     def _run(self) -> None:
         try:
-            self._segment.session.run_with_iobinding(self._binding, self._options)
+            self._owner.session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in {self._segment.name}: {brief(error)}") from error
+            raise BackendError(f"ONNX Runtime failed in graph {self._owner.name}: {brief(error)}") from error
 
     def why_not_captured(self, stream: Stream) -> str | None:  # noqa: ARG002
-        return self._why_plain or "ONNX Runtime captures a graph of its own for each segment"
+        return self._why_plain or "ONNX Runtime captures a CUDA graph of its own for each graph of the chain"
 
     @property
     def has_graph(self) -> bool:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import mge_runtime.backends.trt_stage
+import mge_runtime.backends.trt_graph
 from mge_runtime.backends.tensorrt import TensorRTBackend
-from mge_runtime.backends.trt_stage import DTYPES
+from mge_runtime.backends.trt_graph import DTYPES
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
 from mge_runtime.wiring import DTYPES as CHAIN_DTYPES
@@ -34,7 +34,7 @@ def test_what_is_asked_of_tensorrt_rtx_alone(kind, names):
 
 def test_a_runtime_configuration_has_what_is_set():
     rtx = pytest.importorskip("tensorrt_rtx")
-    tree = ast.parse(Path(mge_runtime.backends.trt_stage.__file__).read_text())
+    tree = ast.parse(Path(mge_runtime.backends.trt_graph.__file__).read_text())
     asked = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "config"}
     assert asked > set(RTX_ALONE["IRuntimeConfig"].split())
     assert asked <= set(dir(rtx.IRuntimeConfig))
@@ -58,8 +58,8 @@ def test_without_a_gpu_opening_is_refused_before_an_engine_is_read(bundle_path):
     pytest.importorskip("tensorrt_rtx")
 
     class Unread:
-        def plan(self, stage):
-            pytest.fail(f"the engine of {stage} was read")
+        def plan(self, graph):
+            pytest.fail(f"the engine of {graph} was read")
 
     backend = TensorRTBackend(load_vendor("tensorrt-rtx"), Unread(), 99)
     assert (backend.name, backend.device, backend.streams) == ("tensorrt-rtx", "cuda:99", 1)

@@ -1,4 +1,4 @@
-"""Quantise one stage: learn ranges, measure every layer, leave the worst ones float until the answers stay."""
+"""Quantise one graph: learn ranges, measure every layer, leave the worst ones float until the answers stay."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mge_calibration.int8.ranges import METHODS
 from mge_calibration.int8.sessions import Run, default_workers, learn_ranges, open_graph, run_all
 from mge_calibration.int8.sites import Layer, find_layers
 
-__all__ = ["Int8Options", "Judge", "QuantizedStage", "quantize_stage"]
+__all__ = ["Int8Options", "Judge", "QuantizedGraph", "quantize_graph"]
 
 SENSITIVITY_IMAGES = 32  # each layer is quantised alone on so many: a norm over answers and maps needs no more
 
@@ -47,8 +47,8 @@ class Int8Options:
 
 
 @dataclass(frozen=True)
-class QuantizedStage:
-    """A stage with its Q/DQ nodes, and what was measured on the way."""
+class QuantizedGraph:
+    """A graph with its Q/DQ nodes, and what was measured on the way."""
 
     model: onnx.ModelProto
     layers: tuple[Layer, ...]  # that are quantised
@@ -69,21 +69,21 @@ class QuantizedStage:
         }
 
 
-def quantize_stage(
+def quantize_graph(
     model: onnx.ModelProto,
     trunk_weight: Callable[[str], bool],
     tensors: Mapping[str, np.ndarray],
     judge: Judge,
     options: Int8Options,
-) -> QuantizedStage:
-    """Quantise a stage's trunk, or leave it in floats where most of its layers must stay there.
+) -> QuantizedGraph:
+    """Quantise a graph's trunk, or leave it in floats where most of its layers must stay there.
 
     Args:
         model: with its weights; left as it is.
         trunk_weight: whether an initialiser is a convolution's weight in the trunk.
-        tensors: the stage's inputs over all calibration images, by name, in an order that is a random draw; others are
+        tensors: the graph's inputs over all calibration images, by name, in an order that is a random draw; others are
             ignored.
-        judge: a variant of the stage -> how the chain then agrees, and whether that is enough.
+        judge: a variant of the graph -> how the chain then agrees, and whether that is enough.
         options: how.
     """
     inputs = {tensor.name: tensors[tensor.name] for tensor in model.graph.input}
@@ -112,10 +112,10 @@ def quantize_stage(
         sensitivity = {layer.name: errors[layer] for layer in worst}
         best = _fewest(len(layers), lambda count: attempt(worst[:count]))
         if len(best.layers) < len(best.left):
-            # Islands of INT8 among floats cost more in codes than they save: a stage with 13 of 57 layers in INT8 took
+            # Islands of INT8 among floats cost more in codes than they save: a graph with 13 of 57 layers in INT8 took
             # twice its time in floats (EfficientNet-Lite0, ONNX Runtime 1.31 on a CPU with VNNI).
             best = attempt(layers)
-    return QuantizedStage(best.model, best.layers, best.left, sensitivity, everything.agreement, best.agreement)
+    return QuantizedGraph(best.model, best.layers, best.left, sensitivity, everything.agreement, best.agreement)
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,21 @@ import numpy as np
 import pytest
 import torch
 
+from mge_export.experts import build_graphs, views
 from mge_export.graph import export_graph
 from mge_export.precision import Precision
 from mge_export.runners import reference_tensors, run_chain, torch_runner
-from mge_export.stages import build_stages, segments, views
 from mge_runtime.errors import ExportError
 from mge_runtime.manifest import Manifest
 
 
 @pytest.mark.parametrize(("normalize", "attention"), [(True, "own"), (False, "first")])
-def test_the_stages_in_a_row_are_the_model(tiny, photographs, normalize, attention):
+def test_the_graphs_in_a_row_are_the_model(tiny, photographs, normalize, attention):
     model = tiny.make_model(3, normalize=normalize, attention=attention)
     frames = tiny.load_frames(photographs, model.config.preprocess)
-    stages = build_stages(model, Precision.FP32)
+    graphs = build_graphs(model, Precision.FP32)
     expected = reference_tensors(model, frames)
-    found = run_chain([stage.spec for stage in stages], torch_runner(stages, {}), frames)
+    found = run_chain([graph.spec for graph in graphs], torch_runner(graphs, {}), frames)
     assert set(found) == set(expected)
     for name, wanted in expected.items():
         np.testing.assert_allclose(found[name], wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
@@ -29,15 +29,15 @@ def test_attention_of_the_first_head_is_another_attention(tiny, photographs):
     own, first = tiny.make_model(3), tiny.make_model(3, attention="first")
     frames = tiny.load_frames(photographs, own.config.preprocess)
     for model in (own, first):
-        stages = build_stages(model, Precision.FP32)
-        model.found = run_chain([stage.spec for stage in stages], torch_runner(stages, {}), frames)["heatmap_2"]
+        graphs = build_graphs(model, Precision.FP32)
+        model.found = run_chain([graph.spec for graph in graphs], torch_runner(graphs, {}), frames)["heatmap_2"]
     assert np.abs(own.found - first.found).max() > 0.1 * np.abs(own.found).max()
 
 
 def test_exporting_leaves_the_model_as_it_was(tiny):
     model = tiny.make_model(2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    build_stages(model, Precision.FP16)
+    build_graphs(model, Precision.FP16)
     after = model.state_dict()
     assert all(
         torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
@@ -52,33 +52,34 @@ def test_specifications_wire_to_a_chain(tiny, experts):
         model={},
         class_names=config.classes,
         preprocess=config.preprocess,
-        stages=tuple(stage.spec for stage in build_stages(model, Precision.FP32)),
-        segments=segments(config),
+        graphs=tuple(graph.spec for graph in build_graphs(model, Precision.FP32)),
         views=views(config),
         gate="gate" if experts > 1 else None,
+        gmacs={f"expert_{k}": 1.0 for k in range(1, experts + 1)},
     )
     manifest.check()
-    assert manifest.answer == ("logits" if experts > 1 else "answer_1")
-    assert [segment.answer for segment in manifest.segments[:-1]] == [f"answer_{k}" for k in range(1, experts)]
-    assert all("gate" not in segment.stages for segment in manifest.segments[:-1])
+    assert manifest.answer == "logits"
+    assert [graph.logits for graph in manifest.graphs[:-1]] == [f"mean_logits_{k}" for k in range(1, experts)]
+    names = [{tensor.name for tensor in graph.outputs} for graph in manifest.graphs]
+    assert ["gate" in outputs for outputs in names] == [False] * (experts - 1) + [experts > 1]
 
 
 def test_a_weight_that_overflows_half_is_named(tiny):
     model = tiny.make_model(2)
     model.experts[1].part_conv.weight.data[0, 0] = 1e5
-    build_stages(model, Precision.FP32)
+    build_graphs(model, Precision.FP32)
     with pytest.raises(ExportError, match=r"part_conv\.weight is not finite in fp16.*65504"):
-        build_stages(model, Precision.FP16)
+        build_graphs(model, Precision.FP16)
 
 
 def test_weights_that_become_zero_in_half_are_counted(tiny):
     model = tiny.make_model(2)
     model.experts[1].part_conv.weight.data[0, :7] = 1e-9
-    assert sum(stage.underflowed for stage in build_stages(model, Precision.FP32)) == 0
-    before = build_stages(tiny.make_model(2), Precision.FP16)
-    after = build_stages(model, Precision.FP16)
-    assert after[1].underflowed == before[1].underflowed
-    assert after[2].underflowed == before[2].underflowed + 7
+    assert sum(graph.underflowed for graph in build_graphs(model, Precision.FP32)) == 0
+    before = build_graphs(tiny.make_model(2), Precision.FP16)
+    after = build_graphs(model, Precision.FP16)
+    assert after[0].underflowed == before[0].underflowed
+    assert after[1].underflowed == before[1].underflowed + 7
 
 
 def test_a_large_variance_is_folded_before_it_could_overflow(tiny):
@@ -86,24 +87,24 @@ def test_a_large_variance_is_folded_before_it_could_overflow(tiny):
     norm = model.experts[0].trunk.bn1
     norm.running_var.fill_(1e6)
     norm.weight.data *= 1e3
-    stage = build_stages(model, Precision.FP16)[1]
-    image = torch.rand(1, 3, 64, 64)
+    graph = build_graphs(model, Precision.FP16)[0]
+    frame = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
-        found = stage.module(image)[0]
-        expected = model(image).experts[0].logits
+        found = graph(frame)[0]
+        expected = model(graph.normalize(frame)).experts[0].logits
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
 def test_thresholds_belong_to_their_crop(tiny):
     model = tiny.make_model(3)
     model.config = dataclasses.replace(model.config, box_thresholds=(0.3, 0.7))
-    modules = [stage.module for stage in build_stages(model, Precision.FP32) if stage.spec.name.startswith("expert")]
-    assert [module.threshold for module in modules] == [0.3, 0.7, None]
+    graphs = build_graphs(model, Precision.FP32)
+    assert [graph.threshold for graph in graphs] == [0.3, 0.7, None]
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
 def test_the_attention_costs_a_row_and_a_pooling(tiny, precision):
-    graph = export_graph(build_stages(tiny.make_model(), precision)[1]).model.graph
+    graph = export_graph(build_graphs(tiny.make_model(), precision)[0]).model.graph
     kinds = Counter(node.op_type for node in graph.node)
     # One map is averaged, c5; no map is expanded, and no class picked by a product over all of them.
     assert (kinds["ReduceMean"], kinds["Expand"], kinds["MatMul"], kinds["Equal"]) == (1, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""One stage as an engine of TensorRT: opened, held against the manifest, bound to addresses, enqueued."""
+"""One graph as an engine of TensorRT: opened, checked against the manifest, bound to addresses, enqueued."""
 
 # TensorRT's stubs leave some types open; names and arguments are checked all the same.
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from mge_runtime.device.unit import Addresses, Launch, Unit
 from mge_runtime.errors import BackendError, BundleError, MGEError
-from mge_runtime.spec import StageSpec, TensorSpec
+from mge_runtime.spec import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mge_runtime.device.base import Stream
     from mge_runtime.trt.vendor import Vendor
 
-__all__ = ["DTYPES", "TensorRTStage"]
+__all__ = ["DTYPES", "TensorRTGraph"]
 
 # `tensorrt.DataType` by NumPy's name.
 DTYPES = {
@@ -32,25 +32,23 @@ DTYPES = {
 }
 
 
-class TensorRTStage(Unit):
+class TensorRTGraph(Unit):
     """One engine.
 
     Args:
         vendor: the library.
         runtime: deserialises; kept alive with the engine.
         plan: the engine's bytes, mapped; not needed afterwards.
-        stage: what the manifest says of it.
-        segment: the number of the segment it belongs to, from 0.
+        spec: what the manifest says of it.
 
     Raises:
         BackendError: TensorRT refuses the engine.
-        BundleError: it takes in or puts out other tensors than the manifest says.
+        BundleError: it has other inputs or outputs than the manifest says.
     """
 
-    def __init__(self, vendor: Vendor, runtime: trt.Runtime, plan: memoryview, stage: StageSpec, segment: int) -> None:
-        self.name = stage.name
-        self.segment = segment
-        self.stage = stage
+    def __init__(self, vendor: Vendor, runtime: trt.Runtime, plan: memoryview, spec: GraphSpec) -> None:
+        self.name = spec.name
+        self.spec = spec
         self.vendor = vendor
         self._runtime: trt.Runtime | None = runtime
         self._config: Any = None  # TensorRT-RTX's settings for contexts, and its compiled kernels
@@ -68,9 +66,9 @@ class TensorRTStage(Unit):
     def _open(self) -> None:
         if self._engine is None:
             self.fail("does not accept its engine; build it again with mge-build")
-        _check_border(self._engine, self.stage)
+        _check_border(self._engine, self.spec)
         count = self._engine.num_optimization_profiles
-        self._profiles = [_batch_range(self._engine, self.stage, index) for index in range(count)]
+        self._profiles = [_batch_range(self._engine, self.spec, index) for index in range(count)]
         self.min_batch = min(least for least, _ in self._profiles)
         self.max_batch = max(most for _, most in self._profiles)
         sizes = [self._engine.get_device_memory_size_for_profile_v2(index) for index in range(count)]
@@ -97,16 +95,16 @@ class TensorRTStage(Unit):
             self.check(context.set_optimization_profile_async(profile, stream.handle), f"profile {profile}")
             stream.synchronize()
         context.set_device_memory(addresses.scratch, addresses.scratch_bytes)
-        for tensor in self.stage.inputs:
+        for tensor in self.spec.inputs:
             shape = _shape(tensor, batch)
             self.check(context.set_input_shape(tensor.name, shape), f"the shape {list(shape)} of {tensor.name}")
         if missing := context.infer_shapes():
             self.fail(f"cannot infer shapes for a batch of {batch} without {missing}")
-        for tensor in self.stage.outputs:
+        for tensor in self.spec.outputs:
             found = _axes(context.get_tensor_shape(tensor.name))
             if found != _shape(tensor, batch):
                 self.fail(f"puts out {tensor.name} as {list(found)}; expected {list(_shape(tensor, batch))}")
-        for tensor in (*self.stage.inputs, *self.stage.outputs):
+        for tensor in (*self.spec.inputs, *self.spec.outputs):
             address = addresses.tensors[tensor.name]
             self.check(context.set_tensor_address(tensor.name, address), f"the address of {tensor.name}")
         return _TensorRTLaunch(self, context)
@@ -136,7 +134,7 @@ class TensorRTStage(Unit):
         """
         said = self.vendor.messages.take()
         raise BackendError(
-            f"{self.vendor.name} {self.vendor.version}: stage {self.name} {problem}{f' ({said})' if said else ''}"
+            f"{self.vendor.name} {self.vendor.version}: graph {self.name} {problem}{f' ({said})' if said else ''}"
         )
 
     def _context(self) -> trt.IExecutionContext:
@@ -156,7 +154,7 @@ class TensorRTStage(Unit):
         self._config = config = cast("Any", engine.create_runtime_config())
         config.set_execution_context_allocation_strategy(api.ExecutionContextAllocationStrategy.USER_MANAGED)
         # A batch size keeps its shapes: compile for them at once, so that the graph captured at the second run holds
-        # the final kernels. Its own graphs stay off, since the chain captures whole segments.
+        # the final kernels. Its own CUDA graphs stay off, since the chain captures graphs of its own.
         config.dynamic_shapes_kernel_specialization_strategy = api.DynamicShapesKernelSpecializationStrategy.EAGER
         config.cuda_graph_strategy = api.CudaGraphStrategy.DISABLED
         # One context's kernels serve the next. Kept here: contexts use it, and nothing says that they keep it alive.
@@ -175,37 +173,37 @@ class TensorRTStage(Unit):
 
 
 class _TensorRTLaunch(Launch):
-    def __init__(self, stage: TensorRTStage, context: trt.IExecutionContext) -> None:
-        self._stage = stage
+    def __init__(self, owner: TensorRTGraph, context: trt.IExecutionContext) -> None:
+        self._owner = owner
         self._context: trt.IExecutionContext | None = context
 
     def enqueue(self, stream: Stream) -> None:
         if self._context is None:
-            self._stage.fail("is closed")
-        self._stage.check(self._context.execute_async_v3(stream.handle), "to run")
+            self._owner.fail("is closed")
+        self._owner.check(self._context.execute_async_v3(stream.handle), "to run")
 
     def why_not_captured(self, stream: Stream) -> str | None:
         ask: Any = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX alone has it
         if ask is None or ask(stream.handle):
             return None
-        return f"{self._stage.vendor.name} cannot capture stage {self._stage.name}"
+        return f"{self._owner.vendor.name} cannot capture graph {self._owner.name}"
 
     def close(self) -> None:
         self._context = None
 
 
-def _check_border(engine: trt.ICudaEngine, stage: StageSpec) -> None:
+def _check_border(engine: trt.ICudaEngine, spec: GraphSpec) -> None:
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     found = {name: (engine.get_tensor_mode(name).name, *_kind(engine, name)) for name in names}
     expected = {
         tensor.name: (mode, DTYPES[tensor.dtype], tuple(int(axis) for axis in tensor.shape[1:]), "DEVICE")
-        for mode, tensors in (("INPUT", stage.inputs), ("OUTPUT", stage.outputs))
+        for mode, tensors in (("INPUT", spec.inputs), ("OUTPUT", spec.outputs))
         for tensor in tensors
     }
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise BundleError(
-                f"the engine of stage {stage.name} has tensor {name!r} as {found.get(name, 'none')}; the manifest says "
+                f"the engine of graph {spec.name} has tensor {name!r} as {found.get(name, 'none')}; the manifest says "
                 f"{expected.get(name, 'none')}: build it again with mge-build"
             )
 
@@ -220,9 +218,9 @@ def _axes(dims: trt.Dims) -> tuple[int, ...]:
     return tuple(dims[axis] for axis in range(len(dims)))
 
 
-def _batch_range(engine: trt.ICudaEngine, stage: StageSpec, profile: int) -> tuple[int, int]:
+def _batch_range(engine: trt.ICudaEngine, spec: GraphSpec, profile: int) -> tuple[int, int]:
     """The batch sizes that one profile covers."""
-    ranges = [engine.get_tensor_profile_shape(tensor.name, profile) for tensor in stage.inputs]
+    ranges = [engine.get_tensor_profile_shape(tensor.name, profile) for tensor in spec.inputs]
     return max(shapes[0][0] for shapes in ranges), min(shapes[2][0] for shapes in ranges)
 
 
