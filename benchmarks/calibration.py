@@ -3,12 +3,12 @@
 Images of another seed than the model was trained with, 2000 for thresholds and 2000 for the test:
 
     mge-field-guide guide --seed 1 --species 12 --train 1000 --val 2000 --test 2000
-    python benchmarks/calibration.py mge.plan --data guide/train --exit-data guide/val --test-data guide/test
+    python -m benchmarks.calibration mge.plan --data guide/train --exit-data guide/val --test-data guide/test
 
 Random halves of one folder, one for thresholds and one for the test:
 
-    python benchmarks/calibration.py mge.plan --data ../shared/data/groceries/val \
-        --exit-data ../shared/data/groceries/test --halves 50 --epsilon 0.03
+    python -m benchmarks.calibration mge.plan --data groceries/val \
+        --exit-data groceries/test --halves 50 --epsilon 0.03
 
 `--data` sets temperatures and the path of candidates. The rule is the runtime's: an image stops at the first answer
 whose calibrated confidence reaches its threshold. Nothing is written to the bundle.
@@ -57,7 +57,7 @@ def main(
         raise click.UsageError("give either --test-data or --halves")
     promise = Promise(epsilon, delta)
     with Bundle.open(engine) as bundle:
-        cost = chain_cost(bundle)
+        cost = chain_cost(bundle.manifest)
     with Pipeline.open(engine, streams="auto") as pipeline:
         folders = [data, exit_data, *([test_data] if test_data else [])]
         found = [list_labelled(folder, pipeline.manifest.class_names)[1] for folder in folders]

@@ -11,4 +11,4 @@ mge-train --data "$out/field-guide" --out "$out/run" --overwrite --epochs "${2:-
   --trunk-lr 0.05 --head-lr 0.05 --weight-decay 5e-4 --label-smoothing 0.1 --diversity none --parts-per-class 4 \
   --box-threshold 0.3 --workers 1 --accelerator cpu
 mge-eval --ckpt "$out/run/last.pt" --data "$out/field-guide" --predictions "$out/run/test.npz"
-python benchmarks/compare_answers.py --ours "$out/run/test.npz" --theirs "$out/run/test.npz" --other "expert 1"
+python -m benchmarks.predictions --first "$out/run/test.npz" --second "$out/run/test.npz" --second-head "expert 1"

@@ -32,7 +32,7 @@ done
 runs() { for seed in "${seeds[@]}"; do echo "$out/$1-s$seed/test.npz"; done; }
 compare() { # the chain's head, the other run, its head
   # shellcheck disable=SC2046 # the names are ours and hold no spaces
-  python benchmarks/compare_answers.py --ours $(runs chain) --head "$1" --theirs $(runs "$2") --other "$3"
+  python -m benchmarks.predictions --first $(runs chain) --head "$1" --second $(runs "$2") --second-head "$3"
 }
 for other in single large; do
   compare mixture $other "expert 1 global" # the plain classifier: average pooling and a linear layer

@@ -108,7 +108,6 @@ def test_photographs_are_named_and_a_bad_one_is_passed_over_as_in_measuring(bund
     [
         (["--selfcheck", "--runs", "1"], 2, "--runs"),
         (["--selfcheck", "--seconds", "9", "-b", "2"], 2, "measures no speed, so it cannot use --batch, --seconds"),
-        (["--selfcheck", "--images", "3", "--ckpt", "best.pt"], 2, "so it cannot use --images, --ckpt"),
         (["--runs", "5"], 2, "without --selfcheck nothing is checked, so it cannot use --runs"),
         (["--selfcheck", "--engine", "missing.plan"], 1, "error: no bundle at missing.plan"),
         (["--selfcheck", "--engine", "missing.plan", "no.jpg", "nowhere/*.jpg"], 1, "error: "),
