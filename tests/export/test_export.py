@@ -256,7 +256,6 @@ def test_the_chain_says_how_a_photograph_becomes_its_input_and_an_answer_a_class
     props = {entry.key: entry.value for entry in model.metadata_props}
     config = exported.model.config
     assert json.loads(props["class_names"]) == list(config.classes)
-    assert (exported.folder / "labels.txt").read_text().splitlines() == list(config.classes)
     assert (int(props["size"]), int(props["resize"])) == (config.image_size, config.resize)
     assert (json.loads(props["mean"]), json.loads(props["std"])) == (list(config.mean), list(config.std))
     assert (props["temperature"], props["mge"]) == ("1.0", version("mge"))
@@ -266,6 +265,7 @@ def test_the_chain_says_how_a_photograph_becomes_its_input_and_an_answer_a_class
 def test_the_chain_can_be_written_as_one_file(exported, tmp_path, monkeypatch):
     with Bundle.open(exported.path) as bundle:
         assert [path.name for path in write_chain(bundle, tmp_path / "one.onnx")] == ["one.onnx", "labels.txt"]
+        assert (tmp_path / "labels.txt").read_text().splitlines() == list(bundle.manifest.class_names)
         monkeypatch.setattr("mge_export.chain._MOST_INLINE", 1000)
         written = write_chain(bundle, tmp_path / "two.onnx")
         assert [path.name for path in written] == ["two.onnx", "two.onnx.data", "labels.txt"]
