@@ -23,6 +23,7 @@ from mge_runtime import Pipeline
 from mge_runtime.decode import decode_image
 from mge_runtime.preprocess import to_frame
 
+pytestmark = pytest.mark.timeout(900)  # three exports, of which a loaded machine makes minutes
 GOLDEN = Path(__file__).parent / "fence/golden.json"
 COMMANDS = {
     "mge-train": "mge.cli.train", "mge-eval": "mge.cli.evaluate", "mge-field-guide": "mge.cli.field_guide",
