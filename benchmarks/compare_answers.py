@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from mge.metrics import top_k_correct
+from mge.evaluation import top_k_correct
 from mge_runtime.metrics import bootstrap_mean
 
 

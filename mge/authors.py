@@ -1,8 +1,8 @@
-"""Checkpoints of the authors' published code (`lbzhang/MGE-CNN`), read into our names.
+"""Checkpoints of others: those of the authors' published code (`lbzhang/MGE-CNN`) are read, the rest is described.
 
-Their file is a dict with the weights under `state_dict` (beside `epoch`, `optimizer` and `scheduler`); it holds neither
-class names, nor the box threshold, nor the preprocessing. Here the weights are renamed and everything that shapes tell
-is told: trunk, classes, parts, experts.
+The authors' file is a dict with the weights under `state_dict` (beside `epoch`, `optimizer` and `scheduler`); it holds
+neither class names, nor the box threshold, nor the preprocessing. Here the weights are renamed and everything that
+shapes tell is told: trunk, classes, parts, experts.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["AuthorsModel", "is_authors_state", "read_authors_state"]
+__all__ = ["AuthorsModel", "describe_foreign", "is_authors_state", "is_counter", "read_authors_state"]
 
 # What is appended to the authors' names for expert 1, 2, 3: (trunk and global head; part and concatenated heads).
 _EXPERT_SUFFIXES = (("", ""), ("_box", "_1"), ("_box_2", "_2"))
@@ -23,7 +24,8 @@ _EXPERT_SUFFIXES = (("", ""), ("_box", "_1"), ("_box_2", "_2"))
 _CONV4_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"}
 _UNUSED = "cls_cat_a."  # a head over all experts that their forward never calls
 _TRACKED = ".num_batches_tracked"  # a counter of BatchNorm that torch before 0.4.1 did not keep
-_BLOCKS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks in layer1..4
+_ARCHS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # by the blocks in layer1..4
+_NESTS = ("state_dict", "model", "model_state_dict", "net", "weights")  # where others keep their weights
 
 
 def _trunk_names(theirs: str, ours: str) -> dict[str, str]:
@@ -114,14 +116,33 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, source: str)
 
 
 def _arch(ours: Mapping[str, Tensor], source: str) -> str:
-    blocks = [0, 0, 0, 0]
-    for name in ours:
-        if match := re.match(r"experts\.0\.trunk\.layer([1-4])\.(\d+)\.", name):
-            layer = int(match[1]) - 1
-            blocks[layer] = max(blocks[layer], int(match[2]) + 1)
-    if tuple(blocks) not in _BLOCKS:
+    found = {match[0] for name in ours if (match := re.match(r"experts\.0\.trunk\.layer[1-4]\.\d+\.", name))}
+    blocks = tuple(sum(f".layer{layer}." in block for block in found) for layer in (1, 2, 3, 4))
+    if blocks not in _ARCHS:
         raise CheckpointError(
             f"{source}: the trunk has {'-'.join(map(str, blocks))} blocks; "
             "expected 3-4-6-3 (ResNet-50) or 3-4-23-3 (ResNet-101)"
         )
-    return _BLOCKS[tuple(blocks)]
+    return _ARCHS[blocks]
+
+
+def describe_foreign(content: Mapping[Any, Any]) -> str:
+    """Describe a loaded file that is neither ours nor the authors', to follow its name in an error.
+
+    Args:
+        content: the dict that the file holds.
+    """
+    state = next((content[nest] for nest in _NESTS if isinstance(content.get(nest), dict)), content)
+    weights = {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    expected = "expected a checkpoint that mge-train or the authors' code wrote"
+    if not weights:
+        keys = ", ".join(repr(str(key)) for key in list(content)[:4]) or "nothing"
+        return f"is a dict of {keys} without weights; {expected}"
+    if "conv5.0.weight" in weights and "classifier.weight" in weights:
+        return f"is the authors' baseline, a single ResNet without experts; {expected} for LocalCamNet"
+    if "conv1.weight" in weights and "layer1.0.conv1.weight" in weights:
+        return (
+            f"looks like a bare ResNet, a trunk without experts; {expected} "
+            "(mge-train --init starts from such weights, saved as .safetensors)"
+        )
+    return f"holds {len(weights)} weights of another model, such as {next(iter(weights))!r}; {expected}"

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mge.trunks  # noqa: F401 - adds the small trunks to timm's registry
 from mge.attention import attention_box, class_gradient, crop_resize, grad_cam
+from mge.backbones import create_trunk, pretrained_weights
 from mge.config import MGEConfig
-from mge_runtime.errors import CheckpointError
 
-__all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "create_trunk"]
+__all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "initialize_trunks"]
 
 NORM_SCALE = 10.0  # length of each normalised half of the concatenated features (authors' code)
 
@@ -41,33 +39,6 @@ class MGEOutput(NamedTuple):
     def average(self) -> Tensor:
         """[B, C], the plain mean of the experts' answers."""
         return torch.stack([expert.logits for expert in self.experts]).mean(0)
-
-
-def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
-    """A timm trunk that returns its last two feature levels, randomly initialised.
-
-    Returns:
-        The trunk and the channels of its features at stride 16 and at stride 32.
-
-    Raises:
-        CheckpointError: timm has no such model, or it offers no features at stride 16 and 32.
-    """
-    # `MGEConfig` refuses the same, earlier.
-    if not timm.is_model(arch.partition(".")[0]) or not arch.replace(".", "").replace("_", "").isalnum():
-        raise CheckpointError(
-            f"arch is {arch!r}; expected the name of a CNN in timm itself (see timm.list_models()), nothing is fetched"
-        )
-    try:
-        trunk: Any = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(-2, -1))
-        strides = trunk.feature_info.reduction()
-    except (RuntimeError, AttributeError, NotImplementedError, ValueError, AssertionError, IndexError) as error:
-        raise CheckpointError(
-            f"arch is {arch!r}; expected a timm CNN that offers features_only (see timm.list_models()): {error}"
-        ) from error
-    if strides != [16, 32]:
-        raise CheckpointError(f"arch {arch!r} ends at strides {strides}; expected a trunk with features at 16 and 32")
-    channels4, channels5 = trunk.feature_info.channels()
-    return trunk, channels4, channels5
 
 
 class GlobalHead(nn.Module):
@@ -117,7 +88,7 @@ class Expert(nn.Module):
         max(max_hw(W c4) + b, b, 0) without the padding.
         """
         response = F.conv2d(c4, self.part_conv.weight).amax((2, 3))
-        return (response.relu() + _bias(self.part_conv)).relu()
+        return (response.relu() + cast("Tensor", self.part_conv.bias)).relu()
 
     def answer(self, c5: Tensor, parts: Tensor) -> Tensor:
         """The concatenated head: both halves normalised to length 10, neither trained through: -> [B, C]."""
@@ -142,7 +113,7 @@ class Gate(nn.Module):
 
 
 class MGENet(nn.Module):
-    """K experts and a gate, randomly initialised; see `mge.pretrained` and `mge.checkpoint` for weights.
+    """K experts and a gate, randomly initialized; see `initialize_trunks` and `mge.checkpoint` for weights.
 
     A single expert needs no gate: it answers for itself (`gate` is None and the gate's weights are ones).
     """
@@ -199,6 +170,14 @@ class MGENet(nn.Module):
         return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * answers).sum(1))
 
 
+def initialize_trunks(model: MGENet, source: str) -> None:
+    """Copy one set of weights into every trunk of `model`; `source` as in `pretrained_weights`."""
+    state = pretrained_weights(model.config.arch, source)
+    for module in model.modules():
+        if isinstance(module, Expert | Gate):
+            module.trunk.load_state_dict(state, strict=False)
+
+
 def _feature_norms(config: MGEConfig, channels4: int, channels5: int) -> tuple[nn.Module, nn.Module]:
     """Normalisation before the heads: identity unless the trunk's features are linear."""
     if not config.normalize_features:
@@ -209,9 +188,3 @@ def _feature_norms(config: MGEConfig, channels4: int, channels5: int) -> tuple[n
 def _unit(vector: Tensor) -> Tensor:
     """`F.normalize` without its expansion of the norm, which would be an operator of its own in the exported graph."""
     return vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True).clamp_min(1e-12)
-
-
-def _bias(layer: nn.Conv2d) -> Tensor:
-    if layer.bias is None:
-        raise CheckpointError("the part convolution has no bias; expected one")
-    return layer.bias

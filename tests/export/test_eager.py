@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from mge.backbones import create_trunk
 from mge.checkpoint import save_checkpoint
-from mge.model import create_trunk
 from mge_export import eager
 from mge_export.eager_chain import AuthorsChain
 from mge_export.eager_trunk import EagerUnavailable, split_trunk

@@ -17,7 +17,7 @@ from mge.attention import (
 )
 from mge.config import MGEConfig
 from mge.model import GlobalHead, MGENet
-from mge.training.losses import loss_terms
+from mge.training.recipe import loss_terms
 from mge_runtime.errors import TrainingError
 
 

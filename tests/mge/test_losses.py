@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mge.config import MGEConfig
 from mge.model import MGENet
-from mge.training.losses import diversity, loss_terms
+from mge.training.recipe import diversity, loss_terms
 
 
 def by_hand(logits, previous, labels, *, renormalize):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mge.metrics import top_k_correct, view_areas
+from mge.evaluation import top_k_correct, view_areas
 
 
 def test_top_k():
