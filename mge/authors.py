@@ -91,7 +91,7 @@ def read_authors_state(state: Mapping[str, Tensor], source: str) -> AuthorsModel
 
 
 def is_counter(name: str) -> bool:
-    """Whether a name is BatchNorm's count of batches, which changes no answer and which old files lack."""
+    """Whether a name is BatchNorm's count of batches, which changes no output and which old files lack."""
     return name.endswith(_TRACKED)
 
 

@@ -23,7 +23,7 @@ __all__ = ["PlainNet", "create_trunk", "has_linear_features", "pretrained_weight
 
 
 def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
-    """A timm trunk that returns its last two feature levels, randomly initialised.
+    """A timm trunk that returns its last two feature levels, randomly initialized.
 
     Returns:
         The trunk and the channels of its features at stride 16 and at stride 32.

@@ -14,22 +14,22 @@ from mge.config import MGEConfig
 
 __all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "initialize_trunks"]
 
-NORM_SCALE = 10.0  # length of each normalised half of the concatenated features (authors' code)
+NORM_SCALE = 10.0  # length of each normalized half of the concatenated features (authors' code)
 
 
 class ExpertOutput(NamedTuple):
-    """What one expert saw and said (a named tuple, which distribution wrappers can walk; frozen dataclasses not)."""
+    """What one expert saw and predicted; a named tuple, which distribution wrappers can walk."""
 
     image: Tensor  # [B, 3, S, S], its input
     global_logits: Tensor  # [B, C], large part
     part_logits: Tensor  # [B, C], small parts; for training only
-    logits: Tensor  # [B, C], from both parts: the expert's answer
+    logits: Tensor  # [B, C], from both parts: the expert's prediction
     heatmap: Tensor  # [B, h, w], its attention (Grad-CAM), of any sign and scale
     box: Tensor | None  # [B, 4] in pixels of `image`, what the next expert sees; None for the last
 
 
 class MGEOutput(NamedTuple):
-    """Answers of the whole chain."""
+    """Outputs of the whole chain."""
 
     experts: tuple[ExpertOutput, ...]  # K of them
     gate: Tensor  # [B, K], rows sum to 1
@@ -37,7 +37,7 @@ class MGEOutput(NamedTuple):
 
     @property
     def average(self) -> Tensor:
-        """[B, C], the plain mean of the experts' answers."""
+        """[B, C], the plain mean of the experts' logits."""
         return torch.stack([expert.logits for expert in self.experts]).mean(0)
 
 
@@ -90,8 +90,8 @@ class Expert(nn.Module):
         response = F.conv2d(c4, self.part_conv.weight).amax((2, 3))
         return (response.relu() + cast("Tensor", self.part_conv.bias)).relu()
 
-    def answer(self, c5: Tensor, parts: Tensor) -> Tensor:
-        """The concatenated head: both halves normalised to length 10, neither trained through: -> [B, C]."""
+    def concat_logits(self, c5: Tensor, parts: Tensor) -> Tensor:
+        """The concatenated head: both halves normalized to length 10, neither trained through: -> [B, C]."""
         halves = (NORM_SCALE * _unit(c5.detach().mean((2, 3))), NORM_SCALE * _unit(parts.detach()))
         return self.concat_head(torch.cat(halves, 1))
 
@@ -115,7 +115,7 @@ class Gate(nn.Module):
 class MGENet(nn.Module):
     """K experts and a gate, randomly initialized; see `initialize_trunks` and `mge.checkpoint` for weights.
 
-    A single expert needs no gate: it answers for itself (`gate` is None and the gate's weights are ones).
+    A single expert needs no gate: its logits are the whole's (`gate` is None and the gate's weights are ones).
     """
 
     def __init__(self, config: MGEConfig) -> None:
@@ -134,10 +134,10 @@ class MGENet(nn.Module):
         return expert.global_head
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> MGEOutput:
-        """Answer a batch of normalised images.
+        """Predict a batch of normalized images.
 
         Args:
-            images: [B, 3, S, S], normalised with the config's mean and std.
+            images: [B, 3, S, S], normalized with the config's mean and std.
             labels: [B] int64: attention looks for these classes (training); None: for its head's own first guess.
         """
         outputs: list[ExpertOutput] = []
@@ -157,7 +157,7 @@ class MGENet(nn.Module):
                     image=image,
                     global_logits=expert.global_head(c5),
                     part_logits=expert.part_head(parts),
-                    logits=expert.answer(c5, parts),
+                    logits=expert.concat_logits(c5, parts),
                     heatmap=heatmap,
                     box=box,
                 )
@@ -166,8 +166,8 @@ class MGENet(nn.Module):
                 with torch.no_grad():
                     image = crop_resize(image, box, self.config.image_size)
         gate = self.gate(images) if self.gate is not None else images.new_ones(images.shape[0], 1)
-        answers = torch.stack([output.logits.detach() for output in outputs], 1)
-        return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * answers).sum(1))
+        logits = torch.stack([output.logits.detach() for output in outputs], 1)
+        return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * logits).sum(1))
 
 
 def initialize_trunks(model: MGENet, source: str) -> None:

@@ -84,7 +84,7 @@ class ExpertStage(nn.Module):
     def forward(self, image: Tensor, answer: Tensor | None = None) -> tuple[Tensor, ...]:
         """Image [B, 3, S, S] and the answer so far [B, C] to the outputs that the stage's specification names."""
         c4, c5 = self.expert.features(image)
-        logits = self.expert.answer(c5, self.expert.part_features(c4))
+        logits = self.expert.concat_logits(c5, self.expert.part_features(c4))
         _, gradient = self.dual_head(c5)
         heatmap = grad_cam(c5, gradient)
         # The mean over experts 1..k as a running mean, so that a stage needs one tensor of its predecessors.

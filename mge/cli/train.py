@@ -350,7 +350,7 @@ def _thresholds(options: dict[str, Any]) -> tuple[float, ...]:
 
 
 def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig:
-    """The config that the options ask for; whether features are normalised by default hangs on the backbone."""
+    """The config that the options ask for; whether features are normalized by default hangs on the backbone."""
     from mge.config import PAPER_THRESHOLD, MGEConfig
 
     size, resize, crops = options["image_size"], options["resize"], options["experts"] - 1

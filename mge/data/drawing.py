@@ -13,37 +13,37 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-__all__ = ["Canvas", "Colour", "Plate", "Species", "draw_foliage", "draw_plate"]
+__all__ = ["Canvas", "Color", "Plate", "Species", "draw_foliage", "draw_plate"]
 
-Colour = tuple[int, int, int]  # RGB, 0..255
+Color = tuple[int, int, int]  # RGB, 0..255
 Points = NDArray[np.floating[Any]]  # [n, 2], x and y
 
 OVERSAMPLING = 4  # canvas pixels per pixel of the finished image, along each side
 
-# Colours that say nothing about the species.
+# Colors that say nothing about the species.
 # fmt: off
-_PLUMAGE: tuple[Colour, ...] = (
+_PLUMAGE: tuple[Color, ...] = (
     (134, 122, 104), (112, 116, 96), (128, 128, 132), (150, 130, 98), (104, 98, 94), (142, 144, 124),
 )
-_PATCHES: tuple[Colour, ...] = ((34, 30, 32), (244, 238, 222), (176, 150, 120), (120, 128, 140))
-_DARK: Colour = (34, 30, 32)
-_PALE: Colour = (240, 234, 218)
+_PATCHES: tuple[Color, ...] = ((34, 30, 32), (244, 238, 222), (176, 150, 120), (120, 128, 140))
+_DARK: Color = (34, 30, 32)
+_PALE: Color = (240, 234, 218)
 # Top and bottom of the far background, then what floats in it.
-_MOODS: tuple[tuple[Colour, Colour, tuple[Colour, ...]], ...] = (
+_MOODS: tuple[tuple[Color, Color, tuple[Color, ...]], ...] = (
     ((181, 199, 211), (127, 145, 118), ((95, 117, 85), (138, 156, 114), (206, 213, 197))),
     ((115, 135, 106), (66, 82, 64), ((86, 108, 77), (145, 160, 117), (48, 63, 49))),
     ((213, 204, 187), (159, 139, 112), ((173, 146, 107), (202, 180, 142), (133, 112, 93))),
     ((209, 214, 217), (161, 165, 168), ((181, 185, 188), (135, 141, 142), (227, 229, 229))),
     ((221, 205, 198), (148, 139, 149), ((188, 171, 175), (226, 213, 199), (121, 117, 130))),
 )
-_LEAVES: tuple[Colour, ...] = (
+_LEAVES: tuple[Color, ...] = (
     (70, 112, 52), (104, 140, 62), (52, 88, 56), (150, 152, 70), (172, 120, 56), (126, 84, 48),
 )
-# Berries wear the colours of hoods and eye rings, so that a colour somewhere in the image decides nothing.
-_BERRIES: tuple[Colour, ...] = (
+# Berries wear the colors of hoods and eye rings, so that a color somewhere in the image decides nothing.
+_BERRIES: tuple[Color, ...] = (
     (26, 24, 28), (186, 68, 28), (240, 196, 40), (44, 112, 206), (255, 255, 250), (226, 32, 40),
 )
-_BARK: tuple[Colour, ...] = ((104, 84, 66), (82, 72, 64), (132, 112, 90), (92, 64, 48))
+_BARK: tuple[Color, ...] = ((104, 84, 66), (82, 72, 64), (132, 112, 90), (92, 64, 48))
 # fmt: on
 
 
@@ -52,8 +52,8 @@ class Species:
     """One class of the field guide."""
 
     name: str  # the class's folder: lower-case words joined by "-"
-    hood: Colour  # the plumage of the head
-    ring: Colour | None  # the ring around the eye; None: no ring
+    hood: Color  # the plumage of the head
+    ring: Color | None  # the ring around the eye; None: no ring
     beak: str  # a key of BEAKS: "warbler" (thin), "finch" (cone) or "creeper" (long, bent down)
 
 
@@ -131,15 +131,13 @@ class Canvas:
         self._image = smooth.resize((side, side), Image.Resampling.NEAREST)  # `finish` averages each block back
         self._draw = ImageDraw.Draw(self._image)
 
-    def polygon(self, points: Points, colour: Colour) -> None:
+    def polygon(self, points: Points, color: Color) -> None:
         """Fill the polygon whose corners are given in pixels of the finished image, [n, 2]."""
-        self._draw.polygon((points * OVERSAMPLING).ravel().tolist(), fill=colour)
+        self._draw.polygon((points * OVERSAMPLING).ravel().tolist(), fill=color)
 
-    def line(self, points: Points, colour: Colour, width: float) -> None:
+    def line(self, points: Points, color: Color, width: float) -> None:
         """Draw a chain of strokes through points [n, 2]; all lengths in pixels of the finished image."""
-        self._draw.line(
-            (points * OVERSAMPLING).ravel().tolist(), fill=colour, width=max(1, round(width * OVERSAMPLING))
-        )
+        self._draw.line((points * OVERSAMPLING).ravel().tolist(), fill=color, width=max(1, round(width * OVERSAMPLING)))
 
     def finish(self) -> Image.Image:
         """Return the antialiased image."""
@@ -156,18 +154,13 @@ def _smooth(points: list[tuple[float, float]], steps: int = 6) -> Points:
     return curve.reshape(-1, 2)
 
 
-def _arc(radius: float, start: float, stop: float, steps: int) -> Points:
-    """Return points on a circle around the origin, angles in degrees, counted clockwise from the right."""
-    angles = np.radians(np.linspace(start, stop, steps))
-    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-
-
 HEAD = np.array([0.31, -0.165])  # the head's centre; the head turns around it
 HEAD_RADIUS = 0.115
 EYE = np.array([0.038, -0.016])  # from the head's centre
 EYE_RADIUS = 0.024
 RING_RADIUS = 0.048
-DISC = _arc(1.0, 0, 345, 24)
+_ANGLES = np.radians(np.linspace(0, 345, 24))
+DISC = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
 # fmt: off
 BODY = _smooth([
     (0.25, -0.24), (0.16, -0.155), (0.02, -0.115), (-0.12, -0.06), (-0.27, 0.015), (-0.27, 0.07),
@@ -197,19 +190,19 @@ BEAKS: dict[str, Points] = {  # from the head's centre
 PART = np.concatenate([HEAD_RADIUS * DISC, [(0.088, -0.058), (0.168, 0.008), (0.167, 0.07)]])
 
 
-def _mix(first: Colour, second: Colour, share: float) -> Colour:
-    """Return the colour `share` of the way from the first to the second, share in 0..1."""
+def _mix(first: Color, second: Color, share: float) -> Color:
+    """Return the color `share` of the way from the first to the second, share in 0..1."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
-def _pick(rng: np.random.Generator, colours: tuple[Colour, ...]) -> Colour:
-    return colours[int(rng.integers(len(colours)))]
+def _pick(rng: np.random.Generator, colors: tuple[Color, ...]) -> Color:
+    return colors[int(rng.integers(len(colors)))]
 
 
-def _vary(rng: np.random.Generator, colour: Colour, spread: float = 14.0) -> Colour:
+def _vary(rng: np.random.Generator, color: Color, spread: float = 14.0) -> Color:
     shifts = rng.uniform(-spread, spread, 3).tolist()
-    red, green, blue = (int(min(max(c + shift, 0.0), 255.0)) for c, shift in zip(colour, shifts, strict=True))
+    red, green, blue = (int(min(max(c + shift, 0.0), 255.0)) for c, shift in zip(color, shifts, strict=True))
     return red, green, blue
 
 
@@ -259,17 +252,17 @@ def _sample_pose(rng: np.random.Generator, size: int) -> BirdPose:
 
 
 def _draw_body(canvas: Canvas, rng: np.random.Generator, pose: BirdPose) -> None:
-    """Draw all but the head, in colours that say nothing about the species."""
+    """Draw all but the head, in colors that say nothing about the species."""
     plumage = _mix(_pick(rng, _PLUMAGE), _pick(rng, _PLUMAGE), rng.uniform(0, 1))
     belly = _mix(_mix(plumage, _PALE, rng.uniform(0.35, 0.85)), _pick(rng, _PATCHES), rng.uniform(0, 0.25))
     wing = _mix(plumage, _DARK, rng.uniform(0.12, 0.5))
     length = float(np.hypot(*pose.body.matrix[0]))
 
-    def fill(points: Points, colour: Colour) -> None:
-        canvas.polygon(pose.body.apply(_plump(points, pose.plump)), colour)
+    def fill(points: Points, color: Color) -> None:
+        canvas.polygon(pose.body.apply(_plump(points, pose.plump)), color)
 
-    def stroke(points: Points, colour: Colour, width: float) -> None:
-        canvas.line(pose.body.apply(_plump(points, pose.plump)), colour, width * length)
+    def stroke(points: Points, color: Color, width: float) -> None:
+        canvas.line(pose.body.apply(_plump(points, pose.plump)), color, width * length)
 
     leg = _mix((120, 88, 60), _DARK, rng.uniform(0, 0.8))
     for hip, toe in FEET:
@@ -295,8 +288,8 @@ def _draw_body(canvas: Canvas, rng: np.random.Generator, pose: BirdPose) -> None
 def _draw_head(canvas: Canvas, pose: BirdPose, species: Species) -> None:
     """Draw the head. It uses no random number: with one generator, birds of two species differ in the part alone."""
 
-    def fill(points: Points, colour: Colour) -> None:
-        canvas.polygon(pose.head.apply(points), colour)
+    def fill(points: Points, color: Color) -> None:
+        canvas.polygon(pose.head.apply(points), color)
 
     fill(BEAKS[species.beak], _DARK)
     fill(DISC * HEAD_RADIUS, species.hood)
@@ -379,24 +372,24 @@ def draw_foliage(
             _draw_leaf(target, rng, at, reach)
         else:
             radius = reach * rng.uniform(0.1, 0.2)
-            colour = _vary(rng, _pick(rng, _BERRIES), 8)
+            color = _vary(rng, _pick(rng, _BERRIES), 8)
             if target is not None:
-                target.polygon(at + DISC * radius, _mix(colour, (10, 10, 14), 0.25))
-                target.polygon(at - 0.15 * radius + DISC * 0.75 * radius, colour)
+                target.polygon(at + DISC * radius, _mix(color, (10, 10, 14), 0.25))
+                target.polygon(at - 0.15 * radius + DISC * 0.75 * radius, color)
 
 
 def _draw_leaf(canvas: Canvas | None, rng: np.random.Generator, at: Points, length: float) -> None:
     """Draw a leaf from its root; with no canvas, only use up the random numbers."""
     angle, side = rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.2)
-    colour = _vary(rng, _pick(rng, _LEAVES))
+    color = _vary(rng, _pick(rng, _LEAVES))
     if canvas is None:
         return
     pose = Pose.place(at, length, angle)
-    canvas.polygon(pose.apply(LEAF * (1.0, side)), colour)
-    canvas.line(pose.apply(LEAF[[0, 9]] * 0.95), _mix(colour, (235, 240, 200), 0.3), 0.05 * length)
+    canvas.polygon(pose.apply(LEAF * (1.0, side)), color)
+    canvas.line(pose.apply(LEAF[[0, 9]] * 0.95), _mix(color, (235, 240, 200), 0.3), 0.05 * length)
 
 
 def _draw_blade(canvas: Canvas, rng: np.random.Generator, root: Points, size: int) -> None:
     height, lean, half = size * rng.uniform(0.04, 0.14), size * rng.uniform(-0.05, 0.05), size * 0.006
-    colour = _vary(rng, _pick(rng, _LEAVES[:4]))
-    canvas.polygon(root + np.array([(-half, 0), (lean, -height), (half, 0)]), colour)
+    color = _vary(rng, _pick(rng, _LEAVES[:4]))
+    canvas.polygon(root + np.array([(-half, 0), (lean, -height), (half, 0)]), color)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mge.data.drawing import Colour, Plate, Species, draw_plate
+from mge.data.drawing import Color, Plate, Species, draw_plate
 from mge.parts import write_parts
 from mge_runtime.errors import InputError, OutputError
 
@@ -39,13 +39,13 @@ SPLITS = ("train", "val", "test")
 _DESCRIPTION = "field_guide.json"
 _CHUNK = 50  # images that a worker draws in one go
 # The names become folder names.
-_HOODS: tuple[tuple[str, Colour], ...] = (
+_HOODS: tuple[tuple[str, Color], ...] = (
     ("black", (26, 24, 28)),
     ("rufous", (186, 68, 28)),
     ("golden", (240, 196, 40)),
     ("azure", (44, 112, 206)),
 )
-_RINGS: tuple[tuple[str, Colour | None], ...] = (
+_RINGS: tuple[tuple[str, Color | None], ...] = (
     ("plain", None),
     ("white", (255, 255, 250)),
     ("scarlet", (226, 32, 40)),
@@ -62,10 +62,10 @@ def list_species(count: int) -> tuple[Species, ...]:
     and in fours that differ in the hood alone. The next twelve are finches, the last twelve creepers.
     """
     every = [
-        Species(f"{hood}-hooded-{ring}-eyed-{beak}", hood_colour, ring_colour, beak)
+        Species(f"{hood}-hooded-{ring}-eyed-{beak}", hood_color, ring_color, beak)
         for beak in _BEAKS
-        for hood, hood_colour in _HOODS
-        for ring, ring_colour in _RINGS
+        for hood, hood_color in _HOODS
+        for ring, ring_color in _RINGS
     ]
     return tuple(sorted(every[:count], key=lambda one: one.name))
 

@@ -29,7 +29,7 @@ __all__ = ["EpochSampler", "FolderDataset", "TrainingDataset", "batches", "make_
 
 
 def normalize(frame: np.ndarray, config: MGEConfig) -> Tensor:
-    """A frame, uint8 [S, S, 3] RGB, to a normalised float32 image [3, S, S]."""
+    """A frame, uint8 [S, S, 3] RGB, to a normalized float32 image [3, S, S]."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
     return (torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float() / 255 - mean) / std
 

@@ -31,7 +31,7 @@ from mge.training.recipe import TrainOptions, make_optimizer, make_schedule, to_
 from mge.training.record import Meter
 from mge_runtime.errors import InputError, TrainingError
 
-COLOURS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
+COLORS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,12 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("squares")
     random = np.random.default_rng(0)
     for split, count in (("train", 9), ("val", 3)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = random.integers(0, 255, (72, 80, 3), dtype=np.uint8)
                 top, left = random.integers(0, 40, 2)
-                pixels[top : top + 32, left : left + 32] = colour
+                pixels[top : top + 32, left : left + 32] = color
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
 
