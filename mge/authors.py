@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from mge.config import MGEConfig
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["AuthorsModel", "describe_foreign", "is_authors_state", "is_counter", "read_authors_state"]
+__all__ = ["describe_foreign", "is_authors_state", "is_counter", "read_authors_state"]
 
 # What is appended to the authors' names for expert 1, 2, 3: (trunk and global head; part and concatenated heads).
 _EXPERT_SUFFIXES = (("", ""), ("_box", "_1"), ("_box_2", "_2"))
@@ -51,29 +51,22 @@ def _all_names() -> dict[str, str]:
 _PREFIXES = _all_names()  # their prefix -> ours; no prefix is the beginning of another
 
 
-@dataclass(frozen=True)
-class AuthorsModel:
-    """What one of the authors' state dicts holds."""
-
-    arch: str  # "resnet50" or "resnet101"
-    num_classes: int  # C
-    parts_per_class: int  # channels of the part convolution for each class, 10 in the paper
-    gate_width: int  # hidden units of the gate, 512 in the paper
-    state: dict[str, Tensor]  # weights by the names of `mge.model.MGENet`, all of the model's but BatchNorm's counters
-
-
 def is_authors_state(state: Mapping[str, object]) -> bool:
     """Whether a state dict has the authors' names (with or without DataParallel's `module.`)."""
     names = {name.removeprefix("module.") for name in state}
     return {"classifier.fc.weight", "cls_cat.fc.weight"} <= names
 
 
-def read_authors_state(state: Mapping[str, Tensor], source: str) -> AuthorsModel:
+def read_authors_state(state: Mapping[str, Tensor], source: str) -> tuple[MGEConfig, dict[str, Tensor]]:
     """Rename the authors' weights and read the architecture from their shapes.
 
     Args:
         state: their state dict, with or without `module.` before each name.
         source: what to call the file in errors.
+
+    Returns:
+        A config whose sizes and thresholds are the paper's, and the weights by the names of `mge.model.MGENet`: all of
+        the model's but BatchNorm's counters.
 
     Raises:
         CheckpointError: a name is unknown or missing, or shapes are of no ResNet-50 or -101 with their heads.
@@ -87,7 +80,14 @@ def read_authors_state(state: Mapping[str, Tensor], source: str) -> AuthorsModel
         raise CheckpointError(
             f"{source}: conv6 has {parts} channels for {classes} classes; expected a multiple (10 a class in the paper)"
         )
-    return AuthorsModel(_arch(ours, source), classes, parts // classes, gate_width, ours)
+    config = MGEConfig(
+        arch=_arch(ours, source),
+        classes=tuple(f"class_{index}" for index in range(classes)),
+        parts_per_class=parts // classes,
+        gate_width=gate_width,
+        attention_head="first",  # their Grad-CAM is handed each expert's classifier but calls `model.classifier`
+    )
+    return config, ours
 
 
 def is_counter(name: str) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,9 @@ def load_checkpoint(
                 "expected one name a line for each class, in the order of the class indices"
             )
     if box_threshold is not None:
-        changes["box_thresholds"] = (float(box_threshold),) * (config.experts - 1)
-    if image_size is not None:
-        changes["image_size"] = image_size
-        changes["resize"] = round(image_size * config.resize / config.image_size)
-    if resize is not None:
-        changes["resize"] = resize
-    model.config = replace(config, **changes)
+        changes["box_thresholds"] = (box_threshold,)
+    changes |= {name: value for name, value in (("image_size", image_size), ("resize", resize)) if value is not None}
+    model.config = config.changed(**changes)
     return model
 
 
@@ -157,16 +153,11 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
     """
     source = load_checkpoint(path)
     same = source.config.classes == classes
-    if "image_size" in changes and "resize" not in changes:
-        resize = round(changes["image_size"] * source.config.resize / source.config.image_size)
-        changes = {**changes, "resize": resize}
-    if len(thresholds := changes.get("box_thresholds", ())) == 1:
-        changes = {**changes, "box_thresholds": thresholds * (source.config.experts - 1)}
     for name in ("arch", "experts", "normalize_features", *(("parts_per_class",) if same else ())):
         own = getattr(source.config, name)
         if changes.get(name, own) != own:
             raise TrainingError(f"{path} has {name} {own}, not {changes[name]}; leave the option out")
-    model = MGENet(replace(source.config, classes=classes, **changes))
+    model = MGENet(source.config.changed(classes=classes, **changes))
     state = source.state_dict()
     model.load_state_dict(
         {name: state[name] for name in state if same or not any(head in name for head in _HEADS)}, strict=False
@@ -178,19 +169,14 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
 
 
 def _own(content: dict[str, Any], source: str) -> tuple[MGEConfig, dict[str, Tensor], dict[str, Any] | None]:
-    version = content.get("version")
-    if type(version) is not int or version < 1:
-        raise CheckpointError(f"{source} has format version {version!r}; expected a number from 1 to {VERSION}")
-    if version > VERSION:
+    version, training = content.get("version"), content.get("training")
+    if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
-            f"{source} has format version {version}; this mge reads up to version {VERSION}, upgrade it"
+            f"{source} has format version {version!r}; this mge reads up to version {VERSION}, upgrade it"
         )
-    for key in ("config", "model"):
+    for key in ("config", "model", *(() if training is None else ("training",))):
         if not isinstance(content.get(key), dict):
-            raise CheckpointError(f"{source} has no {key!r}; expected a checkpoint that mge-train wrote")
-    training = content.get("training")
-    if training is not None and not isinstance(training, dict):
-        raise CheckpointError(f"{source}: 'training' is a {type(training).__name__}; expected a dict")
+            raise CheckpointError(f"{source} has no dict {key!r}; expected a checkpoint that mge-train wrote")
     try:
         config = MGEConfig.from_dict(content["config"])
     except CheckpointError as error:
@@ -204,15 +190,7 @@ def _authors(content: dict[str, Any], source: str) -> tuple[MGEConfig, dict[str,
     state = inner if isinstance(inner, dict) else content
     if not all(isinstance(name, str) for name in state) or not is_authors_state(state):
         raise CheckpointError(f"{source} {describe_foreign(content)}")
-    found = read_authors_state(_tensors(state, source), source)
-    config = MGEConfig(  # sizes and thresholds are the paper's, which its defaults are
-        arch=found.arch,
-        classes=tuple(f"class_{index}" for index in range(found.num_classes)),
-        parts_per_class=found.parts_per_class,
-        gate_width=found.gate_width,
-        attention_head="first",  # their Grad-CAM is handed each expert's classifier but calls `model.classifier`
-    )
-    return config, found.state
+    return read_authors_state(_tensors(state, source), source)
 
 
 def _tensors(state: dict[Any, Any], source: str) -> dict[str, Tensor]:

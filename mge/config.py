@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,14 @@ class MGEConfig:
     def preprocess(self) -> Preprocess:
         """What the runtime does to a decoded image before the chain."""
         return Preprocess(resize=self.resize, size=self.image_size, mean=self.mean, std=self.std)
+
+    def changed(self, **changes: Any) -> MGEConfig:
+        """The same model with other fields; one box threshold is for all crops, `resize` follows `image_size`."""
+        if "image_size" in changes:
+            changes = {"resize": round(changes["image_size"] * self.resize / self.image_size)} | changes
+        if len(thresholds := changes.get("box_thresholds", ())) == 1:
+            changes["box_thresholds"] = thresholds * (self.experts - 1)
+        return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint (lists for tuples)."""

@@ -192,6 +192,7 @@ def main(**options: Any) -> None:
 def _complete(options: dict[str, Any]) -> None:
     """Put the values that hang on others into the options of a new run."""
     from mge.archive import check_file
+    from mge.config import PAPER_THRESHOLD
 
     if options["data"] is None:
         raise click.UsageError("missing option '--data'")
@@ -201,7 +202,9 @@ def _complete(options: dict[str, Any]) -> None:
         raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
     if options["recipe"] == "paper" and (options["crop_area"] is not None or options["box_threshold"]):
         raise click.UsageError("--recipe paper fixes the box thresholds at the paper's; leave out the option for them")
-    if options["crop_area"] is None and not options["box_threshold"] and options["recipe"] == "default":
+    if options["recipe"] == "paper":
+        options["box_threshold"] = (PAPER_THRESHOLD,)
+    elif options["crop_area"] is None and not options["box_threshold"]:
         options["crop_area"] = CROP_AREA
     init = options["init"]
     if _is_own(init):
@@ -342,19 +345,12 @@ def _claimed(out: Path, *, claim: bool) -> Generator[None]:
         os.close(folder)
 
 
-def _thresholds(options: dict[str, Any]) -> tuple[float, ...]:
-    """What was asked for; one stands for every crop, none for the default."""
-    from mge.config import PAPER_THRESHOLD
-
-    return options["box_threshold"] or ((PAPER_THRESHOLD,) if options["recipe"] == "paper" else ())
-
-
 def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig:
     """The config that the options ask for; whether features are normalized by default hangs on the backbone."""
     from mge.config import PAPER_THRESHOLD, MGEConfig
 
     size, resize, crops = options["image_size"], options["resize"], options["experts"] - 1
-    thresholds = _thresholds(options) or (PAPER_THRESHOLD,)
+    thresholds = options["box_threshold"] or (PAPER_THRESHOLD,)
     return MGEConfig(
         arch=options["arch"],
         classes=classes,
@@ -385,8 +381,9 @@ def _make_model(
     if config is None:
         names = {field.name for field in fields(MGEConfig)}
         changes = {name: options[name] for name in given & names}
-        thresholds = _thresholds(options)
-        return fine_tuned(Path(init), classes, changes | ({"box_thresholds": thresholds} if thresholds else {}))
+        if options["box_threshold"]:
+            changes["box_thresholds"] = options["box_threshold"]
+        return fine_tuned(Path(init), classes, changes)
     if options["normalize_features"] is None:
         config = replace(config, normalize_features=has_linear_features(config.arch))
     model = MGENet(config)

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -294,7 +294,7 @@ class Trainer:
         config, target = self.model.config, self.options.crop_area or 1.0
         maps = predictions.heatmaps[: config.experts - 1]
         thresholds = tuple(propose_threshold(one, config.image_size, target)[0] for one in maps)
-        self.model.config = replace(config, box_thresholds=thresholds)
+        self.model.config = config.changed(box_thresholds=thresholds)
 
     def _validate(self, wrapped: Any) -> Predictions:
         """Predictions on the validation images, in the precision of training; to be called by all processes.

@@ -160,7 +160,7 @@ def test_options_stand_for_what_the_file_lacks(tmp_path, pairs):
 
 def test_trunk_follows_from_the_shapes():
     pairs = theirs_and_ours("resnet101", 200)
-    found = read_authors_state(authors_state(pairs, 200), "a.pth")
+    found, _ = read_authors_state(authors_state(pairs, 200), "a.pth")
     assert (found.arch, found.num_classes, found.parts_per_class, found.gate_width) == ("resnet101", 200, 10, 512)
     with pytest.raises(CheckpointError, match="3-8-36-3 blocks"):
         read_authors_state(authors_state(theirs_and_ours("resnet152", 200), 200), "a.pth")
