@@ -6,12 +6,13 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mge_runtime.errors import BundleError, CheckpointError
+from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
 from mge_runtime.manifest import read_class_names, read_preprocess
 from mge_runtime.spec import Preprocess
@@ -139,23 +140,16 @@ def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
         raise CheckpointError(f"cannot read the labels {path}: it is a folder, a pipe or a device; {_LABELS}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise CheckpointError(f"cannot read the labels {path}: {error.strerror}; {_LABELS}") from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"the labels {path} are not UTF-8 text; {_LABELS}") from error
-    names = [line.strip() for line in text.rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the labels {path}: {brief(error)}; {_LABELS}") from error
+    names = _without_numbers([line.strip() for line in text.rstrip().splitlines()])
     if not names or "\0" in text:
         raise CheckpointError(f"the labels {path} hold no names; {_LABELS}")
-    names = _without_numbers(names)
-    seen: dict[str, int] = {}
     for line, name in enumerate(names, 1):
         if not name:
             raise CheckpointError(f"the labels {path} have no name on line {line}; {_LABELS}")
-        if name in seen:
-            raise CheckpointError(
-                f"the labels {path} name {name!r} on lines {seen[name]} and {line}; expected names that differ"
-            )
-        seen[name] = line
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise CheckpointError(f"the labels {path} name {twice[0]!r} more than once; expected names that differ")
     return tuple(names)
 
 

@@ -87,15 +87,15 @@ class FieldGuide:
         Raises:
             InputError: a field lies outside its range.
         """
-        if not 2 <= self.species <= _MAX_SPECIES:
-            raise InputError(f"found {self.species} species, expected 2 to {_MAX_SPECIES}; choose a number there")
-        if self.size < 32:
-            raise InputError(f"found images of {self.size} pixels, expected at least 32; choose a larger size")
-        if self.seed < 0:
-            raise InputError(f"found seed {self.seed}, expected 0 or more; choose another seed")
-        for split in SPLITS:
-            if self.count(split) < 1:
-                raise InputError(f"found {self.count(split)} images for {split}, expected at least 1; ask for more")
+        ranges = [
+            ("seed", self.seed >= 0, "0 or more"),
+            ("species", 2 <= self.species <= _MAX_SPECIES, f"2 to {_MAX_SPECIES}"),
+            ("size", self.size >= 32, "at least 32 pixels"),
+            *((split, self.count(split) >= 1, "at least 1 image") for split in SPLITS),
+        ]
+        for name, good, expected in ranges:
+            if not good:
+                raise InputError(f"found {name} {getattr(self, name)}, expected {expected}; choose another number")
 
     def count(self, split: str) -> int:
         """Return the number of images in a split."""

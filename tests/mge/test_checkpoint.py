@@ -158,8 +158,8 @@ def test_labels_are_read(tmp_path, content, names):
         (b"", "hold no names"),
         (b"\n\n", "hold no names"),
         (b"a\n\nb\n", "no name on line 2"),
-        (b"a\nb\na\n", "name 'a' on lines 1 and 3"),
-        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"a\nb\na\n", "name 'a' more than once"),
+        (b"\xff\xfe\x00", "cannot read the labels .*utf-8"),
     ],
 )
 def test_labels_that_are_none(tmp_path, saved, content, message):

@@ -214,5 +214,5 @@ def test_command_prints_one_line_on_an_error(tmp_path):
     result = CliRunner().invoke(main, [str(tmp_path / "guide"), "--species", "99"])
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: found 99 species, expected 2 to 36")
+    assert result.stderr.startswith("error: found species 99, expected 2 to 36")
     assert not list(tmp_path.iterdir())

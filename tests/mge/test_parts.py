@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from mge.evaluation import top_k_correct, view_areas
 from mge.parts import part_report, read_parts, write_parts
 from mge_runtime.errors import InputError, OutputError
 
@@ -60,3 +61,15 @@ def test_bad_table_is_named_by_file_and_line(tmp_path, text, found):
         read_parts(tmp_path)
     assert "parts.csv" in str(caught.value)
     assert "expected" in str(caught.value)
+
+
+def test_top_k():
+    logits = np.array([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]])
+    labels = np.array([0, 1, 2])
+    assert top_k_correct(logits, labels, 1).tolist() == [True, False, False]
+    assert top_k_correct(logits, labels, 2).tolist() == [True, True, False]
+
+
+def test_view_areas_are_shares_of_the_first_view():
+    views = np.array([[[0, 0, 10, 20], [0, 0, 5, 20], [1, 1, 3, 11]]])
+    np.testing.assert_allclose(view_areas(views), [[1, 0.5, 0.1]])
