@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["PlainNet", "create_trunk", "has_linear_features", "pretrained_weights"]  # register_model appends the models
+__all__ = ["PlainNet", "create_trunk", "has_linear_features", "pretrained_weights"]  # and the models, registered
 
 
 def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
@@ -43,7 +43,7 @@ def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
             f"arch is {arch!r}; expected a timm CNN that offers features_only (see timm.list_models()): {error}"
         ) from error
     if strides != [16, 32]:
-        raise CheckpointError(f"arch {arch!r} ends at strides {strides}; expected a trunk with features at 16 and 32")
+        raise CheckpointError(f"arch {arch!r} ends at strides {strides}; expected features at 16 and 32")
     channels4, channels5 = trunk.feature_info.channels()
     return trunk, channels4, channels5
 
@@ -52,7 +52,8 @@ def has_linear_features(arch: str) -> bool:
     """Whether a trunk's last features can be negative, so that its heads need `normalize_features`."""
     trunk, _, _ = create_trunk(arch)
     with torch.inference_mode():
-        return bool(trunk.eval()(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))[-1].min() < 0)
+        image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        return bool(trunk.eval()(image)[-1].min() < 0)
 
 
 def pretrained_weights(arch: str, source: str) -> dict[str, Tensor]:
