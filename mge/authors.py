@@ -24,7 +24,7 @@ _EXPERT_SUFFIXES = (("", ""), ("_box", "_1"), ("_box_2", "_2"))
 _CONV4_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"}
 _UNUSED = "cls_cat_a."  # a head over all experts that their forward never calls
 _TRACKED = ".num_batches_tracked"  # a counter of BatchNorm that torch before 0.4.1 did not keep
-_ARCHS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # by the blocks in layer1..4
+_ARCHS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}  # blocks in layer1..4
 _NESTS = ("state_dict", "model", "model_state_dict", "net", "weights")  # where others keep their weights
 
 

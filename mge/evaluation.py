@@ -143,11 +143,11 @@ def view_areas(views: np.ndarray) -> np.ndarray:
 
 def summarize(predictions: Predictions) -> list[Row]:
     """One row for every head; the last one's is the whole's, for which a calibrated bundle has a temperature."""
-    labels = predictions.labels
-    rows = [
-        Row(name, *(float(top_k_correct(logits, labels, k).mean()) for k in (1, 5)), *_quality(logits, labels))
-        for name, logits in predictions.heads.items()
-    ]
+    rows, labels = [], predictions.labels
+    for name, logits in predictions.heads.items():
+        top1, top5 = (float(top_k_correct(logits, labels, k).mean()) for k in (1, 5))
+        nll, ece = _quality(logits, labels)
+        rows.append(Row(name, top1, top5, nll, ece))
     if predictions.temperature is not None:
         nll, ece = _quality(predictions.final / predictions.temperature, labels)
         rows[-1] = replace(rows[-1], calibrated_nll=nll, calibrated_ece=ece)

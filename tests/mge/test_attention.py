@@ -85,14 +85,6 @@ def test_maxima_fill_zero_to_one_and_are_zero_where_flat():
     assert torch.equal(scaled[1], torch.zeros(9, 2))
 
 
-@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
-def test_attention_box_equals_search_over_pixels(threshold):
-    cam = torch.randn(6, 7, 7, generator=torch.Generator().manual_seed(0))
-    for scaled, box in zip(upsampled(cam, 40).numpy(), attention_box(cam, 40, threshold).tolist(), strict=True):
-        rows, columns = np.nonzero(scaled >= np.float32(threshold))
-        assert box == [columns.min(), rows.min(), columns.max(), rows.max()]
-
-
 def test_crop_resize_equals_slicing_and_interpolating():
     random = np.random.default_rng(0)
     images = torch.randn(20, 3, 33, 33, generator=torch.Generator().manual_seed(0))

@@ -58,7 +58,7 @@ def names_in(folder):
 
 
 def refused(path, message, **options):
-    """Hold that a file is refused by one line that names it."""
+    """Check that a file is refused by one line that names it."""
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(path, **options)
     assert str(path) in str(caught.value)
@@ -332,7 +332,7 @@ def test_code_in_a_file_does_not_run(tmp_path, how, form):
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     refused(path, r"did not write, so it was not opened|Python object [\w.]+, which could run code")
     assert not witness.exists()
-    # The file is one that runs: otherwise nothing would be held above.
+    # The file is one that runs: otherwise nothing would be shown above.
     if form.startswith("pickle"):
         result = pickle.loads(path.read_bytes())["training"]
     else:

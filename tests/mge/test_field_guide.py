@@ -96,7 +96,7 @@ def ridge_accuracy(
 
 @pytest.fixture(scope="module")
 def probes():
-    """Pixels around the part and of the part, for 720 images to learn from and 360 to answer."""
+    """Pixels around the part and of the part, for 720 images to learn from and 360 to predict."""
     guide = FieldGuide(size=96)
     around, part = [], []
     indices = range(1080)

@@ -41,7 +41,7 @@ def test_diversity_is_one_for_equal_experts_and_trains_only_the_later_one():
     assert previous.grad is None
 
 
-def test_diversity_survives_a_certain_answer():
+def test_diversity_survives_certainty():
     certain = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
     for form in ("code", "paper"):
         diversity(certain, torch.tensor([[0.0, 300.0, -300.0]]), torch.tensor([0]), form).backward()

@@ -171,12 +171,12 @@ def test_the_table_of_a_checkpoint(trained, data, tmp_path):
     text = CliRunner().invoke(evaluate, arguments).output
     for name in ("expert 1 global", "expert 2 parts", "expert 3", "average", "mixture", "gate %", "crop area %"):
         assert name in text
-    file = tmp_path / "answers.npz"
+    file = tmp_path / "predictions.npz"
     result = json.loads(CliRunner().invoke(evaluate, [*arguments, "--json", "--predictions", str(file)]).output)
     assert result["images"] == 6
     assert sum(result["gate"]) == pytest.approx(1, abs=1e-5)
-    with np.load(file) as answers:
-        right = answers["logits/mixture"].argmax(1) == answers["labels"]
+    with np.load(file) as stored:
+        right = stored["logits/mixture"].argmax(1) == stored["labels"]
     assert result["heads"][-1]["top1"] == pytest.approx(right.mean())
 
 
