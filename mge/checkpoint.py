@@ -88,7 +88,7 @@ def load_checkpoint(
         labels: a text file with one class name a line, in the order of the class indices. None: the checkpoint's own
             names, "class_0", "class_1", ... for the authors'.
         box_threshold: in [0, 1), for every crop. None: the checkpoint's own, 0.2 for the authors'.
-        resize: pixels, the shorter side before the centre crop. None: the checkpoint's own (512 for the authors'), in
+        resize: pixels, the shorter side before the center crop. None: the checkpoint's own (512 for the authors'), in
             proportion where `image_size` changes.
         image_size: pixels, a multiple of 16, the side of every expert's input. None: the checkpoint's own, 448 for the
             authors'.
