@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mge.metrics import top_k_correct
+from mge.evaluation import top_k_correct
 from mge_export.differences import box_area, box_iou
 from mge_runtime.metrics import bootstrap_mean
 

@@ -19,8 +19,7 @@ import torch
 
 from mge.checkpoint import save_checkpoint
 from mge.config import MGEConfig
-from mge.model import MGENet
-from mge.pretrained import initialize_trunks
+from mge.model import MGENet, initialize_trunks
 from mge_runtime.cli.common import reports_errors
 
 EXPORT = "from mge_export.cli import main; main()"

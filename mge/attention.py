@@ -180,7 +180,7 @@ def attention_box(cam: Tensor, size: int, threshold: float) -> Tensor:
     Args:
         cam: [B, h, h].
         size: pixels, the side of the image that the map looks at.
-        threshold: in [0, 1); a pixel is kept where the normalised map is at least this.
+        threshold: in [0, 1); a pixel is kept where the normalized map is at least this.
 
     Returns:
         [B, 4] float32, see `extent_box`; the whole image where the map is flat.

@@ -120,7 +120,7 @@ def test_a_calibrated_bundle_shows_what_it_answers(data, files, tmp_path):
     assert row["calibrated_ece"] == pytest.approx(error, rel=1e-4)
     assert row["calibrated_ece"] != pytest.approx(row["ece"], rel=1e-3)
     text = CliRunner().invoke(evaluate, ["--data", str(data), "--workers", "0", "--engine", str(path)]).stdout
-    assert f"temperature 0.250, as mge-run answers: NLL {row['calibrated_nll']:.3f}" in text
+    assert f"temperature 0.250, as mge-run predicts: NLL {row['calibrated_nll']:.3f}" in text
     assert "the rows above are before any temperature" in text
     assert "15 bins of equal mass" in text
 

@@ -140,7 +140,7 @@ def main(
         raise click.UsageError("--verify-images 0 takes all images of --verify-data: name that folder, or a number")
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     from mge.archive import check_file
-    from mge.labels import read_labels
+    from mge.config import read_labels
     from mge_calibration.int8.images import CALIBRATION_FOLDER
     from mge_export.images import VERIFY_FOLDER
     from mge_export.targets import EnginePlan

@@ -93,7 +93,7 @@ class ExpertGraph(nn.Module):
         image = tensors.get(f"image_{k}", frame)
         assert image is not None  # noqa: S101 - the first expert has the frame, any other its image
         c4, c5 = self.expert.features(image)
-        logits = self.expert.answer(c5, self.expert.part_features(c4))
+        logits = self.expert.concat_logits(c5, self.expert.part_features(c4))
         _, gradient = self.dual_head(c5)
         heatmap = grad_cam(c5, gradient)
         tensors |= {f"logits_{k}": logits, f"heatmap_{k}": heatmap}

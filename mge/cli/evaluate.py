@@ -22,7 +22,7 @@ from mge_runtime.cli.common import (
 from mge_runtime.files import echo
 
 if TYPE_CHECKING:
-    from mge.evaluation import Answers
+    from mge.evaluation import Predictions
     from mge_runtime.pipeline import Pipeline
 
 __all__ = ["main"]
@@ -66,7 +66,7 @@ def main(
     --device, --backend, --threads and --no-mmap say how a bundle runs; a checkpoint runs on the CPU.
     """
     from mge.archive import check_file
-    from mge.report import figures, print_table, write_predictions
+    from mge.evaluation import figures, print_table, write_predictions
     from mge_runtime.errors import InputError
     from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, require_folder, validation_folder
 
@@ -82,7 +82,7 @@ def main(
     require_folder(folder, "test/<class>/*.jpg in it, or the class folders")
     if ckpt is not None:
         check_file(ckpt)  # before PyTorch is loaded, which takes seconds
-        answers, samples = _checkpoint_answers(ckpt, folder, batch, workers, max_pixels)
+        found, samples = _run_checkpoint(ckpt, folder, batch, workers, max_pixels)
     else:
         assert engine is not None  # noqa: S101 - the usage check above; for the type checker
         from mge_runtime.pipeline import Pipeline
@@ -90,20 +90,20 @@ def main(
         with Pipeline.open(
             engine, device, backend, threads, streams="auto", mmap=not no_mmap, max_pixels=max_pixels
         ) as pipeline:
-            answers, samples = _bundle_answers(pipeline, folder, batch, workers)
-    result = figures(answers, folder, [path for path, _ in samples])
+            found, samples = _run_bundle(pipeline, folder, batch, workers)
+    names = [path.relative_to(folder).as_posix() for path, _ in samples]
+    result = figures(found, folder, names)
     if predictions is not None:
-        write_predictions(predictions, answers, [path.relative_to(folder).as_posix() for path, _ in samples])
+        write_predictions(predictions, found, names)
     if as_json:
         echo(json.dumps(result, indent=2))
     else:
         print_table(result)
 
 
-def _checkpoint_answers(ckpt: Path, folder: Path, batch: int, workers: int, max_pixels: int) -> tuple[Answers, Any]:
+def _run_checkpoint(ckpt: Path, folder: Path, batch: int, workers: int, max_pixels: int) -> tuple[Predictions, Any]:
     from mge.checkpoint import load_checkpoint
-    from mge.data.folder import FolderDataset
-    from mge.data.loading import batches, make_loader
+    from mge.data.folder import FolderDataset, batches, make_loader
     from mge.evaluation import collect
     from mge_runtime.sources import list_labelled
 
@@ -113,7 +113,7 @@ def _checkpoint_answers(ckpt: Path, folder: Path, batch: int, workers: int, max_
     return collect(model, batches(loader)), samples
 
 
-def _bundle_answers(pipeline: Pipeline, folder: Path, batch: int, workers: int) -> tuple[Answers, Any]:
+def _run_bundle(pipeline: Pipeline, folder: Path, batch: int, workers: int) -> tuple[Predictions, Any]:
     from mge.evaluation import collect_bundle
     from mge_runtime.sources import list_labelled
 

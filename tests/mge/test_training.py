@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -23,20 +23,15 @@ from torch.utils.data import Dataset
 
 from mge.checkpoint import load_checkpoint, read_checkpoint
 from mge.config import MGEConfig
-from mge.data.folder import FolderDataset, TrainingDataset, random_crop
-from mge.data.loading import batches, make_loader
-from mge.data.sampling import EpochSampler
+from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader, random_crop
+from mge.data.splits import training_splits
 from mge.model import MGENet
-from mge.training.layout import to_training_layout
-from mge.training.loop import Trainer, within_noise
-from mge.training.optim import make_optimizer, make_schedule
-from mge.training.options import TrainOptions
-from mge.training.record import Board, Meter
-from mge.training.splits import training_splits
-from mge.training.state import Progress, load_progress, save_progress
+from mge.training.loop import Progress, Trainer, within_noise
+from mge.training.recipe import TrainOptions, make_optimizer, make_schedule, to_training_layout
+from mge.training.record import Meter
 from mge_runtime.errors import InputError, TrainingError
 
-COLOURS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
+COLORS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +39,12 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("squares")
     random = np.random.default_rng(0)
     for split, count in (("train", 9), ("val", 3)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = random.integers(0, 255, (72, 80, 3), dtype=np.uint8)
                 top, left = random.integers(0, 40, 2)
-                pixels[top : top + 32, left : left + 32] = colour
+                pixels[top : top + 32, left : left + 32] = color
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
 
@@ -189,13 +184,16 @@ def test_the_optimizer_s_state_goes_to_where_the_weights_are(make):
     assert momentum.dtype == torch.float64
 
 
-def test_an_epoch_that_was_not_saved_appears_once_in_tensorboard(tmp_path):
-    for first, values in ((1, (0.1, 0.2, 0.3)), (3, (0.4, 0.5))):  # the third epoch is trained again
-        with Board(tmp_path, first) as board:
-            for epoch, value in enumerate(values, first):
-                board.write({"epoch": epoch, "loss/total": value})
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/total")
-    assert [(event.step, round(event.value, 3)) for event in events] == [(1, 0.1), (2, 0.2), (3, 0.4), (4, 0.5)]
+def test_an_epoch_that_was_not_saved_appears_once_in_tensorboard(make):
+    one = make(epochs=1)
+    one.fit()
+    last = one.folder / "last.pt"
+    saved = last.read_bytes()
+    for _ in range(2):  # the second epoch is trained again
+        last.write_bytes(saved)
+        make(epochs=2, model=load_checkpoint(last)).fit(last)
+    events = EventAccumulator(str(one.folder / "tensorboard")).Reload().Scalars("loss/total")
+    assert [event.step for event in events] == [1, 2]
 
 
 def test_ctrl_c_is_as_before_after_training(make):
@@ -205,8 +203,8 @@ def test_ctrl_c_is_as_before_after_training(make):
 
 
 def test_what_a_run_leaves(make, monkeypatch):
-    drawn, draw = [], FigureCanvasAgg.print_png
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, path: (drawn.append(canvas), draw(canvas, path)))
+    drawn, draw = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), draw(self, *a, **k)))
     trainer = make()
     progress = trainer.fit()
     names = {path.name for path in trainer.folder.iterdir()}
@@ -220,7 +218,7 @@ def test_what_a_run_leaves(make, monkeypatch):
     )
     with Image.open(trainer.folder / "curves.png") as image:
         assert image.size[0] > 600
-    panels = drawn[-1].figure.axes
+    panels = drawn[-1].axes
     assert panels[-1].get_title().startswith("learning rate")
     for axes in panels:
         assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1, "it covers the curves"
@@ -399,16 +397,26 @@ def test_other_options_do_not_resume(make):
         trainer.fit(trainer.folder / "best.pt")
 
 
-@pytest.mark.parametrize(("before", "now", "step"), [(2, 1, 10), (1, 4, 1), (1, 1, 5)])
-def test_another_number_of_processes_goes_on_at_the_same_images(make, before, now, step):
-    trainer = make("run", epochs=1)
-    path, said = trainer.folder / "last.pt", []
+def test_another_number_of_processes_goes_on_at_the_same_images(make, capsys):
+    stopped = make(epochs=2, batch_size=2, kind=StopsInTheSecondEpoch)
+    last = stopped.folder / "last.pt"
+    assert stopped.fit().step == 2
+    content = torch.load(last)
+    content["training"]["processes"] = 3
+    torch.save(content, last)
+    first = []
+
+    class Watched(Trainer):
+        def _step(self, wrapped, optimizer, images, labels, progress):
+            first.append((progress.epoch, progress.step))
+            super()._step(wrapped, optimizer, images, labels, progress)
+
+    make(epochs=2, batch_size=2, kind=Watched, model=load_checkpoint(last)).fit(last)
+    assert first[0] == (1, 6)
+    assert "1 processes instead of 3: " in capsys.readouterr().out
     progress = Progress(step=5, sums={"part": 15.0})
-    save_progress(path, trainer.model, progress, trainer.options, {}, images="18", processes=before)
-    found = load_progress(path, trainer.options, {}, images="18", processes=now, say=said.append)
-    assert (found.step, found.sums["part"]) == (step, pytest.approx(3.0 * step))
-    assert said == ([] if now == before else [said[0]])
-    assert all(line.startswith(f"{now} processes instead of {before}: ") for line in said)
+    progress.move(10)
+    assert (progress.step, progress.sums["part"]) == (10, pytest.approx(30.0))
 
 
 def test_the_latest_epoch_within_noise_is_kept():
