@@ -7,6 +7,7 @@ import pytest
 
 from mge_runtime.bundle import Bundle, GraphModel, write_bundle
 from mge_runtime.errors import BuildError
+from mge_runtime.files import temporary_folder
 from mge_runtime.trt.attest import attest_engine
 
 GRAPHS = ("expert_1", "expert_2")
@@ -21,14 +22,15 @@ def rtx():
 
 
 def build_all(path, vendor, capabilities):
-    from mge_runtime.trt.batch import BatchRange
     from mge_runtime.trt.build import ahead_of_time, build_engines
     from mge_runtime.trt.builder import BuildOptions
+    from mge_runtime.trt.target import BatchRange
 
     with Bundle.open(path) as bundle:
         (target,) = ahead_of_time(vendor, capabilities)
         options = BuildOptions(BatchRange.parse("1,2,8"))
-        with build_engines(bundle, vendor, target, gpu=None, options=options) as new:
+        with temporary_folder("test") as folder:
+            new = build_engines(bundle, vendor, target, folder, gpu=None, options=options)
             return {graph: plan.stat().st_size for graph, plan in new.plans.items()}, new.details
 
 
@@ -44,7 +46,7 @@ def test_the_real_builder_takes_every_graph(quantised, rtx, capability):
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_in_the_parsed_network_quantised_convolutions_read_two_dequantize_layers(quantised, rtx, graph):
-    from mge_runtime.trt.network import parse_graph
+    from mge_runtime.trt.builder import parse_graph
 
     path = quantised.folder / f"{graph}.onnx"
     parsed = parse_graph(rtx, quantised.manifest.graph(graph), path.read_bytes(), path)

@@ -14,8 +14,7 @@ from mge_export.targets import EnginePlan
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
 from mge_runtime.interrupt import Interrupt
-from mge_runtime.machine import Machine
-from mge_runtime.machine_probe import describe_machine
+from mge_runtime.machine import Machine, describe_machine
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.trt.builder import build_engine
 from mge_runtime.trt.engines import BundleEngines

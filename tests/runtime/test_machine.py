@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mge_runtime import machine_probe
+import mge_runtime.machine
 from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.errors import InputError
-from mge_runtime.machine import Gpu, Machine
-from mge_runtime.machine_probe import describe_machine
+from mge_runtime.machine import Gpu, Machine, describe_machine
 
 RECORDED = sorted(Path(__file__).with_name("machines").glob("*.json"))
 ORIN = Machine(
@@ -66,7 +65,7 @@ def test_what_is_no_json_is_no_machine():
 def test_describing_a_machine_without_gpu_imports_no_library():
     code = (
         "import sys, time; start = time.process_time()\n"
-        "from mge_runtime.machine_probe import describe_machine\n"
+        "from mge_runtime.machine import describe_machine\n"
         "machine = describe_machine()\n"
         "print(time.process_time() - start, len(machine.gpus))\n"
         "print([name for name in ('onnxruntime', 'tensorrt_rtx', 'cuda.core', 'numpy') if name in sys.modules])"
@@ -101,7 +100,7 @@ def test_a_folder_of_type_stubs_is_no_library(tmp_path, monkeypatch):
     (tmp_path / "mge_test_stubs").mkdir()
     (tmp_path / "mge_test_stubs" / "__init__.pyi").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(machine_probe._LIBRARIES, "stubs", ("mge_test_stubs", ()))
+    monkeypatch.setitem(mge_runtime.machine._LIBRARIES, "stubs", ("mge_test_stubs", ()))
     assert "stubs" not in describe_machine().libraries
     (tmp_path / "mge_test_stubs" / "__init__.py").touch()
     importlib.invalidate_caches()
@@ -113,7 +112,7 @@ def test_a_library_that_cannot_be_imported_is_broken(tmp_path, monkeypatch):
     (tmp_path / "mge_test_sound.py").write_text("__version__ = '2.5'")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("broken", "sound"):
-        monkeypatch.setitem(machine_probe._LIBRARIES, name, (f"mge_test_{name}", ()))
+        monkeypatch.setitem(mge_runtime.machine._LIBRARIES, name, (f"mge_test_{name}", ()))
     names = ("broken", "sound")
     assert {name: describe_machine().libraries[name] for name in names} == {"broken": "unknown", "sound": "unknown"}
     machine = describe_machine(names, always=True)
@@ -123,7 +122,7 @@ def test_a_library_that_cannot_be_imported_is_broken(tmp_path, monkeypatch):
 
 
 def test_the_board_is_what_the_device_tree_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine_probe, "_MODEL", tmp_path / "model")
+    monkeypatch.setattr(mge_runtime.machine, "_MODEL", tmp_path / "model")
     assert describe_machine().board is None
     (tmp_path / "model").write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
     machine = describe_machine()
