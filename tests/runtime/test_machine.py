@@ -27,13 +27,6 @@ def test_recorded_machines_are_what_is_printed(path):
     assert bool(machine.gpus) == (machine.gpu_problem is None)
 
 
-def test_the_readme_says_which_were_recorded():
-    readme = RECORDED[0].with_name("README.md").read_text()
-    assert len(RECORDED) >= 10
-    assert "| `bare-cpu-x86_64.json` | yes" in readme
-    assert "| all others | **no**" in readme
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -88,10 +81,8 @@ def test_versions_from_metadata_are_those_of_the_modules():
 
 def test_where_no_driver_is_it_says_so():
     machine = describe_machine()
-    if machine.gpus:
-        pytest.skip("this machine has a GPU")
-    assert machine.gpu_problem
-    assert (machine.driver_cuda is None) == ("no NVIDIA driver is installed" in machine.gpu_problem)
+    assert bool(machine.gpus) != bool(machine.gpu_problem)
+    assert (machine.driver_cuda is None) == ("no NVIDIA driver is installed" in (machine.gpu_problem or ""))
     assert describe_machine(gpus=False).gpu_problem == "not asked for"
 
 

@@ -280,7 +280,7 @@ def store_engines(
 
 
 def _replace(path: Path, data: bytes) -> None:
-    part = path.with_suffix(".part")  # the caller holds the lock: nobody else writes it
+    part = path.with_name(".part")  # the caller holds the lock: nobody else writes it
     part.write_bytes(data)
     part.replace(path)
 
