@@ -103,11 +103,7 @@ class Machine:
 
     @classmethod
     def from_json(cls, data: bytes, document: str = "machine.json") -> Machine:
-        """Read what `to_json` wrote.
-
-        Args:
-            data: the bytes of the document.
-            document: what to call it in messages.
+        """Read what `to_json` wrote; messages call it `document`.
 
         Raises:
             InputError: no JSON, or a field that is missing, unknown or of the wrong type (named by its path).

@@ -26,18 +26,7 @@ from mge_runtime.machine import Gpu, Machine
 from mge_runtime.manifest import Entry, Manifest
 from mge_runtime.trt.target import LARGEST_BATCH, BatchRange, Target
 
-__all__ = [
-    "BundleEngines",
-    "CachedEngines",
-    "EngineDetails",
-    "EngineSet",
-    "FoundEngines",
-    "cache_folder",
-    "cached_engines",
-    "find_engines",
-    "store_engines",
-    "why_not",
-]
+__all__ = ["BundleEngines", "EngineDetails", "EngineSet", "FoundEngines", "find_engines", "store_engines", "why_not"]
 
 _DESCRIPTION = "engine.json"
 _ADVICE = "these engines are damaged or of another version of mge: build them again with mge-build"
