@@ -4,8 +4,6 @@ import dataclasses
 
 import pytest
 
-from mge_export.export import export_bundle
-from mge_export.images import generated_images
 from mge_export.precision import Precision
 from mge_runtime.bundle import Bundle, GraphModel, write_bundle
 from mge_runtime.errors import BuildError
@@ -59,18 +57,6 @@ def test_one_engine_serves_several_capabilities(exported):
 
 
 # --- Turing -------------------------------------------------------------------------------------------------------
-
-
-def test_turing_takes_half_heads(tiny, tmp_path):
-    model = tiny.make_model()
-    images = generated_images(model.config.preprocess, 4)
-    # Drawn images and untrained heads decide closely: what is checked here is the build, not the parity.
-    export_bundle(model, tmp_path / "mge.plan", Precision.FP16, images, half_linear=True, allow_mismatch=True)
-    _, details = build_all(tmp_path / "mge.plan", "sm75", batch="1,1,4")
-    assert set(details.precision["expert_1"]["layers"]["MATRIX_MULTIPLY"]) == {"float16"}
-    with Bundle.open(tmp_path / "mge.plan") as bundle:
-        assert bundle.manifest.precision["expert_1"]["heads"] == "fp16"
-        assert turing_refusal(bundle.manifest) is None
 
 
 def test_half_heads_predict_nearly_as_full_ones(tiny, photographs):
