@@ -22,7 +22,7 @@ RUN = """
 import sys, time
 import numpy as np
 from mge_runtime import Pipeline
-from mge_runtime.machine_probe import describe_machine
+from mge_runtime.machine import describe_machine
 describe_machine(always=True)
 end = time.monotonic() + float(sys.argv[2])
 with Pipeline.open(sys.argv[1], device="cpu", threads=1) as pipeline:

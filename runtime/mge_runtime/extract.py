@@ -14,8 +14,8 @@ from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path
 from mge_runtime.manifest import Manifest
 from mge_runtime.spec import BATCH, GraphSpec, TensorSpec
-from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.engines import BundleEngines
+from mge_runtime.trt.target import BatchRange
 
 __all__ = ["LABELS", "extract_bundle", "trtexec_script", "write_labels"]
 

@@ -9,8 +9,8 @@ from mge_runtime.backends import choose
 from mge_runtime.bundle import Bundle, add_engine, write_bundle
 from mge_runtime.errors import BackendError
 from mge_runtime.machine import Gpu, Machine
-from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.engines import EngineDetails
+from mge_runtime.trt.target import BatchRange
 
 FOLDER = Path(__file__).with_name("machines")
 NO_PLAN = b"no engine: whoever deserialises this fails"

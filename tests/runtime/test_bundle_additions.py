@@ -3,7 +3,6 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +13,9 @@ from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.bundle.layout import graph_entry, weights_entry
 from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import lock
-from mge_runtime.trt import keep
-from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt import build
 from mge_runtime.trt.engines import EngineDetails
-from mge_runtime.trt.request import TargetRequest
-from mge_runtime.trt.target import Target
+from mge_runtime.trt.target import BatchRange, Target, TargetRequest
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
 zip_entries = importlib.util.module_from_spec(spec)
@@ -216,25 +213,22 @@ def test_engines_are_added_to_a_bundle_that_is_not_published_yet(copy, tmp_path)
 # `mge-build --into-bundle` with engines that take no time to build.
 BUILD = """
 import sys
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from mge_runtime.cli.build import main
-from mge_runtime.trt import keep
-from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt import build
+from mge_runtime.trt.target import BatchRange
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import Target
 
-@contextmanager
-def build_engines(bundle, vendor, target, **options):
+def build_engines(bundle, vendor, target, folder, **options):
     plan = Path(sys.argv[1]).with_name("gate.engine")
     plan.write_bytes(b"an engine")
-    yield keep.NewEngines(target, {"expert_3": plan}, EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge"))
+    return build.NewEngines(target, {"expert_3": plan}, EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge"))
 
-class vendor: name, version = "tensorrt-rtx", "1.7"
-keep._vendor = lambda name, log: vendor
-keep.ahead_of_time = lambda vendor, capabilities: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")]
-keep.check_target = lambda manifest, target: None
-keep.build_engines = build_engines
+build.load_vendor = lambda name: SimpleNamespace(name=name, version="1.7", messages=SimpleNamespace())
+build.ahead_of_time = lambda vendor, capabilities: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")]
+build.build_engines = build_engines
 main([sys.argv[1], "--target", "rtx:sm86", "--into-bundle"])
 """
 CALIBRATE = """
@@ -283,18 +277,17 @@ def test_a_build_whose_progress_stops_it_while_it_waits_is_an_error_of_ours(copy
     plan = copy.with_name("gate.engine")
     plan.write_bytes(b"an engine")
     details = EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge")
-    vendor = SimpleNamespace(name="tensorrt-rtx", version="1.7")
-    monkeypatch.setattr(keep, "_vendor", lambda _name, _log: vendor)
-    monkeypatch.setattr(keep, "ahead_of_time", lambda *_: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")])
-    monkeypatch.setattr(keep, "check_target", lambda *_: None)
-    built = keep.NewEngines(Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64"), {"expert_3": plan}, details)
-    monkeypatch.setattr(keep, "build_engines", lambda *_, **__: nullcontext(built))
+    vendor = SimpleNamespace(name="tensorrt-rtx", version="1.7", messages=SimpleNamespace())
+    monkeypatch.setattr(build, "load_vendor", lambda _: vendor)
+    monkeypatch.setattr(build, "ahead_of_time", lambda *_: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")])
+    built = build.NewEngines(Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64"), {"expert_3": plan}, details)
+    monkeypatch.setattr(build, "build_engines", lambda *_, **__: built)
     before = copy.read_bytes()
     requests = [TargetRequest.parse("rtx:sm86")]
     with copy.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(BuildError, match="stopped while waiting for another process"):
-            keep.build_targets(copy, requests, into_bundle=True, progress=lambda *_: False)
+            build.build_targets(copy, requests, into_bundle=True, progress=lambda *_: False)
     assert [record.getMessage().isprintable() for record in caplog.records] == [True]
     assert copy.read_bytes() == before
 

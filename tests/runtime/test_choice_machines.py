@@ -10,9 +10,8 @@ from click.testing import CliRunner
 
 from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.cli.build import main as build
-from mge_runtime.machine_probe import describe_machine
-from mge_runtime.trt.cache import store_engines
-from mge_runtime.trt.found import find_engines
+from mge_runtime.machine import describe_machine
+from mge_runtime.trt.engines import find_engines, store_engines
 from mge_runtime.trt.target import Target
 
 place = Path(__file__).with_name("recorded_machines.py")
@@ -294,4 +293,4 @@ def test_engines_nobody_here_can_read_are_passed_over(make):
     choice = chosen(path, with_version(machines.RTX3060, "tensorrt-rtx", "1.8.0.1"))
     assert choice.engines is None
     assert "cannot be read: " in choice.remark
-    assert "is no target that this version of mge knows" in choice.remark
+    assert "which is no target" in choice.remark

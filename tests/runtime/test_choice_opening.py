@@ -14,10 +14,10 @@ from mge_runtime.backends import choose, open_backend
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.errors import BackendError, BuildError, BundleError
 from mge_runtime.pipeline import Pipeline
+from mge_runtime.trt.build import build_targets, native_library
 from mge_runtime.trt.builder import BuildOptions
-from mge_runtime.trt.keep import build_targets, native_library
-from mge_runtime.trt.request import TargetRequest
-from mge_runtime.trt.vendor import LIBRARIES, Messages, Vendor
+from mge_runtime.trt.target import TargetRequest
+from mge_runtime.trt.vendor import Messages, Vendor
 
 place = Path(__file__).with_name("recorded_machines.py")
 spec = importlib.util.spec_from_file_location("mge_tests_recorded_machines", place)
@@ -157,7 +157,7 @@ def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it():
 @pytest.mark.parametrize("machine", [machines.ORIN, machines.THOR, machines.RTX3060], ids=lambda m: m.gpus[0].name)
 def test_opening_builds_nothing_and_says_once_what_would(make, machine, monkeypatch, caplog):
     """It runs what is ready; nothing of a builder is even imported."""
-    for module in ("trt.build", "trt.builder", "trt.keep"):
+    for module in ("trt.build", "trt.builder"):
         monkeypatch.setitem(sys.modules, f"mge_runtime.{module}", None)
     path = make()
     monkeypatch.setattr("mge_runtime.pipeline.choose", partial(choose, machine=machine))
@@ -185,10 +185,10 @@ def test_scratch_memory_is_bounded_where_cpu_and_gpu_share_it(make, machine, opt
     """Up to the library's own builder, which stops here: full TensorRT cannot be installed."""
     monkeypatch.setenv("MGE_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "meminfo").write_text("MemTotal: 64000000 kB\nMemFree: 1 kB\nMemAvailable: 4000000 kB\n")
-    monkeypatch.setattr("mge_runtime.machine_probe._MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr("mge_runtime.trt.build._MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr("mge_runtime.trt.build.CudaDevice", lambda _: SimpleNamespace(activate=lambda: None))
-    vendor = Vendor(LIBRARIES["tensorrt"], machine.libraries["tensorrt"], None, None, Messages())
-    monkeypatch.setattr("mge_runtime.trt.keep.load_vendor", lambda _: vendor)
+    vendor = Vendor("tensorrt", machine.libraries["tensorrt"], None, None, Messages())
+    monkeypatch.setattr("mge_runtime.trt.build.load_vendor", lambda _: vendor)
     given, said = [], []
 
     def stop(*_, options, **__):

@@ -7,10 +7,9 @@ import pytest
 from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.extract import extract_bundle, trtexec_script
 from mge_runtime.machine import Gpu
-from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt.build import build_targets
 from mge_runtime.trt.engines import EngineDetails
-from mge_runtime.trt.keep import build_targets
-from mge_runtime.trt.request import TargetRequest
+from mge_runtime.trt.target import BatchRange, TargetRequest
 
 
 @pytest.fixture

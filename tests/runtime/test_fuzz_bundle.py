@@ -23,8 +23,8 @@ from mge_runtime.bundle import Bundle, add_calibration, add_engine
 from mge_runtime.cli.info import describe
 from mge_runtime.cli.info_text import info_lines
 from mge_runtime.machine import Machine
-from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.engines import EngineDetails
+from mge_runtime.trt.target import BatchRange
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
 zip_entries = importlib.util.module_from_spec(spec)

@@ -13,12 +13,9 @@ from mge_runtime.cli.common import reports_errors
 from mge_runtime.cli.info import main
 from mge_runtime.cli.info_parity import parity_lines
 from mge_runtime.files import format_bytes
-from mge_runtime.machine import Gpu, Machine
-from mge_runtime.machine_probe import describe_machine
-from mge_runtime.trt.batch import BatchRange
-from mge_runtime.trt.cache import store_engines
-from mge_runtime.trt.engines import EngineDetails
-from mge_runtime.trt.target import Target
+from mge_runtime.machine import Gpu, Machine, describe_machine
+from mge_runtime.trt.engines import EngineDetails, store_engines
+from mge_runtime.trt.target import BatchRange, Target
 
 MACHINES = Path(__file__).with_name("machines")
 

@@ -51,7 +51,8 @@ def open_backend(
 
 
 def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool) -> Backend:
-    from mge_runtime.trt.fit import build_command, why_not
+    from mge_runtime.trt.engines import why_not
+    from mge_runtime.trt.target import build_command
     from mge_runtime.trt.vendor import load_vendor
 
     vendor, machine, engines = load_vendor(choice.backend), choice.machine, choice.engines
@@ -59,8 +60,7 @@ def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool) -> Backend:
         raise BackendError(f"{choice} names no machine or no engines; expected what `choose` returned")
     # Package metadata chose the engines; the library itself has the last word, before anything is deserialised.
     here = replace(machine, libraries={**machine.libraries, vendor.name: vendor.version})
-    built = engines.description.plans
-    if problem := why_not(engines.target, engines.details, built, here, choice.gpu, bundle.manifest):
+    if problem := why_not(engines, here, choice.gpu, bundle.manifest):
         command = build_command(choice.backend, machine, choice.gpu, bundle.path)
         raise BackendError(f"{engines.target} {engines.place} {problem}; build again: {command}")
     from mge_runtime.backends.tensorrt import TensorRTBackend

@@ -11,8 +11,7 @@ from mge_runtime.machine import Gpu, Machine
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
-    from mge_runtime.trt.engines import EngineSet
-    from mge_runtime.trt.found import FoundEngines
+    from mge_runtime.trt.engines import EngineSet, FoundEngines
 
 __all__ = ["Candidate", "candidates"]
 
@@ -73,8 +72,8 @@ def _cuda_core(machine: Machine) -> str:
 
 
 def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *, cache: bool) -> Iterator[Candidate]:
-    from mge_runtime.trt.fit import library_refusal
-    from mge_runtime.trt.found import find_engines
+    from mge_runtime.trt.engines import find_engines
+    from mge_runtime.trt.vendor import library_refusal
 
     found = [] if bundle is None else find_engines(bundle, machine, gpu, cache=cache)
     for name in ("tensorrt", "tensorrt-rtx"):
@@ -97,7 +96,7 @@ def _without_engines(
 
     Opening builds nothing: it would take minutes, and on a Jetson most of the memory, where somebody waits for answers.
     """
-    from mge_runtime.trt.fit import build_command, rtx_refusal
+    from mge_runtime.trt.target import build_command, rtx_refusal
 
     if bundle is not None and name == "tensorrt-rtx" and (refusal := rtx_refusal(gpu, bundle.manifest)) is not None:
         return Candidate(name, device, False, refusal)

@@ -118,7 +118,7 @@ def device_name(text: str) -> str:
 
 
 def _this_machine(device: str, backend: str) -> Machine:
-    from mge_runtime.machine_probe import describe_machine
+    from mge_runtime.machine import describe_machine
 
     if device == "cpu":
         return describe_machine((), gpus=False, quick=True)
@@ -153,7 +153,7 @@ def _grouped(candidates: Sequence[Candidate]) -> str:
 
 
 def _build_advice(backend: str, machine: Machine, gpu: Gpu, bundle: Bundle) -> str:
-    from mge_runtime.trt.fit import build_command, rtx_refusal
+    from mge_runtime.trt.target import build_command, rtx_refusal
 
     if backend == "tensorrt-rtx" and rtx_refusal(gpu, None) is not None:
         return f"build for it with full TensorRT: {build_command('tensorrt', machine, gpu, bundle.path)}"

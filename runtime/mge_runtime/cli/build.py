@@ -36,14 +36,9 @@ _MEGABYTE = 1_000_000
 @click.option("--opt-level", type=click.IntRange(0, 5), help="0 builds quickest, 5 runs quickest.  [default: 3]")
 @click.option(
     "--workspace",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1_000_000),
     metavar="MB",
     help="Scratch memory a layer may use.  [default: all; on a Jetson a quarter of what is available]",
-)
-@click.option(
-    "--timing-cache",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="File of measured kernels, read and written.  [default: one for each device, in the cache]",
 )
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--device", default="cuda:0", show_default=True, help="The GPU to build for.")
@@ -57,7 +52,6 @@ def main(
     batch: str,
     opt_level: int | None,
     workspace: int | None,
-    timing_cache: Path | None,
     backend: str,
     device: str,
     verbose: int,
@@ -68,8 +62,8 @@ def main(
     build that is stopped leaves the bundle as it was.
     """
     with interruptible("the build", f"{bundle} is as it was; run it again", BuildError) as interrupt:
-        from mge_runtime.trt.keep import build_targets
-        from mge_runtime.trt.request import TargetRequest
+        from mge_runtime.trt.build import build_targets
+        from mge_runtime.trt.target import TargetRequest
 
         requests = [TargetRequest.parse(text) for text in dict.fromkeys(targets)]
         if any(request.capabilities for request in requests) and not into_bundle:
@@ -77,7 +71,7 @@ def main(
                 "engines that are built ahead of time are for other machines, so they are kept in the bundle; add "
                 "--into-bundle"
             )
-        options = build_options(batch, opt_level, workspace, timing_cache)
+        options = build_options(batch, opt_level, workspace)
 
         def kept(target: str, place: str) -> None:
             echo(f"{target}: {place}")
@@ -101,14 +95,12 @@ def main(
     )
 
 
-def build_options(batch: str, opt_level: int | None, workspace: int | None, timing_cache: Path | None) -> BuildOptions:
+def build_options(batch: str, opt_level: int | None, workspace: int | None) -> BuildOptions:
     """The options of the command line as `BuildOptions`; `workspace` is in MB."""
-    from mge_runtime.trt.batch import BatchRange
     from mge_runtime.trt.builder import BuildOptions
+    from mge_runtime.trt.target import BatchRange
 
-    return BuildOptions(
-        BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE, timing_cache
-    )
+    return BuildOptions(BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE)
 
 
 if __name__ == "__main__":

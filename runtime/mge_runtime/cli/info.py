@@ -62,7 +62,7 @@ def main(
 ) -> None:
     """Show what is inside BUNDLE (default: mge.plan) and what would run here and why."""
     if show_machine:
-        from mge_runtime.machine_probe import describe_machine
+        from mge_runtime.machine import describe_machine
 
         echo(describe_machine(always=True).to_json().decode(), nl=False)
         return
@@ -120,8 +120,8 @@ def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
     Raises:
         BundleError: a calibration or an engine's description is damaged or belongs to another manifest.
     """
-    from mge_runtime.machine_probe import describe_machine
-    from mge_runtime.trt.found import find_engines
+    from mge_runtime.machine import describe_machine
+    from mge_runtime.trt.engines import find_engines
 
     calibration = bundle.calibration()
     recorded = machine is not None

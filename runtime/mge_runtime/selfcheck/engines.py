@@ -16,10 +16,8 @@ from mge_runtime.files import temporary_folder
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.selfcheck.check import Check, judged, not_run
 from mge_runtime.selfcheck.subject import Subject
-from mge_runtime.trt.batch import BatchRange
-from mge_runtime.trt.engines import BundleEngines, EngineDetails, EngineSet
-from mge_runtime.trt.found import find_engines
-from mge_runtime.trt.target import Target
+from mge_runtime.trt.engines import BundleEngines, EngineDetails, EngineSet, find_engines
+from mge_runtime.trt.target import BatchRange, Target
 from mge_runtime.trt.vendor import load_vendor
 
 __all__ = ["check_attested", "check_refused"]

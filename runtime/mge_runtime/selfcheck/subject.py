@@ -87,7 +87,7 @@ def open_subject(
     """
     from mge_runtime.backends import choose
     from mge_runtime.bundle import Bundle
-    from mge_runtime.machine_probe import describe_machine
+    from mge_runtime.machine import describe_machine
     from mge_runtime.pipeline import Pipeline
 
     with Bundle.open(path) as bundle:
