@@ -27,7 +27,7 @@ from torch import nn
 
 from mge.attention import crop_resize
 from mge_export.graph import OPSET
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 
 onnxruntime = load_onnxruntime()
 

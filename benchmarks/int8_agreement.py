@@ -158,7 +158,7 @@ def quantize_static_chain(graphs: tuple[ExpertGraph, ...], models: Models, frame
 
     It is given the graphs in FP32, since it cannot read FP16 ones without changing them.
     """
-    from mge_runtime.backends.ort import load_onnxruntime
+    from mge_runtime.backends.onnxruntime import load_onnxruntime
 
     quantization = load_onnxruntime("onnxruntime.quantization")
 

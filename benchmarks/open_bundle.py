@@ -34,7 +34,7 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": pea
 """
 _BUNDLE = """
 import sys, time
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.pipeline import Pipeline
 load_onnxruntime()
 threads = int(sys.argv[2])
@@ -45,7 +45,7 @@ seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_st
 _FILES = """
 import sys, time
 import mge_runtime.pipeline
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 onnxruntime = load_onnxruntime()
 threads = int(sys.argv[2])
 start, cpu_start = time.perf_counter(), time.process_time()

@@ -104,7 +104,7 @@ def _version(distributions: tuple[str, ...]) -> str:
 
 def _import(name: str, libraries: dict[str, str], broken: dict[str, str]) -> None:
     """Import a library: it gets the version that the module itself names, or goes to `broken`."""
-    from mge_runtime.backends.ort import load_onnxruntime
+    from mge_runtime.backends.onnxruntime import load_onnxruntime
 
     try:
         module: Any = load_onnxruntime() if name == "onnxruntime" else importlib.import_module(_LIBRARIES[name][0])

@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import preload_libraries
-from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.chain import Chain
 from mge_runtime.errors import BackendError, BundleError

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.bench import deadline, fresh, inputs, measure, pipelined, rounds, run, toolchain
 from mge_runtime.bench.deadline import NO_TIME, Deadline
 from mge_runtime.bench.report import BenchReport

@@ -11,9 +11,8 @@ from onnx import TensorProto, helper
 
 from mge_runtime import BackendError, BundleError, Pipeline
 from mge_runtime.backends.base import Backend
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, _Sessions
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, _Sessions, load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.calibrated import ExitPoint
 from mge_runtime.chain import Chain

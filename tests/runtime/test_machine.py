@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mge_runtime import machine_probe
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.errors import InputError
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.machine_probe import describe_machine

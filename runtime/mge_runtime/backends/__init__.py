@@ -54,14 +54,15 @@ def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool) -> Backend:
     from mge_runtime.trt.fit import build_command, why_not
     from mge_runtime.trt.vendor import load_vendor
 
-    vendor, machine, engines = load_vendor(choice.backend), choice.machine, choice.engines
-    if machine is None or choice.gpu is None or engines is None:
+    machine, gpu, engines = choice.machine, choice.gpu, choice.engines
+    if machine is None or gpu is None or engines is None:
         raise BackendError(f"{choice} names no machine or no engines; expected what `choose` returned")
-    # Package metadata chose the engines; the library itself has the last word, before anything is deserialised.
+    vendor = load_vendor(choice.backend)
+    # Package metadata chose the engines; the library itself has the last word, before anything is deserialized.
     here = replace(machine, libraries={**machine.libraries, vendor.name: vendor.version})
     built = engines.description.plans
-    if problem := why_not(engines.target, engines.details, built, here, choice.gpu, bundle.manifest):
-        command = build_command(choice.backend, machine, choice.gpu, bundle.path)
+    if problem := why_not(engines.target, engines.details, built, here, gpu, bundle.manifest):
+        command = build_command(choice.backend, machine, gpu, bundle.path)
         raise BackendError(f"{engines.target} {engines.place} {problem}; build again: {command}")
     from mge_runtime.backends.tensorrt import TensorRTBackend
 

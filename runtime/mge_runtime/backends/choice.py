@@ -7,12 +7,12 @@ it is decided from descriptions: of the machine, and of the engines.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mge_runtime.backends.candidates import Candidate, candidates
 from mge_runtime.errors import BackendError
 from mge_runtime.machine import Gpu, Machine
 
@@ -24,7 +24,24 @@ __all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_name"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # best first
 _CUDA = re.compile(r"cuda|(?:cuda:)?(\d{1,4})", re.ASCII)
+_CUDA_PROVIDER = "CUDAExecutionProvider"
 _AUTO = "leave device and backend at auto, which takes what runs here"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the chain."""
+
+    backend: str
+    device: str  # "cpu" or "cuda:0"
+    available: bool
+    reason: str  # why it can or cannot run here
+    engines: EngineSet | None = None  # that fit, for the TensorRT backends
+    command: str | None = None  # that builds engines for it, where these are all that is missing
+
+    def __str__(self) -> str:
+        """For example "onnxruntime on cpu"."""
+        return f"{self.backend} on {self.device}"
 
 
 @dataclass(frozen=True)
@@ -47,10 +64,8 @@ class Choice:
         """Why a GPU that is here is not used, or not by TensorRT; None: it is, or there is none."""
         if self.machine is None or not (self.machine.gpus or self.machine.driver_cuda):
             return None
-        if self.backend != "onnxruntime":
-            return None
         better = [c for c in self.passed_over if c.device != "cpu"]
-        return f"running with {self}; not with {_grouped(better)}" if better else None
+        return f"running with {self}; not with {_grouped(better)}" if self.backend == "onnxruntime" and better else None
 
     @property
     def command(self) -> str | None:
@@ -65,8 +80,7 @@ class Choice:
     @property
     def gpu(self) -> Gpu | None:
         """The GPU that runs; None on the CPU."""
-        gpus = () if self.machine is None or self.device == "cpu" else self.machine.gpus
-        return gpus[self.device_index] if self.device_index < len(gpus) else None
+        return None if self.machine is None else _gpu(self.machine, self.device)
 
 
 def choose(
@@ -92,10 +106,9 @@ def choose(
     device = device_name(device)
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"the backend is {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    cuda = "cuda:0" if device in ("auto", "cpu") else device
     cache = machine is None if cache is None else cache
     machine = _this_machine(device, backend) if machine is None else machine
-    every = candidates(machine, _index(cuda), bundle, cache=cache)
+    every = _candidates(machine, "cuda:0" if device in ("auto", "cpu") else device, bundle, cache=cache)
     wanted = [c for c in every if backend in ("auto", c.backend) and device in ("auto", c.device)]
     best = next((c for c in wanted if c.available), None)
     if best is None:
@@ -129,11 +142,96 @@ def _index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
+def _gpu(machine: Machine, device: str) -> Gpu | None:
+    return next(iter(machine.gpus[_index(device) :]), None) if device != "cpu" else None
+
+
+def _candidates(machine: Machine, device: str, bundle: Bundle | None, *, cache: bool) -> list[Candidate]:
+    """Every way to run on one GPU of a machine and on its CPU, in the order of preference."""
+    gpu = _gpu(machine, device)
+    problem = _gpu_missing(machine) if gpu is None else _cuda_core_missing(machine)
+    if gpu is None or problem is not None:
+        gpus = [Candidate(name, device, False, str(problem)) for name in BACKENDS]
+    else:
+        gpus = [*_tensorrt(machine, gpu, device, bundle, cache=cache), _onnxruntime_cuda(machine, device, bundle)]
+    missing = _onnxruntime_missing(machine, "cpu")
+    reason = "runs anywhere; nothing faster is available here" if missing is None else missing
+    return [*gpus, Candidate("onnxruntime", "cpu", missing is None, reason)]
+
+
+def _gpu_missing(machine: Machine) -> str:
+    if not machine.gpus:
+        return machine.gpu_problem or "this machine has no NVIDIA GPU"
+    last = len(machine.gpus) - 1
+    return f"this machine has no such GPU; expected cuda:0{f' to cuda:{last}' if last else ''}"
+
+
+def _cuda_core_missing(machine: Machine) -> str | None:
+    install = f'pip install "cuda-core[cu{(machine.driver_cuda or "13").partition(".")[0]}]"'
+    if (error := machine.broken.get("cuda-core")) is not None:
+        return f"cuda-core cannot be imported ({error}): {install}"
+    return None if "cuda-core" in machine.libraries else f"cuda-core is not installed: {install}"
+
+
+def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *, cache: bool) -> Iterator[Candidate]:
+    """Both libraries, with engines that fit or with what would build them, unless it cannot build the model.
+
+    Opening builds nothing: it would take minutes, and on a Jetson most of the memory, where somebody waits.
+    """
+    from mge_runtime.trt.fit import build_command, library_refusal, rtx_refusal
+    from mge_runtime.trt.found import find_engines
+
+    found = [] if bundle is None else find_engines(bundle, machine, gpu, cache=cache)
+    for name in ("tensorrt", "tensorrt-rtx"):
+        theirs = [engines for engines in found if engines.backend == name]
+        refusal = library_refusal(name, machine, gpu)
+        fitting = next((f.engines for f in theirs if f.engines is not None and f.problem is None), None)
+        if refusal is None and fitting is not None:
+            reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
+            yield Candidate(name, device, True, reason, fitting)
+            continue
+        if refusal is None and name == "tensorrt-rtx" and bundle is not None:
+            refusal = rtx_refusal(gpu, bundle.manifest)
+        if refusal is not None:
+            yield Candidate(name, device, False, refusal)
+            continue
+        command = build_command(name, machine, gpu, Path("mge.plan") if bundle is None else bundle.path)
+        why = "; ".join(f"{engines} {engines.problem}" for engines in theirs) or "the bundle has none"
+        reason = f"no engines are ready for {gpu} ({why}); build them: {command}"
+        yield Candidate(name, device, False, reason, command=command)
+
+
+def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle | None) -> Candidate:
+    has_cuda, missing = _CUDA_PROVIDER in machine.providers, _onnxruntime_missing(machine, "gpu")
+    version = machine.libraries.get("onnxruntime")
+    if machine.is_jetson and not has_cuda:
+        reason = "onnxruntime-gpu has no wheel for the GPU of a Jetson"
+    elif missing is not None:
+        reason = missing
+    elif not has_cuda:
+        install = 'pip uninstall onnxruntime, then pip install "mge[gpu]"'
+        reason = f"onnxruntime {version} here is the build for CPUs: {install}"
+    elif bundle is not None and bundle.manifest.is_int8:
+        # On the CPU its optimizer changed every output of such graphs, which have variants of their own there.
+        reason = "INT8 has not been checked with ONNX Runtime on CUDA: use TensorRT, or a bundle in FP16"
+    else:
+        return Candidate("onnxruntime", device, True, f"runs the ONNX graphs with onnxruntime {version} on CUDA")
+    return Candidate("onnxruntime", device, False, reason)
+
+
+def _onnxruntime_missing(machine: Machine, extra: str) -> str | None:
+    if (error := machine.broken.get("onnxruntime")) is not None:
+        return f'onnxruntime cannot be imported ({error}); install it again: pip install "mge[{extra}]"'
+    if "onnxruntime" not in machine.libraries:
+        return f'the module onnxruntime is not installed: pip install "mge[{extra}]"'
+    return None
+
+
 def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle | None) -> str:
+    """What was asked for, what was found, what is here, what to do."""
     reasons = _grouped(wanted) or f"{backend} runs on NVIDIA GPUs alone"
     asked = f"nothing can run device {device!r} and backend {backend!r} ({reasons})"
-    index = _index(device)
-    gpu = machine.gpus[index] if device != "cpu" and index < len(machine.gpus) else None
+    gpu = _gpu(machine, device)
     if gpu is None:
         cpu = device in ("auto", "cpu") and backend in ("auto", "onnxruntime")
         return f"{asked}; " + ('install it: pip install "mge[cpu]"' if cpu else _AUTO)

@@ -1,27 +1,31 @@
-"""ONNX Runtime on the CPU: a session for each graph of the chain, one after the other."""
+"""ONNX Runtime: how it is imported and opens a graph, and the chain on the CPU.
+
+Its sessions read weights from the bundle itself: each graph's references to `<graph>.weights` are pointed at the bundle
+file and the place of that entry in it, so ONNX Runtime maps them as it maps an ordinary external-data file. A bundle
+that is overwritten in place changes the weights of sessions that are open; with `mmap=False` they are loaded instead
+(docs/adr/0004 has the cost).
+"""
 
 from __future__ import annotations
 
+import importlib
+import math
+import os
+import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mge_runtime.backends.base import Backend, Executor, ExecutorResult, Streams, split
-from mge_runtime.backends.ort import (
-    check_border,
-    import_onnxruntime,
-    load_weights,
-    one_line,
-    session_options,
-    weights_checked,
-)
-from mge_runtime.bundle.onnx_graph import located_graph
+from mge_runtime.bundle.layout import weights_entry
+from mge_runtime.bundle.onnx_graph import external_tensors, located_graph
 from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import BackendError
-from mge_runtime.manifest import FRAME, Manifest
+from mge_runtime.errors import BackendError, BundleError, one_line
+from mge_runtime.manifest import FRAME
 
 if TYPE_CHECKING:
     from mge_runtime.backends.base import Array
@@ -29,9 +33,167 @@ if TYPE_CHECKING:
     from mge_runtime.calibrated import ExitPoint
     from mge_runtime.spec import GraphSpec
 
-__all__ = ["OnnxRuntimeBackend", "integer_entries"]
+__all__ = [
+    "OnnxRuntimeBackend",
+    "import_onnxruntime",
+    "integer_entries",
+    "load_onnxruntime",
+    "open_session",
+    "session_options",
+    "weights_checked",
+]
 
+# The first release with `session.model_external_initializers_file_folder_path` (microsoft/onnxruntime #23557).
+_OLDEST = (1, 22)
+# NumPy's name of TensorProto.DataType, of those that `mge-export` writes.
+_DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
 _MOST_STREAMS = 8  # each keeps activations of its own: with "auto", memory must not grow with the number of processors
+
+
+def load_onnxruntime(module: str = "onnxruntime") -> Any:
+    """Import ONNX Runtime: the one place that does, since some things must be said before and directly after.
+
+    From 1.29 on it sends telemetry, and writes an identifier and a queue below HOME, as soon as it is loaded. Unless
+    the environment already says something else, `ORT_DISABLE_TELEMETRY=1` keeps it from all of that.
+
+    Args:
+        module: "onnxruntime", or one of its submodules.
+
+    Raises:
+        ImportError: it is missing or broken.
+    """
+    off = os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1") == "1"
+    first = "onnxruntime" not in sys.modules
+    ort: Any = importlib.import_module("onnxruntime")
+    if first:  # else it is the program's own, as the program set it up
+        ort.set_default_logger_severity(_log_severity())
+        if off:
+            ort.disable_telemetry_events()  # on Windows the variable is not read
+    return ort if module == "onnxruntime" else importlib.import_module(module)
+
+
+def _log_severity() -> int:
+    """From which severity on ONNX Runtime's C++ code writes to stderr, past Python: 4, fatal errors alone.
+
+    What fails is raised as an error of ours, and its warnings are about choices that a user did not make. The
+    environment variable MGE_VERBOSE asks for more: 1 for warnings (2) and errors (3), 2 for everything (0).
+    """
+    return {"1": 2, "2": 0}.get(os.environ.get("MGE_VERBOSE", ""), 4)
+
+
+def import_onnxruntime(install: str = 'pip install "mge[cpu]"') -> Any:
+    """The module `onnxruntime`.
+
+    Args:
+        install: the command that installs it.
+
+    Raises:
+        BackendError: it is missing, broken or too old.
+    """
+    try:
+        ort = load_onnxruntime()
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+            raise BackendError(f"the backend onnxruntime needs the module onnxruntime: {install}") from error
+        raise BackendError(f"onnxruntime cannot be imported: {one_line(error)}; install it again: {install}") from error
+    if tuple(int(part) for part in ort.__version__.split(".")[:2]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise BackendError(f"onnxruntime {ort.__version__} is too old; expected {oldest} or newer: {install}")
+    return ort
+
+
+def session_options(ort: Any, bundle: Bundle) -> Any:
+    """Session options under which a `located_graph` finds its weights; it computes in one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _log_severity()
+    folder = str(bundle.path.parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    return options
+
+
+def open_session(ort: Any, bundle: Bundle, spec: GraphSpec, options: Any, providers: Sequence[Any]) -> Any:
+    """Open a graph of a bundle; whoever calls checks the weights, with `weights_checked`.
+
+    Args:
+        ort: the module `onnxruntime`.
+        bundle: where graph and weights lie.
+        spec: what the manifest says of the graph.
+        options: made by `session_options`.
+        providers: of execution, best first; where the CPU's is the first, the graph's variant for CPUs is opened.
+
+    Raises:
+        BundleError: the graph is damaged, or has other inputs or outputs than the manifest says.
+        BackendError: ONNX Runtime cannot open it.
+    """
+    graph = located_graph(bundle, spec.name, cpu=providers[0] == "CPUExecutionProvider")
+    loaded = {} if bundle.maps_weights else _loaded_weights(ort, bundle, graph)
+    if loaded:  # the open session has copies of its own
+        options.add_external_initializers(list(loaded), list(loaded.values()))
+    try:
+        session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's errors have no base class but Exception
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} cannot open graph {spec.name}: {one_line(error)[:300]}"
+        ) from error
+    _check_tensors(spec, session)
+    return session
+
+
+def _loaded_weights(ort: Any, bundle: Bundle, graph: bytes) -> dict[str, Any]:
+    """The weights of a `located_graph` in memory, by name, where they may not be mapped."""
+    values: dict[str, Any] = {}
+    for tensor in external_tensors(graph):
+        array = np.fromfile(bundle.path, np.uint8, tensor.length, offset=tensor.offset)
+        dtype, dims = _DTYPES.get(tensor.data_type), tensor.dims
+        if dtype is None or array.nbytes != math.prod(dims) * np.dtype(dtype).itemsize:
+            raise BundleError(
+                f"{bundle.path}: weight {tensor.name!r} has {array.nbytes} bytes for a tensor of ONNX type "
+                f"{tensor.data_type} and shape {list(dims)}; it was changed after it was written: export it again"
+            )
+        values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array.view(dtype).reshape(dims))
+    return values
+
+
+def _check_tensors(spec: GraphSpec, session: Any) -> None:
+    """Names, types and shapes of inputs and outputs must be those of the manifest."""
+    advice = "export the bundle again"
+    for role, nodes, tensors in (
+        ("inputs", session.get_inputs(), spec.inputs),
+        ("outputs", session.get_outputs(), spec.outputs),
+    ):
+        found, expected = {node.name: node for node in nodes}, sorted(tensor.name for tensor in tensors)
+        if sorted(found) != expected:
+            raise BundleError(
+                f"the graph {spec.name} has the {role} {sorted(found)}; the manifest says {expected}: {advice}"
+            )
+        for tensor in tensors:
+            kind, shape = found[tensor.name].type, found[tensor.name].shape
+            # The first axis is the batch; others may have no size in the graph, and then have it when it runs.
+            fits = len(shape) == len(tensor.shape) and all(
+                axis == size or not isinstance(axis, int)
+                for axis, size in zip(shape[1:], tensor.shape[1:], strict=True)
+            )
+            if kind != f"tensor({tensor.dtype.replace('float32', 'float')})" or not fits:
+                raise BundleError(
+                    f"the graph {spec.name} has {tensor.name} as {kind} {shape}; the manifest says {tensor.dtype} "
+                    f"{list(tensor.shape)}: {advice}"
+                )
+
+
+@contextmanager
+def weights_checked(bundle: Bundle) -> Generator[None]:
+    """Open sessions inside this block: the weights are checked against their CRC-32 in other threads meanwhile.
+
+    Raises:
+        BundleError: an entry is damaged, or the file was replaced meanwhile.
+    """
+    names = [weights_entry(graph.name) for graph in bundle.manifest.graphs]
+    with bundle.verifying([name for name in names if name in bundle.sizes], quick=True):
+        yield
+    if not bundle.in_place():
+        raise BundleError(f"{bundle.path} was replaced while it was being opened; open it again")
 
 
 def integer_entries() -> dict[str, str]:
@@ -77,8 +239,8 @@ class OnnxRuntimeBackend(Backend):
             BackendError: ONNX Runtime cannot run a graph.
         """
         with weights_checked(bundle):
-            sessions = {graph.name: self._open(bundle, graph) for graph in bundle.manifest.graphs}
-        return _Sessions(bundle.manifest, sessions)
+            sessions = {spec.name: self._open(bundle, spec) for spec in bundle.manifest.graphs}
+        return _Sessions(bundle.manifest.graphs, sessions)
 
     def _open(self, bundle: Bundle, spec: GraphSpec) -> Any:
         options = session_options(self._ort, bundle)
@@ -88,34 +250,20 @@ class OnnxRuntimeBackend(Backend):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         for key, value in integer_entries().items() if bundle.manifest.is_int8 else ():
             options.add_session_config_entry(key, value)
-        graph = located_graph(bundle, spec.name, cpu=True)
-        loaded = load_weights(self._ort, options, bundle, graph)
-        try:
-            session: Any = self._ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors have no base class but Exception
-            raise BackendError(
-                f"ONNX Runtime {self.version} cannot open graph {spec.name}: {one_line(error)}"
-            ) from error
-        del loaded
-        check_border(spec.name, session, spec.inputs, spec.outputs)
-        return session
+        return open_session(self._ort, bundle, spec, options, ["CPUExecutionProvider"])
 
 
 class _Sessions(Executor):
-    """Passes tensors from graph to graph by name; a tensor is dropped after its last reader."""
+    """Passes tensors from graph to graph by name."""
 
-    def __init__(self, manifest: Manifest, sessions: Mapping[str, Any]) -> None:
-        self._graphs = manifest.graphs
-        self._sessions = dict(sessions)
+    def __init__(self, graphs: Sequence[GraphSpec], sessions: dict[str, Any]) -> None:
+        self._graphs = graphs
+        self._sessions = sessions
 
     def run(
         self, frames: Array, graphs: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
     ) -> ExecutorResult:
-        """As `Executor.run`; the steps that are timed are the graphs.
-
-        Raises:
-            BackendError: a graph failed.
-        """
+        """As `Executor.run`; the steps that are timed are the graphs."""
         order = self._graphs[:graphs]
         # After its last reader a tensor is dropped: a batch of images for every expert is most of the memory.
         last_use = {tensor.name: number for number, graph in enumerate(order) for tensor in graph.inputs}
@@ -150,7 +298,7 @@ class _Sessions(Executor):
         try:
             values = self._sessions[graph.name].run(names, {tensor.name: known[tensor.name] for tensor in graph.inputs})
         except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in graph {graph.name}: {one_line(error)}") from error
+            raise BackendError(f"ONNX Runtime failed in graph {graph.name}: {one_line(error)[:300]}") from error
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ def main(folder: str, frame: str, size: str, threads: str, provider: str, *stage
     """
     import numpy as np
 
-    from mge_runtime.backends.ort import load_onnxruntime
+    from mge_runtime.backends.onnxruntime import load_onnxruntime
 
     onnxruntime = load_onnxruntime()
 

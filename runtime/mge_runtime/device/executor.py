@@ -1,33 +1,34 @@
-"""The chain on a device: frames in, wanted tensors out, everything between in device memory."""
+"""The chain on a device: where its tensors lie, which image lies in which row, and the runs over them."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mge_runtime.backends.base import Executor, ExecutorResult, Span, split
-from mge_runtime.device.arena import Arena
-from mge_runtime.device.plan import aligned, made_in, read_after
-from mge_runtime.device.programs import MOST_BATCHES, Programs
-from mge_runtime.device.rows import Rows
-from mge_runtime.device.space import Space
-from mge_runtime.device.unit import Unit
+from mge_runtime.device.program import MOST_BATCHES, Addresses, Programs, Unit, shape_of
 from mge_runtime.errors import BackendError
 from mge_runtime.manifest import FRAME, Manifest
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mge_runtime.backends.base import Array
     from mge_runtime.calibrated import ExitPoint
-    from mge_runtime.device.base import Device, Event, Stream
+    from mge_runtime.device.base import BorrowedMemory, Device, Event, HostBuffer, Stream
     from mge_runtime.fields import JsonValue
+    from mge_runtime.spec import TensorSpec
 
-__all__ = ["DeviceExecutor"]
+__all__ = ["DeviceExecutor", "Place", "Rows", "Space"]
 
+_ALIGNMENT = 256  # bytes: what TensorRT asks of device memory
 # Held by one run of this process until its program is captured or known never to be. Until then libraries allocate,
 # search for kernels and capture, some of it in threads of their own, and what one pipeline allocates or frees may end
 # what another captures; so opening and closing hold it too. Later runs do none of that and do not wait. Reentrant: a
@@ -38,9 +39,9 @@ _FIRST_RUNS = threading.RLock()
 class DeviceExecutor(Executor):
     """Runs units in turn on one stream of one device.
 
-    One run copies the frames in, launches the first units and copies the wanted tensors out, then waits
-    once. Where images may stop early it waits after each exit point too, for the answer there; images that go on are
-    moved together on the device, and all results are copied out at the end. It is used from one thread at a time.
+    One run copies the frames in, launches the units and copies the wanted tensors out, then waits once. Where images
+    may stop early it waits after each exit point too, for the logits there; images that go on are moved together on the
+    device, and all results are copied out at the end. It is used from one thread at a time.
 
     Args:
         manifest: of the chain.
@@ -71,17 +72,15 @@ class DeviceExecutor(Executor):
             for unit in open_units(device, self._stream):
                 stack.callback(unit.close)
                 self._units.append(unit)
-            limits = [unit.max_batch for unit in self._units if unit.max_batch is not None]
-            self.max_batch = min(limits, default=None)
-            self._min_batch = max((unit.min_batch for unit in self._units), default=1)
-            self._arena = Arena(device, [unit.scratch_bytes for unit in self._units])
-            stack.callback(self._arena.close)
+            self.max_batch = min((u.max_batch for u in self._units if u.max_batch is not None), default=None)
+            self._min_batch = max(unit.min_batch for unit in self._units)
             self._events = [device.create_event() for _ in range(4)]
             for event in self._events:
                 stack.callback(event.close)
-            self._space = Space(device, manifest, self.max_batch or 1)
+            self._scratch = [_aligned(unit.scratch_bytes) for unit in self._units]
+            self._space = Space(device, manifest, self.max_batch or 1, max(self._scratch))
             stack.callback(lambda: self._space.close())
-            self._programs = Programs(device, self._stream, self._units, self._arena, graphs=graphs)
+            self._programs = Programs(device, self._stream, self._units, graphs=graphs)
             stack.callback(self._programs.close)
             self._resources = stack.pop_all()
         self._open = True
@@ -118,24 +117,19 @@ class DeviceExecutor(Executor):
         "opened" is what units say of themselves, as the layout they compute in and why not in another; "copies" are
         those between host and device, "row_copies" those that move images together on the device.
         """
-        copies = self._device.counters
+        copies = self._device.copies
         return {
             "device": self._device.name,
             "units": len(self._units),
             "opened": {unit.name: dict(unit.opened) for unit in self._units if unit.opened},
             "max_batch": self.max_batch,
-            "scratch_bytes": self._arena.shared,
-            "scratch_bytes_if_not_shared": self._arena.unshared,
-            "tensor_bytes": self._space.plan.size,
+            "scratch_bytes": max(self._scratch),
+            "scratch_bytes_if_not_shared": sum(self._scratch),
+            "tensor_bytes": self._space.tensor_bytes,
             "host_buffer_bytes": self._device.allocated_host,
             "programs": self._programs.report(),
-            "copies": {
-                "host_to_device": copies.host_to_device,
-                "host_to_device_bytes": copies.host_to_device_bytes,
-                "device_to_host": copies.device_to_host,
-                "device_to_host_bytes": copies.device_to_host_bytes,
-            },
-            "row_copies": {"on_device": copies.on_device, "on_device_bytes": copies.on_device_bytes},
+            "copies": {name: number for name, number in copies.items() if "host" in name},
+            "row_copies": {name: number for name, number in copies.items() if "host" not in name},
         }
 
     def close(self) -> None:
@@ -152,7 +146,7 @@ class DeviceExecutor(Executor):
     ) -> ExecutorResult:
         """Run; `turn` holds the turn of this process's first runs where one is needed, also while an error passes."""
         batch = len(frames)
-        if batch > self._space.plan.max_batch:  # units without a limit
+        if batch > self._space.max_batch:  # units without a limit
             with _FIRST_RUNS:  # it allocates
                 self._grow(1 << (batch - 1).bit_length())  # seldom: addresses change, graphs are lost
         space, stream, manifest = self._space, self._stream, self._manifest
@@ -165,17 +159,17 @@ class DeviceExecutor(Executor):
             size = self._fitting(len(rows.running), batch)
             if not self._programs.is_settled(size, span.first, span.last):
                 turn.enter_context(_FIRST_RUNS)
-            program = self._programs.get(size, span.first, span.last, space)
+            program = self._programs.get(span.first, span.last, space.addresses(size))
             if span is spans[0]:
                 self._upload(frames, before_upload)
             stream.record(before_span)
             program.enqueue()
             stream.record(after_span)
-            rows.add(made_in(manifest, span.first, span.last))
+            rows.add(_made_in(manifest, span.first, span.last))
             # What is wanted is copied out once, behind the last span.
-            fetched = self._fetch(rows) if span.point is None else self._fetch_answer(span.point.answer, rows)
-            stream.record(after_download)
-            stream.synchronize()
+            fetched = self._download(
+                rows.counts() if span.point is None else {span.point.answer: len(rows.running)}, after_download
+            )
             program.done()
             turn.close()
             if span is spans[0]:
@@ -187,27 +181,43 @@ class DeviceExecutor(Executor):
             graphs_run[rows.running[stops]] = span.last
             if stops.all():
                 stream.record(after_span)
-                fetched = self._fetch(rows)
-                stream.record(after_download)
-                stream.synchronize()
+                fetched = self._download(rows.counts(), after_download)
                 break
             if stops.any():
-                rows.leave(stops, read_after(manifest, span.last, spans[-1].last), self._device, space, stream)
+                rows.leave(stops, _read_after(manifest, span.last, spans[-1].last), self._device, space, stream)
         times_ms["download"] = after_download.ms_since(after_span)
         # Rows go back to the order of the frames.
-        tensors = {name: view[np.argsort(rows.images(name))] for name, view in fetched.items()}
+        tensors = {name: view[np.argsort(rows.images[name])] for name, view in fetched.items()}
         passed = (time.perf_counter() - start) * 1e3
         times_ms["host"] = max(0.0, passed - sum(times_ms.values()))
         step_graphs = {_step(span, spans): span.first for span in spans}
         return ExecutorResult(tensors, times_ms, graphs_run, step_graphs)
 
     def _upload(self, frames: Array, before: Event) -> None:
-        place = self._space.plan.places[FRAME]
-        size = place.size(len(frames))
-        buffer = self._space.frames
-        buffer.array[:size].reshape(frames.shape)[...] = frames
+        buffer, memory = self._space.frames, self._space.rows(FRAME, 0, len(frames))
+        buffer.array[: memory.size].reshape(frames.shape)[...] = frames
         self._stream.record(before)
-        self._device.upload(self._space.slab.borrow(place.offset, size), buffer, size, self._stream)
+        self._device.upload(memory, buffer, memory.size, self._stream)
+
+    def _download(self, counts: Mapping[str, int], after: Event) -> dict[str, Array]:
+        """Copy so many first rows of each tensor out, and wait for all that was enqueued.
+
+        Returns:
+            Views of a host buffer, until the next download.
+        """
+        memory = {name: self._space.rows(name, 0, count) for name, count in counts.items()}
+        buffer = self._space.results(sum(_aligned(part.size) for part in memory.values()))
+        views: dict[str, Array] = {}
+        offset = 0
+        for name, part in memory.items():
+            self._device.download(buffer, offset, part, part.size, self._stream)
+            spec = self._space.places[name].spec
+            array = buffer.array[offset : offset + part.size].view(np.dtype(spec.dtype))
+            views[name] = array.reshape(shape_of(spec, counts[name]))
+            offset += _aligned(part.size)
+        self._stream.record(after)
+        self._stream.synchronize()
+        return views
 
     def _fitting(self, running: int, batch: int) -> int:
         """Rows to compute for the images that still run: some more, where that keeps the number of batch sizes small.
@@ -218,52 +228,174 @@ class DeviceExecutor(Executor):
         return min(batch, max(self._min_batch, -(-running // step) * step))
 
     def _grow(self, batch: int) -> None:
-        before = self._space.plan.max_batch
+        before = self._space.max_batch
         self._programs.close()
         self._space.close()
         try:
-            self._space = Space(self._device, self._manifest, batch)
+            self._space = Space(self._device, self._manifest, batch, max(self._scratch))
         except BaseException:  # too large for the device: what ran before runs again
-            self._space = Space(self._device, self._manifest, before)
+            self._space = Space(self._device, self._manifest, before, max(self._scratch))
             raise
-
-    def _fetch(self, rows: Rows) -> dict[str, Array]:
-        """Enqueue the copies of the wanted tensors; the views are filled after the stream has been waited for."""
-        return self._download({name: len(rows.images(name)) for name in rows.made})
-
-    def _fetch_answer(self, name: str, rows: Rows) -> dict[str, Array]:
-        return self._download({name: len(rows.running)})
-
-    def _download(self, counts: dict[str, int]) -> dict[str, Array]:
-        """Enqueue the copies of so many rows of each tensor."""
-        places = [(self._space.plan.places[name], count) for name, count in counts.items()]
-        buffer = self._space.answers(sum(aligned(place.size(count)) for place, count in places))
-        views: dict[str, Array] = {}
-        offset = 0
-        for place, count in places:
-            size = place.size(count)
-            source = self._space.slab.borrow(place.offset, size)
-            self._device.download(buffer, offset, source, size, self._stream)
-            array = buffer.array[offset : offset + size].view(np.dtype(place.spec.dtype))
-            views[place.spec.name] = array.reshape(place.shape(count))
-            offset += aligned(size)
-        return views
 
     def _check(self, frames: Array) -> None:
         if not self._open:
             raise BackendError("the chain is closed; open the bundle again with Pipeline.open")
-        frame = self._space.plan.places[FRAME]
         batch, least, most = len(frames), self._min_batch, self.max_batch
         if batch < least or (most is not None and batch > most):
             raise BackendError(
                 f"asked to run {batch} frames at once; the engines were built for {least} to {most or 'any number'}: "
                 f"build them for this too with `mge-build --batch {min(batch, least)},{least},{max(batch, most or 1)}`"
             )
-        if frames.dtype != np.dtype(frame.spec.dtype) or frames.shape != frame.shape(batch):
+        spec = self._space.places[FRAME].spec
+        if frames.dtype != np.dtype(spec.dtype) or frames.shape != shape_of(spec, batch):
             raise BackendError(
                 f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
-                f"expected {frame.spec.dtype} {list(frame.shape(batch))}"
+                f"expected {spec.dtype} {list(shape_of(spec, batch))}"
             )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor lies."""
+
+    spec: TensorSpec
+    offset: int  # bytes from the slab's start, a multiple of 256
+    row_bytes: int  # of one image's part; rows follow each other without a gap
+
+
+class Space:
+    """One slab of device memory, and host buffers beside it.
+
+    Every tensor between graphs has a place of its own, so that any of them can be asked for after a run. Behind them
+    lie a spare row and the scratch memory, which all units share since they run in turn on one stream.
+
+    Args:
+        device: allocates.
+        manifest: of the chain.
+        max_batch: images there is room for, at least 1.
+        scratch: bytes that the neediest unit asks for.
+
+    Raises:
+        BackendError: memory is short; nothing is left behind.
+    """
+
+    def __init__(self, device: Device, manifest: Manifest, max_batch: int, scratch: int) -> None:
+        self.max_batch = max_batch
+        self.places: dict[str, Place] = {}
+        self.tensor_bytes = 0
+        specs = {tensor.name: tensor for graph in manifest.graphs for tensor in (*graph.inputs, *graph.outputs)}
+        for name in sorted(specs):
+            row_bytes = prod(shape_of(specs[name], 1)) * np.dtype(specs[name].dtype).itemsize
+            self.places[name] = Place(specs[name], self.tensor_bytes, row_bytes)
+            self.tensor_bytes += _aligned(max_batch * row_bytes)
+        spare = _aligned(max(place.row_bytes for place in self.places.values()))
+        self._device = device
+        self._scratch = self.tensor_bytes + spare, scratch
+        with ExitStack() as stack:
+            self._slab = device.allocate(self.tensor_bytes + spare + scratch)
+            stack.callback(self._slab.close)
+            self.spare = self._slab.borrow(self.tensor_bytes, spare)  # a row for a moment, where two change places
+            self.frames = device.allocate_host(max_batch * self.places[FRAME].row_bytes)
+            stack.callback(self.frames.close)
+            self._resources = stack.pop_all()
+        self._results: HostBuffer | None = None
+
+    def rows(self, name: str, first: int, count: int) -> BorrowedMemory:
+        """Some rows of a tensor."""
+        place = self.places[name]
+        return self._slab.borrow(place.offset + first * place.row_bytes, count * place.row_bytes)
+
+    def addresses(self, batch: int) -> Addresses:
+        """What units are told."""
+        base, (offset, size) = self._slab.address, self._scratch
+        tensors = {name: base + place.offset for name, place in self.places.items()}
+        return Addresses(batch, tensors, base + offset, size)
+
+    def results(self, size: int) -> HostBuffer:
+        """A host buffer of at least `size` bytes; what the last one held is gone."""
+        if self._results is None or self._results.size < size:
+            self._close_results()
+            self._results = self._device.allocate_host(max(size, 1))
+        return self._results
+
+    def close(self) -> None:
+        """Release everything; closing twice does nothing."""
+        with self._resources:
+            self._close_results()
+
+    def _close_results(self) -> None:
+        if self._results is not None:
+            self._results.close()
+            self._results = None
+
+
+class Rows:
+    """Which image lies in which row of each tensor of a run, where images that stop leave the batch.
+
+    Every tensor keeps its place; images that still run are moved to its first rows by copies on the device. A row that
+    is wanted at the end changes places with another and is never lost, so results wait where they were made.
+
+    Args:
+        batch: images at its start.
+        wanted: tensors whose rows are all kept, for the images that ran so far.
+    """
+
+    def __init__(self, batch: int, wanted: Collection[str]) -> None:
+        self.running: NDArray[np.intp] = np.arange(batch)  # the images that still run, by row
+        self.images: dict[str, NDArray[np.intp]] = {}  # the image in each row, by name of the wanted tensors so far
+        self._wanted = wanted
+
+    def counts(self) -> dict[str, int]:
+        """How many rows each wanted tensor has that was made, by name in alphabetical order."""
+        return {name: len(self.images[name]) for name in sorted(self.images)}
+
+    def add(self, tensors: Collection[str]) -> None:
+        """These tensors were made, with a row for each image that still runs."""
+        self.images |= {name: self.running.copy() for name in tensors if name in self._wanted}
+
+    def leave(
+        self, stops: NDArray[np.bool_], needed: Iterable[str], device: Device, space: Space, stream: Stream
+    ) -> None:
+        """Let images leave: enqueue the copies that move those that go on to the first rows.
+
+        Args:
+            stops: for each image that still runs, whether it leaves, by row.
+            needed: tensors that are read afterwards; the rows of others stay where they are.
+            device: copies.
+            space: where the tensors lie.
+            stream: takes the copies.
+        """
+        stay = int(np.count_nonzero(~stops))
+        free = np.flatnonzero(stops[:stay])  # rows that are left, each filled from behind
+        behind = stay + np.flatnonzero(~stops[stay:])
+        for name in needed:
+            images = self.images.get(name)
+            for front, back in zip(free.tolist(), behind.tolist(), strict=True):
+                first, last = space.rows(name, front, 1), space.rows(name, back, 1)
+                if images is not None:
+                    device.copy_device(space.spare, first, first.size, stream)
+                device.copy_device(first, last, first.size, stream)
+                if images is not None:
+                    device.copy_device(last, space.spare, first.size, stream)
+            if images is not None:
+                images[free], images[behind] = images[behind], images[free]
+        self.running[free] = self.running[behind]
+        self.running = self.running[:stay]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _made_in(manifest: Manifest, first: int, last: int) -> set[str]:
+    """The outputs of graphs `first` to `last` - 1, counted from 0."""
+    return {tensor.name for graph in manifest.graphs[first:last] for tensor in graph.outputs}
+
+
+def _read_after(manifest: Manifest, first: int, last: int) -> list[str]:
+    """Tensors from before graph `first` that it and those up to `last` - 1 read, by name."""
+    read = {tensor.name for graph in manifest.graphs[first:last] for tensor in graph.inputs}
+    return sorted(read - _made_in(manifest, first, last))
 
 
 def _step(span: Span, spans: Sequence[Span]) -> str:
