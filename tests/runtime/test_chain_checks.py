@@ -210,5 +210,5 @@ def test_the_borders_of_graphs_are_compared_with_the_manifest_when_they_open(tin
     models = {graph.spec.name: graph.model() for graph in made}
     write_bundle(tmp_path / "mge.plan", replace(manifest, graphs=graphs), models)
     for backend in BACKENDS:
-        with pytest.raises(BundleError, match=r"has image_3 as tensor\(float\) .*; the manifest says"):
+        with pytest.raises(BundleError, match=r"has the output 'image_3' as float32 .*; the manifest says"):
             open_chain(tmp_path / "mge.plan", backend)

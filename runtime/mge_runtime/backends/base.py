@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from mge_runtime.errors import BundleError
 from mge_runtime.fields import JsonValue
 
 if TYPE_CHECKING:
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
 
     from mge_runtime.bundle import Bundle
     from mge_runtime.calibrated import ExitPoint
+    from mge_runtime.spec import GraphSpec
 
     Array: TypeAlias = NDArray[np.generic]
 
-__all__ = ["Backend", "Executor", "ExecutorResult", "Span", "Streams", "split"]
+__all__ = ["Backend", "Executor", "ExecutorResult", "Found", "Span", "Streams", "check_tensors", "split"]
 
 Streams: TypeAlias = "int | Literal['auto']"  # runs in flight at once; "auto": as many as give the most images a second
+Found: TypeAlias = "Mapping[str, tuple[str, Sequence[object]]]"  # by name: NumPy's name of its type, and its shape
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,27 @@ class Backend(ABC):
             BundleError: an entry is damaged.
             BackendError: the backend cannot run a graph.
         """
+
+
+def check_tensors(graph: GraphSpec, inputs: Found, outputs: Found, advice: str) -> None:
+    """Check what a library says of the inputs and outputs of a graph that it opened.
+
+    Args:
+        graph: as the manifest has it.
+        inputs: as the library has them; axes that are no numbers get their size when the graph runs.
+        outputs: the same.
+        advice: what to do where they differ.
+
+    Raises:
+        BundleError: a name, a type or a shape differs.
+    """
+    for role, found, tensors in (("input", inputs, graph.inputs), ("output", outputs, graph.outputs)):
+        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        for name in sorted(found.keys() | expected.keys()):
+            (kind, shape), (dtype, wanted) = found.get(name, ("none", ())), expected.get(name, ("none", ()))
+            sizes = [pair for pair in zip(shape[1:], wanted[1:], strict=False) if isinstance(pair[0], int)]
+            if kind != dtype or len(shape) != len(wanted) or any(size != axis for size, axis in sizes):
+                raise BundleError(
+                    f"the graph {graph.name} has the {role} {name!r} as {kind} {list(shape)}; the manifest says "
+                    f"{dtype} {list(wanted)}: {advice}"
+                )

@@ -25,7 +25,6 @@ __all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_name"]
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # best first
 _CUDA = re.compile(r"cuda|(?:cuda:)?(\d{1,4})", re.ASCII)
 _CUDA_PROVIDER = "CUDAExecutionProvider"
-_AUTO = "leave device and backend at auto, which takes what runs here"
 
 
 @dataclass(frozen=True)
@@ -228,33 +227,22 @@ def _onnxruntime_missing(machine: Machine, extra: str) -> str | None:
 
 
 def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle | None) -> str:
-    """What was asked for, what was found, what is here, what to do."""
+    """What was asked for, why not, what is here, what to do."""
     reasons = _grouped(wanted) or f"{backend} runs on NVIDIA GPUs alone"
-    asked = f"nothing can run device {device!r} and backend {backend!r} ({reasons})"
+    parts = [f"nothing can run device {device!r} and backend {backend!r} ({reasons})"]
     gpu = _gpu(machine, device)
-    if gpu is None:
-        cpu = device in ("auto", "cpu") and backend in ("auto", "onnxruntime")
-        return f"{asked}; " + ('install it: pip install "mge[cpu]"' if cpu else _AUTO)
-    here = f"this device is {gpu}, {machine.platform}"
-    if bundle is None or not backend.startswith("tensorrt"):
-        return f"{asked}; {here}; {_AUTO}"
-    found = f"engines for {', '.join(bundle.targets)}" if bundle.targets else "no engines"
-    if any(c.command is not None for c in wanted):  # which the reasons name
-        return f"{asked}; the bundle has {found}; {here}"
-    return f"{asked}; the bundle has {found}; {here}; {_build_advice(backend, machine, gpu, bundle)}"
+    if gpu is not None and bundle is not None and backend.startswith("tensorrt"):
+        parts.append(
+            f"the bundle has engines for {', '.join(bundle.targets)}" if bundle.targets else "the bundle has no engines"
+        )
+    if gpu is not None:
+        parts.append(f"this device is {gpu}, {machine.platform}")
+    if (device, backend) != ("auto", "auto") and all(c.command is None for c in wanted):  # else the reasons name it
+        parts.append("leave device and backend at auto, which takes what runs here")
+    return "; ".join(parts)
 
 
 def _grouped(candidates: Sequence[Candidate]) -> str:
     """Each candidate with its reason; what several share is said once."""
     shared = groupby(candidates, lambda c: (c.device, c.reason))
     return "; ".join(f"{', '.join(c.backend for c in same)} on {on}: {why}" for (on, why), same in shared)
-
-
-def _build_advice(backend: str, machine: Machine, gpu: Gpu, bundle: Bundle) -> str:
-    from mge_runtime.trt.fit import build_command, rtx_refusal
-
-    if backend == "tensorrt-rtx" and rtx_refusal(gpu, None) is not None:
-        return f"build for it with full TensorRT: {build_command('tensorrt', machine, gpu, bundle.path)}"
-    if backend == "tensorrt-rtx" and rtx_refusal(gpu, bundle.manifest) is not None:
-        return _AUTO
-    return f"then build for it: {build_command(backend, machine, gpu, bundle.path)}"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.backends.base import Backend, Executor, ExecutorResult, Streams, split
+from mge_runtime.backends.base import Backend, Executor, ExecutorResult, Found, Streams, check_tensors, split
 from mge_runtime.bundle.layout import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors, located_graph
 from mge_runtime.cpus import cpu_count
@@ -47,6 +47,7 @@ __all__ = [
 _OLDEST = (1, 22)
 # NumPy's name of TensorProto.DataType, of those that `mge-export` writes.
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
+_TYPES = {f"tensor({name})": name for name in _DTYPES.values()} | {"tensor(float)": "float32"}
 _MOST_STREAMS = 8  # each keeps activations of its own: with "auto", memory must not grow with the number of processors
 
 
@@ -137,7 +138,7 @@ def open_session(ort: Any, bundle: Bundle, spec: GraphSpec, options: Any, provid
         raise BackendError(
             f"ONNX Runtime {ort.__version__} cannot open graph {spec.name}: {one_line(error)[:300]}"
         ) from error
-    _check_tensors(spec, session)
+    check_tensors(spec, _tensors(session.get_inputs()), _tensors(session.get_outputs()), "export the bundle again")
     return session
 
 
@@ -146,40 +147,18 @@ def _loaded_weights(ort: Any, bundle: Bundle, graph: bytes) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for tensor in external_tensors(graph):
         array = np.fromfile(bundle.path, np.uint8, tensor.length, offset=tensor.offset)
-        dtype, dims = _DTYPES.get(tensor.data_type), tensor.dims
-        if dtype is None or array.nbytes != math.prod(dims) * np.dtype(dtype).itemsize:
+        dtype = _DTYPES.get(tensor.data_type)
+        if dtype is None or array.nbytes != math.prod(tensor.dims) * np.dtype(dtype).itemsize:
             raise BundleError(
-                f"{bundle.path}: weight {tensor.name!r} has {array.nbytes} bytes for a tensor of ONNX type "
-                f"{tensor.data_type} and shape {list(dims)}; it was changed after it was written: export it again"
+                f"{bundle.path}: weight {tensor.name!r} has {array.nbytes} bytes, which are no ONNX tensor of type "
+                f"{tensor.data_type} and shape {list(tensor.dims)}: export the bundle again"
             )
-        values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array.view(dtype).reshape(dims))
+        values[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array.view(dtype).reshape(tensor.dims))
     return values
 
 
-def _check_tensors(spec: GraphSpec, session: Any) -> None:
-    """Names, types and shapes of inputs and outputs must be those of the manifest."""
-    advice = "export the bundle again"
-    for role, nodes, tensors in (
-        ("inputs", session.get_inputs(), spec.inputs),
-        ("outputs", session.get_outputs(), spec.outputs),
-    ):
-        found, expected = {node.name: node for node in nodes}, sorted(tensor.name for tensor in tensors)
-        if sorted(found) != expected:
-            raise BundleError(
-                f"the graph {spec.name} has the {role} {sorted(found)}; the manifest says {expected}: {advice}"
-            )
-        for tensor in tensors:
-            kind, shape = found[tensor.name].type, found[tensor.name].shape
-            # The first axis is the batch; others may have no size in the graph, and then have it when it runs.
-            fits = len(shape) == len(tensor.shape) and all(
-                axis == size or not isinstance(axis, int)
-                for axis, size in zip(shape[1:], tensor.shape[1:], strict=True)
-            )
-            if kind != f"tensor({tensor.dtype.replace('float32', 'float')})" or not fits:
-                raise BundleError(
-                    f"the graph {spec.name} has {tensor.name} as {kind} {shape}; the manifest says {tensor.dtype} "
-                    f"{list(tensor.shape)}: {advice}"
-                )
+def _tensors(nodes: Sequence[Any]) -> Found:
+    return {node.name: (_TYPES.get(node.type, node.type), node.shape) for node in nodes}
 
 
 @contextmanager

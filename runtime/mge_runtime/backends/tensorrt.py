@@ -15,10 +15,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from mge_runtime.backends.base import Backend, Executor
+from mge_runtime.backends.base import Backend, Executor, Found, check_tensors
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.program import Addresses, Launch, Unit, shape_of
-from mge_runtime.errors import BackendError, BundleError, MGEError, one_line
+from mge_runtime.errors import BackendError, MGEError, one_line
 from mge_runtime.spec import GraphSpec
 
 if TYPE_CHECKING:
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPES", "TensorRTBackend", "TensorRTGraph"]
 
-# `tensorrt.DataType` by NumPy's name.
+# NumPy's name of a `tensorrt.DataType`.
 DTYPES = {
-    "float32": "FLOAT",
-    "float16": "HALF",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int32": "INT32",
-    "int64": "INT64",
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "UINT8": "uint8",
+    "INT8": "int8",
+    "INT32": "int32",
+    "INT64": "int64",
 }
 
 
@@ -115,7 +115,8 @@ class TensorRTGraph(Unit):
     def _open(self) -> None:
         if self._engine is None:
             self.fail("does not accept its engine; build it again with mge-build")
-        _check_tensors(self._engine, self.spec)
+        inputs, outputs = _tensors(self._engine, "INPUT"), _tensors(self._engine, "OUTPUT")
+        check_tensors(self.spec, inputs, outputs, "build its engines again with mge-build")
         count = self._engine.num_optimization_profiles
         self._profiles = [_batch_range(self._engine, self.spec, index) for index in range(count)]
         self.min_batch = min(least for least, _ in self._profiles)
@@ -233,27 +234,15 @@ class _TensorRTLaunch(Launch):
         self._context = None
 
 
-def _check_tensors(engine: trt.ICudaEngine, spec: GraphSpec) -> None:
-    """Names, types, shapes and places of inputs and outputs must be those of the manifest."""
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {name: (engine.get_tensor_mode(name).name, *_kind(engine, name)) for name in names}
-    expected = {
-        tensor.name: (mode, DTYPES[tensor.dtype], tuple(int(axis) for axis in tensor.shape[1:]), "DEVICE")
-        for mode, tensors in (("INPUT", spec.inputs), ("OUTPUT", spec.outputs))
-        for tensor in tensors
-    }
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise BundleError(
-                f"the engine of graph {spec.name} has tensor {name!r} as {found.get(name, 'none')}; the manifest says "
-                f"{expected.get(name, 'none')}: build it again with mge-build"
-            )
-
-
-def _kind(engine: trt.ICudaEngine, name: str) -> tuple[str, tuple[int, ...], str]:
-    """Type, shape without the batch, and where it must lie."""
-    shape = _axes(engine.get_tensor_shape(name))
-    return engine.get_tensor_dtype(name).name, shape[1:], engine.get_tensor_location(name).name
+def _tensors(engine: trt.ICudaEngine, mode: str) -> Found:
+    """The inputs or the outputs of an engine; tensors that must lie on the host are of no type that we know."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        if engine.get_tensor_mode(name).name == mode:
+            kind, place = engine.get_tensor_dtype(name).name, engine.get_tensor_location(name).name
+            dtype = DTYPES.get(kind, kind) if place == "DEVICE" else f"{kind} on the host"
+            found[name] = dtype, _axes(engine.get_tensor_shape(name))
+    return found
 
 
 def _axes(dims: trt.Dims) -> tuple[int, ...]:
