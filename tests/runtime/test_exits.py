@@ -10,7 +10,7 @@ from mge_runtime.backends.base import Span, split
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.calibrated import ExitPoint, confidence
-from mge_runtime.device.executor import DeviceExecutor, Rows, Space
+from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
 
@@ -132,7 +132,7 @@ def test_rows_that_are_computed_for_those_that_still_run(bundle, running, batch,
     chain.close()
 
 
-def test_between_two_graphs_an_answer_visits_the_host_and_nothing_else(bundle, some):
+def test_between_two_graphs_what_is_wanted_visits_the_host_and_nothing_else(bundle, some):
     device = HostDevice()
     chain = open_ort_chain(onnxruntime, bundle, device)
     calls, copies, download = [], device.copies, device.download
@@ -142,9 +142,8 @@ def test_between_two_graphs_an_answer_visits_the_host_and_nothing_else(bundle, s
     ran = [int(np.count_nonzero(result.graphs_run > number)) for number in range(3)]
     assert 8 == ran[0] > ran[1] > ran[2] > 0
     row = {"mean_logits_1": 20, "mean_logits_2": 20, "logits": 20, "box_1": 16, "image_2": 3 * 32 * 32 * 4}
-    assert calls[:2] == [ran[0] * 20, ran[1] * 20], "the answers of those that still run"
-    made = {"mean_logits_1": ran[0], "mean_logits_2": ran[1], "box_1": ran[0], "image_2": ran[0], "logits": ran[2]}
-    assert calls[2:] == [made[name] * row[name] for name in sorted(made)], "then each result once"
+    made = (("box_1", 0), ("image_2", 0), ("mean_logits_1", 0), ("mean_logits_2", 1), ("logits", 2))
+    assert calls == [ran[number] * row[name] for name, number in made], "each result once, when it is made"
     assert (copies["host_to_device"], copies["host_to_device_bytes"]) == (1, 8 * 32 * 32 * 3)
     assert chain.report()["row_copies"] == {key: copies[key] for key in ("on_device", "on_device_bytes")}
     assert copies["on_device"] > 0
@@ -240,19 +239,14 @@ def test_logits_that_no_graph_reads_decide_too(bundle, expected, some):
     chain.close()
 
 
-def test_rows_that_leave_change_places_with_those_that_stay(bundle):
+def test_rows_that_go_on_fill_those_that_are_left(bundle):
     device = HostDevice()
-    space, stream = Space(device, bundle.manifest, 6, 0), device.create_stream()
-    rows = Rows(6, {"mean_logits_1"})
-    rows.add(["mean_logits_1", "image_2"])
-    rows.leave(np.array([True, False, True, False, False, True]), ["mean_logits_1", "image_2"], device, space, stream)
-    assert rows.running.tolist() == [3, 1, 4]
-    assert rows.images["mean_logits_1"].tolist() == [3, 1, 4, 0, 2, 5]
-    assert device.copies["on_device"] == 2 * 3 + 2, "two rows: changed where they are kept, else copied"
-    rows.add(["mean_logits_2"])
-    assert rows.counts() == {"mean_logits_1": 6}
-    space.close()
-    assert (device.allocated, device.allocated_host) == (0, 0)
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    chain.run(frames(6), 1, {"logits_1"})
+    stops = np.array([True, False, True, False, False, True])
+    assert chain._move_together(np.arange(6), stops, {"mean_logits_1", "image_2"}).tolist() == [3, 1, 4]
+    assert device.copies["on_device"] == 4, "two rows of each"
+    chain.close()
 
 
 def test_a_chain_is_cut_behind_its_exits_but_not_at_its_end():

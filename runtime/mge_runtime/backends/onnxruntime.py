@@ -1,9 +1,6 @@
 """ONNX Runtime: how it is imported and opens a graph, and the chain on the CPU.
 
-Its sessions read weights from the bundle itself: each graph's references to `<graph>.weights` are pointed at the bundle
-file and the place of that entry in it, so ONNX Runtime maps them as it maps an ordinary external-data file. A bundle
-that is overwritten in place changes the weights of sessions that are open; with `mmap=False` they are loaded instead
-(docs/adr/0004 has the cost).
+Sessions read their weights in place, from the bundle's file, or loaded with `mmap=False` (docs/adr/0004).
 """
 
 from __future__ import annotations
@@ -43,8 +40,8 @@ __all__ = [
     "weights_checked",
 ]
 
-# The first release with `session.model_external_initializers_file_folder_path` (microsoft/onnxruntime #23557).
-_OLDEST = (1, 22)
+_FOLDER = "session.model_external_initializers_file_folder_path"
+_OLDEST = (1, 22)  # the first release that knows this entry (microsoft/onnxruntime #23557)
 # NumPy's name of TensorProto.DataType, of those that `mge-export` writes.
 _DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
 _TYPES = {f"tensor({name})": name for name in _DTYPES.values()} | {"tensor(float)": "float32"}
@@ -104,13 +101,12 @@ def import_onnxruntime(install: str = 'pip install "mge[cpu]"') -> Any:
 
 
 def session_options(ort: Any, bundle: Bundle) -> Any:
-    """Session options under which a `located_graph` finds its weights; it computes in one thread."""
+    """Session options for one thread, under which a `located_graph` finds its weights."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = _log_severity()
-    folder = str(bundle.path.parent)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+    options.add_session_config_entry(_FOLDER, str(bundle.path.parent))
     return options
 
 
@@ -158,7 +154,7 @@ def _loaded_weights(ort: Any, bundle: Bundle, graph: bytes) -> dict[str, Any]:
 
 
 def _tensors(nodes: Sequence[Any]) -> Found:
-    return {node.name: (_TYPES.get(node.type, node.type), node.shape) for node in nodes}
+    return {node.name: (_TYPES.get(str(node.type), str(node.type)), node.shape) for node in nodes}
 
 
 @contextmanager
@@ -211,12 +207,7 @@ class OnnxRuntimeBackend(Backend):
         self.streams = min(self.threads, _MOST_STREAMS) if streams == "auto" else streams
 
     def open_chain(self, bundle: Bundle) -> Executor:
-        """Open a session for each graph; the weights are checked in another thread meanwhile.
-
-        Raises:
-            BundleError: an entry is damaged, or the file was replaced meanwhile.
-            BackendError: ONNX Runtime cannot run a graph.
-        """
+        """Open a session for each graph; the weights are checked in other threads meanwhile."""
         with weights_checked(bundle):
             sessions = {spec.name: self._open(bundle, spec) for spec in bundle.manifest.graphs}
         return _Sessions(bundle.manifest.graphs, sessions)

@@ -1,17 +1,5 @@
 """ONNX Runtime on an NVIDIA GPU: each graph one session, on one stream, over memory of the device layer.
 
-CUDA graphs are ONNX Runtime's own here: a session cannot be captured from outside, since it may replay a graph of its
-own inside the capture, which CUDA forbids (microsoft/onnxruntime #32081). With `enable_cuda_graph` a session opens only
-if every node computes on the GPU and no copy between host and device was put in, captures at its first run and replays
-from then on. A graph is bound to shapes and addresses; each batch size gets one of its own through the run option
-`gpu_graph_id`, so the batch stays dynamic in one session and the weights are on the GPU once.
-
-Graphs in FP16 open with tensor cores, which ONNX Runtime's option for TF32 stands for: without it, it drops every
-kernel of cuDNN that uses them, for FP16 too. They compute in NHWC where that can be captured, in NCHW with a graph
-otherwise (docs/performance.md has the figures, and why NCHW rounds more). What is left in FP32 beside products, as
-attention and crops, no tensor core touches; the heads' products round their factors to 10 bits then, as FP16 does with
-the features that they read. Graphs in FP32 stay in FP32, without tensor cores.
-
 Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
 has not.
 """
@@ -73,12 +61,7 @@ class OnnxRuntimeCudaBackend(Backend):
         self._graphs = graphs
 
     def open_chain(self, bundle: Bundle) -> Executor:
-        """Open a session for each graph; the weights are checked in other threads meanwhile.
-
-        Raises:
-            BundleError: an entry is damaged, or the file was replaced meanwhile.
-            BackendError: the GPU cannot be opened, or ONNX Runtime cannot run a graph on it.
-        """
+        """Open a session for each graph; the weights are checked in other threads meanwhile."""
         from mge_runtime.device.cuda import CudaDevice
 
         preload_libraries(self._ort)
@@ -95,7 +78,7 @@ def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = T
         graphs: whether ONNX Runtime may capture CUDA graphs.
 
     Raises:
-        BundleError, BackendError: as for `OnnxRuntimeCudaBackend.open_chain`; nothing is left open.
+        BundleError, BackendError: as for `Backend.open_chain`; nothing is left open.
     """
 
     def open_units(device: Device, stream: Stream) -> Generator[Unit]:
@@ -120,8 +103,9 @@ def preload_libraries(ort: Any) -> None:
 class OrtGraph(Unit):
     """One graph as a session whose inputs and outputs lie where the device layer says.
 
-    It runs on any device that ONNX Runtime binds memory of: with the CUDA provider on a `CudaDevice`, with the CPU
-    provider on a `HostDevice`.
+    It runs with the CUDA provider on a `CudaDevice`, with the CPU provider on a `HostDevice`. CUDA graphs are ONNX
+    Runtime's own: it captures at the first run of each batch size, which the run option `gpu_graph_id` tells apart
+    (docs/adr/0006).
 
     Args:
         ort: the module `onnxruntime`.
@@ -159,22 +143,25 @@ class OrtGraph(Unit):
             for tensor in tensors:
                 shape, address = shape_of(tensor, addresses.batch), addresses.tensors[tensor.name]
                 bind(tensor.name, kind, index, np.dtype(tensor.dtype).type, shape, address)
-        return _OrtLaunch(self, binding, self._run_options(addresses), self.why_plain)
+        return _OrtLaunch(self, binding, self._run_options(addresses))
 
     def capture_failed(self, why: str) -> None:
         """Launches that are prepared from now on are plain; those that have captured already go on as they are."""
         if self.why_plain is None:
-            way = str(self.opened["way"])
+            way, self.why_plain = str(self.opened["way"]), why
             self._refused[way] = why
             self.opened = {**self.opened, "way": way.replace("with a", "without a")}
-            self.why_plain = why
 
     def close(self) -> None:
         """Release the session."""
         self.session = None
 
     def _open_cuda(self, bundle: Bundle, stream: Stream, *, graphs: bool) -> Any:
-        """Open in the first way that works: with a graph before without, in half precision in NHWC before NCHW."""
+        """Open in the first way that works: with a graph before without, in half precision in NHWC before NCHW.
+
+        The option for TF32 stands for tensor cores in general: without it FP16 gets none either. With graphs a session
+        opens only if every node computes on the GPU and no copy between host and device was put in.
+        """
         half = bundle.manifest.precision.get(self.name, {}).get("type") in _HALF
         ways = list(product((True, False) if graphs else (False,), (True, False) if half else (False,)))
         session: Any = None
@@ -221,9 +208,8 @@ class OrtGraph(Unit):
 
 
 class _OrtLaunch(Launch):
-    def __init__(self, owner: OrtGraph, binding: Any, options: Any, why_plain: str | None) -> None:
-        self.has_graph = why_plain is None
-        self._why_plain = why_plain  # of this launch: others may have theirs
+    def __init__(self, owner: OrtGraph, binding: Any, options: Any) -> None:
+        self.has_graph = owner.why_plain is None
         self._owner = owner
         self._binding: Any = binding
         self._options: Any = options
@@ -235,10 +221,10 @@ class _OrtLaunch(Launch):
             if not self.has_graph:
                 raise
             # It may have been the capture: once more without, from now on.
-            self.has_graph, self._why_plain = False, str(error)
+            self.has_graph = False
             self._options.add_run_config_entry("gpu_graph_id", _NO_GRAPH)
             self._run()
-            self._owner.capture_failed(self._why_plain)
+            self._owner.capture_failed(str(error))
 
     def _run(self) -> None:
         try:
@@ -247,7 +233,8 @@ class _OrtLaunch(Launch):
             raise BackendError(f"ONNX Runtime failed in graph {self._owner.name}: {one_line(error)[:300]}") from error
 
     def why_not_captured(self, stream: Stream) -> str | None:  # noqa: ARG002
-        return self._why_plain or "ONNX Runtime captures a CUDA graph of its own for each graph of the chain"
+        own = "ONNX Runtime captures a CUDA graph of its own for each graph of the chain"
+        return own if self.has_graph else self._owner.why_plain
 
     def close(self) -> None:
         self._binding = self._options = None

@@ -65,12 +65,7 @@ class TensorRTBackend(Backend):
         self._graphs = graphs
 
     def open_chain(self, bundle: Bundle) -> Executor:
-        """Deserialise every engine; each is checked against its hash first and against the manifest afterwards.
-
-        Raises:
-            BundleError: an engine is missing or damaged, or has other inputs or outputs than its graph.
-            BackendError: the GPU cannot be opened, or TensorRT refuses an engine.
-        """
+        """Deserialize every engine; each is checked against its hash first and against the manifest afterwards."""
         from mge_runtime.device.cuda import CudaDevice
 
         def open_units(device: Device, stream: Stream) -> Generator[Unit]:  # noqa: ARG001 - each launch is told
@@ -86,7 +81,7 @@ class TensorRTGraph(Unit):
 
     Args:
         vendor: the library.
-        runtime: deserialises; kept alive with the engine.
+        runtime: deserializes; kept alive with the engine.
         plan: the engine's bytes, mapped; not needed afterwards.
         spec: what the manifest says of it.
 
@@ -127,11 +122,7 @@ class TensorRTGraph(Unit):
             self._configure_rtx(self._engine)
 
     def prepare(self, addresses: Addresses, stream: Stream) -> Launch:
-        """Create a context for a batch size, over the arena's memory.
-
-        Raises:
-            BackendError: the engine was not built for it, or TensorRT refuses a shape or an address.
-        """
+        """Create a context for a batch size, over the chain's scratch memory."""
         batch = addresses.batch
         fitting = [index for index, (least, most) in enumerate(self._profiles) if least <= batch <= most]
         if not fitting:

@@ -120,19 +120,21 @@ class HostBuffer(_Owned):
         return self._array
 
 
-class Event(ABC):
+class _Resource(ABC):
+    @abstractmethod
+    def close(self) -> None:
+        """Release it; closing twice does nothing."""
+
+
+class Event(_Resource):
     """A moment on a stream, recorded with `Stream.record`."""
 
     @abstractmethod
     def ms_since(self, earlier: Event) -> float:
         """Milliseconds from an earlier event of the same device to this one; both have happened."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Release it; closing twice does nothing."""
 
-
-class Stream(ABC):
+class Stream(_Resource):
     """Work in the order in which it was enqueued. There is no default stream: each call that enqueues takes one."""
 
     handle: int  # what a library takes: a `cudaStream_t`; 0 on the host
@@ -145,12 +147,8 @@ class Stream(ABC):
     def synchronize(self) -> None:
         """Wait until everything that was enqueued has run; what failed meanwhile is raised here."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Release it; closing twice does nothing."""
 
-
-class Graph(ABC):
+class Graph(_Resource):
     """Captured work that is launched as one."""
 
     nodes: Mapping[str, int] | None = None  # how many it has by kind, copies by direction; None: not known
@@ -158,10 +156,6 @@ class Graph(ABC):
     @abstractmethod
     def launch(self, stream: Stream) -> None:
         """Enqueue it."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release it; closing twice does nothing."""
 
 
 class Device(ABC):

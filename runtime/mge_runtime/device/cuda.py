@@ -1,11 +1,7 @@
 """An NVIDIA GPU as a device: cuda-core for device, streams, events, graphs and page-locked memory, cuda-bindings below.
 
-Both are imported when a device is opened. Their status is checked here alone: cuda-core raises, `reported` turns what
-it raises into one line; cuda-bindings returns a status, `_check` reads it.
-
-Device memory comes from `cuMemAlloc` rather than from a memory pool: it is allocated once, at opening, and what is
-freed is free for other libraries of the process at once. Page-locked memory comes from `LegacyPinnedMemoryResource`:
-`PinnedMemoryResource` needs host memory pools, which AGX Orin lacks (NVIDIA/cuda-python #2486, #2795).
+Their status is checked here alone: cuda-core raises, which `reported` turns into one line; cuda-bindings returns a
+status, which `_check` reads.
 
 Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
 has not.
@@ -59,6 +55,7 @@ class CudaDevice(Device):
         with self.reported("be opened"):
             self._device: Any = self._core.Device(index)
             self._device.set_current()
+            # `PinnedMemoryResource` needs pools of host memory, which AGX Orin lacks (NVIDIA/cuda-python #2486, #2795).
             self._pinned: Any = self._core.LegacyPinnedMemoryResource()
 
     def activate(self) -> None:
@@ -108,6 +105,7 @@ class CudaDevice(Device):
                 builder.close()
 
     def _allocate(self, size: int) -> tuple[int, Callable[[], None]]:
+        # Not from a pool: it is allocated once, at opening, and what is freed is free for other libraries at once.
         address = int(self._check(self._driver.cuMemAlloc(size), f"allocate {size} bytes"))
 
         def free() -> None:

@@ -1,10 +1,10 @@
-"""The chain on a device: where its tensors lie, which image lies in which row, and the runs over them."""
+"""The chain on a device: where its tensors lie, and the runs over them."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import prod
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from mge_runtime.calibrated import ExitPoint
     from mge_runtime.device.base import BorrowedMemory, Device, Event, HostBuffer, Stream
     from mge_runtime.fields import JsonValue
-    from mge_runtime.spec import TensorSpec
+    from mge_runtime.spec import GraphSpec, TensorSpec
 
-__all__ = ["DeviceExecutor", "Place", "Rows", "Space"]
+__all__ = ["DeviceExecutor", "Place", "Space"]
 
 _ALIGNMENT = 256  # bytes: what TensorRT asks of device memory
 # Held by one run of this process until its program is captured or known never to be. Until then libraries allocate,
@@ -40,8 +40,8 @@ class DeviceExecutor(Executor):
     """Runs units in turn on one stream of one device.
 
     One run copies the frames in, launches the units and copies the wanted tensors out, then waits once. Where images
-    may stop early it waits after each exit point too, for the logits there; images that go on are moved together on the
-    device, and all results are copied out at the end. It is used from one thread at a time.
+    may stop early it does so at each exit point, for what was made so far; images that go on are moved together on the
+    device. It is used from one thread at a time.
 
     Args:
         manifest: of the chain.
@@ -149,45 +149,43 @@ class DeviceExecutor(Executor):
         if batch > self._space.max_batch:  # units without a limit
             with _FIRST_RUNS:  # it allocates
                 self._grow(1 << (batch - 1).bit_length())  # seldom: addresses change, graphs are lost
-        space, stream, manifest = self._space, self._stream, self._manifest
+        stream, graphs = self._stream, self._manifest.graphs
         before_upload, before_span, after_span, after_download = self._events
-        rows = Rows(batch, outputs)
+        running = np.arange(batch)  # the images that have not stopped, by row
         graphs_run = np.full(batch, spans[-1].last)
         times_ms: dict[str, float] = {}
-        fetched: dict[str, Array] = {}
+        tensors: dict[str, Array] = {}
         for span in spans:
-            size = self._fitting(len(rows.running), batch)
+            size = self._fitting(len(running), batch)
             if not self._programs.is_settled(size, span.first, span.last):
                 turn.enter_context(_FIRST_RUNS)
-            program = self._programs.get(span.first, span.last, space.addresses(size))
+            program = self._programs.get(span.first, span.last, self._space.addresses(size))
             if span is spans[0]:
                 self._upload(frames, before_upload)
             stream.record(before_span)
             program.enqueue()
             stream.record(after_span)
-            rows.add(_made_in(manifest, span.first, span.last))
-            # What is wanted is copied out once, behind the last span.
-            fetched = self._download(
-                rows.counts() if span.point is None else {span.point.answer: len(rows.running)}, after_download
-            )
+            wanted = _made(graphs[span.first : span.last]) & outputs
+            looked_at = wanted if span.point is None else wanted | {span.point.answer}
+            views = self._download(looked_at, len(running), after_download)
             program.done()
             turn.close()
             if span is spans[0]:
                 times_ms["upload"] = before_span.ms_since(before_upload)
             times_ms[_step(span, spans)] = after_span.ms_since(before_span)
+            order = np.argsort(running)  # rows go back to the order of the frames
+            tensors |= {name: views[name][order] for name in wanted}
             if span.point is None:
                 break
-            stops = span.point.stops(fetched[span.point.answer])
-            graphs_run[rows.running[stops]] = span.last
+            stops = span.point.stops(views[span.point.answer])
+            graphs_run[running[stops]] = span.last
             if stops.all():
-                stream.record(after_span)
-                fetched = self._download(rows.counts(), after_download)
                 break
             if stops.any():
-                rows.leave(stops, _read_after(manifest, span.last, spans[-1].last), self._device, space, stream)
+                later = graphs[span.last : spans[-1].last]
+                read = {tensor.name for graph in later for tensor in graph.inputs} - _made(later)
+                running = self._move_together(running, stops, read)
         times_ms["download"] = after_download.ms_since(after_span)
-        # Rows go back to the order of the frames.
-        tensors = {name: view[np.argsort(rows.images[name])] for name, view in fetched.items()}
         passed = (time.perf_counter() - start) * 1e3
         times_ms["host"] = max(0.0, passed - sum(times_ms.values()))
         step_graphs = {_step(span, spans): span.first for span in spans}
@@ -199,25 +197,49 @@ class DeviceExecutor(Executor):
         self._stream.record(before)
         self._device.upload(memory, buffer, memory.size, self._stream)
 
-    def _download(self, counts: Mapping[str, int], after: Event) -> dict[str, Array]:
-        """Copy so many first rows of each tensor out, and wait for all that was enqueued.
+    def _download(self, names: Collection[str], count: int, after: Event) -> dict[str, Array]:
+        """Copy the first `count` rows of tensors out, and wait for all that was enqueued.
 
         Returns:
             Views of a host buffer, until the next download.
         """
-        memory = {name: self._space.rows(name, 0, count) for name, count in counts.items()}
-        buffer = self._space.results(sum(_aligned(part.size) for part in memory.values()))
+        parts = {name: self._space.rows(name, 0, count) for name in sorted(names)}
+        buffer = self._space.results(sum(_aligned(part.size) for part in parts.values()))
         views: dict[str, Array] = {}
         offset = 0
-        for name, part in memory.items():
+        for name, part in parts.items():
             self._device.download(buffer, offset, part, part.size, self._stream)
             spec = self._space.places[name].spec
-            array = buffer.array[offset : offset + part.size].view(np.dtype(spec.dtype))
-            views[name] = array.reshape(shape_of(spec, counts[name]))
+            view = buffer.array[offset : offset + part.size].view(np.dtype(spec.dtype))
+            views[name] = view.reshape(shape_of(spec, count))
             offset += _aligned(part.size)
         self._stream.record(after)
         self._stream.synchronize()
         return views
+
+    def _move_together(
+        self, running: NDArray[np.intp], stops: NDArray[np.bool_], tensors: Collection[str]
+    ) -> NDArray[np.intp]:
+        """Enqueue the copies that move the rows of images that go on to the first rows of tensors that are read later.
+
+        Args:
+            running: the image in each row.
+            stops: whether it stops there.
+            tensors: by name.
+
+        Returns:
+            The image in each row afterwards.
+        """
+        stay = int(np.count_nonzero(~stops))
+        free = np.flatnonzero(stops[:stay])  # rows that are left, each filled from behind
+        behind = stay + np.flatnonzero(~stops[stay:])
+        for name in sorted(tensors):
+            for front, back in zip(free.tolist(), behind.tolist(), strict=True):
+                target, source = self._space.rows(name, front, 1), self._space.rows(name, back, 1)
+                self._device.copy_device(target, source, target.size, self._stream)
+        moved = running.copy()
+        moved[free] = running[behind]
+        return moved[:stay]
 
     def _fitting(self, running: int, batch: int) -> int:
         """Rows to compute for the images that still run: some more, where that keeps the number of batch sizes small.
@@ -266,8 +288,8 @@ class Place:
 class Space:
     """One slab of device memory, and host buffers beside it.
 
-    Every tensor between graphs has a place of its own, so that any of them can be asked for after a run. Behind them
-    lie a spare row and the scratch memory, which all units share since they run in turn on one stream.
+    Every tensor between graphs has a place of its own, so that any of them can be asked for. Behind them lies the
+    scratch memory, which all units share since they run in turn on one stream.
 
     Args:
         device: allocates.
@@ -288,13 +310,11 @@ class Space:
             row_bytes = prod(shape_of(specs[name], 1)) * np.dtype(specs[name].dtype).itemsize
             self.places[name] = Place(specs[name], self.tensor_bytes, row_bytes)
             self.tensor_bytes += _aligned(max_batch * row_bytes)
-        spare = _aligned(max(place.row_bytes for place in self.places.values()))
         self._device = device
-        self._scratch = self.tensor_bytes + spare, scratch
+        self._scratch = scratch
         with ExitStack() as stack:
-            self._slab = device.allocate(self.tensor_bytes + spare + scratch)
+            self._slab = device.allocate(self.tensor_bytes + scratch)
             stack.callback(self._slab.close)
-            self.spare = self._slab.borrow(self.tensor_bytes, spare)  # a row for a moment, where two change places
             self.frames = device.allocate_host(max_batch * self.places[FRAME].row_bytes)
             stack.callback(self.frames.close)
             self._resources = stack.pop_all()
@@ -307,9 +327,9 @@ class Space:
 
     def addresses(self, batch: int) -> Addresses:
         """What units are told."""
-        base, (offset, size) = self._slab.address, self._scratch
+        base = self._slab.address
         tensors = {name: base + place.offset for name, place in self.places.items()}
-        return Addresses(batch, tensors, base + offset, size)
+        return Addresses(batch, tensors, base + self.tensor_bytes, self._scratch)
 
     def results(self, size: int) -> HostBuffer:
         """A host buffer of at least `size` bytes; what the last one held is gone."""
@@ -329,73 +349,12 @@ class Space:
             self._results = None
 
 
-class Rows:
-    """Which image lies in which row of each tensor of a run, where images that stop leave the batch.
-
-    Every tensor keeps its place; images that still run are moved to its first rows by copies on the device. A row that
-    is wanted at the end changes places with another and is never lost, so results wait where they were made.
-
-    Args:
-        batch: images at its start.
-        wanted: tensors whose rows are all kept, for the images that ran so far.
-    """
-
-    def __init__(self, batch: int, wanted: Collection[str]) -> None:
-        self.running: NDArray[np.intp] = np.arange(batch)  # the images that still run, by row
-        self.images: dict[str, NDArray[np.intp]] = {}  # the image in each row, by name of the wanted tensors so far
-        self._wanted = wanted
-
-    def counts(self) -> dict[str, int]:
-        """How many rows each wanted tensor has that was made, by name in alphabetical order."""
-        return {name: len(self.images[name]) for name in sorted(self.images)}
-
-    def add(self, tensors: Collection[str]) -> None:
-        """These tensors were made, with a row for each image that still runs."""
-        self.images |= {name: self.running.copy() for name in tensors if name in self._wanted}
-
-    def leave(
-        self, stops: NDArray[np.bool_], needed: Iterable[str], device: Device, space: Space, stream: Stream
-    ) -> None:
-        """Let images leave: enqueue the copies that move those that go on to the first rows.
-
-        Args:
-            stops: for each image that still runs, whether it leaves, by row.
-            needed: tensors that are read afterwards; the rows of others stay where they are.
-            device: copies.
-            space: where the tensors lie.
-            stream: takes the copies.
-        """
-        stay = int(np.count_nonzero(~stops))
-        free = np.flatnonzero(stops[:stay])  # rows that are left, each filled from behind
-        behind = stay + np.flatnonzero(~stops[stay:])
-        for name in needed:
-            images = self.images.get(name)
-            for front, back in zip(free.tolist(), behind.tolist(), strict=True):
-                first, last = space.rows(name, front, 1), space.rows(name, back, 1)
-                if images is not None:
-                    device.copy_device(space.spare, first, first.size, stream)
-                device.copy_device(first, last, first.size, stream)
-                if images is not None:
-                    device.copy_device(last, space.spare, first.size, stream)
-            if images is not None:
-                images[free], images[behind] = images[behind], images[free]
-        self.running[free] = self.running[behind]
-        self.running = self.running[:stay]
-
-
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _made_in(manifest: Manifest, first: int, last: int) -> set[str]:
-    """The outputs of graphs `first` to `last` - 1, counted from 0."""
-    return {tensor.name for graph in manifest.graphs[first:last] for tensor in graph.outputs}
-
-
-def _read_after(manifest: Manifest, first: int, last: int) -> list[str]:
-    """Tensors from before graph `first` that it and those up to `last` - 1 read, by name."""
-    read = {tensor.name for graph in manifest.graphs[first:last] for tensor in graph.inputs}
-    return sorted(read - _made_in(manifest, first, last))
+def _made(graphs: Sequence[GraphSpec]) -> set[str]:
+    return {tensor.name for graph in graphs for tensor in graph.outputs}
 
 
 def _step(span: Span, spans: Sequence[Span]) -> str:
