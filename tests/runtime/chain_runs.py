@@ -1,6 +1,7 @@
 """What tests of executors share: frames for the tiny chain, everything that it puts out, and how runs are compared."""
 
 import numpy as np
+import pytest
 
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import OrtGraph
@@ -32,6 +33,14 @@ def same(found, expected):
     for name, array in expected.items():
         assert found[name].dtype == array.dtype
         np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def need_sessions(device):
+    """Skip a test where ONNX Runtime has no sessions on this device."""
+    if device.kind == "cuda":
+        onnxruntime.preload_dlls()
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
 
 
 def open_graphs(bundle, device, stream, *, ort=onnxruntime, graphs=True):

@@ -334,8 +334,7 @@ def test_what_units_say_of_themselves_is_in_the_report(bundle):
 
 @pytest.mark.gpu
 def test_graphs_of_onnx_runtime_run_on_the_gpu(cuda, bundle):
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+    runs.need_sessions(cuda)
     chain = open_ort_chain(onnxruntime, bundle, cuda)
     plain = open_ort_chain(onnxruntime, bundle, cuda, graphs=False)
     for seed in range(4):

@@ -95,10 +95,7 @@ def test_graphs_on_the_host_let_images_leave(expected, bundle, some, batch):
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_device_lets_the_same_images_leave(device, expected, bundle, some, batch):
-    if device.kind == "cuda":
-        onnxruntime.preload_dlls()
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+    runs.need_sessions(device)
     chain = open_ort_chain(onnxruntime, bundle, device)
     for exits in rules(some):
         for seed in (0, 7):
