@@ -113,11 +113,13 @@ def test_a_missing_onnxruntime_is_said_with_its_command():
         choose(machine=machine(gpu_problem="none"))
 
 
-def test_a_gpu_has_one_stream_and_tensorrt_needs_its_bundle():
-    with pytest.raises(BackendError, match="asked for 2 streams on cuda:0; expected 1: open one pipeline per thread"):
-        open_backend(Choice("onnxruntime", "cuda:0", "", ()), streams=2)
-    with pytest.raises(BackendError, match="tensorrt on cuda:0 was to be opened without a bundle"):
-        open_backend(Choice("tensorrt", "cuda:0", "", ()))
+def test_a_gpu_has_one_stream_and_tensorrt_needs_engines(bundle):
+    for backend, options, message in (
+        ("onnxruntime", {"streams": 2}, "asked for 2 streams on cuda:0; expected 1: open one pipeline per thread"),
+        ("tensorrt", {}, "tensorrt on cuda:0 names no GPU or no engines"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            open_backend(Choice(backend, "cuda:0", "", (), machine=machine(gpu())), bundle, **options)
 
 
 def test_choosing_for_the_cpu_asks_no_driver_and_imports_no_library():

@@ -52,7 +52,7 @@ class Choice:
     reason: str
     passed_over: tuple[Candidate, ...]  # better ones that cannot run here or have no engines ready, best first
     engines: EngineSet | None = None  # that run, for the TensorRT backends
-    machine: Machine | None = field(default=None, repr=False)  # what it was made for
+    machine: Machine = field(kw_only=True, repr=False)  # what it was made for
 
     def __str__(self) -> str:
         """For example "onnxruntime on cpu"."""
@@ -61,7 +61,7 @@ class Choice:
     @property
     def remark(self) -> str | None:
         """Why a GPU that is here is not used, or not by TensorRT; None: it is, or there is none."""
-        if self.machine is None or not (self.machine.gpus or self.machine.driver_cuda):
+        if not (self.machine.gpus or self.machine.driver_cuda):
             return None
         better = [c for c in self.passed_over if c.device != "cpu"]
         return f"running with {self}; not with {_grouped(better)}" if self.backend == "onnxruntime" and better else None
@@ -79,7 +79,7 @@ class Choice:
     @property
     def gpu(self) -> Gpu | None:
         """The GPU that runs; None on the CPU."""
-        return None if self.machine is None else _gpu(self.machine, self.device)
+        return _gpu(self.machine, self.device)
 
 
 def choose(
@@ -113,7 +113,7 @@ def choose(
     if best is None:
         raise BackendError(_refusal(device, backend, wanted, machine, bundle))
     better = tuple(wanted[: wanted.index(best)])
-    return Choice(best.backend, best.device, best.reason, better, best.engines, machine)
+    return Choice(best.backend, best.device, best.reason, better, best.engines, machine=machine)
 
 
 def device_name(text: str) -> str:

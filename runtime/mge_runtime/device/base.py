@@ -15,18 +15,7 @@ if TYPE_CHECKING:
 
     Bytes: TypeAlias = NDArray[np.uint8]
 
-__all__ = [
-    "BorrowedMemory",
-    "CaptureRefusedError",
-    "Device",
-    "Direction",
-    "Event",
-    "Graph",
-    "HostBuffer",
-    "Memory",
-    "OwnedMemory",
-    "Stream",
-]
+__all__ = ["BorrowedMemory", "CaptureRefusedError", "Device", "Event", "Graph", "HostBuffer", "OwnedMemory", "Stream"]
 
 Direction: TypeAlias = Literal["host_to_device", "device_to_host", "on_device"]  # of a copy
 
@@ -36,7 +25,7 @@ class CaptureRefusedError(BackendError):
 
 
 class _Owned:
-    """What is given back by `close`, once; `free` does it."""
+    """What is given back by `close`, once; `free` does it. Using it afterwards raises BackendError."""
 
     def __init__(self, size: int, free: Callable[[], None]) -> None:
         self.size = size  # bytes
@@ -62,20 +51,12 @@ class OwnedMemory(_Owned):
 
     @property
     def address(self) -> int:
-        """Of its first byte, on the device; a multiple of 256.
-
-        Raises:
-            BackendError: it was given back.
-        """
+        """Of its first byte, on the device; a multiple of 256."""
         self._check_open()
         return self._address
 
     def borrow(self, offset: int, size: int) -> BorrowedMemory:
-        """A part of it, which keeps this object alive but never frees it.
-
-        Raises:
-            BackendError: the part reaches beyond the end.
-        """
+        """A part of it, which keeps this object alive but never frees it; BackendError where it is not within."""
         if offset < 0 or size < 0 or offset + size > self.size:
             raise BackendError(f"asked for bytes {offset} to {offset + size} of {self.size} bytes of device memory")
         return BorrowedMemory(self, offset, size)
@@ -91,11 +72,7 @@ class BorrowedMemory:
 
     @property
     def address(self) -> int:
-        """Of its first byte, on the device.
-
-        Raises:
-            BackendError: its owner gave it back.
-        """
+        """Of its first byte, on the device; BackendError where its owner gave it back."""
         return self.owner.address + self.offset
 
 
@@ -111,11 +88,7 @@ class HostBuffer(_Owned):
 
     @property
     def array(self) -> Bytes:
-        """Its bytes, uint8 [size]; whoever keeps them beyond the next run copies them.
-
-        Raises:
-            BackendError: it was given back.
-        """
+        """Its bytes, uint8 [size]; whoever keeps them beyond the next run copies them."""
         self._check_open()
         return self._array
 

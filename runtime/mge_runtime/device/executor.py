@@ -198,11 +198,7 @@ class DeviceExecutor(Executor):
         self._device.upload(memory, buffer, memory.size, self._stream)
 
     def _download(self, names: Collection[str], count: int, after: Event) -> dict[str, Array]:
-        """Copy the first `count` rows of tensors out, and wait for all that was enqueued.
-
-        Returns:
-            Views of a host buffer, until the next download.
-        """
+        """Copy the first `count` rows of tensors out and wait; the views hold them until the next download."""
         parts = {name: self._space.rows(name, 0, count) for name in sorted(names)}
         buffer = self._space.results(sum(_aligned(part.size) for part in parts.values()))
         views: dict[str, Array] = {}
@@ -220,15 +216,9 @@ class DeviceExecutor(Executor):
     def _move_together(
         self, running: NDArray[np.intp], stops: NDArray[np.bool_], tensors: Collection[str]
     ) -> NDArray[np.intp]:
-        """Enqueue the copies that move the rows of images that go on to the first rows of tensors that are read later.
+        """Enqueue the copies that move the images that go on to the first rows of tensors that are read later.
 
-        Args:
-            running: the image in each row.
-            stops: whether it stops there.
-            tensors: by name.
-
-        Returns:
-            The image in each row afterwards.
+        From the image in each row, and whether it stops, follows the image in each row afterwards.
         """
         stay = int(np.count_nonzero(~stops))
         free = np.flatnonzero(stops[:stay])  # rows that are left, each filled from behind

@@ -20,11 +20,9 @@ _ALIGNMENT = 256
 
 
 class HostDevice(Device):
-    """The CPU as a device of the same interface as a GPU, for tests.
+    """The CPU as a device of the same interface as a GPU: the layer above runs where there is no GPU, for tests.
 
-    It pretends no CUDA: memory is the host's, work is done when it is enqueued, and graphs are refused. With it the
-    layer above (wiring, scratch memory, lifetimes, copies, errors) runs on real ONNX Runtime sessions where there is no
-    GPU. The chain on a CPU is faster with `mge_runtime.backends.onnxruntime`.
+    It pretends no CUDA: graphs are refused. The chain on a CPU is faster with `mge_runtime.backends.onnxruntime`.
     """
 
     name = "host"

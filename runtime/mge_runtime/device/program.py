@@ -154,14 +154,7 @@ class _Batch:
 
 
 class Programs:
-    """Prepares units for a batch size when it is first asked for; the least recently used size makes way.
-
-    Args:
-        device: where everything runs.
-        stream: what it runs on.
-        units: of the chain, in order.
-        graphs: whether to capture CUDA graphs.
-    """
+    """Prepares the units of a chain for a batch size when it is first asked for; the least recently used makes way."""
 
     def __init__(self, device: Device, stream: Stream, units: Sequence[Unit], *, graphs: bool) -> None:
         self._device = device
