@@ -233,8 +233,8 @@ class _OrtLaunch(Launch):
             raise BackendError(f"ONNX Runtime failed in graph {self._owner.name}: {one_line(error)[:300]}") from error
 
     def why_not_captured(self, stream: Stream) -> str | None:  # noqa: ARG002
-        own = "ONNX Runtime captures a CUDA graph of its own for each graph of the chain"
-        return own if self.has_graph else self._owner.why_plain
+        why = None if self.has_graph else self._owner.why_plain
+        return why or "ONNX Runtime captures a CUDA graph of its own for each graph of the chain"
 
     def close(self) -> None:
         self._binding = self._options = None

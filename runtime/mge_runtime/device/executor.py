@@ -307,8 +307,9 @@ class Space:
             stack.callback(self._slab.close)
             self.frames = device.allocate_host(max_batch * self.places[FRAME].row_bytes)
             stack.callback(self.frames.close)
+            self._results = device.allocate_host(1)
+            stack.callback(lambda: self._results.close())
             self._resources = stack.pop_all()
-        self._results: HostBuffer | None = None
 
     def rows(self, name: str, first: int, count: int) -> BorrowedMemory:
         """Some rows of a tensor."""
@@ -323,20 +324,14 @@ class Space:
 
     def results(self, size: int) -> HostBuffer:
         """A host buffer of at least `size` bytes; what the last one held is gone."""
-        if self._results is None or self._results.size < size:
-            self._close_results()
-            self._results = self._device.allocate_host(max(size, 1))
+        if self._results.size < size:
+            before, self._results = self._results, self._device.allocate_host(size)
+            before.close()
         return self._results
 
     def close(self) -> None:
         """Release everything; closing twice does nothing."""
-        with self._resources:
-            self._close_results()
-
-    def _close_results(self) -> None:
-        if self._results is not None:
-            self._results.close()
-            self._results = None
+        self._resources.close()
 
 
 def _aligned(size: int) -> int:
