@@ -38,10 +38,6 @@ class Candidate:
     engines: EngineSet | None = None  # that fit, for the TensorRT backends
     command: str | None = None  # that builds engines for it, where these are all that is missing
 
-    def __str__(self) -> str:
-        """For example "onnxruntime on cpu"."""
-        return f"{self.backend} on {self.device}"
-
 
 @dataclass(frozen=True)
 class Choice:
