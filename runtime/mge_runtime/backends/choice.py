@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mge_runtime.errors import BackendError
@@ -82,7 +81,7 @@ def choose(
     device: str = "auto",
     backend: str = "auto",
     *,
-    bundle: Bundle | None = None,
+    bundle: Bundle,
     machine: Machine | None = None,
     cache: bool | None = None,
 ) -> Choice:
@@ -91,7 +90,7 @@ def choose(
     Args:
         device: "auto" (the first GPU, or the CPU), "cpu" or "cuda:0" (any index; "cuda" and "0" are the same).
         backend: "auto", "tensorrt", "tensorrt-rtx" or "onnxruntime".
-        bundle: what is to run: its engines and its precision count; None: no engine is there.
+        bundle: what is to run, open: its engines and its precision count.
         machine: where; None: on this machine.
         cache: whether the engines in this machine's cache count; None: where `machine` is None.
 
@@ -141,7 +140,7 @@ def _gpu(machine: Machine, device: str) -> Gpu | None:
     return next(iter(machine.gpus[_index(device) :]), None) if device != "cpu" else None
 
 
-def _candidates(machine: Machine, device: str, bundle: Bundle | None, *, cache: bool) -> list[Candidate]:
+def _candidates(machine: Machine, device: str, bundle: Bundle, *, cache: bool) -> list[Candidate]:
     """Every way to run on one GPU of a machine and on its CPU, in the order of preference."""
     gpu = _gpu(machine, device)
     problem = _gpu_missing(machine) if gpu is None else _cuda_core_missing(machine)
@@ -168,7 +167,7 @@ def _cuda_core_missing(machine: Machine) -> str | None:
     return None if "cuda-core" in machine.libraries else f"cuda-core is not installed: {install}"
 
 
-def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *, cache: bool) -> Iterator[Candidate]:
+def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache: bool) -> Iterator[Candidate]:
     """Both libraries, with engines that fit or with what would build them, unless it cannot build the model.
 
     Opening builds nothing: it would take minutes, and on a Jetson most of the memory, where somebody waits.
@@ -176,7 +175,7 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *,
     from mge_runtime.trt.fit import build_command, library_refusal, rtx_refusal
     from mge_runtime.trt.found import find_engines
 
-    found = [] if bundle is None else find_engines(bundle, machine, gpu, cache=cache)
+    found = find_engines(bundle, machine, gpu, cache=cache)
     for name in ("tensorrt", "tensorrt-rtx"):
         theirs = [engines for engines in found if engines.backend == name]
         refusal = library_refusal(name, machine, gpu)
@@ -185,18 +184,18 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle | None, *,
             reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
             yield Candidate(name, device, True, reason, fitting)
             continue
-        if refusal is None and name == "tensorrt-rtx" and bundle is not None:
+        if refusal is None and name == "tensorrt-rtx":
             refusal = rtx_refusal(gpu, bundle.manifest)
         if refusal is not None:
             yield Candidate(name, device, False, refusal)
             continue
-        command = build_command(name, machine, gpu, Path("mge.plan") if bundle is None else bundle.path)
+        command = build_command(name, machine, gpu, bundle.path)
         why = "; ".join(f"{engines} {engines.problem}" for engines in theirs) or "the bundle has none"
         reason = f"no engines are ready for {gpu} ({why}); build them: {command}"
         yield Candidate(name, device, False, reason, command=command)
 
 
-def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle | None) -> Candidate:
+def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle) -> Candidate:
     has_cuda, missing = _CUDA_PROVIDER in machine.providers, _onnxruntime_missing(machine, "gpu")
     version = machine.libraries.get("onnxruntime")
     if machine.is_jetson and not has_cuda:
@@ -206,7 +205,7 @@ def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle | None) -> C
     elif not has_cuda:
         install = 'pip uninstall onnxruntime, then pip install "mge[gpu]"'
         reason = f"onnxruntime {version} here is the build for CPUs: {install}"
-    elif bundle is not None and bundle.manifest.is_int8:
+    elif bundle.manifest.is_int8:
         # On the CPU its optimizer changed every output of such graphs, which have variants of their own there.
         reason = "INT8 has not been checked with ONNX Runtime on CUDA: use TensorRT, or a bundle in FP16"
     else:
@@ -222,12 +221,12 @@ def _onnxruntime_missing(machine: Machine, extra: str) -> str | None:
     return None
 
 
-def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle | None) -> str:
+def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle) -> str:
     """What was asked for, why not, what is here, what to do."""
     reasons = _grouped(wanted) or f"{backend} runs on NVIDIA GPUs alone"
     parts = [f"nothing can run device {device!r} and backend {backend!r} ({reasons})"]
     gpu = _gpu(machine, device)
-    if gpu is not None and bundle is not None and backend.startswith("tensorrt"):
+    if gpu is not None and backend.startswith("tensorrt"):
         parts.append(
             f"the bundle has engines for {', '.join(bundle.targets)}" if bundle.targets else "the bundle has no engines"
         )
