@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mge.model import Expert, Gate, MGENet
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 
 __all__ = ["BareBackbones"]
 

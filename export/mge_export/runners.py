@@ -17,8 +17,7 @@ from mge_calibration.int8.cpu import cpu_graph
 from mge_export.activations import ActivationWatch
 from mge_export.experts import ExpertGraph
 from mge_export.half_kernels import HalfKernels
-from mge_runtime.backends.onnxruntime import integer_entries
-from mge_runtime.backends.ort import import_onnxruntime
+from mge_runtime.backends.onnxruntime import import_onnxruntime, integer_entries
 from mge_runtime.errors import ExportError
 from mge_runtime.spec import GraphSpec
 

@@ -201,7 +201,7 @@ def _version(distributions: tuple[str, ...]) -> str:
 
 
 def _import(name: str) -> Any:
-    from mge_runtime.backends.ort import load_onnxruntime
+    from mge_runtime.backends.onnxruntime import load_onnxruntime
 
     return load_onnxruntime() if name == "onnxruntime" else importlib.import_module(_LIBRARIES[name][0])
 

@@ -16,7 +16,7 @@ from mge_calibration.int8.graph import Int8Options, quantize_graph
 from mge_calibration.int8.insert import insert_quantization, quantize_weight
 from mge_calibration.int8.sessions import learn_ranges, open_graph, run_all
 from mge_calibration.int8.sites import find_layers
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.spec import GraphSpec, TensorSpec
 
 SIZE, WIDTH, CLASSES = 16, 8, 4

@@ -14,7 +14,7 @@ from mge_export.images import find_verify_images, generated_images
 from mge_export.precision import Precision, check_precision, infer_types
 from mge_export.runners import onnx_runner, reference_tensors, run_chain
 from mge_runtime import Pipeline
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import ExportError, InputError
 from mge_runtime.prediction import softmax

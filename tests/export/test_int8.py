@@ -18,8 +18,7 @@ from mge_export.graph import export_graph
 from mge_export.images import find_verify_images, generated_images
 from mge_export.int8 import Int8Request, check_quantization, is_trunk_weight, quantize_graphs
 from mge_export.precision import Precision
-from mge_runtime.backends.onnxruntime import integer_entries
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import integer_entries, load_onnxruntime
 from mge_runtime.errors import ExportError
 from mge_runtime.pipeline import Pipeline
 

@@ -30,8 +30,7 @@ GUARDED = {
 }
 SOURCES = (
     *(ROOT / "runtime/mge_runtime/trt").glob("*.py"),
-    *(ROOT / "runtime/mge_runtime/backends").glob("*t*rt*.py"),
-    *(ROOT / "runtime/mge_runtime/backends").glob("trt*.py"),
+    ROOT / "runtime/mge_runtime/backends/tensorrt.py",
 )
 
 

@@ -1,17 +1,15 @@
 import subprocess
 import sys
 import types
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import preload_libraries
-from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.bundle import Bundle, write_bundle
+from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain
-from mge_runtime.errors import BackendError, BundleError
+from mge_runtime.errors import BackendError
 
 
 @pytest.fixture(scope="module")
@@ -158,65 +156,3 @@ def test_a_batch_answers_as_its_images_do(chain):
     together = chain.run(batch).tensors["logits"]
     alone = np.concatenate([chain.run(batch[i : i + 1]).tensors["logits"] for i in range(4)])
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
-
-
-def test_a_graph_that_fails_is_named(chain):
-    with pytest.raises(BackendError, match="failed in graph expert_1"):
-        chain.run(frames(1).astype(np.float32))
-
-
-def test_a_graph_that_cannot_be_opened_is_named(tiny, tmp_path):
-    graphs = tiny.make_graphs()
-    models = {g.spec.name: g.model() for g in graphs}
-    models["expert_3"] = replace(models["expert_3"], graph=models["expert_3"].graph.replace(b"Softmax", b"Softmix"))
-    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
-    with (
-        Bundle.open(tmp_path / "mge.plan") as bundle,
-        pytest.raises(BackendError, match=r"cannot open graph expert_3: .*Soft"),
-    ):
-        Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def test_a_graph_with_another_border_is_refused(tiny, tmp_path):
-    graphs = tiny.make_graphs()
-    models = {g.spec.name: g.model() for g in graphs}
-    models["expert_3"] = replace(models["expert_3"], graph=models["expert_3"].graph.replace(b"heatmap_3", b"heatmap_9"))
-    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
-    with Bundle.open(tmp_path / "mge.plan") as bundle, pytest.raises(BundleError, match="the manifest says"):
-        Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def test_damaged_weights_never_answer(bundle_path, tmp_path):
-    path = tmp_path / "mge.plan"
-    path.write_bytes(bundle_path.read_bytes())
-    with Bundle.open(path) as bundle:
-        offset = bundle.region("onnx/expert_2.weights").offset
-    with path.open("r+b") as stream:
-        stream.seek(offset + 100)
-        stream.write(b"\x55")
-    with Bundle.open(path) as bundle, pytest.raises(BundleError, match=r"onnx/expert_2\.weights do not match"):
-        Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def test_a_bundle_replaced_while_it_opens_is_refused(bundle_path, tmp_path, monkeypatch):
-    path = tmp_path / "mge.plan"
-    path.write_bytes(bundle_path.read_bytes())
-    other = tmp_path / "other.plan"
-    other.write_bytes(bundle_path.read_bytes())
-    with Bundle.open(path) as bundle:
-        read = bundle.read
-        monkeypatch.setattr(
-            bundle, "read", lambda name: (other.replace(path) if other.exists() else None, read(name))[1]
-        )
-        with pytest.raises(BundleError, match="replaced while it was being opened"):
-            Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def test_the_runtime_computes_after_the_file_is_gone(bundle_path, tmp_path):
-    path = tmp_path / "mge.plan"
-    path.write_bytes(bundle_path.read_bytes())
-    with Bundle.open(path) as bundle:
-        chain = Chain(bundle, OnnxRuntimeBackend(threads=1))
-    before = chain.run(frames(2)).tensors["logits"]
-    path.unlink()
-    np.testing.assert_array_equal(chain.run(frames(2)).tensors["logits"], before)

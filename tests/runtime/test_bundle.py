@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.bundle import Bundle, GraphModel, write_bundle
 from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError, OutputError

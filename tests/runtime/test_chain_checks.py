@@ -11,9 +11,8 @@ from onnx import TensorProto, helper
 
 from mge_runtime import BackendError, BundleError, Pipeline
 from mge_runtime.backends.base import Backend
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, _Sessions
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, _Sessions, load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.backends.ort import load_onnxruntime
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.calibrated import ExitPoint
 from mge_runtime.chain import Chain
@@ -82,19 +81,35 @@ def test_one_that_is_overwritten_during_a_run_is_not_answered_from(copy, other, 
             pipeline.predict(frames[0])
 
 
-def test_one_that_is_overwritten_while_it_opens_is_refused(copy, other, monkeypatch):
-    read = Bundle.read
+@pytest.mark.parametrize("how", ["rename", "in place"])
+def test_one_that_is_replaced_while_it_opens_is_refused(copy, other, tmp_path, monkeypatch, how):
+    read, aside = Bundle.read, tmp_path / "aside.plan"
+    aside.write_bytes(other.read_bytes())
 
     def late(bundle, name):
         data = read(bundle, name)
         if name == "onnx/expert_3.onnx":  # the last
-            with copy.open("r+b") as stream:
-                stream.write(other.read_bytes())
+            if how == "rename":
+                aside.replace(copy)
+            else:
+                with copy.open("r+b") as stream:
+                    stream.write(other.read_bytes())
         return data
 
     monkeypatch.setattr(Bundle, "read", late)
     with pytest.raises(BundleError, match=r"replaced while it was being opened|do not match their hash"):
         Pipeline.open(copy, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_damaged_weights_are_refused(copy, backend):
+    with Bundle.open(copy) as bundle:
+        offset = bundle.region("onnx/expert_2.weights").offset
+    with copy.open("r+b") as stream:
+        stream.seek(offset + 100)
+        stream.write(b"\x55")
+    with pytest.raises(BundleError, match=r"onnx/expert_2\.weights do not match"):
+        open_chain(copy, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -198,6 +213,30 @@ def test_a_graph_that_does_not_keep_its_shape_is_refused(tiny, tmp_path, frames)
             open_chain(path, "host").run(frames)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("was", "is_now", "kind", "message"),
+    [
+        (b"Softmax", b"Softmix", BackendError, "cannot open graph expert_3: .*Soft"),
+        (b"heatmap_3", b"heatmap_9", BundleError, "the output 'heatmap_3' as none .*; the manifest says float32"),
+    ],
+)
+def test_a_graph_that_is_not_what_it_should_be_is_named(tiny, tmp_path, was, is_now, kind, message, backend):
+    graphs = tiny.make_graphs()
+    models = {g.spec.name: g.model() for g in graphs}
+    models["expert_3"] = replace(models["expert_3"], graph=models["expert_3"].graph.replace(was, is_now))
+    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
+    with pytest.raises(kind, match=message):
+        open_chain(tmp_path / "mge.plan", backend)
+
+
+def test_a_graph_that_fails_is_named(copy, frames):
+    chain = open_chain(copy, "staged")
+    with pytest.raises(BackendError, match="failed in graph expert_1"):
+        chain.run(frames.astype(np.float32))
+    chain.close()
+
+
 @pytest.mark.parametrize(("dtype", "shape"), [("float32", (3, 32, 7)), ("float32", (3, 32)), ("float16", (3, 32, 32))])
 def test_the_borders_of_graphs_are_compared_with_the_manifest_when_they_open(tiny, tmp_path, dtype, shape):
     made = tiny.make_graphs()
@@ -211,5 +250,5 @@ def test_the_borders_of_graphs_are_compared_with_the_manifest_when_they_open(tin
     models = {graph.spec.name: graph.model() for graph in made}
     write_bundle(tmp_path / "mge.plan", replace(manifest, graphs=graphs), models)
     for backend in BACKENDS:
-        with pytest.raises(BundleError, match=r"has image_3 as tensor\(float\) .*; the manifest says"):
+        with pytest.raises(BundleError, match=r"has the output 'image_3' as float32 .*; the manifest says"):
             open_chain(tmp_path / "mge.plan", backend)

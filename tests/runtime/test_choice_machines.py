@@ -187,54 +187,30 @@ def test_engines_that_are_ready_go_before_engines_to_build(make):
 
 
 @pytest.mark.parametrize(
-    ("machine", "backend", "line"),
+    ("machine", "backend", "reason"),
     [
-        (
-            machines.ORIN,
-            "tensorrt-rtx",
-            "(tensorrt-rtx on cuda:0: TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does); "
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is Orin (sm87), linux aarch64; "
-            "build for it with full TensorRT: mge-build mge.plan (on this device)",
-        ),
-        (
-            machines.THOR,
-            "tensorrt-rtx",
-            "(tensorrt-rtx on cuda:0: TensorRT-RTX does not serve sm110 (Jetson Thor); full TensorRT does); "
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is NVIDIA Thor (sm110), linux aarch64; "
-            "build for it with full TensorRT: mge-build mge.plan (on this device)",
-        ),
-        (
-            machines.H100_ORT,
-            "tensorrt-rtx",
-            "(tensorrt-rtx on cuda:0: TensorRT-RTX does not serve sm90 (Hopper); full TensorRT does); "
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is NVIDIA H100 80GB HBM3 (sm90), linux x86_64; "
-            "build for it with full TensorRT: mge-build mge.plan (on this device)",
-        ),
+        (machines.ORIN, "tensorrt-rtx", "TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does"),
+        (machines.THOR, "tensorrt-rtx", "TensorRT-RTX does not serve sm110 (Jetson Thor); full TensorRT does"),
+        (machines.H100_ORT, "tensorrt-rtx", "TensorRT-RTX does not serve sm90 (Hopper); full TensorRT does"),
         (
             machines.RTX3060,
             "tensorrt",
-            "(tensorrt on cuda:0: tensorrt is not installed: "
-            'pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)); '
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is NVIDIA GeForce RTX 3060 (sm86), linux x86_64; "
-            "then build for it: mge-build mge.plan (on this device)",
+            'tensorrt is not installed: pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)',
         ),
         (
             replace(machines.ORIN, libraries={"cuda-core": "1.2.2"}),
             "tensorrt",
-            "(tensorrt on cuda:0: tensorrt is not installed: TensorRT comes with JetPack: "
-            "sudo apt install nvidia-jetpack, in an environment with --system-site-packages); "
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is Orin (sm87), linux aarch64; then build for it: mge-build mge.plan (on this device)",
+            "tensorrt is not installed: TensorRT comes with JetPack: sudo apt install nvidia-jetpack, "
+            "in an environment with --system-site-packages",
         ),
     ],
 )
-def test_who_insists_reads_what_was_found_what_is_here_and_what_to_do(make, machine, backend, line):
-    start = f"nothing can run device 'auto' and backend '{backend}' "
-    assert refusal(make(machines.FOR_RTX), machine, backend=backend) == start + line
+def test_who_insists_reads_what_was_found_what_is_here_and_what_to_do(make, machine, backend, reason):
+    assert refusal(make(machines.FOR_RTX), machine, backend=backend) == (
+        f"nothing can run device 'auto' and backend '{backend}' ({backend} on cuda:0: {reason}); "
+        f"the bundle has engines for {machines.FOR_RTX.target}; this device is {machine.gpus[0]}, {machine.platform}; "
+        "leave device and backend at auto, which takes what runs here"
+    )
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,8 @@ def test_where_nothing_can_build_one_line_says_why(machine, backend, line):
     assert ("mge[rtx]" in str(caught.value)) == (backend == "tensorrt-rtx" and machine.gpus[0].name != "Orin")
 
 
-def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it():
-    choice = choose(machine=replace(machines.ORIN, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.23.2"}))
+def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it(make):
+    choice = chosen(make(), replace(machines.ORIN, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.23.2"}))
     (reason,) = (other.reason for other in choice.passed_over if other.backend == "onnxruntime")
     assert (choice.device, reason) == ("cpu", "onnxruntime-gpu has no wheel for the GPU of a Jetson")
 

@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.backends.ort_graph import open_graphs
 from mge_runtime.bundle import Bundle, write_bundle
-from mge_runtime.device import Graph
+from mge_runtime.device.base import Graph
 from mge_runtime.device.host import HostDevice
-from mge_runtime.device.unit import Addresses
+from mge_runtime.device.program import Addresses
 from mge_runtime.errors import BackendError
 
 onnxruntime = load_onnxruntime()
@@ -300,7 +299,7 @@ def test_fp16_opens_with_tensor_cores_in_the_best_layout_that_works(tiny, tmp_pa
     ort, device = _Opening(lambda *way: way in refused), HostDevice()
     device.kind = "cuda"
     with Bundle.open(tmp_path / "mge.plan") as opened:
-        first, second, third = open_graphs(ort, opened, device, device.create_stream(), graphs=graphs)
+        first, second, third = runs.open_graphs(opened, device, device.create_stream(), ort=ort, graphs=graphs)
     half = kind != "fp32"
     tried = [way for way in ort.tried if way[2] == half] if half else ort.tried[: len(ways)]
     assert tried == [(*way, half) for way in ways], "the second graph alone has tensor cores"
@@ -316,7 +315,7 @@ def test_a_graph_that_opens_in_no_way_says_why(bundle):
     device = HostDevice()
     device.kind = "cuda"
     with pytest.raises(BackendError, match=r"cannot open graph expert_1: all compute graph nodes have"):
-        list(open_graphs(_Opening(lambda *_: True), bundle, device, device.create_stream()))
+        list(runs.open_graphs(bundle, device, device.create_stream(), ort=_Opening(lambda *_: True)))
 
 
 def test_where_cuda_does_not_load_one_session_is_tried(tiny, tmp_path):
@@ -326,14 +325,14 @@ def test_where_cuda_does_not_load_one_session_is_tried(tiny, tmp_path):
     ort, device = _Opening(lambda *_: False, ["CPUExecutionProvider"]), HostDevice()
     device.kind = "cuda"
     with Bundle.open(tmp_path / "mge.plan") as opened, pytest.raises(BackendError, match="cannot use CUDAExecution"):
-        next(open_graphs(ort, opened, device, device.create_stream()))
+        next(runs.open_graphs(opened, device, device.create_stream(), ort=ort))
     assert len(ort.tried) == 1
 
 
 def test_each_launch_whose_capture_fails_runs_again_without_and_the_unit_says_so(bundle):
     device = HostDevice()
     device.kind = "cuda"
-    unit = next(open_graphs(_Opening(lambda *_: False), bundle, device, device.create_stream()))
+    unit = next(runs.open_graphs(bundle, device, device.create_stream(), ort=_Opening(lambda *_: False)))
     ids = []
 
     def run_with_iobinding(_binding, options):
@@ -343,7 +342,7 @@ def test_each_launch_whose_capture_fails_runs_again_without_and_the_unit_says_so
 
     binding = SimpleNamespace(bind_input=lambda *_: None, bind_output=lambda *_: None)
     unit.session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=run_with_iobinding)
-    tensors = dict.fromkeys([t.name for t in (*unit.inputs, *unit.outputs)], 0)
+    tensors = dict.fromkeys([t.name for t in (*unit.spec.inputs, *unit.spec.outputs)], 0)
     launches = [unit.prepare(Addresses(batch, tensors, 0, 0), None) for batch in (1, 2, 3)]
     broken = {"1", "2"}
     for launch in launches:
@@ -366,8 +365,7 @@ def test_what_units_say_of_themselves_is_in_the_report(bundle):
 
 @pytest.mark.gpu
 def test_graphs_of_onnx_runtime_run_on_the_gpu(cuda, bundle):
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+    runs.need_sessions(cuda)
     chain = open_ort_chain(onnxruntime, bundle, cuda)
     plain = open_ort_chain(onnxruntime, bundle, cuda, graphs=False)
     for seed in range(4):

@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 
 from mge_runtime.backends.base import Span, split
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.backends.ort_graph import open_graphs
 from mge_runtime.calibrated import ExitPoint, confidence
-from mge_runtime.device import DeviceExecutor
+from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.host import HostDevice
-from mge_runtime.device.rows import Rows
-from mge_runtime.device.space import Space
 from mge_runtime.errors import BackendError
 
 onnxruntime = load_onnxruntime()
@@ -98,10 +95,7 @@ def test_graphs_on_the_host_let_images_leave(expected, bundle, some, batch):
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_device_lets_the_same_images_leave(device, expected, bundle, some, batch):
-    if device.kind == "cuda":
-        onnxruntime.preload_dlls()
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+    runs.need_sessions(device)
     chain = open_ort_chain(onnxruntime, bundle, device)
     for exits in rules(some):
         for seed in (0, 7):
@@ -135,26 +129,21 @@ def test_rows_that_are_computed_for_those_that_still_run(bundle, running, batch,
     chain.close()
 
 
-def test_between_two_graphs_an_answer_visits_the_host_and_nothing_else(bundle, some):
+def test_between_two_graphs_what_is_wanted_visits_the_host_and_nothing_else(bundle, some):
     device = HostDevice()
     chain = open_ort_chain(onnxruntime, bundle, device)
-    calls, counters = [], device.counters
-    download = device._download
-    device._download = lambda target, source, size, stream: (calls.append(size), download(target, source, size, stream))
+    calls, copies, download = [], device.copies, device.download
+    device.download = lambda *args: (calls.append(args[3]), download(*args))
     exits = points(some["mean_logits_1"], some["mean_logits_2"])
     result = chain.run(frames(8), 3, {"mean_logits_1", "mean_logits_2", "logits", "box_1", "image_2"}, exits)
     ran = [int(np.count_nonzero(result.graphs_run > number)) for number in range(3)]
     assert 8 == ran[0] > ran[1] > ran[2] > 0
     row = {"mean_logits_1": 20, "mean_logits_2": 20, "logits": 20, "box_1": 16, "image_2": 3 * 32 * 32 * 4}
-    assert calls[:2] == [ran[0] * 20, ran[1] * 20], "the answers of those that still run"
-    made = {"mean_logits_1": ran[0], "mean_logits_2": ran[1], "box_1": ran[0], "image_2": ran[0], "logits": ran[2]}
-    assert calls[2:] == [made[name] * row[name] for name in sorted(made)], "then each result once"
-    assert (counters.host_to_device, counters.host_to_device_bytes) == (1, 8 * 32 * 32 * 3)
-    assert chain.report()["row_copies"] == {
-        "on_device": counters.on_device,
-        "on_device_bytes": counters.on_device_bytes,
-    }
-    assert counters.on_device > 0
+    made = (("box_1", 0), ("image_2", 0), ("mean_logits_1", 0), ("mean_logits_2", 1), ("logits", 2))
+    assert calls == [ran[number] * row[name] for name, number in made], "each result once, when it is made"
+    assert (copies["host_to_device"], copies["host_to_device_bytes"]) == (1, 8 * 32 * 32 * 3)
+    assert chain.report()["row_copies"] == {key: copies[key] for key in ("on_device", "on_device_bytes")}
+    assert copies["on_device"] > 0
     chain.close()
     assert (device.allocated, device.allocated_host) == (0, 0)
 
@@ -162,13 +151,10 @@ def test_between_two_graphs_an_answer_visits_the_host_and_nothing_else(bundle, s
 def test_without_exits_a_run_is_one_program_and_copies_as_before(bundle):
     device = HostDevice()
     chain = open_ort_chain(onnxruntime, bundle, device)
-    memory = device.allocated
     result = chain.run(frames(8), 3, {"logits"})
     assert [(p["batch"], p["graphs"], "after" in p) for p in chain.report()["programs"]] == [(8, 3, False)]
     assert list(result.times_ms) == ["upload", "chain", "download", "host"]
-    assert (device.counters.device_to_host, device.counters.on_device) == (1, 0)
-    assert device.allocated >= memory
-    assert chain._space._spare is None
+    assert (device.copies["device_to_host"], device.copies["on_device"]) == (1, 0)
     chain.run(frames(8), 3, {"logits"}, points(None, 0.9))
     assert {(p["batch"], p.get("after", 0), p["graphs"]) for p in chain.report()["programs"]} >= {
         (8, 0, 3),
@@ -222,7 +208,7 @@ def test_a_unit_is_prepared_once_for_each_batch_size_whatever_programs_it_is_in(
     seen = []
 
     def open_units(device, stream):
-        for number, unit in enumerate(open_graphs(onnxruntime, bundle, device, stream)):
+        for number, unit in enumerate(runs.open_graphs(bundle, device, stream)):
             prepare = unit.prepare
             unit.prepare = lambda a, s, p=prepare, n=number: (seen.append((n, a.batch)), p(a, s))[1]
             yield unit
@@ -250,19 +236,14 @@ def test_logits_that_no_graph_reads_decide_too(bundle, expected, some):
     chain.close()
 
 
-def test_rows_that_leave_change_places_with_those_that_stay(bundle):
+def test_rows_that_go_on_fill_those_that_are_left(bundle):
     device = HostDevice()
-    space, stream = Space(device, bundle.manifest, 6), device.create_stream()
-    rows = Rows(6, {"mean_logits_1"})
-    rows.add(["mean_logits_1", "image_2"])
-    rows.leave(np.array([True, False, True, False, False, True]), ["mean_logits_1", "image_2"], device, space, stream)
-    assert rows.running.tolist() == [3, 1, 4]
-    assert rows.images("mean_logits_1").tolist() == [3, 1, 4, 0, 2, 5]
-    assert device.counters.on_device == 2 * 3 + 2, "two rows: changed where they are kept, else copied"
-    rows.add(["mean_logits_2"])
-    assert rows.made == ["mean_logits_1"]
-    space.close()
-    assert (device.allocated, device.allocated_host) == (0, 0)
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    chain.run(frames(6), 1, {"logits_1"})
+    stops = np.array([True, False, True, False, False, True])
+    assert chain._move_together(np.arange(6), stops, {"mean_logits_1", "image_2"}).tolist() == [3, 1, 4]
+    assert device.copies["on_device"] == 4, "two rows of each"
+    chain.close()
 
 
 def test_a_chain_is_cut_behind_its_exits_but_not_at_its_end():

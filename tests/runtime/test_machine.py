@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import mge_runtime.machine
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.errors import InputError
 from mge_runtime.machine import Gpu, Machine, describe_machine
 

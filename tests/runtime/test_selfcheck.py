@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.bundle import add_engine
 from mge_runtime.cli.bench import main
 from mge_runtime.errors import BackendError

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mge_runtime.bundle import Bundle
-from mge_runtime.device import Graph
+from mge_runtime.device.base import Graph
 from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
 from mge_runtime.selfcheck.answers import check_batches, check_graphs, check_parity

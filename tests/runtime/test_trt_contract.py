@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-import mge_runtime.backends.trt_graph
-from mge_runtime.backends.tensorrt import TensorRTBackend
-from mge_runtime.backends.trt_graph import DTYPES
+import mge_runtime.backends.tensorrt
+from mge_runtime.backends.tensorrt import DTYPES, TensorRTBackend
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
 from mge_runtime.trt.target import RTX_CAPABILITIES
@@ -87,7 +86,7 @@ def test_tensorrt_rtx_serves_the_capabilities_that_we_name(rtx):
 
 
 def test_a_runtime_configuration_has_what_is_set(rtx):
-    tree = ast.parse(Path(mge_runtime.backends.trt_graph.__file__).read_text())
+    tree = ast.parse(Path(mge_runtime.backends.tensorrt.__file__).read_text())
     asked = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "config"}
     assert asked > set(RTX_ALONE["IRuntimeConfig"].split())
     assert asked <= set(dir(rtx.IRuntimeConfig))
