@@ -29,9 +29,9 @@ from PIL import Image, features
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import decode_image, decode_picture
 from mge_runtime.errors import InputError
+from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import list_folder
-from mge_runtime.spec import Preprocess
 
 WIDTH, HEIGHT = 4000, 3000
 

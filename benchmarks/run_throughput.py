@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 from mge_runtime import Pipeline
-from mge_runtime.ahead import map_ahead
 from mge_runtime.cli.run import main as mge_run
-from mge_runtime.cpus import cpu_count
 from mge_runtime.decode import decode_picture
+from mge_runtime.machine import cpu_count
+from mge_runtime.pool import map_ahead
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import find_images
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mge.metrics import top_k_correct, view_areas
-from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.metrics import calibration_error, log_softmax
+from mge_runtime.preprocess import Viewport, compose_boxes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
+from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import is_folder, list_folder
-from mge_runtime.spec import Preprocess
 
 __all__ = ["VerifyImages", "check_folder", "find_verify_images", "generated_images", "photographs"]
 

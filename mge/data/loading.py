@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mge.interrupt import shield_worker
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
+from mge_runtime.machine import cpu_count
 
 __all__ = ["batches", "make_loader"]
 

@@ -6,14 +6,16 @@ A machine is plain data, so that choosing can be tested against descriptions of 
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from mge_runtime.errors import BundleError, InputError
 from mge_runtime.fields import Field, parse_json
 
-__all__ = ["Gpu", "Machine", "this_platform"]
+__all__ = ["Gpu", "Machine", "cpu_count", "this_platform"]
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,17 @@ def this_platform() -> tuple[str, str]:
     """The operating system and the architecture of this machine, as targets name them: ("linux", "x86_64")."""
     arch = platform.machine().lower()
     return platform.system().lower(), {"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch)
+
+
+def cpu_count() -> int:
+    """Processors this process may use: its affinity, capped by the control group's quota (Linux, version 2)."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        count = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return count

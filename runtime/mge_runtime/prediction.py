@@ -60,13 +60,12 @@ class Prediction:
         heatmaps: tuple[NDArray[Any], ...],
         size: tuple[int, int],
         timings_ms: Mapping[str, float],
-        temperature: float = 1.0,
-        calibrated: bool = False,
+        temperature: float | None = None,
     ) -> Prediction:
         """Derive class, probability and the likeliest classes.
 
         Args:
-            logits: float32 [C], the answer, finite: `Chain.run` lets nothing else pass.
+            logits: float32 [C], finite: `Chain.run` lets nothing else pass.
             class_names: C names.
             expert_logits: float32 [K, C].
             gate: float32 [K] or None.
@@ -74,11 +73,10 @@ class Prediction:
             heatmaps: K arrays [h, w].
             size: width and height of the source image in pixels.
             timings_ms: milliseconds by step.
-            temperature: of the answer, > 0; probabilities are the softmax of logits / temperature.
-            calibrated: whether the temperature was learned.
+            temperature: of the logits as it was learned, > 0; None: it was not, which is a temperature of 1.
         """
         index = int(logits.argmax())
-        top = _likeliest(logits, class_names, TOP, temperature)
+        top = _likeliest(logits, class_names, TOP, temperature or 1.0)
         return cls(
             class_index=index,
             class_name=class_names[index],
@@ -94,8 +92,8 @@ class Prediction:
             height=size[1],
             timings_ms=timings_ms,
             class_names=class_names,
-            temperature=temperature,
-            calibrated=calibrated,
+            temperature=temperature or 1.0,
+            calibrated=temperature is not None,
         )
 
     def top_k(self, k: int) -> tuple[TopClass, ...]:

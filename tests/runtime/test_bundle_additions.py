@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from mge_runtime.bundle import Bundle, GraphModel, add_calibration, add_engine, write_bundle, writer
-from mge_runtime.bundle.archive import ArchiveWriter
-from mge_runtime.bundle.layout import graph_entry, weights_entry
+from mge_runtime.bundle.archive import ArchiveWriter, graph_entry, weights_entry
 from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import lock
 from mge_runtime.trt import keep

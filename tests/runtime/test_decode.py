@@ -118,7 +118,7 @@ def test_sixteen_bit_tiff_where_zero_is_white():
 def test_mode_i_within_16_bits_and_beyond():
     assert decode_image(Image.fromarray(np.array([SIXTEEN], np.int32)))[0].tolist() == EIGHT
     for values, found in (([0, 70000], "0 to 70000"), ([-1, 5], "-1 to 5")):
-        with pytest.raises(InputError, match=f"grey values run from {found}; expected 0 to 65535"):
+        with pytest.raises(InputError, match=f"gray values run from {found}; expected 0 to 65535"):
             decode_image(Image.fromarray(np.array([values], np.int32)))
 
 
@@ -286,14 +286,14 @@ def test_missing_folder_and_unreadable(tmp_path):
     [
         (b"", "it is empty (0 bytes)"),
         (b"I am no picture.\n", "it is a text file"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is an HEIC picture, convert it to JPEG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is an HEIC image, convert it to JPEG"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "it is a video"),
         (b"%PDF-1.7\n", "it is a PDF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is PostScript"),
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "it is an SVG drawing"),
-        (bytes(range(200)), "it is no known picture"),
+        (bytes(range(200)), "it is no known image"),
         (b"RIFF\0\0\0\0AVI LIST", "it is an AVI video"),
-        (b"RIFF\0\0\0\0XYZ LIST", "it is a RIFF file of another kind"),
+        (b"RIFF\0\0\0\0XYZ LIST", "its header is damaged, cut short"),
         (b"8BPS\0\1", "it is a Photoshop file"),
         (b"\x89PNG\r\n\x1a\n", "its header is damaged, cut short"),
     ],
@@ -313,13 +313,13 @@ def test_what_is_no_picture(tmp_path, data, found):
 def test_truncated_pictures_are_refused_whole(kind, part):
     data = saved(Image.fromarray(NOISE), kind)
     decode_image(data)
-    assert "cannot decode the picture of" in refusal(data[: int(len(data) * part)])
+    assert "cannot decode the image of" in refusal(data[: int(len(data) * part)])
 
 
 def test_a_flipped_byte_in_a_png_is_found():
     data = bytearray(saved(Image.fromarray(NOISE), "PNG"))
     data[len(data) // 2] ^= 0x55
-    assert "expected a whole, undamaged picture" in refusal(bytes(data))
+    assert "expected a whole, undamaged image" in refusal(bytes(data))
 
 
 def test_zero_size():

@@ -317,7 +317,7 @@ def test_lack_of_memory_is_called_that(monkeypatch):
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     message = refusal(saved(Image.fromarray(NOISE), "PNG"))
-    assert "there is not enough memory for 60 x 40 pixels; free some" in message
+    assert "there is not enough memory for it; free some" in message
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux")

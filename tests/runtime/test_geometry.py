@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from mge_runtime.errors import InputError
-from mge_runtime.geometry import Viewport, compose_boxes
-from mge_runtime.preprocess import to_frame
-from mge_runtime.spec import Preprocess
+from mge_runtime.manifest import Preprocess
+from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 
 SIZE = 64
 

@@ -10,8 +10,8 @@ from PIL import Image
 from mge_runtime import preprocess
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
+from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
-from mge_runtime.spec import Preprocess
 
 SHARED = Path(__file__).parents[3] / "shared"
 SHIPPED = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg")

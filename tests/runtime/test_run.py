@@ -22,7 +22,7 @@ from PIL import Image
 from mge_runtime import Pipeline
 from mge_runtime.bundle import add_calibration
 from mge_runtime.cli.run import main
-from mge_runtime.cpus import cpu_count
+from mge_runtime.machine import cpu_count
 from mge_runtime.prediction import softmax
 from mge_runtime.sources import SAVED_SUFFIX
 

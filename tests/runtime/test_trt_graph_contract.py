@@ -13,7 +13,7 @@ from mge_runtime.backends.tensorrt import TensorRTBackend
 from mge_runtime.backends.trt_graph import DTYPES
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
-from mge_runtime.wiring import DTYPES as CHAIN_DTYPES
+from mge_runtime.manifest import DTYPES as CHAIN_DTYPES
 
 RTX_ALONE = {
     "CudaGraphStrategy": "DISABLED",

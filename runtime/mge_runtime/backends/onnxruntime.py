@@ -19,15 +19,15 @@ from mge_runtime.backends.ort import (
     weights_checked,
 )
 from mge_runtime.bundle.onnx_graph import located_graph
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError
+from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import FRAME, Manifest
 
 if TYPE_CHECKING:
     from mge_runtime.backends.base import Array
     from mge_runtime.bundle import Bundle
     from mge_runtime.calibrated import ExitPoint
-    from mge_runtime.spec import GraphSpec
+    from mge_runtime.manifest import GraphSpec
 
 __all__ = ["OnnxRuntimeBackend", "integer_entries"]
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.bundle.layout import weights_entry
+from mge_runtime.bundle.archive import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors
 from mge_runtime.errors import BackendError, BundleError
-from mge_runtime.spec import TensorSpec
+from mge_runtime.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -149,7 +149,7 @@ def weights_checked(bundle: Bundle) -> Generator[None]:
         BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
     names = [weights_entry(graph.name) for graph in bundle.manifest.graphs]
-    with bundle.verifying([name for name in names if name in bundle.sizes], quick=True):
+    with bundle.verifying(name for name in names if name in bundle.sizes):
         yield
     if not bundle.in_place():
         raise BundleError(f"{bundle.path} was replaced while it was being opened; open it again")

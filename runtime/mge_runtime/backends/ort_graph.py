@@ -29,7 +29,7 @@ from mge_runtime.backends.ort import check_border, load_weights, one_line, sessi
 from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.unit import Addresses, Launch, Unit
 from mge_runtime.errors import BackendError
-from mge_runtime.spec import GraphSpec, TensorSpec
+from mge_runtime.manifest import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from mge_runtime.device.unit import Addresses, Launch, Unit
 from mge_runtime.errors import BackendError, BundleError, MGEError
-from mge_runtime.spec import GraphSpec, TensorSpec
+from mge_runtime.manifest import GraphSpec, TensorSpec
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -20,10 +20,10 @@ from mge_runtime.bench.noise import Noise, Watch
 from mge_runtime.bench.rounds import shuffled
 from mge_runtime.bench.stats import Ratio
 from mge_runtime.bundle import Bundle
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError
 from mge_runtime.fields import JsonValue
 from mge_runtime.files import temporary_folder
+from mge_runtime.machine import cpu_count
 
 if TYPE_CHECKING:
     import numpy as np

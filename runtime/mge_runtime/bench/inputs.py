@@ -12,8 +12,8 @@ import numpy as np
 from mge_runtime.bench.deadline import UNBOUNDED, Deadline
 from mge_runtime.decode import decode_picture
 from mge_runtime.errors import InputError
+from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
-from mge_runtime.spec import Preprocess
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mge_runtime.bench.stats import percentile
-from mge_runtime.cpus import cpu_count
 from mge_runtime.fields import JsonValue
+from mge_runtime.machine import cpu_count
 
 __all__ = ["Cpu", "Noise", "Watch", "describe_cpu"]
 

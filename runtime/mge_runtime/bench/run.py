@@ -22,8 +22,8 @@ from mge_runtime.bench.pipelined import measure_pipelined
 from mge_runtime.bench.results import BundleFacts, Memory, NotRun, Results
 from mge_runtime.bench.toolchain import check_checkpoint
 from mge_runtime.bundle import Bundle
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError, MGEError
+from mge_runtime.machine import cpu_count
 from mge_runtime.machine_probe import describe_machine
 from mge_runtime.pipeline import Pipeline
 

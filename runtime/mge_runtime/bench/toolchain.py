@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mge_runtime.bench.contender import Contender
 from mge_runtime.bench.deadline import NO_TIME, UNBOUNDED, Deadline, TimeUp
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError, CheckpointError
+from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Manifest
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from mge_runtime.bundle.layout import CALIBRATION, engine_description
+from mge_runtime.bundle.archive import CALIBRATION, engine_description
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import Field, JsonValue, parse_json
 from mge_runtime.manifest import Entry, read_entry
@@ -35,13 +35,12 @@ class EngineDescription:
             BundleError: damaged, for another target, or built from another manifest.
         """
         document = engine_description(target)
-        fields = parse_json(data, document).members(("manifest_sha256", "target", "plans", "details"))
+        fields = parse_json(data, document).members(cls.__dataclass_fields__)
         if fields["target"].text() != target:
             fields["target"].fail(f'"{target}", the folder it lies in')
         _check_hash(fields["manifest_sha256"], document, manifest_sha256, "build the engines again with mge-build")
         plans = {graph: read_entry(field) for graph, field in fields["plans"].table().items()}
-        details = {key: value.value for key, value in fields["details"].table().items()}
-        return cls(manifest_sha256, target, plans, details)
+        return cls(manifest_sha256, target, plans, fields["details"].free())
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,13 @@ class Calibration:
         Raises:
             BundleError: damaged, or measured with another manifest.
         """
-        fields = parse_json(data, CALIBRATION).members(("manifest_sha256", "values"))
+        fields = parse_json(data, CALIBRATION).members(cls.__dataclass_fields__)
         _check_hash(fields["manifest_sha256"], CALIBRATION, manifest_sha256, "calibrate again with mge-calibrate")
-        return cls(manifest_sha256, {key: value.value for key, value in fields["values"].table().items()})
+        return cls(manifest_sha256, fields["values"].free())
 
 
 def _check_hash(field: Field, document: str, expected: str, advice: str) -> None:
-    found = field.sha256()
+    found = field.hexadecimal()
     if found != expected:
         raise BundleError(
             f"{document} belongs to the manifest {found[:12]}; expected this bundle's, {expected[:12]}: {advice}"

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mge_runtime.bundle.layout import cpu_graph_entry, graph_entry, weights_entry
+from mge_runtime.bundle.archive import cpu_graph_entry, graph_entry, weights_entry
 from mge_runtime.errors import BundleError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import ParamSpec, TypeVar
 
 import click
 
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError, MGEError, OutputError, one_line, printable
+from mge_runtime.machine import cpu_count
 
 __all__ = ["GPU_STATUS", "at_most_cpus", "echo", "format_bytes", "note", "report", "reports_errors", "verbose_option"]
 

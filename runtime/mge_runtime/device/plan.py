@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mge_runtime.manifest import FRAME, Manifest
-from mge_runtime.spec import TensorSpec
+from mge_runtime.manifest import FRAME, Manifest, TensorSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mge_runtime.bundle import Bundle, add_engine
-from mge_runtime.bundle.layout import weights_entry
+from mge_runtime.bundle.archive import weights_entry
 from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.errors import BuildError, BundleError

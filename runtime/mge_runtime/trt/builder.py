@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.fields import JsonValue
-from mge_runtime.spec import GraphSpec
+from mge_runtime.manifest import GraphSpec
 from mge_runtime.trt.attest import attest_engine, attest_network
 from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.network import Parsed, parse_graph

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mge_runtime.backends.choice import device_name
 from mge_runtime.bundle import Bundle
-from mge_runtime.bundle.layout import target_of
+from mge_runtime.bundle.archive import target_of
 from mge_runtime.errors import BackendError, BuildError, printable
 from mge_runtime.files import check_writable
 from mge_runtime.machine import Machine

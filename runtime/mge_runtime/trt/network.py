@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from mge_runtime.errors import BuildError
-from mge_runtime.spec import BATCH, GraphSpec, TensorSpec
+from mge_runtime.manifest import BATCH, GraphSpec, TensorSpec
 from mge_runtime.trt.vendor import Vendor
 
 if TYPE_CHECKING:
