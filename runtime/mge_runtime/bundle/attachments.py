@@ -29,11 +29,7 @@ class EngineDescription:
 
     @classmethod
     def from_json(cls, data: bytes, *, target: str, manifest_sha256: str) -> EngineDescription:
-        """Read what `to_json` wrote.
-
-        Raises:
-            BundleError: damaged, for another target, or built from another manifest.
-        """
+        """Read what `to_json` wrote; a BundleError: it is damaged, for another target or of another manifest."""
         document = engine_description(target)
         fields = parse_json(data, document).members(cls.__dataclass_fields__)
         if fields["target"].text() != target:
@@ -56,11 +52,7 @@ class Calibration:
 
     @classmethod
     def from_json(cls, data: bytes, *, manifest_sha256: str) -> Calibration:
-        """Read what `to_json` wrote.
-
-        Raises:
-            BundleError: damaged, or measured with another manifest.
-        """
+        """Read what `to_json` wrote; a BundleError: it is damaged, or was measured with another manifest."""
         fields = parse_json(data, CALIBRATION).members(cls.__dataclass_fields__)
         _check_hash(fields["manifest_sha256"], CALIBRATION, manifest_sha256, "calibrate again with mge-calibrate")
         return cls(manifest_sha256, fields["values"].free())
