@@ -122,7 +122,7 @@ def collect_bundle(
         heads=heads,
         gate=np.stack([ones if prediction.gate is None else prediction.gate for prediction in predictions]),
         views=np.stack([prediction.boxes for prediction in predictions]),
-        temperature=predictions[0].temperature if predictions[0].calibrated else None,
+        temperature=predictions[0].temperature,
     )
 
 

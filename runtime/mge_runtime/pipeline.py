@@ -10,11 +10,11 @@ from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, 
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from mge_runtime.backends import Choice, Streams, choose, open_backend
+from mge_runtime.backends import Backend, Choice, Streams, choose, open_backend
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
 from mge_runtime.chain import Chain, ChainResult, Exit, ImageResult, Stops, resolve_exit
@@ -60,10 +60,8 @@ class Pipeline:
         self,
         bundle: Bundle,
         choice: Choice,
+        backend: Backend,
         *,
-        threads: int | None = None,
-        streams: Streams = 1,
-        graphs: bool = True,
         exit: Exit = "never",
         calibration: bool = True,
         max_pixels: int = MAX_PIXELS,
@@ -75,7 +73,6 @@ class Pipeline:
         resolve_exit(exit, self.calibrated, self.manifest)
         self.choice: Choice = choice  # the backend and device that run, and why not others
         self._remarked = False
-        backend = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
         self._chain: Chain | None = Chain(bundle, backend)
         self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
         self.max_batch: int | None = self._chain.max_batch  # most frames in one run of the chain; None: no limit
@@ -131,16 +128,8 @@ class Pipeline:
             choice = choose(device, backend, bundle=bundle)
             if choice.command is not None:
                 logging.getLogger("mge_runtime").warning(choice.remark)
-            return cls(
-                bundle,
-                choice,
-                threads=threads,
-                streams=streams,
-                graphs=graphs,
-                exit=exit,
-                calibration=calibration,
-                max_pixels=max_pixels,
-            )
+            opened = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
+            return cls(bundle, choice, opened, exit=exit, calibration=calibration, max_pixels=max_pixels)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -302,19 +291,21 @@ class Pipeline:
         return [self._prediction(image, item) for image, item in zip(result.images(), prepared, strict=True)]
 
     def _prediction(self, image: ImageResult, item: _Prepared) -> Prediction:
-        manifest, tensors = self.manifest, image.tensors
+        manifest = self.manifest
+        tensors: Mapping[str, NDArray[Any]] = image.tensors
         views = [view for view in manifest.views if view.logits in tensors]
         crops = [tensors[view.box] for view in views if view.box is not None]
         boxes = np.array(crops, np.float32).reshape(-1, 4)
         timings = {**item.timings_ms, **image.step_ms}
-        return Prediction.from_logits(
+        return Prediction(
             tensors[image.answer],
-            class_names=manifest.class_names,
+            manifest.class_names,
             expert_logits=np.stack([tensors[view.logits] for view in views]),
             gate=tensors.get(manifest.gate or ""),
             boxes=compose_boxes(boxes, item.viewport, manifest.preprocess.size),
             heatmaps=tuple(tensors[view.heatmap] for view in views),
-            size=(item.viewport.width, item.viewport.height),
+            width=item.viewport.width,
+            height=item.viewport.height,
             timings_ms={**timings, "total": sum(timings.values())},
             temperature=self.calibrated.temperatures.get(image.answer),
         )
