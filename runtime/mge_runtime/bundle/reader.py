@@ -9,10 +9,9 @@ import stat
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from mge_runtime.bundle.archive import (
     CALIBRATION,
@@ -61,10 +60,6 @@ class WatchedFile:
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1
-
-    def duplicate(self) -> WatchedFile:
-        """The same file, to be closed by itself."""
-        return WatchedFile(self.path, os.dup(self.descriptor), self.status)
 
     def check(self) -> None:
         """Make sure that nobody wrote into the file; this takes some microseconds.
@@ -155,9 +150,7 @@ class Bundle:
     def __enter__(self) -> Bundle:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -248,27 +241,24 @@ class Bundle:
                 f"{self.path} has the hash {self.sha256}; expected {expected}: its model, its calibration or its "
                 "engines are others than those that this hash was told for; get the file again"
             )
-        with self._checking(self.sizes if names is None else names, threads=cpu_count(), quick=False):
+        with self.verifying(self.sizes if names is None else names, quick=False):
             pass
 
-    def verifying(self, names: Iterable[str]) -> AbstractContextManager[None]:
-        """Check entries quickly, as by `chunks`, in other threads while a block runs; one processor is left to it.
-
-        What the block made counts only once it has ended.
+    @contextmanager
+    def verifying(self, names: Iterable[str], *, quick: bool = True) -> Generator[None]:
+        """Check entries, as by `chunks`, in other threads while a block runs: what it made counts only once it ended.
 
         Raises:
             BundleError: an entry's bytes were damaged; where the block failed too, this is the likely reason for it.
         """
-        return self._checking(names, threads=max(1, min(cpu_count() - 1, 4)), quick=True)
 
-    @contextmanager
-    def _checking(self, names: Iterable[str], *, threads: int, quick: bool) -> Generator[None]:
         def check(entry: ArchiveEntry) -> None:
             for _ in self.chunks(entry.name, quick=quick):
                 pass
 
         entries = sorted(map(self._entry, names), key=lambda entry: -entry.size)
-        with ThreadPoolExecutor(threads, thread_name_prefix="mge-hash") as pool:
+        threads = min(cpu_count() - 1, 4) if quick else cpu_count()  # quick: one processor is left to the block
+        with ThreadPoolExecutor(max(1, threads), thread_name_prefix="mge-hash") as pool:
             checks = [pool.submit(check, entry) for entry in entries]
             try:
                 yield
@@ -292,7 +282,7 @@ class Bundle:
 
     def watched(self) -> WatchedFile:
         """This file for whoever goes on using what it mapped after the bundle is closed."""
-        return self._file.duplicate()
+        return WatchedFile(self.path, os.dup(self._file.descriptor), self._file.status)
 
     def calibration(self) -> Calibration | None:
         """The calibration, if one was added.
