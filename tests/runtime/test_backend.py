@@ -190,7 +190,7 @@ def test_damaged_weights_never_answer(bundle_path, tmp_path):
     path = tmp_path / "mge.plan"
     path.write_bytes(bundle_path.read_bytes())
     with Bundle.open(path) as bundle:
-        offset = bundle.region("onnx/expert_2.weights").offset
+        offset = bundle.entry("onnx/expert_2.weights").offset
     with path.open("r+b") as stream:
         stream.seek(offset + 100)
         stream.write(b"\x55")

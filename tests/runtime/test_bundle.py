@@ -33,7 +33,7 @@ def test_any_unzip_reads_it_and_data_lies_on_pages(bundle_path):
     with Bundle.open(bundle_path) as bundle:
         whole = bundle_path.read_bytes()
         for name in names:
-            region = bundle.region(name)
+            region = bundle.entry(name)
             assert region.offset % 4096 == 0
             assert whole[region.offset : region.offset + region.size] == data[name]
             assert bytes(bundle.view(name)) == data[name]
@@ -139,7 +139,7 @@ def test_it_is_read_where_the_system_has_no_read_at_a_position(bundle_path, copy
     monkeypatch.delattr(os, "preadv")  # as on Windows
     with Bundle.open(copy) as bundle:
         assert {name: bundle.read(name) for name in bundle.sizes} == expected
-        place = bundle.region("onnx/expert_3.weights").offset
+        place = bundle.entry("onnx/expert_3.weights").offset
     data = bytearray(copy.read_bytes())
     data[place] ^= 1
     copy.write_bytes(data)
@@ -153,7 +153,7 @@ def test_a_closed_bundle_says_so(bundle_path):
     bundle.close()
     bundle.close()
     assert len(view) == 500
-    for use in (lambda: bundle.read("manifest.json"), bundle.verify, lambda: bundle.region("manifest.json")):
+    for use in (lambda: bundle.read("manifest.json"), bundle.verify, lambda: bundle.entry("manifest.json")):
         with pytest.raises(BundleError, match="is closed"):
             use()
 

@@ -44,7 +44,7 @@ def test_engines_and_calibration_are_added_beside_an_unchanged_model(copy, bundl
         assert engine.details == {"fp16": False}
         assert list(engine.plans) == ["expert_3"]
         assert bundle.read(f"engines/{TARGET}/expert_3.plan") == b"newer"
-        assert bundle.region(f"engines/{TARGET}/expert_3.plan").offset % 4096 == 0
+        assert bundle.entry(f"engines/{TARGET}/expert_3.plan").offset % 4096 == 0
         bundle.verify()
         with pytest.raises(BundleError, match="no engine for cpu"):
             bundle.engine("cpu")

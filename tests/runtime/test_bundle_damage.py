@@ -107,7 +107,7 @@ def test_a_flipped_byte_anywhere(copy, bundle_path):
     points = {p for header in headers for p in header} | set(directory) | set(range(0, len(whole), 61))
     with Bundle.open(bundle_path) as bundle:
         for name in bundle.sizes:
-            region = bundle.region(name)
+            region = bundle.entry(name)
             points |= {region.offset, region.offset + region.size - 1}
     stream = copy.open("r+b")
     with stream:
@@ -127,7 +127,7 @@ def test_a_flipped_byte_anywhere(copy, bundle_path):
 
 def spoil_weights(path):
     with Bundle.open(path) as bundle:
-        offset = bundle.region("onnx/expert_3.weights").offset
+        offset = bundle.entry("onnx/expert_3.weights").offset
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(b"\x7f")

@@ -149,7 +149,7 @@ def test_opening_does_not_hash_the_weights_and_finds_one_flipped_bit(copy, hashe
     Pipeline.open(copy, "cpu").close()
     assert hashed == [f"onnx/expert_{number}.onnx" for number in (1, 2, 3)]
     with Bundle.open(copy) as bundle:
-        offset = bundle.region(WEIGHTS).offset
+        offset = bundle.entry(WEIGHTS).offset
     with copy.open("r+b") as stream:
         stream.seek(offset)
         stream.write(bytes([copy.read_bytes()[offset] ^ 1]))

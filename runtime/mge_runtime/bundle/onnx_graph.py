@@ -49,11 +49,9 @@ def located_graph(bundle: Bundle, name: str, *, cpu: bool = False) -> bytes:
     """
     variant = cpu_graph_entry(name)
     graph = bundle.read(variant if cpu and variant in bundle.sizes else graph_entry(name))
-    location, start, size = "", 0, 0
-    if weights_entry(name) in bundle.sizes:
-        region = bundle.region(weights_entry(name))
-        location, start, size = region.path.name, region.offset, region.size
-    return relocate(graph, expected=f"{name}.weights", size=size, location=location, start=start)
+    weights = bundle.entry(weights_entry(name)) if weights_entry(name) in bundle.sizes else None
+    start, size = (weights.offset, weights.size) if weights is not None else (0, 0)
+    return relocate(graph, expected=f"{name}.weights", size=size, location=bundle.path.name, start=start)
 
 
 def external_tensors(graph: bytes) -> list[ExternalTensor]:
@@ -94,27 +92,20 @@ def relocate(graph: bytes, *, expected: str, size: int, location: str, start: in
     Raises:
         BundleError: the bytes are no ONNX model, or its weights refer to another file or beyond the end of this one.
     """
-    tensors = external_tensors(graph)
-    for tensor in tensors:
+    external = 0
+
+    def moved(initializer: memoryview) -> bytes | memoryview:
+        nonlocal external
+        tensor = _external(initializer)
+        if tensor is None:
+            return initializer
+        external += 1
         end = tensor.offset + tensor.length
         if tensor.location != expected or tensor.offset < 0 or tensor.length < 0 or end > size:
             raise BundleError(
                 f"weight {tensor.name!r} lies in bytes {tensor.offset} to {end} of {tensor.location!r}; "
                 f"expected them in {expected!r}, in its {size} bytes: export again"
             )
-    # Every reference to another file spells out this key, and nothing that mge-export names does.
-    if graph.count(b"location") != len(tensors) * (1 + expected.count("location")):
-        raise BundleError(
-            "something outside the graph's initializers may keep its data in another file; expected no other use of "
-            'the word "location": export again'
-        )
-    if not tensors:
-        return graph
-
-    def moved(initializer: memoryview) -> bytes | memoryview:
-        tensor = _external(initializer)
-        if tensor is None:
-            return initializer
         kept = b"".join(raw for number, raw, _ in _fields(initializer) if number != _EXTERNAL_DATA)
         place = {"location": location, "offset": str(start + tensor.offset), "length": str(tensor.length)}
         pairs = (_field(1, key.encode()) + _field(2, value.encode()) for key, value in place.items())
@@ -123,7 +114,15 @@ def relocate(graph: bytes, *, expected: str, size: int, location: str, start: in
     def moved_all(main: memoryview) -> bytes:
         return b"".join(_field(n, moved(value)) if n == _INITIALIZER else raw for n, raw, value in _fields(main))
 
-    return b"".join(_field(n, moved_all(value)) if n == _GRAPH else raw for n, raw, value in _fields(graph))
+    with _reading():
+        found = b"".join(_field(n, moved_all(value)) if n == _GRAPH else raw for n, raw, value in _fields(graph))
+    # Every reference to another file spells out this key, and nothing that mge-export names does.
+    if graph.count(b"location") != external * (1 + expected.count("location")):
+        raise BundleError(
+            "something outside the graph's initializers may keep its data in another file; expected no other use of "
+            'the word "location": export again'
+        )
+    return found
 
 
 def _main_graph(model: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from mge_runtime.bundle.archive import (
@@ -35,7 +34,7 @@ from mge_runtime.files import atomic_path
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Entry, Manifest
 
-__all__ = ["Bundle", "Region", "WatchedFile"]
+__all__ = ["Bundle", "WatchedFile"]
 
 _CHUNK = 1 << 20  # bytes; entries are read through a buffer, so that mapped pages do not fill the memory
 
@@ -73,15 +72,6 @@ class WatchedFile:
                 f"{self.path} was overwritten while it was open, and with it the weights that are mapped from it; open "
                 "it again, and replace a bundle by a rename (mv), never in place (cp, scp, rsync --inplace)"
             )
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where an entry's data lies on disk."""
-
-    path: Path  # absolute, no symbolic links
-    offset: int  # bytes, a multiple of 4096
-    size: int  # bytes
 
 
 class Bundle:
@@ -180,14 +170,21 @@ class Bundle:
             total.update(f"{digest.hexdigest()}  {name}\n".encode())
         return total.hexdigest()
 
-    def region(self, name: str) -> Region:
-        """Where an entry lies on disk, for whoever maps it; its hash is not checked here."""
-        entry = self._entry(name)
-        return Region(self.path, entry.offset, entry.size)
+    def entry(self, name: str) -> ArchiveEntry:
+        """Where an entry's data lies in the file, for whoever maps it; its hash is not checked here.
+
+        Raises:
+            BundleError: there is no such entry, or the bundle is closed.
+        """
+        if self._file.descriptor < 0:
+            raise BundleError(f"{self.path} is closed; open it again")
+        if name not in self._entries:
+            raise BundleError(f"{self.path} holds no entry {name}; it was damaged: copy or export it again")
+        return self._entries[name]
 
     def view(self, name: str) -> memoryview:
         """An entry's bytes, mapped and read-only: engines are too large to copy. Its hash is not checked here."""
-        entry = self._entry(name)
+        entry = self.entry(name)
         return memoryview(self._mapped)[entry.offset : entry.offset + entry.size]
 
     def read(self, name: str) -> bytes:
@@ -206,7 +203,7 @@ class Bundle:
         Raises:
             BundleError: there is no such entry, or its bytes were damaged.
         """
-        entry = self._entry(name)
+        entry = self.entry(name)
         expected = None if quick else self._expected(name)
         digest, crc = hashlib.sha256(), 0
         buffer = memoryview(bytearray(min(_CHUNK, entry.size)))
@@ -256,7 +253,7 @@ class Bundle:
             for _ in self.chunks(entry.name, quick=quick):
                 pass
 
-        entries = sorted(map(self._entry, names), key=lambda entry: -entry.size)
+        entries = sorted(map(self.entry, names), key=lambda entry: -entry.size)
         threads = min(cpu_count() - 1, 4) if quick else cpu_count()  # quick: one processor is left to the block
         with ThreadPoolExecutor(max(1, threads), thread_name_prefix="mge-hash") as pool:
             checks = [pool.submit(check, entry) for entry in entries]
@@ -272,7 +269,7 @@ class Bundle:
     def in_place(self) -> bool:
         """Whether `path` still names the file that is open here, as it was.
 
-        Asked by whoever opens `region().path` by itself: another process may replace or overwrite it at any time.
+        Asked by whoever opens `path` by itself: another process may replace or overwrite it at any time.
         """
         try:
             self._file.check()
@@ -356,7 +353,7 @@ class Bundle:
         )
 
     def _document(self, name: str) -> bytes:
-        size = self._entry(name).size
+        size = self.entry(name).size
         if size > LARGEST:
             raise BundleError(
                 f"{self.path}: entry {name} has {size} bytes; expected at most {LARGEST}: it was changed after it was "
@@ -380,19 +377,12 @@ class Bundle:
 
     def _check_listed(self, name: str, listed: Entry, document: str) -> None:
         """Check what the archive says of an entry against what a document says; the bytes are not read."""
-        found = self._entry(name)
+        found = self.entry(name)
         if (found.size, f"{found.crc:08x}") != (listed.size, listed.crc32):
             raise BundleError(
                 f"{self.path}: entry {name} has {found.size} bytes with the CRC-32 {found.crc:08x}, {document} says "
                 f"{listed.size} and {listed.crc32}; it was changed after it was written: export it again"
             )
-
-    def _entry(self, name: str) -> ArchiveEntry:
-        if self._file.descriptor < 0:
-            raise BundleError(f"{self.path} is closed; open it again")
-        if name not in self._entries:
-            raise BundleError(f"{self.path} holds no entry {name}; it was damaged: copy or export it again")
-        return self._entries[name]
 
 
 def _cannot_open(path: str | os.PathLike[str], error: Exception) -> BundleError:
