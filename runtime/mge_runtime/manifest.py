@@ -92,7 +92,7 @@ class Entry:
 
     sha256: str  # 64 hexadecimal digits
     size: int  # bytes
-    crc32: str  # 8 hexadecimal digits, as the archive names it
+    crc32: str | None = None  # 8 hexadecimal digits, as the archive names it; None: of a file outside an archive
 
 
 @dataclass(frozen=True)
@@ -302,4 +302,5 @@ def _view(f: Field) -> ViewSpec:
 def read_entry(f: Field) -> Entry:
     """What a document says of one file."""
     fields = f.members(Entry.__dataclass_fields__)
-    return Entry(fields["sha256"].hexadecimal(), fields["size"].integer(), fields["crc32"].hexadecimal(8))
+    crc = fields["crc32"].optional(lambda f: f.hexadecimal(8))
+    return Entry(fields["sha256"].hexadecimal(), fields["size"].integer(), crc)

@@ -299,7 +299,7 @@ def _expand(name: str) -> ImageList:
         _require_stdin("the bytes of one image")
         return ImageList([NamedImage(_STDIN_NAME, None)])
     if name.startswith("@") and not os.path.lexists(name):
-        return _expand_list(name[1:])
+        return _gather([name[1:]], _expand_list)
     if glob.has_magic(name) and not os.path.lexists(name) and not is_url(name):
         return _match(name)
     return _expand_path(name)

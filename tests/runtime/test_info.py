@@ -322,7 +322,7 @@ def test_an_interrupted_extraction_is_one_line(bundle_path, tmp_path, monkeypatc
     def stop(*_, **__):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("mge_runtime.files._flush", stop)
+    monkeypatch.setattr("os.fsync", stop)
     result = run(bundle_path, "--extract", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the extraction was interrupted (SIGTERM): ")

@@ -56,9 +56,9 @@ class WatchedFile:
 
     def close(self) -> None:
         """Give the descriptor back; closing twice does nothing."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-        self.descriptor = -1
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def check(self) -> None:
         """Make sure that nobody wrote into the file; this takes some microseconds.

@@ -11,7 +11,6 @@ from typing import ParamSpec, TypeVar
 import click
 
 from mge_runtime.errors import InputError, MGEError, OutputError, one_line, printable
-from mge_runtime.machine import cpu_count
 
 __all__ = ["GPU_STATUS", "at_most_cpus", "echo", "format_bytes", "note", "report", "reports_errors", "verbose_option"]
 
@@ -104,6 +103,8 @@ def echo(text: str, *, nl: bool = True) -> None:
 
 def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
     """A callback of click: cut a number of threads to the processors that there are, and say so."""
+    from mge_runtime.machine import cpu_count  # not above: help does without
+
     del context
     if value is None or value <= (count := cpu_count()):
         return value
