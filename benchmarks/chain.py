@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.rounds import ratio, time_rounds
 from mge_runtime.cli.common import reports_errors
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
+from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Manifest
 from mge_runtime.pipeline import Pipeline
 

@@ -26,7 +26,7 @@ import click
 from benchmarks.rounds import ratio
 from mge_runtime.bundle import Bundle
 from mge_runtime.cli.common import reports_errors
-from mge_runtime.cpus import cpu_count
+from mge_runtime.machine import cpu_count
 
 TIME_LIMIT = 1.15  # times plain ONNX Runtime's own
 MEMORY_FACTOR, MEMORY_EXTRA = 2, 300  # times the weights, plus MB

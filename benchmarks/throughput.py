@@ -24,10 +24,10 @@ import numpy as np
 
 from benchmarks.rounds import ratio, time_rounds
 from mge_runtime import Pipeline
-from mge_runtime.ahead import map_ahead
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.cli.run import main as mge_run
 from mge_runtime.decode import decode_picture
+from mge_runtime.pool import map_ahead
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import find_images
 

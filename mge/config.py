@@ -13,8 +13,7 @@ from typing import Any
 
 from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
-from mge_runtime.manifest import read_class_names, read_preprocess
-from mge_runtime.spec import Preprocess
+from mge_runtime.manifest import Preprocess, read_class_names, read_preprocess
 
 __all__ = ["PAPER_THRESHOLD", "MGEConfig", "read_labels"]
 

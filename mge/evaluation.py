@@ -12,8 +12,8 @@ import numpy as np
 from mge.parts import part_report, read_parts
 from mge_runtime.errors import InputError
 from mge_runtime.files import atomic_path, echo
-from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.metrics import calibration_error, log_softmax
+from mge_runtime.preprocess import Viewport, compose_boxes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ def collect_bundle(
         heads=heads,
         gate=np.stack([ones if prediction.gate is None else prediction.gate for prediction in predictions]),
         views=np.stack([prediction.boxes for prediction in predictions]),
-        temperature=predictions[0].temperature if predictions[0].calibrated else None,
+        temperature=predictions[0].temperature,
     )
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mge_calibration.folder import LabelledImage
-from mge_runtime.ahead import batches, map_ahead
 from mge_runtime.errors import InputError
 from mge_runtime.manifest import Manifest
 from mge_runtime.pipeline import Pipeline
+from mge_runtime.pool import batches, map_ahead
 
 __all__ = ["Answers", "answer_names", "collect"]
 

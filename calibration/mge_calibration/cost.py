@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mge_runtime.manifest import Manifest
 
 if TYPE_CHECKING:
-    from mge_runtime.exits import Exit
+    from mge_runtime.chain import Exit
     from mge_runtime.pipeline import Pipeline
 
 __all__ = ["Cost", "Times", "chain_cost", "measure_times"]

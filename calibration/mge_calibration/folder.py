@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mge_runtime import sources
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import InputError
 from mge_runtime.files import file_sha256
+from mge_runtime.machine import cpu_count
 
 __all__ = ["LabelledImage", "data_sha256", "list_labelled", "short_digest", "split_by_content", "without"]
 

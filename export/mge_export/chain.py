@@ -18,11 +18,10 @@ from onnx import helper
 from mge_calibration.temperature import TEMPERATURE, set_temperature
 from mge_export.graph import OPSET, externalize
 from mge_runtime.bundle import Bundle
-from mge_runtime.bundle.layout import CHAIN, weights_entry
+from mge_runtime.bundle.archive import CHAIN, weights_entry
 from mge_runtime.extract import LABELS, write_labels
 from mge_runtime.files import atomic_path
-from mge_runtime.manifest import FRAME, Manifest
-from mge_runtime.spec import BATCH
+from mge_runtime.manifest import BATCH, FRAME, Manifest
 
 __all__ = ["join_graphs", "write_chain"]
 

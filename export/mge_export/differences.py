@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mge_export.runners import Tensors
-from mge_runtime.geometry import Viewport, compose_boxes
-from mge_runtime.spec import GraphSpec
+from mge_runtime.manifest import GraphSpec
+from mge_runtime.preprocess import Viewport, compose_boxes
 
 __all__ = ["ChainDifferences", "GraphDifferences", "box_area", "box_iou", "class_margins"]
 

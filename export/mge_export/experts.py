@@ -20,8 +20,7 @@ from mge.model import Expert, Gate, MGENet
 from mge_export.dual_head import DualHead
 from mge_export.precision import Precision
 from mge_export.typed import TypedTrunk, half_heads, typed_expert, typed_gate
-from mge_runtime.manifest import FRAME
-from mge_runtime.spec import BATCH, GraphSpec, Preprocess, TensorSpec, ViewSpec
+from mge_runtime.manifest import BATCH, FRAME, GraphSpec, Preprocess, TensorSpec, ViewSpec
 
 __all__ = ["ExpertGraph", "build_graphs", "views"]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mge_export.experts import ExpertGraph
 from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
-from mge_runtime.spec import BATCH, GraphSpec, TensorSpec
+from mge_runtime.manifest import BATCH, GraphSpec, TensorSpec
 
 __all__ = ["OPSET", "OnnxGraph", "count_gmacs", "export_graph", "externalize", "inlined", "weights_name"]
 

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 
 from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
+from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import list_folder, require_folder
-from mge_runtime.spec import Preprocess
 
 __all__ = ["VERIFY_FOLDER", "VerifyImages", "find_verify_images", "generated_images", "photographs"]
 

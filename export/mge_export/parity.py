@@ -17,8 +17,7 @@ from mge_export.images import VerifyImages
 from mge_export.precision import Precision
 from mge_export.runners import Runner, Tensors, onnx_runner, reference_tensors, torch_runner
 from mge_export.tolerances import FEW_IMAGES, TOLERANCES, Tolerances
-from mge_runtime.manifest import FRAME
-from mge_runtime.spec import GraphSpec
+from mge_runtime.manifest import FRAME, GraphSpec
 
 __all__ = ["Check", "ParityReport", "measure_parity"]
 

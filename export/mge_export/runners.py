@@ -19,7 +19,7 @@ from mge_export.experts import ExpertGraph
 from mge_export.half_kernels import HalfKernels
 from mge_runtime.backends.onnxruntime import import_onnxruntime, integer_entries
 from mge_runtime.errors import ExportError
-from mge_runtime.spec import GraphSpec
+from mge_runtime.manifest import GraphSpec
 
 __all__ = ["Runner", "Tensors", "onnx_runner", "reference_tensors", "run_chain", "torch_runner"]
 

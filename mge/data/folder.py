@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mge.config import MGEConfig
-from mge_runtime.cpus import cpu_count
 from mge_runtime.decode import MAX_PIXELS, decode_picture
 from mge_runtime.errors import InputError
+from mge_runtime.machine import cpu_count
 from mge_runtime.preprocess import crop_resized, resized_size, to_frame
 
 __all__ = ["EpochSampler", "FolderDataset", "TrainingDataset", "batches", "make_loader", "normalize"]

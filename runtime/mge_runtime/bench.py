@@ -23,9 +23,9 @@ from mge_runtime.bench_report import BatchTimes, BenchReport
 from mge_runtime.bundle import Bundle
 from mge_runtime.decode import MAX_PIXELS, decode_picture
 from mge_runtime.errors import BackendError, InputError, MGEError, one_line
+from mge_runtime.manifest import Preprocess
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.preprocess import to_frame
-from mge_runtime.spec import Preprocess
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

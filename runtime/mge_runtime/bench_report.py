@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mge_runtime.cli.info_here import machine_line
-from mge_runtime.cpus import cpu_count
 from mge_runtime.files import format_bytes
-from mge_runtime.machine import describe_machine
+from mge_runtime.machine import cpu_count, describe_machine
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle

@@ -12,8 +12,7 @@ from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path
-from mge_runtime.manifest import Manifest
-from mge_runtime.spec import BATCH, GraphSpec, TensorSpec
+from mge_runtime.manifest import BATCH, GraphSpec, Manifest, TensorSpec
 from mge_runtime.trt.engines import BundleEngines
 from mge_runtime.trt.target import BatchRange
 

@@ -70,8 +70,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
                     shutil.copyfileobj(content, stream)
                 return
             if old is not None:
-                _take_over(temporary, old)
-            _flush(temporary)
+                if sys.platform != "win32":
+                    with suppress(OSError):
+                        os.chown(temporary, old.st_uid, old.st_gid)
+                temporary.chmod(stat.S_IMODE(old.st_mode))
+            with temporary.open("rb") as content:  # a power cut after the rename cannot leave an empty file
+                os.fsync(content.fileno())
             temporary.replace(place)
         except BrokenPipeError:
             raise  # no regular file raises it: it is the reader of what is written who has enough
@@ -101,21 +105,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Find out before the work, not after it, that a place cannot be written.
+    """As `check_writable`, for what must be a file of its own in a folder that is there.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: it cannot be.
     """
-    folder = path.parent
     with suppress(OSError):  # check_writable says it
-        if path.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
-        if folder.is_file():
-            raise OutputError(f"cannot write {path}: {folder} is a file, expected a folder; name another with -o")
-        if not folder.is_dir():
-            raise OutputError(f"cannot write {path}: no folder {folder}; make it or name another place with -o")
         if path.exists() and not path.is_file():
-            raise OutputError(f"cannot write {path}: it is a device or a pipe; expected a file name")
+            kind = "a folder" if path.is_dir() else "a device or a pipe"
+            raise OutputError(f"cannot write {path}: it is {kind}; expected a file name, such as mge.plan")
+        if not path.parent.is_dir():
+            raise OutputError(f"cannot write {path}: no folder {path.parent}; make it or name another place with -o")
     check_writable(path)
 
 
@@ -132,7 +132,7 @@ def temporary_folder(purpose: str) -> Generator[Path]:
     parent = Path(tempfile.gettempdir())
     try:
         with _part(parent / f"mge-{purpose}") as part:
-            folder = _folder_of(part)
+            folder = Path(f"{part}.d")
             folder.mkdir(mode=0o700)
             try:
                 yield folder
@@ -243,37 +243,15 @@ def _part(place: Path, *, private: bool = False) -> Generator[Path]:
                 os.close(adopted)
 
 
-def _take_over(path: Path, old: os.stat_result) -> None:
-    """Give a new file the owner and the permissions of the one that it replaces."""
-    if sys.platform != "win32":
-        with suppress(OSError):
-            os.chown(path, old.st_uid, old.st_gid)
-    path.chmod(stat.S_IMODE(old.st_mode))
-
-
-def _flush(path: Path) -> None:
-    """Push the file's bytes to the disk, so that a power cut after the rename cannot leave an empty file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _folder_of(part: Path) -> Path:
-    return Path(f"{part}.d")
-
-
 @cache
 def _sweep(folder: Path) -> None:
     """Remove what dead processes of this user left in a folder; once for each folder, for it may hold many files."""
     if sys.platform == "win32":
         return
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.endswith(_PART):
-                with suppress(OSError):
-                    _remove_dead(Path(entry.path))
+    with suppress(OSError):
+        for part in folder.glob(f".*{_PART}"):
+            with suppress(OSError):
+                _remove_dead(part)
 
 
 def _remove_dead(part: Path) -> None:
@@ -286,7 +264,7 @@ def _remove_dead(part: Path) -> None:
     try:
         lock(descriptor, None)
         if os.fstat(descriptor).st_uid == os.geteuid():
-            shutil.rmtree(_folder_of(part), ignore_errors=True)
+            shutil.rmtree(f"{part}.d", ignore_errors=True)
             part.unlink()
     finally:
         os.close(descriptor)
@@ -330,8 +308,7 @@ def format_bytes(count: int) -> str:
     """For example "98.0 MB" (1 MB = 1,000,000 bytes)."""
     if count < 1000:
         return f"{count} B"
-    for unit in ("kB", "MB"):
-        count_in_unit = count / (1e3 if unit == "kB" else 1e6)
-        if count_in_unit < 999.95:
-            return f"{count_in_unit:.1f} {unit}"
+    for unit, size in (("kB", 1e3), ("MB", 1e6)):
+        if count / size < 999.95:
+            return f"{count / size:.1f} {unit}"
     return f"{count / 1e9:.2f} GB"

@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Collection, Mapping
@@ -20,7 +21,7 @@ from typing import Any
 from mge_runtime.errors import BundleError, InputError, brief
 from mge_runtime.fields import Field, parse_json
 
-__all__ = ["Gpu", "Machine", "describe_machine", "has_module", "this_platform"]
+__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "has_module", "this_platform"]
 
 # Name in a description -> the module, and the distributions that may bring it.
 _LIBRARIES = {
@@ -260,3 +261,17 @@ def _board() -> str | None:
         return _MODEL.read_bytes().rstrip(b"\0").decode(errors="replace").strip() or None
     except OSError:
         return None
+
+
+def cpu_count() -> int:
+    """Processors this process may use: its affinity, capped by the control group's quota (Linux, version 2)."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        count = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return count

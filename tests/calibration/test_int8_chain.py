@@ -17,7 +17,7 @@ from mge_calibration.int8.insert import insert_quantization, quantize_weight
 from mge_calibration.int8.sessions import learn_ranges, open_graph, run_all
 from mge_calibration.int8.sites import find_layers
 from mge_runtime.backends.onnxruntime import load_onnxruntime
-from mge_runtime.spec import GraphSpec, TensorSpec
+from mge_runtime.manifest import GraphSpec, TensorSpec
 
 SIZE, WIDTH, CLASSES = 16, 8, 4
 HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT

@@ -15,7 +15,7 @@ from mge_calibration.parts import int8_digests
 from mge_export.cli import main
 from mge_export.int8 import Int8Request
 from mge_runtime.errors import ExportError, InputError
-from mge_runtime.spec import Preprocess
+from mge_runtime.manifest import Preprocess
 
 
 @pytest.mark.parametrize("hold_out", [0, 1])  # what an export is verified on is found again, too

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from mge_runtime.bundle import Bundle, GraphModel, add_calibration, add_engine, write_bundle, writer
-from mge_runtime.bundle.archive import ArchiveWriter
-from mge_runtime.bundle.layout import graph_entry, weights_entry
+from mge_runtime.bundle.archive import ArchiveWriter, graph_entry, weights_entry
 from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import lock
 from mge_runtime.trt import build
@@ -42,7 +41,7 @@ def test_engines_and_calibration_are_added_beside_an_unchanged_model(copy, bundl
         assert engine.details == {"fp16": False}
         assert list(engine.plans) == ["expert_3"]
         assert bundle.read(f"engines/{TARGET}/expert_3.plan") == b"newer"
-        assert bundle.region(f"engines/{TARGET}/expert_3.plan").offset % 4096 == 0
+        assert bundle.entry(f"engines/{TARGET}/expert_3.plan").offset % 4096 == 0
         bundle.verify()
         with pytest.raises(BundleError, match="no engine for cpu"):
             bundle.engine("cpu")

@@ -11,8 +11,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from mge_runtime.bundle import Bundle, add_calibration, add_engine
-from mge_runtime.bundle.archive import ArchiveError, ArchiveWriter, read_directory
+from mge_runtime.bundle import Bundle, add_engine
+from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
@@ -49,29 +49,6 @@ def test_documents_of_any_size_are_not_read(copy):
     with pytest.raises(BundleError, match="expected at most"):
         add_engine(copy, TARGET, {}, {"notes": "n" * 2**22}, manifest_sha256=digest)
     assert zip_entries.read_entries(copy) == entries
-
-
-@pytest.mark.parametrize(
-    ("value", "found"),
-    [
-        ("1" * 401, "a number has 401 digits"),
-        ("1e999", "1e999 is beyond every number"),
-        ("[" * 900 + "]" * 900, "nested more than 32 deep"),
-        (r'"\ud800"', "surrogates not allowed"),
-    ],
-    ids=["digits", "exponent", "depth", "surrogate"],
-)
-@pytest.mark.parametrize("document", ["calibration.json", f"engines/{TARGET}/engine.json"])
-def test_what_would_break_readers_of_additions_is_refused(copy, document, value, found):
-    with Bundle.open(copy) as bundle:
-        digest = bundle.manifest_sha256
-    add_calibration(copy, {"note": "here"})
-    add_engine(copy, TARGET, {}, {"note": "here"}, manifest_sha256=digest)
-    entries = zip_entries.read_entries(copy)
-    entries[document] = entries[document].replace(b'"here"', value.encode())
-    zip_entries.write_entries(copy, entries)
-    with Bundle.open(copy) as bundle, pytest.raises(BundleError, match=found):
-        bundle.calibration() if document == "calibration.json" else bundle.engine(TARGET)
 
 
 # --- damage -------------------------------------------------------------------------------------------------------
@@ -130,7 +107,7 @@ def test_a_flipped_byte_anywhere(copy, bundle_path):
     points = {p for header in headers for p in header} | set(directory) | set(range(0, len(whole), 61))
     with Bundle.open(bundle_path) as bundle:
         for name in bundle.sizes:
-            region = bundle.region(name)
+            region = bundle.entry(name)
             points |= {region.offset, region.offset + region.size - 1}
     stream = copy.open("r+b")
     with stream:
@@ -150,7 +127,7 @@ def test_a_flipped_byte_anywhere(copy, bundle_path):
 
 def spoil_weights(path):
     with Bundle.open(path) as bundle:
-        offset = bundle.region("onnx/expert_3.weights").offset
+        offset = bundle.entry("onnx/expert_3.weights").offset
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(b"\x7f")
@@ -196,7 +173,7 @@ def test_foreign_files_are_named(tmp_path):
         "PyTorch checkpoint": [_zip({"best/data.pkl": b"x", "best/version": b"3"}), pickle.dumps({"a": 1}, 2)],
         "some other ZIP": [_zip({"word/document.xml": b"x"})],
         "safetensors": [safetensors],
-        "picture": [picture],
+        "image": [picture],
         "JSON or text": [b'{"a": 1}', b"  [1]"],
         "no file that mge knows": [b"hello world" * 20, bytes(5000)],
     }
@@ -216,7 +193,9 @@ def test_a_damaged_engine_is_refused(copy, tmp_path):
     )
     with Bundle.open(tmp_path / "swapped.plan") as bundle:
         for use in (lambda: bundle.read(f"engines/{TARGET}/expert_3.plan"), lambda: bundle.extract(tmp_path / "out")):
-            with pytest.raises(BundleError, match=r"expert_3\.plan has [0-9a-f]{8} as CRC-32, .*engine\.json says"):
+            with pytest.raises(
+                BundleError, match=r"expert_3\.plan has 4 bytes with the CRC-32 \w+, .*engine\.json says 4 and"
+            ):
                 use()
     assert not (tmp_path / "out" / "engines" / TARGET / "expert_3.plan").exists()
 
@@ -246,7 +225,7 @@ def test_a_missing_and_a_surplus_model_entry_are_refused(bundle_path, tmp_path):
     zip_entries.write_entries(path, {**contents, "onnx/other.onnx": b"x"})
     assert "onnx/other.onnx" in error_of(path)
     zip_entries.write_entries(path, {**contents, "onnx/expert_3.weights": b"longer than before"})
-    assert "18 bytes" in error_of(path)
+    assert "has 18 bytes with the CRC-32" in error_of(path)
     zip_entries.write_entries(path, {name: data for name, data in contents.items() if name != "manifest.json"})
     assert "holds no manifest.json" in error_of(path)
 
@@ -268,12 +247,13 @@ def test_what_is_wrong_with_the_manifest_is_said_with_the_file(bundle_path, tmp_
     assert message in error_of(path)
 
 
-def test_sizes_beyond_the_file_are_refused(bundle_path):
-    whole = bytearray(bundle_path.read_bytes())
-    with zipfile.ZipFile(bundle_path) as archive:
+def test_sizes_beyond_the_file_are_refused(copy):
+    whole = bytearray(copy.read_bytes())
+    with zipfile.ZipFile(copy) as archive:
         directory = archive.start_dir
-    for field in (20, 24, 42):  # both sizes, header offset
+    # Both sizes, header offset; in the end record: size and start of the directory, length of a comment.
+    for field in (directory + 20, directory + 24, directory + 42, len(whole) - 10, len(whole) - 6, len(whole) - 2):
         broken = whole.copy()
-        broken[directory + field : directory + field + 4] = b"\xff\xff\xff\x7f"
-        with pytest.raises(ArchiveError):
-            read_directory(memoryview(broken))
+        broken[field : field + 2] = b"\xff\x7f"
+        copy.write_bytes(broken)
+        assert "cut short or damaged" in error_of(copy)

@@ -1,20 +1,25 @@
-"""One hash over everything in a bundle that can change an answer."""
+"""One hash over everything in a bundle that can change a prediction; and opening, which hashes less."""
 
 import hashlib
 import importlib.util
+import json
+import zlib
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from mge_runtime import Pipeline
 from mge_runtime.bundle import Bundle, add_calibration, add_engine, write_bundle
 from mge_runtime.cli.info import main
 from mge_runtime.errors import BundleError
+from mge_runtime.selfcheck.subject import open_subject
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
 zip_entries = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(zip_entries)
 
+WEIGHTS = "onnx/expert_3.weights"
 TARGET = "tensorrt-10.3-sm87-linux-aarch64"
 
 
@@ -115,3 +120,71 @@ def test_the_chain_in_one_graph_counts_and_follows_the_calibration(tiny, tmp_pat
         assert bundle.read("onnx/chain.onnx") == b"another with a temperature"
         bundle.verify()
         assert "onnx/chain.onnx" not in bundle.manifest.entries
+
+
+# Opening checks the weights by the CRC-32 that the manifest names: no SHA-256 of half a gigabyte at each start.
+
+
+def rewrite(path, change):
+    entries = zip_entries.read_entries(path)
+    change(entries)
+    zip_entries.write_entries(path, entries)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Names of the entries that were checked by SHA-256."""
+    names, chunks = [], Bundle.chunks
+
+    def recorded(self, name, *, quick=False):
+        if not quick:
+            names.append(name)
+        return chunks(self, name, quick=quick)
+
+    monkeypatch.setattr(Bundle, "chunks", recorded)
+    return names
+
+
+def test_opening_does_not_hash_the_weights_and_finds_one_flipped_bit(copy, hashed):
+    Pipeline.open(copy, "cpu").close()
+    assert hashed == [f"onnx/expert_{number}.onnx" for number in (1, 2, 3)]
+    with Bundle.open(copy) as bundle:
+        offset = bundle.entry(WEIGHTS).offset
+    with copy.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(bytes([copy.read_bytes()[offset] ^ 1]))
+    with pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match"):
+        Pipeline.open(copy, "cpu")
+
+
+def test_weights_of_another_model_are_refused_at_once(copy):
+    def swap(entries):
+        entries[WEIGHTS] = bytes(len(entries[WEIGHTS]))
+
+    rewrite(copy, swap)
+    with pytest.raises(BundleError, match=r"onnx/expert_3\.weights has 500 bytes with .*, manifest\.json says 500 and"):
+        Bundle.open(copy)
+
+
+def test_a_forged_crc_passes_opening_and_neither_verifying_nor_the_self_check(copy):
+    def forge(entries):
+        entries[WEIGHTS] = bytes(len(entries[WEIGHTS]))
+        manifest = json.loads(entries["manifest.json"])
+        manifest["entries"][WEIGHTS]["crc32"] = f"{zlib.crc32(entries[WEIGHTS]):08x}"
+        entries["manifest.json"] = json.dumps(manifest).encode()
+
+    rewrite(copy, forge)
+    with Bundle.open(copy) as bundle, bundle.verifying([WEIGHTS]):
+        pass
+    with Bundle.open(copy) as bundle, pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match"):
+        bundle.verify()
+    with pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match"):
+        open_subject(copy, "cpu")
+
+
+def test_all_else_still_hashes(copy, tmp_path, hashed):
+    with Bundle.open(copy) as bundle:
+        for use in (bundle.verify, lambda: bundle.read(WEIGHTS), lambda: bundle.extract(tmp_path / "out")):
+            hashed.clear()
+            use()
+            assert WEIGHTS in hashed

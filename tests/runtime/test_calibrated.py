@@ -43,7 +43,6 @@ def test_values_are_read(manifest):
     assert found.exits == {"mean_logits_1": 0.93, "mean_logits_2": 0.88}
     assert found.promise == Promise(0.01, 0.05)
     assert found.images == {"temperatures": 500, "exits": 2000}
-    assert found.fitted
     assert found.has_exits
     assert found.exit_points(manifest) == (
         ExitPoint(1, "mean_logits_1", 1.31, 0.93),
@@ -51,10 +50,9 @@ def test_values_are_read(manifest):
     )
 
 
-def test_without_a_calibration_temperatures_are_one_and_nothing_stops(manifest):
-    found = Calibrated.none(manifest)
-    assert found.temperatures == {"mean_logits_1": 1.0, "mean_logits_2": 1.0, "logits": 1.0}
-    assert (found.exits, found.fitted, found.has_exits) == (None, False, False)
+def test_without_a_calibration_nothing_stops(manifest):
+    found = Calibrated()
+    assert not found.has_exits
     with pytest.raises(BackendError, match=r"^asked for calibrated exits, but .* no calibration; .*mge-calibrate"):
         found.exit_points(manifest)
 
@@ -65,7 +63,6 @@ def test_without_a_calibration_temperatures_are_one_and_nothing_stops(manifest):
 )  # fmt: skip
 def test_a_calibration_without_exits_says_so(manifest, exits):
     found = Calibrated.from_values(changed("exits", exits), manifest)
-    assert found.fitted
     assert not found.has_exits
     with pytest.raises(BackendError, match=r"found none that keep its promise; .*more images"):
         found.exit_points(manifest)

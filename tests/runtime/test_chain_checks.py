@@ -104,7 +104,7 @@ def test_one_that_is_replaced_while_it_opens_is_refused(copy, other, tmp_path, m
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_damaged_weights_are_refused(copy, backend):
     with Bundle.open(copy) as bundle:
-        offset = bundle.region("onnx/expert_2.weights").offset
+        offset = bundle.entry("onnx/expert_2.weights").offset
     with copy.open("r+b") as stream:
         stream.seek(offset + 100)
         stream.write(b"\x55")
@@ -231,7 +231,7 @@ def test_a_graph_that_is_not_what_it_should_be_is_named(tiny, tmp_path, was, is_
 
 
 def test_a_graph_that_fails_is_named(copy, frames):
-    chain = open_chain(copy, "staged")
+    chain = open_chain(copy, "host")
     with pytest.raises(BackendError, match="failed in graph expert_1"):
         chain.run(frames.astype(np.float32))
     chain.close()

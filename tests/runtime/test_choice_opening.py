@@ -89,7 +89,7 @@ def test_opening_asks_the_library_for_its_version_before_it_reads_an_engine(make
 def test_a_damaged_engine_is_no_engine(make):
     path = make(machines.FOR_RTX)
     with Bundle.open(path) as bundle:
-        offset = bundle.region(f"engines/{machines.FOR_RTX.target}/expert_3.plan").offset
+        offset = bundle.entry(f"engines/{machines.FOR_RTX.target}/expert_3.plan").offset
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(b"X")

@@ -195,7 +195,6 @@ def test_opening_closing_and_a_failed_run_wait_for_another_pipelines_first_run(p
     "allocate",
     [
         pytest.param(lambda chain: chain.run(frames(2), 3, EVERY), id="a larger buffer for more outputs"),
-        pytest.param(lambda chain: chain._space.spare(64), id="memory to change rows, where images leave early"),
         pytest.param(lambda chain: chain._space.close(), id="what it frees"),
     ],
 )

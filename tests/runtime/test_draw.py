@@ -26,14 +26,15 @@ def answer(image, experts=3, gate=True, boxes=None, names=NAMES):
     first = np.array([(width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2])
     shrink = 0.12 * side * np.array([1, 1, -1, -1])
     boxes = np.stack([first + k * shrink for k in range(experts)]) if boxes is None else np.asarray(boxes)
-    return Prediction.from_logits(
+    return Prediction(
         rng.normal(size=len(names)).astype(np.float32),
         class_names=names,
         expert_logits=rng.normal(size=(experts, len(names))).astype(np.float32),
         gate=rng.dirichlet(np.ones(experts)).astype(np.float32) if gate else None,
         boxes=boxes.astype(np.float32),
         heatmaps=tuple(rng.random((7, 7), np.float32) for _ in range(experts)),
-        size=(width, height),
+        width=width,
+        height=height,
         timings_ms={"total": 1.0},
     )
 

@@ -280,7 +280,7 @@ def test_errors_are_one_line_and_exit_1(bundle_path, tmp_path):
     damaged = tmp_path / "damaged.plan"
     data = bytearray(bundle_path.read_bytes())
     with Bundle.open(bundle_path) as bundle:
-        data[bundle.region("onnx/expert_3.weights").offset] ^= 1
+        data[bundle.entry("onnx/expert_3.weights").offset] ^= 1
     damaged.write_bytes(data)
     assert run(damaged).exit_code == 0  # nothing of it was opened
     assert run(damaged, "--verify").exit_code == 1
@@ -320,7 +320,7 @@ def test_an_interrupted_extraction_is_one_line(bundle_path, tmp_path, monkeypatc
     def stop(*_, **__):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("mge_runtime.files._flush", stop)
+    monkeypatch.setattr("os.fsync", stop)
     result = run(bundle_path, "--extract", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the extraction was interrupted (SIGTERM): ")

@@ -158,7 +158,7 @@ def test_what_cannot_be_kept_is_found_out_before_anything_is_built(path, monkeyp
     add_engine(path, "tensorrt-10.3-sm87-linux-aarch64", {"expert_3": b"engine"}, {}, manifest_sha256=manifest_of(path))
     data = bytearray(path.read_bytes())
     with Bundle.open(path) as bundle:
-        data[bundle.region("engines/tensorrt-10.3-sm87-linux-aarch64/expert_3.plan").offset] ^= 1
+        data[bundle.entry("engines/tensorrt-10.3-sm87-linux-aarch64/expert_3.plan").offset] ^= 1
     path.write_bytes(data)
     result = run(path, "--target", "rtx:sm86", "--into-bundle")
     assert result.exit_code == 1

@@ -12,9 +12,8 @@ from PIL import Image
 
 import mge_runtime.pipeline
 from mge_runtime import BackendError, BundleError, InputError, Pipeline, Prediction
-from mge_runtime.geometry import compose_boxes
 from mge_runtime.prediction import softmax
-from mge_runtime.preprocess import to_frame
+from mge_runtime.preprocess import compose_boxes, to_frame
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from PIL import Image
 from mge_runtime import Pipeline
 from mge_runtime.bundle import add_calibration
 from mge_runtime.cli.run import main
-from mge_runtime.cpus import cpu_count
+from mge_runtime.machine import cpu_count
 from mge_runtime.prediction import softmax
 from mge_runtime.report import PictureFolder
 from mge_runtime.sources import SAVED_SUFFIX, NamedImage
@@ -280,7 +280,7 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
     assert errors[0].startswith("error: no image matches none/*.jpg")
     assert errors[1] == (
         "error: cannot decode in/5.jpg: it is a text file; "
-        "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000 or AVIF picture"
+        "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000 or AVIF image"
     )
     assert errors[2].startswith("error: cannot decode in/6.png: image file is truncated")
     assert errors[3].startswith("error: no image at missing.jpg")

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError, BuildError
-from mge_runtime.spec import GraphSpec, TensorSpec
+from mge_runtime.manifest import GraphSpec, TensorSpec
 from mge_runtime.trt.attest import attest_engine
 from mge_runtime.trt.build import ahead_of_time, build_engines
 from mge_runtime.trt.builder import BuildOptions, _configure, _profile, build_engine, parse_graph

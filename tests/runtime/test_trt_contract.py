@@ -13,9 +13,9 @@ import mge_runtime.backends.tensorrt
 from mge_runtime.backends.tensorrt import DTYPES, TensorRTBackend
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
+from mge_runtime.manifest import DTYPES as CHAIN_DTYPES
 from mge_runtime.trt.target import RTX_CAPABILITIES
 from mge_runtime.trt.vendor import load_vendor
-from mge_runtime.wiring import DTYPES as CHAIN_DTYPES
 
 spec = importlib.util.spec_from_file_location("tensorrt_calls", Path(__file__).with_name("tensorrt_calls.py"))
 calls = importlib.util.module_from_spec(spec)

@@ -13,8 +13,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from mge_runtime.bundle import GraphModel, write_bundle
-from mge_runtime.manifest import Manifest
-from mge_runtime.spec import GraphSpec, Preprocess, TensorSpec, ViewSpec
+from mge_runtime.manifest import GraphSpec, Manifest, Preprocess, TensorSpec, ViewSpec
 
 SIZE, RESIZE, CLASSES, EXPERTS, CELLS = 32, 36, 5, 3, 8
 _ONNX_TYPES = {

@@ -11,7 +11,7 @@ from mge_calibration.int8.agreement import Agreement, relative_error
 from mge_calibration.int8.follow import FloatChain, small
 from mge_calibration.int8.graph import Int8Options, Judge, QuantizedGraph, quantize_graph
 from mge_calibration.int8.sessions import Run, Tensors, default_workers, open_graph, run_all
-from mge_runtime.spec import GraphSpec
+from mge_runtime.manifest import GraphSpec
 
 __all__ = ["quantize_chain"]
 

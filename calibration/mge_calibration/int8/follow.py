@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from mge_calibration.int8.agreement import box_iou
 from mge_calibration.int8.sessions import Run, Tensors, default_workers, open_graph, run_all
-from mge_runtime.geometry import Viewport, compose_boxes
-from mge_runtime.spec import GraphSpec
+from mge_runtime.manifest import GraphSpec
+from mge_runtime.preprocess import Viewport, compose_boxes
 
 __all__ = ["FloatChain", "small"]
 

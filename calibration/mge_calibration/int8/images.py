@@ -12,9 +12,9 @@ import numpy as np
 from mge_calibration.folder import short_digest
 from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
+from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import list_folder, require_folder
-from mge_runtime.spec import Preprocess
 
 __all__ = ["CALIBRATION_FOLDER", "MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
 

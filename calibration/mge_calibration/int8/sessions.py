@@ -11,7 +11,7 @@ import onnx
 from mge_calibration.int8.cpu import cpu_graph
 from mge_calibration.int8.ranges import Magnitudes, pick_range
 from mge_runtime.backends.onnxruntime import import_onnxruntime
-from mge_runtime.cpus import cpu_count
+from mge_runtime.machine import cpu_count
 
 __all__ = ["BATCH", "Run", "Tensors", "default_workers", "learn_ranges", "open_graph", "run_all"]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mge_runtime.bundle import Bundle
     from mge_runtime.calibrated import ExitPoint
-    from mge_runtime.spec import GraphSpec
+    from mge_runtime.manifest import GraphSpec
 
     Array: TypeAlias = NDArray[np.generic]
 

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mge_runtime.backends.base import Backend, Executor, ExecutorResult, Found, Streams, check_tensors, split
-from mge_runtime.bundle.layout import weights_entry
+from mge_runtime.bundle.archive import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors, located_graph
-from mge_runtime.cpus import cpu_count
 from mge_runtime.errors import BackendError, BundleError, brief
+from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import FRAME
 
 if TYPE_CHECKING:
     from mge_runtime.backends.base import Array
     from mge_runtime.bundle import Bundle
     from mge_runtime.calibrated import ExitPoint
-    from mge_runtime.spec import GraphSpec
+    from mge_runtime.manifest import GraphSpec
 
 __all__ = [
     "OnnxRuntimeBackend",
@@ -163,7 +163,7 @@ def weights_checked(bundle: Bundle) -> Generator[None]:
         BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
     names = [weights_entry(graph.name) for graph in bundle.manifest.graphs]
-    with bundle.verifying([name for name in names if name in bundle.sizes], quick=True):
+    with bundle.verifying([name for name in names if name in bundle.sizes]):
         yield
     if not bundle.in_place():
         raise BundleError(f"{bundle.path} was replaced while it was being opened; open it again")

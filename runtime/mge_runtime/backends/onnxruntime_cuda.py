@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.device.base import Device, Stream
     from mge_runtime.fields import JsonValue
-    from mge_runtime.spec import GraphSpec
+    from mge_runtime.manifest import GraphSpec
 
 __all__ = ["OnnxRuntimeCudaBackend", "OrtGraph", "open_ort_chain", "preload_libraries"]
 

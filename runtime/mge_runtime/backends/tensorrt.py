@@ -19,7 +19,7 @@ from mge_runtime.backends.base import Backend, Executor, Found, check_tensors
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.program import Addresses, Launch, Unit, shape_of
 from mge_runtime.errors import BackendError, MGEError, brief
-from mge_runtime.spec import GraphSpec
+from mge_runtime.manifest import GraphSpec
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -1,7 +1,7 @@
 """`mge.plan`: one file with a model's graphs, its manifest, and room for calibrations and engines."""
 
 from mge_runtime.bundle.attachments import Calibration, EngineDescription
-from mge_runtime.bundle.reader import Bundle, Region
+from mge_runtime.bundle.reader import Bundle
 from mge_runtime.bundle.writer import GraphModel, add_calibration, add_engine, write_bundle
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "Calibration",
     "EngineDescription",
     "GraphModel",
-    "Region",
     "add_calibration",
     "add_engine",
     "write_bundle",

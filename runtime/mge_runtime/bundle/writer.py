@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mge_runtime.bundle.archive import ArchiveWriter
-from mge_runtime.bundle.attachments import Calibration, EngineDescription
-from mge_runtime.bundle.layout import (
+from mge_runtime.bundle.archive import (
     CALIBRATION,
     CHAIN,
     MANIFEST,
+    ArchiveWriter,
     cpu_graph_entry,
     engine_description,
     engine_plan,
@@ -25,6 +25,7 @@ from mge_runtime.bundle.layout import (
     target_of,
     weights_entry,
 )
+from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.bundle.onnx_graph import relocate
 from mge_runtime.bundle.reader import Bundle
 from mge_runtime.errors import BundleError, printable
@@ -118,16 +119,15 @@ def add_calibration(
         BundleError: the bundle cannot be read, has another manifest by now, or was replaced meanwhile.
         OutputError: it cannot be written.
     """
-    with _updating(path) as (bundle, archive):
-        # Asked here, where nobody else can put another file in its place.
+    with _updating(path) as (bundle, archive):  # nobody else puts another file in its place meanwhile
         if manifest_sha256 not in (None, bundle.manifest_sha256):
             raise BundleError(
                 f"{bundle.path} was replaced while it was calibrated: found manifest {bundle.manifest_sha256[:12]}, "
                 f"expected {manifest_sha256[:12]}, which the images were answered with; calibrate it again"
             )
-        replaced = {CALIBRATION} if chain is None else {CALIBRATION, CHAIN}
-        _copy(bundle, archive, [name for name in bundle.sizes if name not in replaced])
-        if chain is not None and CHAIN in bundle.sizes:
+        moved = chain is not None and CHAIN in bundle.sizes
+        _copy(bundle, archive, without={CALIBRATION, CHAIN} if moved else {CALIBRATION})
+        if chain is not None and moved:
             archive.add(CHAIN, [chain(bundle.read(CHAIN))])
         document = Calibration(bundle.manifest_sha256, values).to_json()
         Calibration.from_json(document, manifest_sha256=bundle.manifest_sha256)
@@ -168,7 +168,7 @@ def add_engine(
             )
         if unknown := sorted(set(plans) - {graph.name for graph in bundle.manifest.graphs}):
             raise BundleError(f"an engine for the graph {unknown[0]!r} was given; the bundle has no such graph")
-        _copy(bundle, archive, [name for name in bundle.sizes if target_of(name) != target])
+        _copy(bundle, archive, without=[name for name in bundle.sizes if target_of(name) == target])
         entries = {graph: _add_hashed(archive, engine_plan(target, graph), plan) for graph, plan in plans.items()}
         document = EngineDescription(manifest_sha256, target, entries, details).to_json()
         EngineDescription.from_json(document, target=target, manifest_sha256=manifest_sha256)
@@ -221,30 +221,23 @@ def _held(path: str | os.PathLike[str], waiting: Callable[[], None] = lambda: No
         yield
 
 
-def _copy(bundle: Bundle, archive: ArchiveWriter, names: Iterable[str]) -> None:
-    for name in names:
-        archive.add(name, bundle.chunks(name))
+def _copy(bundle: Bundle, archive: ArchiveWriter, *, without: Collection[str]) -> None:
+    for name in bundle.sizes:
+        if name not in without:
+            archive.add(name, bundle.chunks(name, quick=True))
 
 
 def _add_hashed(archive: ArchiveWriter, name: str, data: bytes | Path) -> Entry:
     digest = hashlib.sha256()
 
     def chunks() -> Iterator[bytes]:
-        for chunk in _chunks(data):
-            digest.update(chunk)
-            yield chunk
+        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                yield chunk
 
     added = archive.add(name, chunks())
     return Entry(digest.hexdigest(), added.size, f"{added.crc:08x}")
-
-
-def _chunks(data: bytes | Path) -> Iterator[bytes]:
-    if isinstance(data, bytes):
-        yield data
-        return
-    with data.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            yield chunk
 
 
 def _check_model(name: str, model: GraphModel) -> None:

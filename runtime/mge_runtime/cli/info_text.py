@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
-from mge_runtime.bundle.layout import cpu_graph_entry, graph_entry, weights_entry
+from mge_runtime.bundle.archive import cpu_graph_entry, graph_entry, weights_entry
 from mge_runtime.cli.info_calibration import calibration_lines
 from mge_runtime.cli.info_here import engine_lines, here_lines, machine_line
 from mge_runtime.cli.info_parity import parity_lines

@@ -30,7 +30,7 @@ from mge_runtime.interrupt import interruptible
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mge_runtime.exits import Exit
+    from mge_runtime.chain import Exit
     from mge_runtime.sources import NamedImage
 
 _TOP = 5

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mge_runtime.calibrated import ExitPoint
     from mge_runtime.device.base import BorrowedMemory, Device, Event, HostBuffer, Stream
     from mge_runtime.fields import JsonValue
-    from mge_runtime.spec import GraphSpec, TensorSpec
+    from mge_runtime.manifest import GraphSpec, TensorSpec
 
 __all__ = ["DeviceExecutor", "Place", "Space"]
 

@@ -13,7 +13,7 @@ from mge_runtime.device.base import CaptureRefusedError, Device, Graph, Stream
 
 if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
-    from mge_runtime.spec import TensorSpec
+    from mge_runtime.manifest import TensorSpec
 
 __all__ = ["MOST_BATCHES", "Addresses", "Launch", "Program", "Programs", "Unit", "shape_of"]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mge_runtime.fields import JsonValue
-from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.manifest import Manifest
+from mge_runtime.preprocess import Viewport, compose_boxes
 from mge_runtime.selfcheck.limits import FEW_IMAGES, Limits
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mge_runtime.spec import Preprocess
+from mge_runtime.manifest import Preprocess
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mge_runtime.backends.choice import device_name
 from mge_runtime.bundle import Bundle, add_engine
-from mge_runtime.bundle.layout import target_of, weights_entry
+from mge_runtime.bundle.archive import target_of, weights_entry
 from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.errors import BackendError, BuildError, BundleError, printable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mge_runtime.errors import BuildError, one_line
 from mge_runtime.fields import JsonValue
-from mge_runtime.spec import BATCH, GraphSpec
+from mge_runtime.manifest import BATCH, GraphSpec
 from mge_runtime.trt.attest import Counts, attest_engine, attest_network, dtype_name
 from mge_runtime.trt.target import BatchRange
 from mge_runtime.trt.vendor import Api, Vendor

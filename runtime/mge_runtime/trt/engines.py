@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mge_runtime.bundle import Bundle, EngineDescription
-from mge_runtime.bundle.layout import engine_plan
+from mge_runtime.bundle.archive import engine_plan
 from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.fields import Field, JsonValue
 from mge_runtime.files import lock
