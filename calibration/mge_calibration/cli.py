@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, report, reports_errors
+from mge_runtime.cli.common import at_most_cpus, report, reports_errors
 from mge_runtime.errors import MGEError, OutputError
+from mge_runtime.files import echo
 
 if TYPE_CHECKING:
     from mge_calibration.calibrate import Learned

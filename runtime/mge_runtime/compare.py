@@ -87,7 +87,8 @@ TOLERANCES = {
         classes=0.02,  # of experts and chain; what INT8 is for is the same class on 98 %
         classes_of_few=2,
         box_iou_median=0.9,
-        # Where a class changes, the heat map is that of another class and the box may lie anywhere: no image is checked.
+        # Where a class changes, the heat map is another class's and the box may lie anywhere: no single image is
+        # checked.
         box_iou_p1=0.0,
         outliers=1.0,
         chain_boxes=False,

@@ -12,9 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from mge_runtime.cli.common import echo
 from mge_runtime.errors import InputError, OutputError, one_line, printable
-from mge_runtime.files import atomic_path
+from mge_runtime.files import atomic_path, echo
 from mge_runtime.sources import SAVED_SUFFIX, NamedImage
 
 if TYPE_CHECKING:

@@ -88,7 +88,7 @@ def look(path):
             bundle.verify()
         facts = describe(bundle, MACHINE)
         json.dumps(facts, allow_nan=False).encode()
-        assert all(line.isprintable() for line in info_lines(facts))
+        assert all(line.isprintable() for line in info_lines(facts, bundle.manifest, MACHINE))
         assert len(bundle.sha256) == 64
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from mge_runtime.bench.report_tables import report_tables
 from mge_runtime.bench.results import Results
 from mge_runtime.bench.tables import markdown_row
-from mge_runtime.cli.info_here import machine_line
 
 __all__ = ["BenchReport"]
 
@@ -88,7 +87,7 @@ class BenchReport:
             ("ran", f"{self._where()} {found.library}{computing}; the whole chain (exit never){calibrated}"),
             ("images", found.images),
             ("cpu", f"{cpu.model or 'unknown'}, processors for this process: {cpu.processors}{speed}{governor}"),
-            ("machine", machine_line(asdict(found.machine))),
+            ("machine", found.machine.summary),
             ("with", ", ".join(f"{name} {version}" for name, version in found.versions.items())),
         )
 

@@ -10,7 +10,7 @@ from mge_runtime.bench.noise import Noise
 from mge_runtime.bench.results import BatchResult, Results
 from mge_runtime.bench.stats import FEWEST_FOR_P99, Ratio
 from mge_runtime.bench.tables import Table
-from mge_runtime.cli.common import format_bytes
+from mge_runtime.files import format_bytes
 
 __all__ = ["report_tables"]
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, note, reports_errors
+from mge_runtime.cli.common import at_most_cpus, note, reports_errors
 from mge_runtime.cli.common import report as report_error
 from mge_runtime.errors import MGEError
+from mge_runtime.files import echo
 from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
@@ -185,9 +186,7 @@ def _selfcheck(
     runs: int,
     interrupt: Interrupt,
 ) -> _Report:
-    from mge_runtime.selfcheck.pictures import drawn_frames, photograph_frames
-    from mge_runtime.selfcheck.run import run_checks
-    from mge_runtime.selfcheck.subject import open_subject
+    from mge_runtime.selfcheck import drawn_frames, open_subject, photograph_frames, run_checks
 
     subject = open_subject(engine, device, backend, threads)
     preprocess = subject.manifest.preprocess

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import GPU_STATUS, echo, reports_errors, verbose_option
-from mge_runtime.cli.progress import shown_progress
+from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, verbose_option
 from mge_runtime.errors import BackendError, BuildError
-from mge_runtime.interrupt import interruptible
+from mge_runtime.files import echo
+from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
+    from mge_runtime.trt.build import GraphProgress
     from mge_runtime.trt.builder import BuildOptions
 
-__all__ = ["build_options", "main"]
+__all__ = ["build_options", "main", "shown_progress"]
 
 _MEGABYTE = 1_000_000
 
@@ -31,7 +33,7 @@ _MEGABYTE = 1_000_000
     help="native: this machine's GPU. rtx:sm86,sm89,sm120: ahead of time with TensorRT-RTX, no GPU needed. Repeatable.",
 )
 @click.option("--into-bundle", is_flag=True, help="Keep the engines in the bundle, beside those of other targets.")
-@click.option("--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes to build for.")
+@engine_batch_option
 @click.option("--opt-level", type=click.IntRange(0, 5), help="0 builds quickest, 5 runs quickest.  [default: 3]")
 @click.option(
     "--workspace",
@@ -108,6 +110,22 @@ def build_options(batch: str, opt_level: int | None, workspace: int | None, timi
     return BuildOptions(
         BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE, timing_cache
     )
+
+
+def shown_progress(interrupt: Interrupt) -> GraphProgress:
+    """What shows the progress of a build on a terminal, and stops the build where a signal asks for it."""
+    terminal = sys.stderr.isatty()
+    shown = ""
+
+    def progress(graph: str, share: float, phase: str) -> bool:
+        nonlocal shown
+        text = f"{graph}: {share:4.0%} {phase}"[:79]
+        if terminal and text != shown:
+            shown = text
+            click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
+        return not interrupt.requested
+
+    return progress
 
 
 if __name__ == "__main__":

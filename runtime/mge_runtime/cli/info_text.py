@@ -1,67 +1,122 @@
-"""The text of `mge-info`."""
+"""The text of `mge-info`: ten lines of a bundle, or all of it."""
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any, cast
 
 from mge_runtime.bundle.layout import cpu_graph_entry, graph_entry, weights_entry
-from mge_runtime.cli.common import format_bytes
-from mge_runtime.cli.info_calibration import calibration_lines
-from mge_runtime.cli.info_here import engine_lines, here_lines, machine_line
-from mge_runtime.cli.info_parity import parity_lines
-from mge_runtime.errors import printable
+from mge_runtime.calibrated import Calibrated
+from mge_runtime.errors import BundleError, printable
+from mge_runtime.files import format_bytes
+from mge_runtime.machine import Machine
+from mge_runtime.manifest import Manifest
 
-__all__ = ["brief_lines", "info_lines"]
+__all__ = ["brief_lines", "info_lines", "parity_lines"]
 
 _WIDTH = 110  # characters
 _INDENT = 11
+_PARITY_HEAD = ("graph", "abs diff", "rel diff", "class changes", "box IoU", "1st pct")
 
 
-def brief_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """Ten lines for people, from what `describe` returned; more only where nothing runs."""
-    manifest = facts["manifest"]
+def brief_lines(facts: dict[str, Any], manifest: Manifest) -> Iterator[str]:
+    """Ten lines, from what `describe` returned; more only where nothing runs."""
     yield from _bundle(facts)
-    yield from _row("model", _pairs(manifest["model"]) or "unknown", lines=1)
-    yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=1)
-    yield from _row("input", _preprocess(manifest["preprocess"]), lines=1)
-    kinds = Counter(manifest["precision"].get(g["name"], {}).get("type", "unknown") for g in manifest["graphs"])
+    yield from _row("model", _pairs(manifest.model) or "unknown", lines=1)
+    yield from _row("classes", _classes(manifest), lines=1)
+    yield from _row("input", _input(manifest), lines=1)
+    kinds = Counter(manifest.precision.get(graph.name, {}).get("type", "unknown") for graph in manifest.graphs)
     yield from _row("precision", ", ".join(f"{kind} in {count} graphs" for kind, count in kinds.items()), lines=1)
-    parity = list(parity_lines(manifest["parity"]))
+    parity = parity_lines(manifest.parity)
     failed = [line for line in parity if line.startswith("out of tolerance")]
     yield from _row("parity", "; ".join(failed or parity[:1]), lines=1)
     found = [*facts["engines"], *(f"{engine['target']} in the cache" for engine in facts["cached_engines"])]
     yield from _row("engines", ", ".join(found) or "none; ONNX alone", lines=1)
-    yield from _row("calibrated", "; ".join(calibration_lines(facts["calibration"], manifest)), lines=1)
-    runs = next(here_lines(facts["here"]))
+    yield from _row("calibrated", "; ".join(_calibration(facts["calibration"], manifest)), lines=1)
+    runs = next(_here(facts["here"]))
     yield from _row(_runs_label(facts), runs, lines=None if facts["here"]["backend"] is None else 1)
 
 
-def info_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """All lines for people, from what `describe` returned."""
-    manifest = facts["manifest"]
+def info_lines(facts: dict[str, Any], manifest: Manifest, machine: Machine) -> Iterator[str]:
+    """Everything for people, from what `describe` returned."""
     yield from _bundle(facts)
-    if manifest["model"]:
-        yield from _row("model", _pairs(manifest["model"]))
-    yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=3)
-    yield from _row("input", _preprocess(manifest["preprocess"]))
-    made = [f"{name} {version}" for name, version in manifest["tools"].items()]
-    checkpoint = manifest["checkpoint_sha256"]
+    if manifest.model:
+        yield from _row("model", _pairs(manifest.model))
+    yield from _row("classes", _classes(manifest), lines=3)
+    yield from _row("input", _input(manifest))
+    made = [f"{name} {version}" for name, version in manifest.tools.items()]
+    checkpoint = manifest.checkpoint_sha256
     yield from _row("made by", ", ".join(made) or "unknown tools")
     yield from _row("", f"from the checkpoint {checkpoint[:16]}" if checkpoint else "from an unknown checkpoint")
     yield from _graphs(manifest, facts["entries"])
-    for number, line in enumerate(parity_lines(manifest["parity"])):
-        yield from _row("" if number else "parity", line)
-    for number, line in enumerate(engine_lines(facts)):
-        yield from _row("" if number else "engines", line)
-    for number, line in enumerate(calibration_lines(facts["calibration"], manifest)):
-        yield from _row("" if number else "calibrated", line)
-    yield from _row("machine", machine_line(facts["machine"]))
-    for number, line in enumerate(here_lines(facts["here"])):
-        yield from _row("" if number else _runs_label(facts), line)
+    yield from _rows("parity", parity_lines(manifest.parity))
+    yield from _rows("engines", _engines(facts))
+    yield from _rows("calibrated", _calibration(facts["calibration"], manifest))
+    yield from _row("machine", machine.summary)
+    yield from _rows(_runs_label(facts), _here(facts["here"]))
     yield from _row("", "everything, operators and the whole parity report included: --json")
+
+
+def parity_lines(parity: Any) -> list[str]:
+    """The export's parity report: a table for each check, worst differences by graph, then what it adds."""
+    if parity is None:
+        return ["not measured"]
+    head = f"on {parity.get('source', 'unknown images')}; reference: {parity.get('reference', 'unknown')}"
+    return [head, *_parity_tables(parity)]
+
+
+def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[str]]:
+    """Lines made of JSON that nobody has checked; one line instead where it is not as this version of mge writes it."""
+
+    @functools.wraps(lines)
+    def made(values: Any) -> list[str]:
+        try:
+            return list(lines(values))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            return ["  not as this version of mge writes it: see --json"]
+
+    return made
+
+
+@_free_json
+def _parity_tables(parity: Any) -> Iterator[str]:
+    for check in parity["checks"].values():
+        yield f"{check['label']}:"
+        rows: list[tuple[str, ...]] = [_PARITY_HEAD]
+        for name, graph in check["graphs"].items():
+            differences = (_worst(graph[kind].values()) for kind in ("absolute", "relative"))
+            iou = graph.get("box_iou", {})
+            rows.append((name, *differences, f"{graph.get('class_changes', '')}", *_ious([iou] if iou else [])))
+        chain = check["chain"]
+        relative = _worst([chain["answer_relative"]])
+        rows.append(("whole chain", "", relative, f"{chain['class_changes']}", *_ious([*chain["box_iou"].values()])))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for name, *cells in rows:
+            aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+            yield "  " + "  ".join([f"{name:<{widths[0]}}", *aligned]).rstrip()
+    peaks = [f"{graph} {float(peak['value']):.4g}" for graph, peak in parity["largest_activation"].items()]
+    yield f"largest activations: {', '.join(peaks)}"
+    if shares := [f"{name} {float(share):.0%}" for name, share in parity["crop_area_median"].items()]:
+        yield f"crops keep a median of: {', '.join(shares)}"
+    yield from (f"out of tolerance: {text}" for text in parity["failures"])
+    yield from (f"warning: {text}" for text in parity["warnings"])
+
+
+def _worst(values: Iterable[Any]) -> str:
+    numbers = [float(value) for value in values]  # infinity is a text in JSON
+    return f"{max(numbers):.1e}" if numbers else ""
+
+
+def _ious(boxes: list[Any]) -> tuple[str, str]:
+    """Least median and least 1st percentile of boxes."""
+    if not boxes:
+        return "", ""
+    median, p1 = (min(float(box[key]) for box in boxes) for key in ("median", "p1"))
+    return f"{median:.4f}", f"{p1:.4f}"
 
 
 def _bundle(facts: dict[str, Any]) -> Iterator[str]:
@@ -70,35 +125,106 @@ def _bundle(facts: dict[str, Any]) -> Iterator[str]:
     yield from _row("sha256", f"{facts['sha256']}{checked}")
 
 
-def _runs_label(facts: dict[str, Any]) -> str:
-    return "runs there" if facts["here"]["recorded"] else "runs here"
+def _classes(manifest: Manifest) -> str:
+    return f"{len(manifest.class_names)}: {', '.join(manifest.class_names)}"
 
 
-def _graphs(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
-    for graph in manifest["graphs"]:
-        name = graph["name"]
-        size = sum(sizes.get(entry(name), 0) for entry in (graph_entry, cpu_graph_entry, weights_entry))
-        plan = dict(manifest["precision"].get(name, {}))
+def _input(manifest: Manifest) -> str:
+    values = manifest.preprocess
+    return (
+        f"RGB, shorter side to {values.resize}, center crop {values.size} x {values.size}, "
+        f"mean {_plain(values.mean)}, std {_plain(values.std)}"
+    )
+
+
+def _graphs(manifest: Manifest, sizes: dict[str, int]) -> Iterator[str]:
+    for graph in manifest.graphs:
+        size = sum(sizes.get(entry(graph.name), 0) for entry in (graph_entry, cpu_graph_entry, weights_entry))
+        plan = dict(manifest.precision.get(graph.name, {}))
         precision = plan.pop("type", "of unknown precision")
         attested = plan.pop("attested", None)
-        yield from _row("graph", f"{name}: {precision}, {manifest['gmacs'][name]:.3g} GMACs, {format_bytes(size)}")
+        gmacs = manifest.gmacs[graph.name]
+        yield from _row("graph", f"{graph.name}: {precision}, {gmacs:.3g} GMACs, {format_bytes(size)}")
         yield from _row("", f"  precision {f'attested: {attested}' if attested else 'not attested'}")
         # Tables, such as counts of operators, are for --json.
         if scalars := {key: value for key, value in plan.items() if not isinstance(value, (dict, list))}:
             yield from _row("", f"  {_pairs(scalars)}")
-        for label, tensors in (("in", graph["inputs"]), ("out", graph["outputs"])):
-            texts = [f"{t['name']} {t['dtype']} [{', '.join(map(str, t['shape']))}]" for t in tensors]
+        for label, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+            texts = [f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors]
             yield from _row("", f"  {label:<4}{'; '.join(texts)}")
 
 
-def _preprocess(values: dict[str, Any]) -> str:
-    return (
-        f"RGB, shorter side to {values['resize']}, centre crop {values['size']} x {values['size']}, "
-        f"mean {_plain(values['mean'])}, std {_plain(values['std'])}"
+def _engines(facts: dict[str, Any]) -> Iterator[str]:
+    named = [*facts["engines"].items(), *((f"{e['target']} {e['place']}", e) for e in facts["cached_engines"])]
+    for name, engine in named:
+        plans = engine["plans"]
+        yield f"{name}: {len(plans)} graphs, {format_bytes(sum(plans.values()))}, {engine['status']}"
+        yield from _engine_details(engine["details"])
+        yield "  fits the machine" if engine["misfit"] is None else f"  does not fit: {engine['misfit']}"
+    if not named:
+        yield "none; ONNX alone"
+
+
+@_free_json
+def _engine_details(details: Any) -> Iterator[str]:
+    gpu, (least, _, most) = details["gpu"], details["batch"]
+    place = f"on {gpu['name']} ({gpu['capability']})" if gpu else "ahead of time, without a GPU"
+    yield f"  built by version {details['version']}, {place}, for batch {least} to {most}"
+    graphs: dict[str, list[str]] = {}
+    for graph, record in details["precision"].items():
+        attested = record.get("attested")
+        kind = f"{record['type']} ({f'attested: {attested}' if attested else 'not attested'})"
+        graphs.setdefault(kind, []).append(graph)
+    if graphs:
+        yield "  " + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in graphs.items())
+    if scratch := details["options"].get("scratch"):
+        shared, apart = format_bytes(max(scratch.values())), format_bytes(sum(scratch.values()))
+        yield f"  activations: {shared} shared by all graphs, which run in turn; {apart} if each had its own"
+
+
+def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[str]:
+    if values is None:
+        yield "no: probabilities are the model's own and there are no calibrated exits (mge-calibrate learns both)"
+        return
+    try:
+        calibrated = Calibrated.from_values(values, manifest)
+    except BundleError as error:
+        yield f"cannot be read: {error}"
+        return
+    images = {key: f" (from {count} images)" for key, count in calibrated.images.items()}
+    temperatures = ", ".join(f"{name} {value:.4g}" for name, value in calibrated.temperatures.items())
+    yield f"temperatures: {temperatures}{images.get('temperatures', '')}"
+    if not calibrated.has_exits or (promise := calibrated.promise) is None:
+        yield "no early exits: none was found that keeps its bound"
+        return
+    places = [
+        f"after graph {point.graphs} where {point.answer} has a confidence of at least {point.threshold:.6g}"
+        for point in calibrated.exit_points(manifest)
+    ]
+    yield f"exits (--exit calibrated): {', '.join(places)}{images.get('exits', '')}"
+    yield (
+        f"  with probability {100 * (1 - promise.delta):.4g}% at most {100 * promise.epsilon:.4g}% of predictions "
+        "differ from the whole chain's, on images like those"
+        + (f", with {calibrated.runs_on}" if calibrated.runs_on else "")
     )
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def _runs_label(facts: dict[str, Any]) -> str:
+    return "runs there" if facts["here"]["recorded"] else "runs here"
+
+
+def _here(here: dict[str, Any]) -> Iterator[str]:
+    """What runs, and what does not and why; backends that share a reason share a line."""
+    if here["backend"] is None:
+        yield f"no: {here['error']}"
+        return
+    status = f" ({here['status']})" if here["status"] else ""
+    yield f"{here['backend']} on {here['device']}{status}: {here['reason']}"
+    for (device, reason), others in groupby(here["passed_over"], lambda other: (other["device"], other["reason"])):
+        yield f"not {', '.join(other['backend'] for other in others)} on {device}: {reason}"
+
+
+def _pairs(values: Any) -> str:
     return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
 
 
@@ -106,10 +232,15 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return "(" + _pairs(cast("dict[str, Any]", value)) + ")"
-    if isinstance(value, list):
-        return "[" + ", ".join(_plain(v) for v in cast("list[Any]", value)) + "]"
+        return f"({_pairs(value)})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, cast('Iterable[Any]', value)))}]"
     return "none" if value is None else str(value)
+
+
+def _rows(label: str, texts: Iterable[str]) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        yield from _row("" if number else label, text)
 
 
 def _row(label: str, text: str, *, lines: int | None = None) -> Iterator[str]:

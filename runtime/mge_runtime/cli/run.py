@@ -10,8 +10,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, note, report, reports_errors, verbose_option
+from mge_runtime.cli.common import (
+    at_most_cpus,
+    backend_option,
+    batch_option,
+    device_option,
+    max_pixels_option,
+    no_mmap_option,
+    note,
+    report,
+    reports_errors,
+    threads_option,
+    verbose_option,
+)
 from mge_runtime.errors import InputError, MGEError, printable
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
@@ -39,7 +52,7 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 @click.argument("images", nargs=-1)
 @click.option("--files-from", metavar="FILE|-", help="A list of more images, one a line; -: on standard input.")
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to answer with.")
-@click.option("--max-pixels", type=click.IntRange(min=1), help="The most an image may have.  [default: 65 million]")
+@max_pixels_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
 @click.option(
     "--csv",
@@ -60,16 +73,10 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
     type=click.IntRange(min=1),
     help=f"Likeliest classes to report.  [default: {_TOP}; as text for several images: 1]",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
-@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option("-b", "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in one run.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(min=1),
-    callback=at_most_cpus,
-    help="Processors to compute with.  [default: all]",
-)
+@device_option
+@backend_option
+@batch_option(1)
+@threads_option
 @click.option(
     "--streams",
     type=click.IntRange(min=1),
@@ -85,16 +92,14 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
     metavar="calibrated|never|N",
     help="Stop early: as soon as an answer is sure enough (mge-calibrate learns when), or after expert N.",
 )
-@click.option(
-    "--no-mmap", is_flag=True, help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile."
-)
+@no_mmap_option
 @verbose_option
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
     images: tuple[str, ...],
     files_from: str | None,
-    max_pixels: int | None,
+    max_pixels: int,
     engine: str,
     as_json: bool,
     csv_path: Path | None,
@@ -120,7 +125,6 @@ def main(
         raise click.UsageError("standard input holds one image (-) or one list of them (--files-from -); name one")
     with ExitStack() as stack:
         interrupt = stack.enter_context(interruptible("the run", "nothing was answered", MGEError))
-        from mge_runtime.decode import MAX_PIXELS
         from mge_runtime.fonts import undrawable
         from mge_runtime.pipeline import Pipeline
         from mge_runtime.report import (
@@ -158,7 +162,7 @@ def main(
                 streams_wanted,
                 exit=exit_at,
                 mmap=not no_mmap,
-                max_pixels=max_pixels or MAX_PIXELS,
+                max_pixels=max_pixels,
             )
         )
         if pipeline.choice.remark and pipeline.choice.command is None:  # else opening has said it
