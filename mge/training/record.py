@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
+from mge_runtime.draw import expert_color
 from mge_runtime.files import atomic_path
-from mge_runtime.plot import expert_colour
 
 __all__ = ["Board", "Meter", "write_csv", "write_curves"]
 
@@ -146,4 +146,4 @@ def _style(name: str) -> tuple[tuple[float, ...], str]:
         shade = 0.0 if name in ("mixture", "trunk") else 0.55
         return (shade, shade, shade), "--" if name == "heads" else "-"
     line = "--" if "global" in name else ":" if "part" in name else "-." if "diversity" in name else "-"
-    return tuple(value / 255 for value in expert_colour(number - 1)), line
+    return tuple(value / 255 for value in expert_color(number - 1)), line

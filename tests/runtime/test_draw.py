@@ -10,8 +10,7 @@ from PIL import Image
 
 from mge_runtime import fonts
 from mge_runtime.decode import decode_image
-from mge_runtime.draw import draw_prediction
-from mge_runtime.plot import Canvas, blend_heatmap, expert_colour, fitted, shortened
+from mge_runtime.draw import Canvas, blend_heatmap, draw_prediction, expert_color, fitted, shortened
 from mge_runtime.prediction import Prediction
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -68,7 +67,7 @@ def test_every_shape_gives_a_slide(shape, size):
     assert picture.width == size[0]
     assert size[1] is None or abs(picture.height - size[1]) <= 20
     for k in range(3):  # the gate's bar and two frames of each expert, at least
-        assert count(picture, expert_colour(k)) > 1000
+        assert count(picture, expert_color(k)) > 1000
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 4, 6])
@@ -77,9 +76,9 @@ def test_any_number_of_experts(experts, shape):
     image = grey(*shape)
     picture = draw_prediction(image, answer(image, experts, gate=experts > 1))
     for k in range(experts):
-        assert count(picture, expert_colour(k)) > 500
+        assert count(picture, expert_color(k)) > 500
     for k in range(experts, 6):
-        assert count(picture, expert_colour(k)) == 0
+        assert count(picture, expert_color(k)) == 0
 
 
 def test_boxes_lie_where_the_prediction_says():
@@ -88,7 +87,7 @@ def test_boxes_lie_where_the_prediction_says():
         draw_prediction(image, answer(image, boxes=[[0, 0, 400, 400], [100, 50, 300, 200], [150] * 4]))
     )
     photo = picture[24:824, 24:824]
-    orange = (photo == expert_colour(1)).all(-1)
+    orange = (photo == expert_color(1)).all(-1)
     orange[:100] = False  # the label, above the box
     columns, rows = np.flatnonzero(orange.any(0)), np.flatnonzero(orange.sum(1) > 200)
     assert abs(columns[0] - 200) <= 1
@@ -104,7 +103,7 @@ def test_equal_boxes_all_show():
     photo = np.asarray(draw_prediction(image, answer(image, boxes=boxes)))[24:824, 24:824]
     line = photo[400, 190:230]  # across the left edge
     for k in (1, 2):
-        assert (line == expert_colour(k)).all(-1).sum() >= 2
+        assert (line == expert_color(k)).all(-1).sum() >= 2
 
 
 def test_bars_are_as_long_as_their_shares():
@@ -113,7 +112,7 @@ def test_bars_are_as_long_as_their_shares():
     picture = np.asarray(draw_prediction(image, prediction))
     column = picture[:, 24 + 400 + 24 :]
     for k, share in enumerate(prediction.gate):
-        longest = (column[: column.shape[0] // 2] == expert_colour(k)).all(-1).sum(1).max()
+        longest = (column[: column.shape[0] // 2] == expert_color(k)).all(-1).sum(1).max()
         assert longest == pytest.approx((400 - 84 - 64) * share, abs=1)
 
 

@@ -278,7 +278,7 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
     )
     assert errors[2].startswith("error: cannot decode in/6.png: image file is truncated")
     assert errors[3].startswith("error: no image at missing.jpg")
-    assert errors[4] == "4 of 8 could not be answered"
+    assert errors[4] == "4 of 8 could not be read"
     rows = {row["image"]: row for row in csv.DictReader(Path("table.csv").read_text().splitlines())}
     assert list(rows) == list(records)
     for name in ORDER:
@@ -318,9 +318,9 @@ def test_nothing_to_answer():
     [
         (["--csv", "none/table.csv"], "cannot write none/table.csv: No such file or directory"),
         (["--csv", "in"], "cannot write in: it is a folder; expected a file name"),
-        (["--save", "mge.plan"], "cannot write pictures to mge.plan: File exists"),
-        (["--save", "a" * 300], f"cannot write pictures to {'a' * 300}: File name too long"),
-        (["--save", "mge.plan/out"], "cannot write pictures to mge.plan/out: Not a directory"),
+        (["--save", "mge.plan"], "cannot write images to mge.plan: File exists"),
+        (["--save", "a" * 300], f"cannot write images to {'a' * 300}: File name too long"),
+        (["--save", "mge.plan/out"], "cannot write images to mge.plan/out: Not a directory"),
         (["--engine", "none.plan"], "none.plan"),
         (["--engine", "in/1.png", "--save", "out"], "in/1.png"),
         (["--device", "toaster"], "the device is 'toaster'"),
