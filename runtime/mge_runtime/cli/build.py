@@ -15,11 +15,8 @@ from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
     from mge_runtime.trt.build import GraphProgress
-    from mge_runtime.trt.builder import BuildOptions
 
-__all__ = ["build_options", "main", "shown_progress"]
-
-_MEGABYTE = 1_000_000
+__all__ = ["main", "shown_progress"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -69,6 +66,8 @@ def main(
     build that is stopped leaves the bundle as it was.
     """
     with interruptible("the build", f"{bundle} is as it was; run it again", BuildError) as interrupt:
+        from mge_runtime.trt.batch import BatchRange
+        from mge_runtime.trt.builder import BuildOptions
         from mge_runtime.trt.keep import build_targets
         from mge_runtime.trt.request import TargetRequest
 
@@ -78,7 +77,8 @@ def main(
                 "engines that are built ahead of time are for other machines, so they are kept in the bundle; add "
                 "--into-bundle"
             )
-        options = build_options(batch, opt_level, workspace, timing_cache)
+        scratch = None if workspace is None else workspace * 1_000_000  # bytes
+        options = BuildOptions(BatchRange.parse(batch), opt_level, scratch, timing_cache)
 
         def kept(target: str, place: str) -> None:
             echo(f"{target}: {place}")
@@ -102,18 +102,8 @@ def main(
     )
 
 
-def build_options(batch: str, opt_level: int | None, workspace: int | None, timing_cache: Path | None) -> BuildOptions:
-    """The options of the command line as `BuildOptions`; `workspace` is in MB."""
-    from mge_runtime.trt.batch import BatchRange
-    from mge_runtime.trt.builder import BuildOptions
-
-    return BuildOptions(
-        BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE, timing_cache
-    )
-
-
 def shown_progress(interrupt: Interrupt) -> GraphProgress:
-    """What shows the progress of a build on a terminal, and stops the build where a signal asks for it."""
+    """Show the progress of a build on a terminal, and stop the build where a signal asks for it."""
     terminal = sys.stderr.isatty()
     shown = ""
 

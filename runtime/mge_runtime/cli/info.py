@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mge_runtime.cli.common import GPU_STATUS, reports_errors
-from mge_runtime.errors import OutputError, printable
+from mge_runtime.errors import BackendError, InputError, OutputError, printable
 from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
@@ -99,7 +99,6 @@ def main(
 
 
 def _recorded(path: Path) -> Machine:
-    from mge_runtime.errors import InputError
     from mge_runtime.machine import Machine
 
     try:
@@ -158,7 +157,6 @@ def describe(bundle: Bundle, machine: Machine, *, recorded: bool = False) -> dic
 
 def _what_runs(bundle: Bundle, machine: Machine, *, cache: bool) -> dict[str, Any]:
     from mge_runtime.backends import choose
-    from mge_runtime.errors import BackendError
 
     try:
         choice = choose(bundle=bundle, machine=machine, cache=cache)

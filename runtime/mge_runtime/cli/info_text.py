@@ -20,7 +20,6 @@ __all__ = ["brief_lines", "info_lines", "parity_lines"]
 
 _WIDTH = 110  # characters
 _INDENT = 11
-_PARITY_HEAD = ("graph", "abs diff", "rel diff", "class changes", "box IoU", "1st pct")
 
 
 def brief_lines(facts: dict[str, Any], manifest: Manifest) -> Iterator[str]:
@@ -62,11 +61,11 @@ def info_lines(facts: dict[str, Any], manifest: Manifest, machine: Machine) -> I
 
 
 def parity_lines(parity: Any) -> list[str]:
-    """The export's parity report: a table for each check, worst differences by graph, then what it adds."""
+    """The export's parity report: what it was measured on, a line for each check, what failed."""
     if parity is None:
         return ["not measured"]
     head = f"on {parity.get('source', 'unknown images')}; reference: {parity.get('reference', 'unknown')}"
-    return [head, *_parity_tables(parity)]
+    return [head, *_parity_checks(parity)]
 
 
 def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[str]]:
@@ -83,40 +82,18 @@ def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[st
 
 
 @_free_json
-def _parity_tables(parity: Any) -> Iterator[str]:
+def _parity_checks(parity: Any) -> Iterator[str]:
     for check in parity["checks"].values():
-        yield f"{check['label']}:"
-        rows: list[tuple[str, ...]] = [_PARITY_HEAD]
-        for name, graph in check["graphs"].items():
-            differences = (_worst(graph[kind].values()) for kind in ("absolute", "relative"))
-            iou = graph.get("box_iou", {})
-            rows.append((name, *differences, f"{graph.get('class_changes', '')}", *_ious([iou] if iou else [])))
         chain = check["chain"]
-        relative = _worst([chain["answer_relative"]])
-        rows.append(("whole chain", "", relative, f"{chain['class_changes']}", *_ious([*chain["box_iou"].values()])))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for name, *cells in rows:
-            aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-            yield "  " + "  ".join([f"{name:<{widths[0]}}", *aligned]).rstrip()
-    peaks = [f"{graph} {float(peak['value']):.4g}" for graph, peak in parity["largest_activation"].items()]
-    yield f"largest activations: {', '.join(peaks)}"
-    if shares := [f"{name} {float(share):.0%}" for name, share in parity["crop_area_median"].items()]:
-        yield f"crops keep a median of: {', '.join(shares)}"
+        alone = [float(value) for graph in check["graphs"].values() for value in graph["relative"].values()]
+        ious = [float(box["p1"]) for box in chain["box_iou"].values()]
+        yield (
+            f"{check['label']}: each graph within {max(alone):.1e} of its tensors' largest value, the chain's logits "
+            f"within {float(chain['answer_relative']):.1e}; {chain['class_changes']} images change their class"
+            + (f"; 1st percentile of box IoU {min(ious):.3f}" if ious else "")
+        )
     yield from (f"out of tolerance: {text}" for text in parity["failures"])
     yield from (f"warning: {text}" for text in parity["warnings"])
-
-
-def _worst(values: Iterable[Any]) -> str:
-    numbers = [float(value) for value in values]  # infinity is a text in JSON
-    return f"{max(numbers):.1e}" if numbers else ""
-
-
-def _ious(boxes: list[Any]) -> tuple[str, str]:
-    """Least median and least 1st percentile of boxes."""
-    if not boxes:
-        return "", ""
-    median, p1 = (min(float(box[key]) for box in boxes) for key in ("median", "p1"))
-    return f"{median:.4f}", f"{p1:.4f}"
 
 
 def _bundle(facts: dict[str, Any]) -> Iterator[str]:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mge_runtime.fields import JsonValue
-from mge_runtime.selfcheck.subject import BATCH, Opened, Result, Subject
+from mge_runtime.selfcheck.subject import BATCH, Result, Subject
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from mge_runtime.pipeline import Pipeline
 
 __all__ = ["HOST_LIMIT", "check_memory", "device_memory", "host_memory"]
 
@@ -87,7 +89,7 @@ def check_memory(
 
 
 def _period(
-    opened: Opened,
+    opened: Pipeline,
     frames: NDArray[np.uint8],
     batch: NDArray[np.uint8],
     runs: int,

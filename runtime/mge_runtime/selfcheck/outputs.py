@@ -22,10 +22,12 @@ from mge_runtime.compare import (
 )
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
-from mge_runtime.selfcheck.subject import BATCH, Opened, Result, Subject
+from mge_runtime.selfcheck.subject import BATCH, Result, Subject
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from mge_runtime.pipeline import Pipeline
 
 __all__ = [
     "Comparison",
@@ -226,14 +228,14 @@ def check_together(subject: Subject, frames: NDArray[np.uint8]) -> Result:
 
 
 def _run_all(
-    opened: Opened, frames: NDArray[np.uint8], outputs: Collection[str], batch: int
-) -> dict[str, NDArray[np.float32]]:
+    opened: Pipeline, frames: NDArray[np.uint8], outputs: Collection[str], batch: int
+) -> dict[str, NDArray[Any]]:
     """Run any number of frames in groups of `batch`; the last group may be smaller."""
     runs = [opened.run(frames[start : start + batch], outputs=outputs) for start in range(0, len(frames), batch)]
     return {name: np.concatenate([tensors[name] for tensors in runs]) for name in outputs}
 
 
-def _batch(opened: Opened) -> int:
+def _batch(opened: Pipeline) -> int:
     return min(BATCH, opened.max_batch or BATCH)
 
 
@@ -241,7 +243,7 @@ def _boxes(manifest: Manifest) -> list[str]:
     return [view.box for view in manifest.views if view.box is not None]
 
 
-def _programs(opened: Opened) -> list[Mapping[str, Any]]:
+def _programs(opened: Pipeline) -> list[Mapping[str, Any]]:
     """What the device layer says of each batch size that ran."""
     return cast("list[Mapping[str, Any]]", opened.report().get("programs", []))
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,9 +20,10 @@ from mge_runtime.spec import Preprocess
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from mge_runtime.pipeline import Pipeline
     from mge_runtime.sources import NamedImage
 
-__all__ = ["BATCH", "Frames", "Opened", "Result", "Subject", "drawn_frames", "open_subject", "photograph_frames"]
+__all__ = ["BATCH", "Frames", "Result", "Subject", "drawn_frames", "open_subject", "photograph_frames"]
 
 BATCH = 8  # the largest batch that is checked
 _DRAWN = 12  # frames: a batch of eight and a remainder
@@ -42,24 +43,6 @@ class Result:
         return cls("failed" if failures else "passed", "; ".join(failures) or found, numbers)
 
 
-class Opened(Protocol):
-    """An opened pipeline, as far as checks use it; `Pipeline` is one."""
-
-    max_batch: int | None
-
-    def run(self, frames: Any, *, outputs: Collection[str] | None = None) -> Mapping[str, Any]:
-        """Tensors by name; the first axis is the batch."""
-        ...
-
-    def report(self) -> dict[str, JsonValue]:
-        """What `DeviceExecutor.report` says; empty on a CPU."""
-        ...
-
-    def close(self) -> None:
-        """Release it."""
-        ...
-
-
 @dataclass(frozen=True)
 class Subject:
     """A bundle on one backend."""
@@ -71,8 +54,8 @@ class Subject:
     backend: str  # "onnxruntime", "tensorrt" or "tensorrt-rtx"
     device: str  # "cpu" or "cuda:0"
     machine: Machine
-    open: Callable[[bool], Opened]  # opens it anew: with CUDA graphs, or without
-    reference: Callable[[], Opened] | None  # opens ONNX Runtime on the CPU; None: that is what is checked
+    open: Callable[[bool], Pipeline]  # opens it anew: with CUDA graphs, or without
+    reference: Callable[[], Pipeline] | None  # opens ONNX Runtime on the CPU; None: that is what is checked
 
     @property
     def precision(self) -> str:
