@@ -1,8 +1,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -178,6 +176,9 @@ def test_it_says_what_would_run_on_a_recorded_machine(bundle_path, tmp_path):
     assert h100["here"]["status"] == "experimental: ran once, on an H100, before its last changes"
     assert [other["backend"] for other in h100["here"]["passed_over"]] == ["tensorrt", "tensorrt-rtx"]
     assert "does not serve sm90 (Hopper)" in h100["here"]["passed_over"][1]["reason"]
+    bare = flat(run("--all", bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
+    assert "not tensorrt, tensorrt-rtx, onnxruntime on cuda:0: no NVIDIA driver is installed" in bare
+    assert "x86_64, Python 3.11.7, no GPU, tensorrt-rtx 1.7.1.116" in bare
 
 
 def test_engines_in_this_machines_cache_are_shown(bundle_path, tmp_path, monkeypatch):
@@ -192,12 +193,6 @@ def test_engines_in_this_machines_cache_are_shown(bundle_path, tmp_path, monkeyp
     assert f"{target} in the cache, {tmp_path}" in output
     assert "1 graphs, 3 B, experimental: not yet run built by version 10.3.0, ahead of time" in output
     assert "cache" not in flat(run("--all", bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
-
-
-def test_backends_with_one_reason_share_a_line(bundle_path):
-    output = flat(run("--all", bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json"))
-    assert "not tensorrt, tensorrt-rtx, onnxruntime on cuda:0: no NVIDIA driver is installed" in output
-    assert "x86_64, Python 3.11.7, no GPU, tensorrt-rtx 1.7.1.116" in output
 
 
 def test_this_machine_is_printed_for_whoever_records_it(tmp_path):
@@ -247,8 +242,6 @@ PARITY = {
             "chain": {"class_changes": 1, "answer_relative": 0.002, "box_iou": {"box_1": {"median": 0.99, "p1": 0.75}}},
         }
     },
-    "largest_activation": {"expert_1": {"value": 12.5}},
-    "crop_area_median": {"box_1": 0.42},
     "failures": ["box_1: too small"],
     "warnings": [],
 }
@@ -326,17 +319,6 @@ def test_an_interrupted_extraction_is_one_line(bundle_path, tmp_path, monkeypatc
     assert result.stderr.startswith("error: the extraction was interrupted (SIGTERM): ")
     assert result.stderr.count("\n") == 1
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_is_one_line(bundle_path):
-    command = [sys.executable, "-c", "from mge_runtime.cli.info import main; main()", str(bundle_path)]
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr.splitlines()) == (
-        1,
-        ["error: cannot print: No space left on device; name another place for the output"],
-    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -97,15 +96,6 @@ def test_a_missing_or_foreign_bundle_is_one_line(tmp_path):
     assert "Traceback" not in foreign.stderr
 
 
-def test_fp32_heads_for_turing_are_refused_with_the_reason(path):
-    with Bundle.open(path) as bundle:
-        graphs = dict(bundle.manifest.precision)
-    assert all("operators" not in facts for facts in graphs.values())  # hand-made: it tells no operators
-    result = run(path, "--target", "rtx:sm75", "--into-bundle")
-    assert result.exit_code == 1
-    assert "FP32 GEMM is not supported" in result.stderr
-
-
 # Builds for several targets one after the other, so that a signal finds it busy.
 PROGRAM = """
 import signal
@@ -133,46 +123,30 @@ def started(path, temporary):
     return process, lines
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupted_build_says_so_and_leaves_the_bundle(path, tmp_path, number):
+def test_an_interrupted_build_says_so_and_leaves_the_bundle(path, tmp_path):
     before, work = digest(path), tmp_path / "work"
     work.mkdir()
     process, lines = started(path, work)
     with process:
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         lines += process.stderr
         assert process.wait(60) == 1
-    assert lines[-1] == f"error: the build was interrupted ({number.name}): {path} is as it was; run it again\n"
+    assert lines[-1] == f"error: the build was interrupted (SIGINT): {path} is as it was; run it again\n"
     assert not [line for line in lines if "Traceback" in line]
     assert digest(path) == before
     assert not list(work.iterdir())
     assert [p.name for p in tmp_path.iterdir() if p.name != "work"] == ["mge.plan"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_a_signal_is_heard_before_the_library_builds(path, number):
+def test_a_signal_is_heard_before_the_library_builds(path):
     """Reading and hashing a large bundle takes a while, too."""
-    code = "import os\nfrom mge_runtime.bundle import Bundle\n"
-    code += "def verify(*_):\n    os.kill(os.getpid(), int(os.environ['NUMBER']))\n    __import__('time').sleep(60)\n"
+    code = "import os, signal, time\nfrom mge_runtime.bundle import Bundle\n"
+    code += "def verify(*_):\n    os.kill(os.getpid(), signal.SIGTERM)\n    time.sleep(60)\n"
     code += "Bundle.verify = verify\n" + PROGRAM
     command = [sys.executable, "-c", code, str(path), "--into-bundle", "--target", "rtx:sm86"]
-    environment = {**os.environ, "NUMBER": str(int(number))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50, check=False)
-    line = f"error: the build was interrupted ({number.name}): {path} is as it was; run it again"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    line = f"error: the build was interrupted (SIGTERM): {path} is as it was; run it again"
     assert (done.returncode, done.stderr.splitlines()) == (1, [line])
-
-
-def test_a_killed_build_leaves_the_bundle(path, tmp_path):
-    before = digest(path)
-    process, _ = started(path, tmp_path)
-    with process:
-        time.sleep(0.1)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert digest(path) == before
-    with Bundle.open(path) as bundle:
-        bundle.verify()
-        assert bundle.targets == ()
 
 
 def test_what_cannot_be_kept_is_found_out_before_anything_is_built(path, monkeypatch):

@@ -80,15 +80,6 @@ def test_what_cannot_be_checked_is_said_before_anything_runs(arguments, code, sa
     assert said in result.stderr
 
 
-def test_help_loads_nothing_heavy():
-    code = (
-        "import sys\nfrom mge_runtime.cli.bench import main\n"
-        "try: main(['--help'])\nexcept SystemExit as stop: assert stop.code == 0\n"
-        "assert not {'numpy', 'PIL', 'onnxruntime', 'torch'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
 def test_a_failed_check_is_reported_the_others_go_on_and_the_exit_code_is_1(bundle_path, on_cpu, frames, monkeypatch):
     class Failing:
         max_batch = None
