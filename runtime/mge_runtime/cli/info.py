@@ -89,10 +89,9 @@ def main(
         if as_json:
             echo(json.dumps(facts, indent=1))  # in ASCII: every locale can print it
             return
-        from mge_runtime.cli.info_text import brief_lines, info_lines
+        from mge_runtime.cli.info_text import info_lines
 
-        manifest = opened.manifest
-        for line in info_lines(facts, manifest, machine) if everything else brief_lines(facts, manifest):
+        for line in info_lines(facts, opened.manifest, machine, everything=everything):
             echo(line)
         if extract is not None:
             echo(f"extracted  {len(written)} files to {printable(extract)}")

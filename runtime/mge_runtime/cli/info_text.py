@@ -16,56 +16,71 @@ from mge_runtime.files import format_bytes
 from mge_runtime.machine import Machine
 from mge_runtime.manifest import Manifest
 
-__all__ = ["brief_lines", "info_lines", "parity_lines"]
+__all__ = ["info_lines", "parity_lines"]
 
 _WIDTH = 110  # characters
 _INDENT = 11
 
 
-def brief_lines(facts: dict[str, Any], manifest: Manifest) -> Iterator[str]:
-    """Ten lines, from what `describe` returned; more only where nothing runs."""
-    yield from _bundle(facts)
-    yield from _row("model", _pairs(manifest.model) or "unknown", lines=1)
-    yield from _row("classes", _classes(manifest), lines=1)
-    yield from _row("input", _input(manifest), lines=1)
+def info_lines(facts: dict[str, Any], manifest: Manifest, machine: Machine, *, everything: bool) -> Iterator[str]:
+    """Lines for people, from what `describe` returned.
+
+    Args:
+        facts: of an open bundle.
+        manifest: of the same bundle.
+        machine: where it is to run.
+        everything: or ten lines, one for each subject; more only where nothing runs.
+    """
+    checked = ", every entry matches its hash" if facts.get("verified") else ""
+    yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])}{'' if everything else ' (more: --all)'}")
+    yield from _row("sha256", f"{facts['sha256']}{checked}")
+    runs = "runs there" if facts["here"]["recorded"] else "runs here"
+    brief = ("model", "classes", "input", "precision", "parity", "engines", "calibrated", runs)
+    for label, texts in _subjects(facts, manifest, machine, runs):
+        if everything:
+            for number, text in enumerate(texts):
+                yield from _row("" if number else label, text, lines=3 if label == "classes" else None)
+        elif label in brief:
+            whole = label == runs and facts["here"]["backend"] is None
+            text = "; ".join(texts) if label == "calibrated" else next(iter(texts))
+            yield from _row(label, text, lines=None if whole else 1)
+
+
+def _subjects(
+    facts: dict[str, Any], manifest: Manifest, machine: Machine, runs: str
+) -> Iterator[tuple[str, Iterable[str]]]:
+    values = manifest.preprocess
+    yield "model", [_pairs(manifest.model) or "unknown"]
+    yield "classes", [f"{len(manifest.class_names)}: {', '.join(manifest.class_names)}"]
+    yield (
+        "input",
+        [
+            f"RGB, shorter side to {values.resize}, center crop {values.size} x {values.size}, "
+            f"mean {_plain(values.mean)}, std {_plain(values.std)}"
+        ],
+    )
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    checkpoint = f"from the checkpoint {(manifest.checkpoint_sha256 or 'unknown')[:16]}"
+    yield "made by", [tools or "unknown tools", checkpoint]
     kinds = Counter(manifest.precision.get(graph.name, {}).get("type", "unknown") for graph in manifest.graphs)
-    yield from _row("precision", ", ".join(f"{kind} in {count} graphs" for kind, count in kinds.items()), lines=1)
-    parity = parity_lines(manifest.parity)
-    failed = [line for line in parity if line.startswith("out of tolerance")]
-    yield from _row("parity", "; ".join(failed or parity[:1]), lines=1)
-    found = [*facts["engines"], *(f"{engine['target']} in the cache" for engine in facts["cached_engines"])]
-    yield from _row("engines", ", ".join(found) or "none; ONNX alone", lines=1)
-    yield from _row("calibrated", "; ".join(_calibration(facts["calibration"], manifest)), lines=1)
-    runs = next(_here(facts["here"]))
-    yield from _row(_runs_label(facts), runs, lines=None if facts["here"]["backend"] is None else 1)
-
-
-def info_lines(facts: dict[str, Any], manifest: Manifest, machine: Machine) -> Iterator[str]:
-    """Everything for people, from what `describe` returned."""
-    yield from _bundle(facts)
-    if manifest.model:
-        yield from _row("model", _pairs(manifest.model))
-    yield from _row("classes", _classes(manifest), lines=3)
-    yield from _row("input", _input(manifest))
-    made = [f"{name} {version}" for name, version in manifest.tools.items()]
-    checkpoint = manifest.checkpoint_sha256
-    yield from _row("made by", ", ".join(made) or "unknown tools")
-    yield from _row("", f"from the checkpoint {checkpoint[:16]}" if checkpoint else "from an unknown checkpoint")
-    yield from _graphs(manifest, facts["entries"])
-    yield from _rows("parity", parity_lines(manifest.parity))
-    yield from _rows("engines", _engines(facts))
-    yield from _rows("calibrated", _calibration(facts["calibration"], manifest))
-    yield from _row("machine", machine.summary)
-    yield from _rows(_runs_label(facts), _here(facts["here"]))
-    yield from _row("", "everything, operators and the whole parity report included: --json")
+    yield "precision", [", ".join(f"{kind} in {count} graphs" for kind, count in kinds.items())]
+    yield "graphs", _graphs(manifest, facts["entries"])
+    yield "parity", parity_lines(manifest.parity)
+    yield "engines", _engines(facts)
+    yield "calibrated", _calibration(facts["calibration"], manifest)
+    yield "machine", [machine.summary]
+    yield runs, _here(facts["here"])
+    yield "", ["everything, operators and the whole parity report included: --json"]
 
 
 def parity_lines(parity: Any) -> list[str]:
-    """The export's parity report: what it was measured on, a line for each check, what failed."""
+    """The export's parity report: what failed, what it was measured on, a line for each check."""
     if parity is None:
         return ["not measured"]
     head = f"on {parity.get('source', 'unknown images')}; reference: {parity.get('reference', 'unknown')}"
-    return [head, *_parity_checks(parity)]
+    checks = _parity_checks(parity)
+    failed = [line for line in checks if line.startswith("out of tolerance")]
+    return [*failed, head, *checks[len(failed) :]]
 
 
 def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[str]]:
@@ -83,6 +98,7 @@ def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[st
 
 @_free_json
 def _parity_checks(parity: Any) -> Iterator[str]:
+    yield from (f"out of tolerance: {text}" for text in parity["failures"])
     for check in parity["checks"].values():
         chain = check["chain"]
         alone = [float(value) for graph in check["graphs"].values() for value in graph["relative"].values()]
@@ -92,26 +108,7 @@ def _parity_checks(parity: Any) -> Iterator[str]:
             f"within {float(chain['answer_relative']):.1e}; {chain['class_changes']} images change their class"
             + (f"; 1st percentile of box IoU {min(ious):.3f}" if ious else "")
         )
-    yield from (f"out of tolerance: {text}" for text in parity["failures"])
     yield from (f"warning: {text}" for text in parity["warnings"])
-
-
-def _bundle(facts: dict[str, Any]) -> Iterator[str]:
-    yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])} (more: --all)")
-    checked = ", every entry matches its hash" if facts.get("verified") else ""
-    yield from _row("sha256", f"{facts['sha256']}{checked}")
-
-
-def _classes(manifest: Manifest) -> str:
-    return f"{len(manifest.class_names)}: {', '.join(manifest.class_names)}"
-
-
-def _input(manifest: Manifest) -> str:
-    values = manifest.preprocess
-    return (
-        f"RGB, shorter side to {values.resize}, center crop {values.size} x {values.size}, "
-        f"mean {_plain(values.mean)}, std {_plain(values.std)}"
-    )
 
 
 def _graphs(manifest: Manifest, sizes: dict[str, int]) -> Iterator[str]:
@@ -120,26 +117,25 @@ def _graphs(manifest: Manifest, sizes: dict[str, int]) -> Iterator[str]:
         plan = dict(manifest.precision.get(graph.name, {}))
         precision = plan.pop("type", "of unknown precision")
         attested = plan.pop("attested", None)
-        gmacs = manifest.gmacs[graph.name]
-        yield from _row("graph", f"{graph.name}: {precision}, {gmacs:.3g} GMACs, {format_bytes(size)}")
-        yield from _row("", f"  precision {f'attested: {attested}' if attested else 'not attested'}")
+        yield f"{graph.name}: {precision}, {manifest.gmacs[graph.name]:.3g} GMACs, {format_bytes(size)}"
+        yield f"  precision {f'attested: {attested}' if attested else 'not attested'}"
         # Tables, such as counts of operators, are for --json.
         if scalars := {key: value for key, value in plan.items() if not isinstance(value, (dict, list))}:
-            yield from _row("", f"  {_pairs(scalars)}")
+            yield f"  {_pairs(scalars)}"
         for label, tensors in (("in", graph.inputs), ("out", graph.outputs)):
             texts = [f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors]
-            yield from _row("", f"  {label:<4}{'; '.join(texts)}")
+            yield f"  {label:<4}{'; '.join(texts)}"
 
 
 def _engines(facts: dict[str, Any]) -> Iterator[str]:
-    named = [*facts["engines"].items(), *((f"{e['target']} {e['place']}", e) for e in facts["cached_engines"])]
+    cached = [(f"{engine['target']} {engine['place']}", engine) for engine in facts["cached_engines"]]
+    named = [*facts["engines"].items(), *cached]
+    yield ", ".join(name for name, _ in named) or "none; ONNX alone"
     for name, engine in named:
         plans = engine["plans"]
         yield f"{name}: {len(plans)} graphs, {format_bytes(sum(plans.values()))}, {engine['status']}"
         yield from _engine_details(engine["details"])
         yield "  fits the machine" if engine["misfit"] is None else f"  does not fit: {engine['misfit']}"
-    if not named:
-        yield "none; ONNX alone"
 
 
 @_free_json
@@ -186,10 +182,6 @@ def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[
     )
 
 
-def _runs_label(facts: dict[str, Any]) -> str:
-    return "runs there" if facts["here"]["recorded"] else "runs here"
-
-
 def _here(here: dict[str, Any]) -> Iterator[str]:
     """What runs, and what does not and why; backends that share a reason share a line."""
     if here["backend"] is None:
@@ -213,11 +205,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_plain, cast('Iterable[Any]', value)))}]"
     return "none" if value is None else str(value)
-
-
-def _rows(label: str, texts: Iterable[str]) -> Iterator[str]:
-    for number, text in enumerate(texts):
-        yield from _row("" if number else label, text)
 
 
 def _row(label: str, text: str, *, lines: int | None = None) -> Iterator[str]:
