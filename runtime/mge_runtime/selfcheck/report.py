@@ -175,18 +175,18 @@ def check_refused(subject: Subject) -> Result:
 
     Their descriptions decide: the engines themselves are a few bytes that nobody could load.
     """
-    index = int(subject.device.partition(":")[2] or 0)
-    gpu = subject.machine.gpus[index] if index < len(subject.machine.gpus) else _STAND_IN
-    machine = subject.machine
+    machine, index = subject.machine, int(subject.device.partition(":")[2] or 0)
+    gpu = machine.gpus[index] if index < len(machine.gpus) else _STAND_IN
     backend = subject.backend if subject.backend.startswith("tensorrt") else "tensorrt"
     installed = machine.libraries.get(backend, "10.3.0")
     machine = replace(machine, gpus=machine.gpus or (gpu,), libraries={**machine.libraries, backend: installed})
     elsewhere = next(other for other in _ELSEWHERE if other.capability != gpu.capability)
     short = ".".join(installed.split(".")[:2])
+    here = machine.system, machine.arch
     system = "windows" if machine.system == "linux" else "linux"
     misfits = {
-        "another GPU": (elsewhere, installed, Target(backend, short, (elsewhere.capability,), *_platform(machine))),
-        "another version": (gpu, "9.9.9", Target(backend, "9.9", (gpu.capability,), *_platform(machine))),
+        "another GPU": (elsewhere, installed, Target(backend, short, (elsewhere.capability,), *here)),
+        "another version": (gpu, "9.9.9", Target(backend, "9.9", (gpu.capability,), *here)),
         "another system": (gpu, installed, Target(backend, short, (gpu.capability,), system, machine.arch)),
     }
     with temporary_folder("selfcheck") as folder:
@@ -199,12 +199,8 @@ def check_refused(subject: Subject) -> Result:
             problems = {found.target: found.problem for found in find_engines(bundle, machine, gpu, cache=False)}
     lines: dict[str, JsonValue] = {what: problems[target.name] for what, (*_, target) in misfits.items()}
     failures = [f"engines for {what} are not refused" for what, line in lines.items() if line is None]
-    here = f"on {gpu}, a stand-in where there is no GPU: " if not subject.machine.gpus else ""
-    return Result.of(failures, here + "; ".join(f"{what}: {line}" for what, line in lines.items()), lines)
-
-
-def _platform(machine: Machine) -> tuple[str, str]:
-    return machine.system, machine.arch
+    where = "" if subject.machine.gpus else f"on {gpu}, a stand-in where there is no GPU: "
+    return Result.of(failures, where + "; ".join(f"{what}: {line}" for what, line in lines.items()), lines)
 
 
 def _defect(error: Exception) -> str:
