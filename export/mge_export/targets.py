@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mge_runtime.cli.progress import shown_progress
+from mge_runtime.cli.build import shown_progress
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.interrupt import Interrupt
 from mge_runtime.machine import Machine, describe_machine

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.cli.info_here import machine_line
 from mge_runtime.files import format_bytes
-from mge_runtime.machine import cpu_count, describe_machine
+from mge_runtime.machine import Machine, cpu_count, describe_machine
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -61,7 +60,7 @@ class BenchReport:
     threads: int | None  # on the CPU; None on a device
     images: str  # what was measured with
     cpu: str
-    machine: dict[str, Any]
+    machine: Machine
     batches: list[BatchTimes] = field(default_factory=list[BatchTimes])
     start_up_s: list[float] = field(default_factory=list[float])  # of fresh processes, to their first prediction
     peak_bytes: list[int] = field(default_factory=list[int])  # most that was resident in each; empty: unknown
@@ -100,7 +99,7 @@ class BenchReport:
             threads=(threads or cpu_count()) if choice.device == "cpu" else None,
             images=images,
             cpu=_cpu_model(),
-            machine=asdict(describe_machine(always=True)),
+            machine=describe_machine(always=True),
         )
 
     @property
@@ -114,7 +113,8 @@ class BenchReport:
             {"batch": times.batch, "warm_up": times.warm_up, "runs": len(times.runs_ms), "rows": list(times.rows())}
             for times in self.batches
         ]
-        return json.dumps({**vars(self), "batches": batches}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        values = {**vars(self), "batches": batches, "machine": asdict(self.machine)}
+        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_text(self) -> str:
         """For a terminal."""
@@ -136,7 +136,7 @@ class BenchReport:
         yield f"model    {bundle['model']}"
         yield f"ran      {self.backend} on {self.device}{threads}; the whole chain (exit never){exits}"
         yield f"images   {self.images}"
-        yield f"machine  {self.cpu}, {cpu_count()} processors for this process; {machine_line(self.machine)}"
+        yield f"machine  {self.cpu}, {cpu_count()} processors for this process; {self.machine.summary}"
 
     def _tables(self) -> Iterator[str]:
         for times in self.batches:

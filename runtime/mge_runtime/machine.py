@@ -98,6 +98,23 @@ class Machine:
         """Whether this is a Jetson, where CUDA and TensorRT come with JetPack."""
         return self.board is not None and "jetson" in self.board.lower()
 
+    @property
+    def summary(self) -> str:
+        """All of it in one line, for people."""
+        from mge_runtime.files import format_bytes
+
+        parts = [self.board] if self.board else []
+        parts += [self.platform, f"Python {self.python}"]
+        for number, gpu in enumerate(self.gpus):
+            shared = " shared with the CPU" if gpu.integrated else ""
+            model = f"{gpu.name} ({gpu.capability}, {gpu.multiprocessors} multiprocessors)"
+            parts.append(f"cuda:{number} {model}, {format_bytes(gpu.memory)}{shared}")
+        parts += [] if self.gpus else ["no GPU"]
+        parts += [f"driver for CUDA {self.driver_cuda}"] if self.driver_cuda else []
+        parts += [f"{name} {version}" for name, version in self.libraries.items()]
+        parts += [f"{name} broken" for name in self.broken]
+        return ", ".join(parts)
+
     def to_json(self) -> bytes:
         """UTF-8 JSON, the same for equal machines."""
         return (json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -108,7 +108,7 @@ def copy(bundle_path, tmp_path):
 @pytest.fixture(scope="session")
 def on_cpu(bundle_path):
     """The tiny bundle on the CPU, as the self-check takes it."""
-    from mge_runtime.selfcheck.subject import open_subject
+    from mge_runtime.selfcheck import open_subject
 
     return open_subject(bundle_path, "cpu", threads=1)
 
@@ -116,6 +116,6 @@ def on_cpu(bundle_path):
 @pytest.fixture(scope="session")
 def frames(on_cpu):
     """The frames that a self-check without pictures draws."""
-    from mge_runtime.selfcheck.pictures import drawn_frames
+    from mge_runtime.selfcheck import drawn_frames
 
     return drawn_frames(on_cpu.manifest.preprocess).frames

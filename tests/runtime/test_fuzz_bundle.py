@@ -88,7 +88,10 @@ def look(path):
             bundle.verify()
         facts = describe(bundle, MACHINE)
         json.dumps(facts, allow_nan=False).encode()
-        assert all(line.isprintable() for line in info_lines(facts))
+        for everything in (False, True):
+            assert all(
+                line.isprintable() for line in info_lines(facts, bundle.manifest, MACHINE, everything=everything)
+            )
         assert len(bundle.sha256) == 64
 
 

@@ -162,7 +162,7 @@ def test_what_cannot_be_kept_is_found_out_before_anything_is_built(path, monkeyp
     path.write_bytes(data)
     result = run(path, "--target", "rtx:sm86", "--into-bundle")
     assert result.exit_code == 1
-    assert "copy it again, or build these engines again with mge-build" in result.stderr
+    assert "copy it again, or build these engines again" in result.stderr
 
 
 @pytest.mark.usefixtures("nothing_is_built")

@@ -25,7 +25,7 @@ from mge_runtime.files import echo
 from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
-    from mge_runtime.selfcheck.subject import Subject
+    from mge_runtime.selfcheck import Subject
     from mge_runtime.sources import NamedImage
 
 _RUNS = 1000
@@ -132,7 +132,7 @@ def main(
         if remark := listed.remark():
             note(remark)
         if selfcheck:
-            from mge_runtime.selfcheck.subject import open_subject
+            from mge_runtime.selfcheck import open_subject
 
             subject = open_subject(engine, device, backend, threads, mmap=not no_mmap)
             report: _Report = _selfcheck(subject, found, max_pixels, runs, interrupt)
@@ -150,8 +150,7 @@ def main(
 
 def _selfcheck(subject: Subject, found: list[NamedImage], max_pixels: int, runs: int, interrupt: Interrupt) -> _Report:
     from mge_runtime.bench import BenchImages
-    from mge_runtime.selfcheck.pictures import Frames, drawn_frames
-    from mge_runtime.selfcheck.run import run_checks
+    from mge_runtime.selfcheck import Frames, drawn_frames, run_checks
 
     preprocess = subject.manifest.preprocess
     if found:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, verbose_option
-from mge_runtime.cli.progress import shown_progress
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.files import echo
-from mge_runtime.interrupt import interruptible
+from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
-    from mge_runtime.trt.builder import BuildOptions
+    from mge_runtime.trt.build import GraphProgress
 
-__all__ = ["build_options", "main"]
-
-_MEGABYTE = 1_000_000
+__all__ = ["main", "shown_progress"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -63,7 +61,8 @@ def main(
     """
     with interruptible("the build", f"{bundle} is as it was; run it again", BuildError) as interrupt:
         from mge_runtime.trt.build import build_targets
-        from mge_runtime.trt.target import TargetRequest
+        from mge_runtime.trt.builder import BuildOptions
+        from mge_runtime.trt.target import BatchRange, TargetRequest
 
         requests = [TargetRequest.parse(text) for text in dict.fromkeys(targets)]
         if any(request.capabilities for request in requests) and not into_bundle:
@@ -71,7 +70,8 @@ def main(
                 "engines that are built ahead of time are for other machines, so they are kept in the bundle; add "
                 "--into-bundle"
             )
-        options = build_options(batch, opt_level, workspace)
+        scratch = None if workspace is None else workspace * 1_000_000  # bytes
+        options = BuildOptions(BatchRange.parse(batch), opt_level, scratch)
 
         def kept(target: str, place: str) -> None:
             echo(f"{target}: {place}")
@@ -95,12 +95,20 @@ def main(
     )
 
 
-def build_options(batch: str, opt_level: int | None, workspace: int | None) -> BuildOptions:
-    """The options of the command line as `BuildOptions`; `workspace` is in MB."""
-    from mge_runtime.trt.builder import BuildOptions
-    from mge_runtime.trt.target import BatchRange
+def shown_progress(interrupt: Interrupt) -> GraphProgress:
+    """Show the progress of a build on a terminal, and stop the build where a signal asks for it."""
+    terminal = sys.stderr.isatty()
+    shown = ""
 
-    return BuildOptions(BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE)
+    def progress(graph: str, share: float, phase: str) -> bool:
+        nonlocal shown
+        text = f"{graph}: {share:4.0%} {phase}"[:79]
+        if terminal and text != shown:
+            shown = text
+            click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
+        return not interrupt.requested
+
+    return progress
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from mge_runtime.errors import InputError, MGEError, one_line, printable
+from mge_runtime.machine import cpu_count
 from mge_runtime.sources import MAX_PIXELS
 
 __all__ = [
@@ -102,8 +103,6 @@ def report(error: MGEError) -> None:
 def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
     """A callback of click: cut a number of threads to the processors that there are, and say so."""
     del context
-    from mge_runtime.machine import cpu_count  # not above: help does without
-
     if value is None or value <= (count := cpu_count()):
         return value
     note(f"{parameter.opts[-1]} {value} is cut to {count}, the processors that this process may use")

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mge_runtime.cli.common import GPU_STATUS, reports_errors
-from mge_runtime.errors import OutputError, printable
+from mge_runtime.errors import BackendError, InputError, OutputError, printable
 from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
@@ -70,11 +70,12 @@ def main(
         if click.get_current_context().get_parameter_source("bundle") is not ParameterSource.DEFAULT:
             raise click.BadParameter(f"{verify!r} is no SHA-256; expected 64 hexadecimal digits", param_hint="--verify")
         bundle, verify = verify, ""  # mge-info --verify mge.plan
-    machine = None if as_machine is None else _recorded(as_machine)
     from mge_runtime.bundle import Bundle
+    from mge_runtime.machine import describe_machine
 
+    machine = describe_machine() if as_machine is None else _recorded(as_machine)
     with Bundle.open(bundle) as opened:
-        facts = describe(opened, machine)
+        facts = describe(opened, machine, recorded=as_machine is not None)
         if verify is not None:
             opened.verify(expected=verify or None)
             facts["verified"] = True
@@ -84,21 +85,19 @@ def main(
 
             with interruptible("the extraction", f"{extract} may lack files; each is whole, run it again", OutputError):
                 written = extract_bundle(opened, extract)
+            facts["extracted"] = [str(path) for path in written]
         if as_json:
-            if extract is not None:
-                facts["extracted"] = [str(path) for path in written]
             echo(json.dumps(facts, indent=1))  # in ASCII: every locale can print it
             return
-        from mge_runtime.cli.info_text import brief_lines, info_lines
+        from mge_runtime.cli.info_text import info_lines
 
-        for line in info_lines(facts) if everything else brief_lines(facts):
+        for line in info_lines(facts, opened.manifest, machine, everything=everything):
             echo(line)
         if extract is not None:
             echo(f"extracted  {len(written)} files to {printable(extract)}")
 
 
 def _recorded(path: Path) -> Machine:
-    from mge_runtime.errors import InputError
     from mge_runtime.machine import Machine
 
     try:
@@ -110,27 +109,25 @@ def _recorded(path: Path) -> Machine:
     return Machine.from_json(data, str(path))
 
 
-def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
+def describe(bundle: Bundle, machine: Machine, *, recorded: bool = False) -> dict[str, Any]:
     """Everything that `mge-info` shows, as plain values.
 
     Args:
         bundle: open.
-        machine: where it is to run; None: here.
+        machine: where it is to run.
+        recorded: whether that is another machine than this one, whose cache nobody can look into.
 
     Raises:
         BundleError: a calibration or an engine's description is damaged or belongs to another manifest.
     """
-    from mge_runtime.machine import describe_machine
     from mge_runtime.trt.engines import find_engines
 
     calibration = bundle.calibration()
-    recorded = machine is not None
-    machine = machine or describe_machine()
     gpu = machine.gpus[0] if machine.gpus else None
     engines: dict[str, Any] = {}
     cached: list[dict[str, Any]] = []
     for found in find_engines(bundle, machine, gpu, cache=not recorded):
-        # The bundle's are read again: a description that was damaged is an error here, and not a remark.
+        # The bundle's are read again: a description that was damaged is an error here.
         description = bundle.engine(found.target) if found.engines is None else found.engines.description
         facts = {
             "plans": {graph: plan.size for graph, plan in description.plans.items()},
@@ -159,7 +156,6 @@ def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
 
 def _what_runs(bundle: Bundle, machine: Machine, *, cache: bool) -> dict[str, Any]:
     from mge_runtime.backends import choose
-    from mge_runtime.errors import BackendError
 
     try:
         choice = choose(bundle=bundle, machine=machine, cache=cache)
