@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union, cast
 
 import numpy as np
 
-from mge_runtime.errors import InputError
+from mge_runtime.errors import InputError, brief
 from mge_runtime.image_files import kind_of, lacks_data, tiff_fault, webp_size, without_metadata
-from mge_runtime.sources import is_url
+from mge_runtime.sources import MAX_PIXELS, is_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["MAX_PIXELS", "MAX_SIDE", "ImageSource", "decode_image", "decode_picture", "load_decoders"]
 
-MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
 MAX_SIDE = 65_535  # pixels; the longest side of a JPEG
 
 # Everything that `decode_image` takes.
@@ -227,7 +226,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if width * height > max_pixels or max(size) > MAX_SIDE:
         raise InputError(
             f"will not decode {name}: it is {width} x {height} pixels; expected at most {max_pixels / 1e6:.3g} "
-            f"megapixels and {MAX_SIDE} a side: scale it down first; mge-run and Pipeline.open take max_pixels"
+            f"megapixels and {MAX_SIDE} a side: scale it down first, or allow more pixels (--max-pixels)"
         )
     if width * height == 0:
         raise InputError(f"cannot use {name}: it is {width} x {height} pixels; expected at least 1 x 1")
@@ -328,8 +327,9 @@ def _quiet_header() -> Generator[None, None, None]:
 
 
 def _damaged(name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"cannot decode {name}: {reason}; expected a whole, undamaged picture: copy or save it again")
+    return InputError(
+        f"cannot decode {name}: {brief(error)}; expected a whole, undamaged picture: copy or save it again"
+    )
 
 
 @contextmanager

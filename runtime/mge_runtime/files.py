@@ -1,8 +1,9 @@
-"""Write files whole or not at all."""
+"""Read and write: files whole or not at all, their hashes and sizes, standard output."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -17,12 +18,23 @@ from pathlib import Path
 
 from mge_runtime.errors import OutputError
 
-__all__ = ["atomic_path", "check_writable", "is_temporary", "lock", "temporary_folder"]
+__all__ = [
+    "atomic_path",
+    "check_output",
+    "check_writable",
+    "echo",
+    "file_sha256",
+    "format_bytes",
+    "is_temporary",
+    "lock",
+    "temporary_folder",
+]
 
 # Ends every temporary name; its owner holds a lock, so one without a lock was left by a dead process.
 _PART = ".mge-part"
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK = 1 << 20  # bytes, read at once
 _POLL = 0.1  # seconds between looks at a lock that another holds
 _adopted: dict[Path, list[int]] = {}  # by temporary file: locked descriptors of the files that took its place
 
@@ -86,6 +98,25 @@ def check_writable(path: str | os.PathLike[str]) -> None:
                 temporary.write_bytes(bytes(4096))
     except OSError as error:
         raise _unwritable(target, error) from error
+
+
+def check_output(path: Path) -> None:
+    """Find out before the work, not after it, that a place cannot be written.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    folder = path.parent
+    with suppress(OSError):  # check_writable says it
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
+        if folder.is_file():
+            raise OutputError(f"cannot write {path}: {folder} is a file, expected a folder; name another with -o")
+        if not folder.is_dir():
+            raise OutputError(f"cannot write {path}: no folder {folder}; make it or name another place with -o")
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write {path}: it is a device or a pipe; expected a file name")
+    check_writable(path)
 
 
 @contextmanager
@@ -259,3 +290,48 @@ def _remove_dead(part: Path) -> None:
             part.unlink()
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def echo(text: str, *, nl: bool = True) -> None:
+    """Print to standard output.
+
+    Raises:
+        OutputError: it is closed or cannot be written; a closed pipe (`| head`) passes, which click ends quietly.
+    """
+    import click  # not above: opening a bundle does without
+
+    stdout: object = sys.stdout  # None where the process was started without one
+    if stdout is None:
+        raise OutputError("cannot print: standard output is closed; name another place for the output")
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python would try again at its end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"cannot print: {error.strerror}; name another place for the output") from error
+
+
+def format_bytes(count: int) -> str:
+    """For example "98.0 MB" (1 MB = 1,000,000 bytes)."""
+    if count < 1000:
+        return f"{count} B"
+    for unit in ("kB", "MB"):
+        count_in_unit = count / (1e3 if unit == "kB" else 1e6)
+        if count_in_unit < 999.95:
+            return f"{count_in_unit:.1f} {unit}"
+    return f"{count / 1e9:.2f} GB"

@@ -29,6 +29,8 @@ from mge_runtime.prediction import Prediction
 from mge_runtime.preprocess import to_frame
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mge_runtime.backends.base import Array
 
 __all__ = ["Exit", "Pipeline"]
@@ -40,7 +42,7 @@ _Source = TypeVar("_Source", bound=ImageSource)
 class _Prepared:
     """One image on its way into a batch."""
 
-    frame: Array  # uint8 [S, S, 3]
+    frame: NDArray[np.uint8]  # [S, S, 3]
     viewport: Viewport
     timings_ms: dict[str, float]
 
@@ -255,6 +257,14 @@ class Pipeline:
                 f"expected uint8 [B, {size}, {size}, 3]"
             )
         return self._run(frames, self._stops(exit), outputs)
+
+    def frame(self, source: ImageSource) -> NDArray[np.uint8]:
+        """The frame of one image as `predict` makes it, uint8 RGB [S, S, 3], for `run`.
+
+        Raises:
+            InputError: as for `predict`.
+        """
+        return self._prepare(source).frame
 
     def report(self) -> dict[str, JsonValue]:
         """Memory, graphs and copies of a chain on a GPU, as plain values; empty on a CPU.

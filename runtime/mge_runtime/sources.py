@@ -16,6 +16,7 @@ from mge_runtime.errors import InputError
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
     "SAVED_SUFFIX",
     "STDIN",
     "VALIDATION_FOLDERS",
@@ -26,6 +27,7 @@ __all__ = [
     "is_url",
     "list_folder",
     "list_labelled",
+    "require_folder",
     "validation_folder",
 ]
 
@@ -33,6 +35,8 @@ STDIN = "-"
 _STDIN_NAME = "standard input"
 SAVED_SUFFIX = ".mge.png"  # of the pictures that `mge-run --save` draws; in a folder these are no images to answer
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+
+MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
 
 # What counts as an image inside a folder. HEIC is not decoded, but said to be so rather than passed over.
 IMAGE_SUFFIXES = frozenset(
@@ -230,9 +234,7 @@ def list_labelled(
             outside of the class folders, or a class is unknown; without `classes` also where there are fewer than two,
             or one has no image.
     """
-    if not is_folder(folder):
-        found = f"{folder} is a file" if os.path.lexists(folder) else f"no folder {folder}"
-        raise InputError(f"{found}; expected a folder with labelled images, {folder}/<class>/*.jpg")
+    require_folder(folder, f"a folder with labelled images, {folder}/<class>/*.jpg")
     passed_over: Counter[str] = Counter()
     try:
         entries, loose = _scan(str(folder), passed_over)
@@ -283,6 +285,17 @@ def validation_folder(data: Path) -> Path | None:
 def is_folder(path: Path) -> bool:
     """Whether this is a folder; no for a name too long or behind a closed folder, where `Path.is_dir` raises."""
     return os.path.isdir(path)  # noqa: PTH112
+
+
+def require_folder(folder: Path, expected: str) -> None:
+    """Refuse what is no folder; `expected` says what it should be, and which option names it.
+
+    Raises:
+        InputError: it is missing or no folder.
+    """
+    if not is_folder(folder):
+        found = f"{folder} is a file" if os.path.lexists(folder) else f"no folder {folder}"
+        raise InputError(f"{found}; expected {expected}")
 
 
 def is_url(name: str) -> bool:
