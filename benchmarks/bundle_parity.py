@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from mge_export.differences import box_area, box_iou
+from mge_runtime.compare import box_area, box_iou
 
 CHANGES = 1  # images whose class may change, in each head
 IOU_MEDIAN, IOU_P1 = 1.0, 0.95

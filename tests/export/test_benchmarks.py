@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mge.checkpoint import save_checkpoint
-from mge_export.activations import Peak
-
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -82,35 +79,6 @@ def test_checkpoint_and_bundle(answers, tmp_path, monkeypatch, capsys, change, c
 def test_crops_that_keep_nearly_all_prove_little(answers):
     answers["views"][:, 1] = (0, 0, 90, 90)
     assert "keeps 81 %" in load("bundle_parity").compare(answers, answers)[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "count", "peak", "missed"),
-    [
-        (1, 100, 6000, None),
-        (2, 100, 6000, "the class stays on 98.0 %"),
-        (0, 99, 6000, "99 photographs"),
-        (0, 100, 7000, "gate: an activation of 7000"),
-        (0, 100, float("nan"), "gate: an activation of nan"),
-    ],
-)
-def test_fp16_is_judged(changes, count, peak, missed):
-    found = load("fp16_agreement").judge(
-        [index < changes for index in range(count)], {"gate": Peak(float(peak), "convolution")}, 0.99
-    )
-    assert len(found) == (missed is not None)
-    assert missed is None or missed in found[0]
-
-
-def test_fp16_on_ten_photographs_does_not_pass(tiny, photographs, tmp_path):
-    save_checkpoint(tmp_path / "best.pt", tiny.make_model(1, size=32))
-    arguments = ["--ckpt", str(tmp_path / "best.pt"), "--data", str(photographs), "--limit", "0"]
-    result = CliRunner().invoke(load("fp16_agreement").main, arguments)
-    assert result.exit_code == 1, result.output
-    assert "same class" in result.output
-    assert [line for line in result.output.splitlines() if line.startswith("not met")] == [
-        "not met: 10 photographs; expected at least 100, fewer say little"
-    ]
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from packaging.version import Version
 
 from mge_export.chain import write_chain
 from mge_export.graph import ALIGNMENT
@@ -88,6 +89,10 @@ def test_graphs_have_dynamic_batches_exact_names_and_no_operator_that_tensorrt_r
         assert readers == ["Cast"], "uint8 must be cast before anything else"
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.14"),
+    reason="older exporters read the batch's size in more places: on CUDA such graphs run in NCHW",
+)
 def test_nothing_lies_between_a_shape_and_what_reads_it_on_the_host(exported):
     """ONNX Runtime puts such a node on the GPU when it turns the layout to NHWC, between copies, and captures nothing.
 
@@ -210,7 +215,7 @@ def test_verification_images_are_spread_over_the_folder(exported, photographs):
     np.testing.assert_array_equal(images.load(2), exported.frames[6])
     with pytest.raises(InputError, match="no folder"):
         find_verify_images(photographs / "missing", exported.model.config.preprocess, 3)
-    with pytest.raises(InputError, match="is a file, expected a folder"):
+    with pytest.raises(InputError, match="is a file; expected a folder"):
         find_verify_images(next(photographs.iterdir()), exported.model.config.preprocess, 3)
 
 

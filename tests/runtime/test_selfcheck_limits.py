@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mge_runtime.compare import TOLERANCES
 from mge_runtime.selfcheck.compare import compare, compared_tensors
 from mge_runtime.selfcheck.limits import LIMITS, Limits
 from mge_runtime.selfcheck.pictures import drawn_frames
@@ -13,9 +14,8 @@ from mge_runtime.selfcheck.subject import run_all
 
 
 def test_the_limits_are_the_exports():
-    tolerances = pytest.importorskip("mge_export.tolerances")
-    for precision, theirs in tolerances.TOLERANCES.items():
-        ours = LIMITS[precision.value]
+    for precision, theirs in TOLERANCES.items():
+        ours = LIMITS[precision]
         for name in ("relative", "classes", "classes_of_few", "box_iou_median", "box_iou_p1", "chain_boxes"):
             assert getattr(ours, name) == getattr(theirs, name), (precision, name)
         assert [ours.allowed_changes(n) for n in (1, 99, 100, 1000)] == [
