@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mge.evaluation import top_k_correct
-from mge_export.differences import box_area, box_iou
+from mge_runtime.compare import box_area, box_iou
 from mge_runtime.metrics import bootstrap_mean
 
 CHANGES = 1  # images whose class may change, in each head

@@ -1,4 +1,4 @@
-"""One temperature for every answer, so that a probability means what it says."""
+"""One temperature for each tensor of logits, so that a probability means what it says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BOUNDS", "TEMPERATURE", "Fit", "fit_temperature", "set_temperature", "with_temperature"]
 
-BOUNDS = (0.05, 20.0)  # temperatures beyond are a sign of too few images, or of answers that are all right
+BOUNDS = (0.05, 20.0)  # temperatures beyond are a sign of too few images, or of predictions that are all right
 TEMPERATURE = "temperature"  # of `chain.onnx`: a scalar initializer, and a member of its metadata_props
 
 

@@ -16,7 +16,7 @@ import onnx
 from onnx import helper
 
 from mge_calibration.temperature import TEMPERATURE, set_temperature
-from mge_export.graph import OPSET, externalize
+from mge_export.graph import OPSET, externalize, inlined, weights_name
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.archive import CHAIN, weights_entry
 from mge_runtime.extract import LABELS, write_labels
@@ -95,19 +95,12 @@ def write_chain(bundle: Bundle, path: Path) -> list[Path]:
     Raises:
         OutputError: they cannot be written.
     """
-    model = onnx.load_model_from_string(bundle.read(CHAIN))
     weights = {
-        spec.name: bundle.read(name)
+        weights_name(spec.name): bundle.read(name)
         for spec in bundle.manifest.graphs
         if (name := weights_entry(spec.name)) in bundle.sizes
     }
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            start = int(place["offset"])
-            tensor.raw_data = weights[place["location"].removesuffix(".weights")][start : start + int(place["length"])]
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
+    model = inlined(onnx.load_model_from_string(bundle.read(CHAIN)), weights)
     written = [path]
     if sum(map(len, weights.values())) > _MOST_INLINE:
         written.append(path.with_name(f"{path.name}.data"))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from pathlib import Path
-from typing import Any
 
 import click
 
+from mge_calibration.cli import Number
 from mge_runtime.cli.common import engine_batch_option, max_pixels_option, reports_errors
 from mge_runtime.errors import ExportError, OutputError
 from mge_runtime.files import echo
@@ -19,26 +18,13 @@ __all__ = ["main"]
 DEFAULT_NAME = "mge.plan"
 PATH = click.Path(path_type=Path)
 FEW = 16  # images to verify on where nobody says how many
-
-
-class Number(click.FloatRange):
-    """A range that "nan" is not in: it passes every comparison of `FloatRange`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse; a usage error for "nan"."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is no number; expected one in the range {self._describe_range()}.", param, ctx)
-        return number
-
-
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 
 
 @click.command(context_settings=SETTINGS)
 @click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
-@click.option("--fp16", is_flag=True, help="Trunks and part convolutions in half precision, the rest in FP32.")
-@click.option("--int8", is_flag=True, help="Trunks in INT8 with --calib-data, FP16 around it. Implies --fp16.")
+@click.option("--fp16", is_flag=True, help="Backbones and part convolutions in half precision, the rest in FP32.")
+@click.option("--int8", is_flag=True, help="Backbones in INT8 with --calib-data, FP16 around it. Implies --fp16.")
 @click.option("--calib-data", type=PATH, default=None, help="Folder of photographs that INT8 ranges are learned from.")
 @click.option("--calib-images", type=click.IntRange(0), default=256, help="How many of them, drawn by seed; 0: all.")
 @click.option(

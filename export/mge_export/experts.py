@@ -19,7 +19,7 @@ from mge.config import MGEConfig
 from mge.model import Expert, Gate, MGENet
 from mge_export.dual_head import DualHead
 from mge_export.precision import Precision
-from mge_export.typed import TypedTrunk, half_heads, typed_expert, typed_gate
+from mge_export.typed import TypedBackbone, half_heads, typed_expert, typed_gate
 from mge_runtime.manifest import BATCH, FRAME, GraphSpec, Preprocess, TensorSpec, ViewSpec
 
 __all__ = ["ExpertGraph", "build_graphs", "views"]
@@ -82,7 +82,7 @@ class ExpertGraph(nn.Module):
     @property
     def underflowed(self) -> int:
         """How many of the backbones' weights became zero in this precision."""
-        return sum(part.underflowed for part in self.modules() if isinstance(part, TypedTrunk))
+        return sum(part.underflowed for part in self.modules() if isinstance(part, TypedBackbone))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """From the specification's inputs to its outputs, in its order."""

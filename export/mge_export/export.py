@@ -13,15 +13,13 @@ import onnx
 
 from mge.model import MGENet
 from mge_calibration.int8.cpu import cpu_graph
-from mge_export.bundle_check import check_bundle
 from mge_export.chain import join_graphs
 from mge_export.experts import ExpertGraph, build_graphs, views
 from mge_export.graph import count_gmacs, export_graph, weights_name
 from mge_export.images import VerifyImages
 from mge_export.int8 import Int8Request, LearnedGraph, check_quantization, quantize_graphs
-from mge_export.parity import ParityReport, measure_parity
+from mge_export.parity import ParityReport, check_bundle, measure_parity
 from mge_export.precision import Precision, check_precision, infer_types
-from mge_export.report import format_report
 from mge_runtime.bundle import GraphModel, write_bundle
 from mge_runtime.errors import ExportError
 from mge_runtime.files import check_output, temporary_folder
@@ -60,13 +58,13 @@ def export_bundle(
     """Export a model to one file.
 
     Nothing is published unless every graph passes `onnx.checker`, has the precision asked for and runs, the parity
-    report is within its tolerances, and the finished file, opened by the runtime, answers as its graphs did. On any
+    report is within its tolerances, and the finished file, opened by the runtime, predicts as its graphs did. On any
     error, an interrupt included, an earlier bundle at `path` stays as it was.
 
     Args:
         model: FP32, on the CPU, in evaluation mode; left as it is.
         path: where to write, usually `mge.plan`.
-        precision: of trunks and part convolutions.
+        precision: of backbones and part convolutions.
         images: to verify on, at least one.
         half_linear: compute linear heads in half too, as TensorRT-RTX on Turing needs.
         int8: images to learn ranges from and how, for `Precision.INT8` and for it alone.
@@ -78,7 +76,7 @@ def export_bundle(
 
     Raises:
         ExportError: a graph cannot be written, is not of the precision asked for, or is out of tolerance, or the bundle
-            does not answer as its graphs did.
+            does not predict as its graphs did.
         OutputError: `path` cannot be written.
         InputError: an image to verify on cannot be decoded.
         ValueError: INT8 without `int8`, or the other way round.
@@ -98,7 +96,7 @@ def export_bundle(
                 say(f"verified {done} of {images.count} images")
 
         report = measure_parity(model, graphs, folder, precision, images, progress)
-        say(format_report(report))
+        say(str(report))
         if report.failures and not allow_mismatch:
             raise ExportError(
                 f"the export is out of tolerance: {report.failures[0]}"
@@ -130,7 +128,7 @@ def export_bundle(
 
         def check(finished: Path) -> None:
             check_bundle(finished, images, report.verified)
-            say("the finished bundle opens and answers as verified")
+            say("the finished bundle opens and predicts as verified")
             finish(finished)
 
         models = {facts.name: facts.files for facts in written}
@@ -154,7 +152,7 @@ class _Written:
 def _made(
     graphs: Sequence[ExpertGraph], int8: Int8Request | None, say: Say
 ) -> Iterator[tuple[ExpertGraph, LearnedGraph]]:
-    """Each graph as it is written, and of a quantised one what was learned; one at a time, unless INT8 needs all."""
+    """Each graph as it is written, and of a quantized one what was learned; one at a time, unless INT8 needs all."""
     if int8 is None:
         for graph in graphs:
             yield graph, LearnedGraph(export_graph(graph))
@@ -178,8 +176,8 @@ def _write_graph(source: ExpertGraph, made: LearnedGraph, folder: Path, say: Say
     files = GraphModel(_write_model(graph.model, folder / f"{name}.onnx"), weights, cpu)
     gmacs = count_gmacs(inferred)
     small = f", {source.underflowed} weights underflowed to 0" if source.underflowed else ""
-    quantised = made.learned.get("quantized")
-    integer = f", {quantised['convolutions']} of them and {quantised['adds']} sums in INT8" if quantised else ""
+    quantized = made.learned.get("quantized")
+    integer = f", {quantized['convolutions']} of them and {quantized['adds']} sums in INT8" if quantized else ""
     say(
         f"{name}: {len(graph.model.graph.node)} nodes, {sum(plan['Conv'].values())} convolutions in "
         f"{graph.precision.onnx_name}{integer}, {gmacs:.3g} GMACs, weights {len(graph.weights) / 1e6:.1f} MB{small}"

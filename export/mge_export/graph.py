@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx.external_data_helper import set_external_data
@@ -64,15 +63,17 @@ def export_graph(graph: ExpertGraph) -> OnnxGraph:
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
             dynamic_shapes=(tuple({0: batch} for _ in spec.inputs),),
-            custom_translation_table={torch.ops.aten.amax.default: _amax},
+            custom_translation_table={
+                torch.ops.aten.amax.default: _amax,
+                torch.ops.aten.arange.default: _arange,
+            },
             verbose=False,
         )
     if program is None:
         raise ExportError(f"{spec.name}: the exporter returned no graph; this is a defect of the exporter")
     model = program.model_proto
     _strip(model)
-    _count_by_size(model.graph)
-    _check_border(spec, model)
+    _check_interface(spec, model)
     weights = externalize(model, weights_name(spec.name))
     return OnnxGraph(spec, graph.precision, model, weights)
 
@@ -96,6 +97,25 @@ def _amax(value: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
     return op.Cast(op.Flatten(op.GlobalMaxPool(cast.inputs[0])), to=int(value.dtype))
 
 
+def _arange(end: Any, dtype: int = -1, **_: Any) -> Any:
+    """Number a batch's images by the size of an input instead of its shape: Range(0, Size(x), n) / n, n of one image.
+
+    The exporter would write Range(0, Squeeze(Shape(x)), 1). On CUDA, ONNX Runtime keeps Shape's output on the host, and
+    Squeeze with it; but where it turns the layout to NHWC it looks at the graph a second time, finds that Shape has a
+    place already, and puts Squeeze on the GPU between two copies, which no CUDA graph may hold. Range reads a scalar
+    on the host, as Size writes it: nothing is left between the two that could be put anywhere else.
+    """
+    zero = op.Constant(value_int=0)
+    if isinstance(end, int):
+        numbers = op.Range(zero, op.Constant(value_int=end), op.Constant(value_int=1))
+        return numbers if dtype < 0 else op.Cast(numbers, to=dtype)
+    images = end.producer().inputs[0].producer().inputs[0]  # of Squeeze(Shape(images))
+    one = op.Constant(value_int=math.prod(images.shape[1:]))
+    # TensorRT knows uint8 as the input of a Cast alone; what is cast has as many numbers.
+    casts = [use.node.outputs[0] for use in images.uses() if use.node.op_type == "Cast"]
+    return op.Div(op.Range(zero, op.Size(*casts[:1] or [images]), one), one)
+
+
 def _example(tensor: TensorSpec, batch: int) -> Tensor:
     shape = [batch if size == BATCH else int(size) for size in tensor.shape]
     return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
@@ -114,71 +134,7 @@ def _strip(model: onnx.ModelProto) -> None:
     graph.ClearField("value_info")
 
 
-def _count_by_size(graph: onnx.GraphProto) -> None:
-    """Number a batch's images by the size of an input instead of its shape: Range(0, Size(x), n) / n, n of one image.
-
-    The exporter writes Range(0, Squeeze(Shape(x)), 1). On CUDA, ONNX Runtime keeps Shape's output on the host, and
-    Squeeze with it; but where it turns the layout to NHWC it looks at the graph a second time, finds that Shape has a
-    place already, and puts Squeeze on the GPU between two copies, which no CUDA graph may hold. Range reads a scalar
-    on the host, as Size writes it: nothing is left between the two that could be put anywhere else.
-    """
-    made = {output: node for node in graph.node for output in node.output}
-    images = {t.name: math.prod(axis.dim_value for axis in t.type.tensor_type.shape.dim[1:]) for t in graph.input}
-    # TensorRT knows uint8 as the input of a Cast alone; what is cast has as many numbers.
-    frames = {t.name for t in graph.input if t.type.tensor_type.elem_type == onnx.TensorProto.UINT8}
-    counted = {
-        node.input[0]: node.output[0] for node in graph.node if node.op_type == "Cast" and node.input[0] in frames
-    }
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        shape = _counted_by_shape(node, made, graph)
-        if shape is None or shape.input[0] not in images:
-            nodes.append(node)
-            continue
-        numbers = node.output[0]
-        step, size, steps = (f"{numbers}_{part}" for part in ("step", "size", "steps"))
-        graph.initializer.append(onnx.numpy_helper.from_array(np.array(images[shape.input[0]]), step))
-        nodes += [
-            onnx.helper.make_node(
-                "Size", [counted.get(shape.input[0], shape.input[0])], [size], name=f"{node.name}_size"
-            ),
-            onnx.helper.make_node("Range", [node.input[0], size, step], [steps], name=f"{node.name}_steps"),
-            onnx.helper.make_node("Div", [steps, step], [numbers], name=node.name),
-        ]
-    outputs = {tensor.name for tensor in graph.output}
-    while True:  # what only the old Range read goes, and what only that read
-        read = outputs | {name for node in nodes for name in node.input}
-        kept = [node for node in nodes if read & set(node.output)]
-        if len(kept) == len(nodes):
-            break
-        nodes = kept
-    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(tensors)
-
-
-def _counted_by_shape(
-    node: onnx.NodeProto, made: dict[str, onnx.NodeProto], graph: onnx.GraphProto
-) -> onnx.NodeProto | None:
-    """The Shape of Range(0, Squeeze(Shape(x, 0, 1)), 1), None where a node is something else."""
-    squeeze = made.get(node.input[1]) if node.op_type == "Range" else None
-    shape = made.get(squeeze.input[0]) if squeeze is not None and squeeze.op_type == "Squeeze" else None
-    if shape is None or shape.op_type != "Shape":
-        return None
-    ends = {attribute.name: attribute.i for attribute in shape.attribute}
-    scalars = [_scalar(graph, node.input[i]) for i in (0, 2)]
-    return shape if (ends.get("start", 0), ends.get("end")) == (0, 1) and scalars == [0, 1] else None
-
-
-def _scalar(graph: onnx.GraphProto, name: str) -> int | None:
-    """The value of a whole constant, None where a tensor is something else."""
-    tensor = next((tensor for tensor in graph.initializer if tensor.name == name), None)
-    value = None if tensor is None else onnx.numpy_helper.to_array(tensor)
-    return int(value) if value is not None and value.ndim == 0 and value.dtype == np.int64 else None
-
-
-def _check_border(spec: GraphSpec, model: onnx.ModelProto) -> None:
+def _check_interface(spec: GraphSpec, model: onnx.ModelProto) -> None:
     for role, tensors, protos in (
         ("inputs", spec.inputs, model.graph.input),
         ("outputs", spec.outputs, model.graph.output),
@@ -195,18 +151,23 @@ def _tensor_spec(proto: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(proto.name, dtype, shape)
 
 
-def inlined(graph: OnnxGraph) -> onnx.ModelProto:
-    """A copy of a graph's model with its weights inside."""
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.model)
-    for tensor in model.graph.initializer:
+def inlined(model: onnx.ModelProto, weights: Mapping[str, bytes]) -> onnx.ModelProto:
+    """A copy of a model with its weights inside.
+
+    Args:
+        model: of which large initializers point into other files.
+        weights: the files, by the name that the model refers to.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for tensor in result.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = {entry.key: entry.value for entry in tensor.external_data}
             start = int(place["offset"])
-            tensor.raw_data = graph.weights[start : start + int(place["length"])]
+            tensor.raw_data = weights[place["location"]][start : start + int(place["length"])]
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
-    return model
+    return result
 
 
 def externalize(model: onnx.ModelProto, location: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The frames that an export is verified on: photographs if there are any, else generated pictures."""
+"""The frames that an export is verified on: photographs if there are any, else generated images."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ class VerifyImages:
     """Frames, made one at a time when they are needed: hundreds at 448 pixels would fill the memory."""
 
     count: int
-    photographs: bool  # False: generated pictures
+    photographs: bool  # False: generated images
     source: str  # for the report; no path of this machine
     load: Callable[[int], np.ndarray]  # index -> frame, uint8 [S, S, 3]
 
     def batches(self) -> Iterator[np.ndarray]:
-        """All frames in turn, uint8 [B, S, S, 3], a few at a time.
+        """All frames in turn, uint8 [B, S, S, 3]: the first alone, as a chain usually runs, then a few at a time.
 
         Raises:
             InputError: an image cannot be decoded.
         """
-        for start in range(0, self.count, BATCH_IMAGES):
+        yield self.load(0)[None]
+        for start in range(1, self.count, BATCH_IMAGES):
             yield np.stack([self.load(i) for i in range(start, min(start + BATCH_IMAGES, self.count))])
 
 
@@ -112,19 +113,19 @@ def _decodes(source: Path | bytes, say: Callable[[str], None], max_pixels: int) 
 
 
 def generated_images(preprocess: Preprocess, count: int) -> VerifyImages:
-    """Make pictures with soft backgrounds, shapes and grain, the same ones each time."""
+    """Make images with soft backgrounds, shapes and grain, the same ones each time."""
 
     def load(index: int) -> np.ndarray:
         return _generate(index, preprocess.size)
 
-    return VerifyImages(count, False, f"{count} generated pictures, no photographs", load)
+    return VerifyImages(count, False, f"{count} generated images, no photographs", load)
 
 
 def _generate(seed: int, size: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for _ in range(6):
         x, y = random.uniform(0, size, 2)
         width, height = random.uniform(size / 20, size / 3, 2)
@@ -132,4 +133,4 @@ def _generate(seed: int, size: int) -> np.ndarray:
         red, green, blue = (int(value) for value in random.integers(0, 256, 3))
         shape((x - width, y - height, x + width, y + height), fill=(red, green, blue))
     grain = random.normal(0, 8, (size, size, 3))
-    return np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""INT8 in an export: graphs in FP16, their backbones quantised with ranges that are learned from images."""
+"""INT8 in an export: graphs in FP16, their backbones quantized with ranges that are learned from images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mge_export.graph import OnnxGraph, externalize, inlined, weights_name
 from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
 
-__all__ = ["Int8Request", "LearnedGraph", "check_quantization", "is_trunk_weight", "quantize_graphs"]
+__all__ = ["Int8Request", "LearnedGraph", "check_quantization", "is_backbone_weight", "quantize_graphs"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,12 @@ class Int8Request:
     options: Int8Options
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest, in the plan of every quantised graph: enough to do it again."""
+        """For the manifest, in the plan of every quantized graph: enough to do it again."""
         return {
             "method": self.options.method,
             "max_drop": self.options.max_drop,
             "min_box_iou": self.options.min_box_iou,
             "seed": self.options.seed,
-            "crops": "float" if self.options.float_crops else "quantised",
             "images": len(self.images.frames),
             "sha256": self.images.sha256,
             "digests": list(self.images.digests),
@@ -41,15 +40,15 @@ class Int8Request:
 
 @dataclass(frozen=True)
 class LearnedGraph:
-    """A graph and, if it was quantised, what was learned."""
+    """A graph and, if it was quantized, what was learned."""
 
     graph: OnnxGraph
-    nodes: frozenset[str] = frozenset()  # names of those that were quantised
+    nodes: frozenset[str] = frozenset()  # names of those that were quantized
     learned: Mapping[str, Any] = field(default_factory=dict[str, Any])  # for the manifest
 
 
-def is_trunk_weight(name: str) -> bool:
-    """Whether an initialiser is a layer of a `TypedTrunk`: neither a head's nor the part convolution's."""
+def is_backbone_weight(name: str) -> bool:
+    """Whether an initializer is a layer of a `TypedBackbone`: neither a head's nor the part convolution's."""
     return ".trunk.layers." in f".{name}" and name.endswith(".weight")
 
 
@@ -64,26 +63,27 @@ def quantize_graphs(
         say: shows progress.
 
     Returns:
-        The same graphs; one that stays in FP16 has no quantised nodes.
+        The same graphs; one that stays in FP16 has no quantized nodes.
 
     Raises:
         ExportError: all of them stay in FP16.
     """
-    models = {graph.spec.name: inlined(graph) for graph in graphs}
+    names = {graph.spec.name: weights_name(graph.spec.name) for graph in graphs}
+    models = {g.spec.name: inlined(g.model, {names[g.spec.name]: g.weights}) for g in graphs}
     specs = [graph.spec for graph in graphs]
-    results = quantize_chain(specs, models, is_trunk_weight, request.images.frames, request.options, say)
+    results = quantize_chain(specs, models, is_backbone_weight, request.images.frames, request.options, say)
     done: list[LearnedGraph] = []
     for graph in graphs:
         result = results[graph.spec.name]
         made = replace(graph, precision=Precision.FP16)
         if result.layers:
-            made = replace(graph, model=result.model, weights=externalize(result.model, weights_name(graph.spec.name)))
+            made = replace(graph, model=result.model, weights=externalize(result.model, names[graph.spec.name]))
         learned = {"quantized": result.to_dict(), "calibration": request.to_dict()}
         done.append(LearnedGraph(made, frozenset(layer.node for layer in result.layers), learned))
     if not any(made.nodes for made in done):
         options = request.options
         raise ExportError(
-            f"no graph can be quantised within --max-drop {100 * options.max_drop:g} points and --min-box-iou "
+            f"no graph can be quantized within --max-drop {100 * options.max_drop:g} points and --min-box-iou "
             f"{options.min_box_iou:g}; expected at least one: allow more, calibrate on more images, or export "
             "with --fp16"
         )
@@ -91,28 +91,28 @@ def quantize_graphs(
 
 
 def check_quantization(graph: str, model: onnx.ModelProto, nodes: Collection[str]) -> None:
-    """Check a written graph against what was quantised: its nodes read dequantised tensors, and nothing else does.
+    """Check a written graph against what was quantized: its nodes read dequantized tensors, and nothing else does.
 
     Args:
         graph: its name, for errors.
         model: the graph as written, every node named.
-        nodes: names of the convolutions and sums that were quantised. Both terms of each come from a DequantizeLinear.
+        nodes: names of the convolutions and sums that were quantized. Both terms of each come from a DequantizeLinear.
 
     Raises:
         ExportError: one of them reads something else, or is not there; or anything else, an output of the graph
-            included, reads what a Q or DQ puts out.
+            included, reads what a Q or DQ makes.
     """
     kinds = {output: node.op_type for node in model.graph.node for output in node.output}
     missing = set(nodes) - {node.name for node in model.graph.node}
     if missing:
-        raise ExportError(f"{graph}: no node {min(missing)!r} in the graph; expected it, since it was quantised")
+        raise ExportError(f"{graph}: no node {min(missing)!r} in the graph; expected it, since it was quantized")
     for node in model.graph.node:
         found = [index for index, name in enumerate(node.input) if kinds.get(name) == "DequantizeLinear"]
         wanted = [0, 1] if node.name in nodes else []
         if found != wanted:
             raise ExportError(
                 f"{graph}: {node.op_type} {node.name!r} reads a DequantizeLinear at inputs {found}; expected {wanted}, "
-                "since the quantised layers alone read them"
+                "since the quantized layers alone read them"
             )
         if node.op_type != "DequantizeLinear" and any(kinds.get(name) == "QuantizeLinear" for name in node.input):
             raise ExportError(
@@ -120,4 +120,4 @@ def check_quantization(graph: str, model: onnx.ModelProto, nodes: Collection[str
             )
     for output in model.graph.output:
         if kinds.get(output.name) in ("QuantizeLinear", "DequantizeLinear"):
-            raise ExportError(f"{graph}: a {kinds[output.name]} puts out {output.name!r}; expected none at an output")
+            raise ExportError(f"{graph}: a {kinds[output.name]} makes the output {output.name!r}; expected none there")

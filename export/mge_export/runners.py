@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mge.data.folder import normalize
 from mge.model import MGENet
 from mge_calibration.int8.cpu import cpu_graph
-from mge_export.activations import ActivationWatch
 from mge_export.experts import ExpertGraph
-from mge_export.half_kernels import HalfKernels
 from mge_runtime.backends.onnxruntime import import_onnxruntime, integer_entries
 from mge_runtime.errors import ExportError
-from mge_runtime.manifest import GraphSpec
+from mge_runtime.manifest import FRAME, GraphSpec
 
-__all__ = ["Runner", "Tensors", "onnx_runner", "reference_tensors", "run_chain", "torch_runner"]
+__all__ = ["FP16_MAX", "Peak", "Runner", "Tensors", "TypedRun", "onnx_runner", "reference_tensors", "run_chain"]
 
 Tensors = dict[str, np.ndarray]  # by name, batch first
 Runner = Callable[[GraphSpec, Mapping[str, np.ndarray]], Tensors]  # a graph and its inputs -> its outputs
+
+FP16_MAX = 65504.0
+_SUMS = frozenset({"convolution", "mm", "addmm", "bmm", "baddbmm", "linear"})
 
 
 @torch.no_grad()
@@ -37,7 +40,7 @@ def reference_tensors(model: MGENet, frames: np.ndarray) -> Tensors:
     """
     images = torch.stack([normalize(frame, model.config) for frame in frames])
     output = model(images)
-    tensors: dict[str, torch.Tensor] = {"gate": output.gate, "logits": output.logits}
+    tensors: dict[str, Tensor] = {"gate": output.gate, "logits": output.logits}
     logits = torch.stack([expert.logits for expert in output.experts])
     for k, expert in enumerate(output.experts, 1):
         tensors |= {f"logits_{k}": expert.logits, f"heatmap_{k}": expert.heatmap}
@@ -45,29 +48,81 @@ def reference_tensors(model: MGENet, frames: np.ndarray) -> Tensors:
             tensors[f"image_{k}"] = expert.image
         if expert.box is not None:
             tensors |= {f"box_{k}": expert.box, f"mean_logits_{k}": logits[:k].mean(0)}
-    return {"frame": frames} | {name: tensor.numpy() for name, tensor in tensors.items()}
+    return {FRAME: frames} | {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def torch_runner(
-    graphs: Sequence[ExpertGraph], watches: Mapping[str, ActivationWatch], *, fast_half: bool = True
-) -> Runner:
-    """Run the typed modules in PyTorch, which rounds every half-precision activation as a GPU does.
+@dataclass(frozen=True)
+class Peak:
+    """The largest activation that was seen."""
+
+    value: float  # absolute; inf or nan if one was not finite
+    operator: str  # PyTorch's name of the operator that computed it
+
+
+class TypedRun(TorchDispatchMode):
+    """Run an expert's typed module in PyTorch, which rounds every half-precision activation as a GPU does.
+
+    Sums of products of FP16 tensors are computed in FP32 and rounded once, as a GPU's matrix units do; PyTorch's own
+    FP16 kernels do nearly the same, ten to thirty times more slowly on a CPU without FP16 arithmetic. Every tensor
+    stays FP16; all other operators are PyTorch's own. On the way the largest value is recorded of all maps
+    [B, C, h, w] in the graph's type, those of functional calls included: FP16 ends at 65504.
 
     Args:
-        graphs: the chain.
-        watches: by graph, of those that are watched; each sees what its graph computes.
-        fast_half: FP16 sums by `HalfKernels`; False: by PyTorch's own kernels, slow on most CPUs.
+        graph: the module; the maps of its image's normalization are left out.
     """
-    modules = {graph.spec.name: graph for graph in graphs}
+
+    def __init__(self, graph: ExpertGraph) -> None:
+        super().__init__()
+        self.peak = Peak(0.0, "")
+        self._graph = graph
+        self._watching = True
 
     @torch.no_grad()
-    def run(spec: GraphSpec, tensors: Mapping[str, np.ndarray]) -> Tensors:
+    def __call__(self, tensors: Mapping[str, np.ndarray]) -> Tensors:
+        """From the graph's inputs, among others, to its outputs."""
+        spec, aside = self._graph.spec, self._graph.normalize
         inputs = [torch.from_numpy(tensors[tensor.name]) for tensor in spec.inputs]
-        with HalfKernels() if fast_half else nullcontext(), watches.get(spec.name, nullcontext()):
-            outputs = modules[spec.name](*inputs)
+        hooks = [] if aside is None else [
+            aside.register_forward_pre_hook(lambda *_: setattr(self, "_watching", False)),
+            aside.register_forward_hook(lambda *_: setattr(self, "_watching", True)),
+        ]  # fmt: skip
+        try:
+            with self:
+                outputs = self._graph(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
 
-    return run
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run one operator and look at its results."""
+        del types
+        half = [isinstance(value, Tensor) and value.dtype is torch.float16 for value in args]
+        if str(func).split(".")[1] in _SUMS and any(half):
+            wide = [value.float() if narrow else value for value, narrow in zip(args, half, strict=True)]
+            result = func(*wide, **(kwargs or {})).half()
+        else:
+            result = func(*args, **(kwargs or {}))
+        if self._watching:
+            for value in result if isinstance(result, (tuple, list)) else (result,):
+                self._watch(value, str(func))
+        return result
+
+    def _watch(self, value: object, operator: str) -> None:
+        # Maps of another type are those of an FP32 island, which cannot overflow FP16.
+        dtype = self._graph.precision.dtype
+        if isinstance(value, Tensor) and value.dtype is dtype and value.ndim == 4 and value.numel():
+            low, high = torch.aminmax(value)
+            largest = max(abs(float(low)), abs(float(high)))
+            # Not `>`: a NaN must be kept, and stays.
+            if not largest <= self.peak.value and self.peak.value == self.peak.value:
+                self.peak = Peak(largest, operator)
 
 
 def onnx_runner(folder: Path, specs: Sequence[GraphSpec], int8: Literal["exact", "fast"] | None = None) -> Runner:
@@ -110,7 +165,7 @@ def onnx_runner(folder: Path, specs: Sequence[GraphSpec], int8: Literal["exact",
 
 def run_chain(specs: Sequence[GraphSpec], runner: Runner, frames: np.ndarray) -> Tensors:
     """Run all graphs in turn, each on the outputs of those before."""
-    tensors: Tensors = {"frame": frames}
+    tensors: Tensors = {FRAME: frames}
     for spec in specs:
         tensors |= runner(spec, tensors)
     return tensors

@@ -13,6 +13,7 @@ from mge_export.export import export_bundle
 from mge_export.images import find_verify_images
 from mge_export.precision import Precision
 from mge_runtime.bundle import Bundle
+from mge_runtime.extract import extract_bundle
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,7 @@ def exported(request, tiny, photographs, tmp_path_factory):
     lines = []
     result = export_bundle(model, folder / "mge.plan", request.param, images, say=lines.append)
     with Bundle.open(result.path) as bundle:
-        bundle.extract(folder)
+        extract_bundle(bundle, folder)
     experts = build_graphs(model, request.param)
     return SimpleNamespace(
         model=model,

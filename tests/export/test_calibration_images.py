@@ -8,10 +8,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mge_calibration.folder import list_labelled, short_digest
+from mge_calibration.images import int8_digests, list_labeled, short_digest
 from mge_calibration.int8.graph import Int8Options
 from mge_calibration.int8.images import MIN_IMAGES, read_calibration_images
-from mge_calibration.parts import int8_digests
 from mge_export.cli import main
 from mge_export.int8 import Int8Request
 from mge_runtime.errors import ExportError, InputError
@@ -31,7 +30,7 @@ def test_images_are_recorded_so_that_they_are_found_again(tmp_path, hold_out):
     assert len(images.held_out) == hold_out
     plan = {"type": "int8", "calibration": Int8Request(images, Int8Options()).to_dict()}
     found = int8_digests(SimpleNamespace(precision={"expert_2": {"type": "fp32"}, "expert_1": plan}))
-    listed = list_labelled(tmp_path, ("a", "b"))[1]
+    listed = list_labeled(tmp_path, ("a", "b"))[1]
     assert found == {short_digest(image.sha256) for image in listed if "broken" not in image.name}
     assert len(found) == 6
 

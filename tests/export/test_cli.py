@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from mge.checkpoint import save_checkpoint
-from mge_export import export, parity
+from mge_export import export, runners
 from mge_export.cli import main
 from mge_runtime.bundle import Bundle, GraphModel, writer
 from mge_runtime.errors import OutputError
@@ -57,9 +57,9 @@ def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
     assert leftovers(checkpoint.parent) == {"best.pt", "classes.txt", "mge.plan"}
     assert f"mge-run --engine {bundle}" in result.stdout
     assert "MB" in result.stdout
-    assert "warning: verified on generated pictures only" in result.stderr
+    assert "warning: verified on generated images only" in result.stderr
     assert "weights rounded only" in result.stderr
-    assert "the finished bundle opens and answers as verified" in result.stderr
+    assert "the finished bundle opens and predicts as verified" in result.stderr
     with Bundle.open(bundle) as opened:
         manifest = opened.manifest
     assert manifest.class_names == ("wren", "robin", "tit", "finch", "dove")
@@ -71,13 +71,9 @@ def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
 
 
 def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypatch):
-    original = parity.torch_runner
-
-    def wrong_runner(graphs, watches):
-        run = original(graphs, watches)
-        return lambda spec, tensors: {name: value * 1.5 for name, value in run(spec, tensors).items()}
-
-    monkeypatch.setattr(parity, "torch_runner", wrong_runner)
+    run = runners.TypedRun.__call__
+    wrong = lambda self, tensors: {name: value * 1.5 for name, value in run(self, tensors).items()}  # noqa: E731
+    monkeypatch.setattr(runners.TypedRun, "__call__", wrong)
     arguments = ["--ckpt", checkpoint, "--verify-images", 2]
     result = invoke(*arguments)
     assert refused(result, "out of tolerance", "torch expert_1: logits_1", "--allow-mismatch")
@@ -106,7 +102,7 @@ def other_types(model):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(other_weights, "answers otherwise than its graphs did: "), (other_types, "cannot be run: ONNX Runtime")],
+    [(other_weights, "computes otherwise than its graphs did: "), (other_types, "cannot be run: ONNX Runtime")],
 )
 def test_a_bundle_that_is_not_what_was_verified_is_never_published(checkpoint, monkeypatch, change, words):
     original = export.write_bundle

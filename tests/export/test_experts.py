@@ -8,9 +8,14 @@ import torch
 from mge_export.experts import build_graphs, views
 from mge_export.graph import export_graph
 from mge_export.precision import Precision
-from mge_export.runners import reference_tensors, run_chain, torch_runner
+from mge_export.runners import TypedRun, reference_tensors, run_chain
 from mge_runtime.errors import ExportError
 from mge_runtime.manifest import Manifest
+
+
+def run_typed(graphs, frames):
+    runs = {graph.spec.name: TypedRun(graph) for graph in graphs}
+    return run_chain([graph.spec for graph in graphs], lambda spec, tensors: runs[spec.name](tensors), frames)
 
 
 @pytest.mark.parametrize(("normalize", "attention"), [(True, "own"), (False, "first")])
@@ -19,7 +24,7 @@ def test_the_graphs_in_a_row_are_the_model(tiny, photographs, normalize, attenti
     frames = tiny.load_frames(photographs, model.config.preprocess)
     graphs = build_graphs(model, Precision.FP32)
     expected = reference_tensors(model, frames)
-    found = run_chain([graph.spec for graph in graphs], torch_runner(graphs, {}), frames)
+    found = run_typed(graphs, frames)
     assert set(found) == set(expected)
     for name, wanted in expected.items():
         np.testing.assert_allclose(found[name], wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
@@ -30,7 +35,7 @@ def test_attention_of_the_first_head_is_another_attention(tiny, photographs):
     frames = tiny.load_frames(photographs, own.config.preprocess)
     for model in (own, first):
         graphs = build_graphs(model, Precision.FP32)
-        model.found = run_chain([graph.spec for graph in graphs], torch_runner(graphs, {}), frames)["heatmap_2"]
+        model.found = run_typed(graphs, frames)["heatmap_2"]
     assert np.abs(own.found - first.found).max() > 0.1 * np.abs(own.found).max()
 
 

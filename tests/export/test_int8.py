@@ -8,15 +8,14 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mge_calibration.int8.agreement import Agreement
-from mge_calibration.int8.graph import Int8Options
+from mge_calibration.int8.graph import Agreement, Int8Options
 from mge_calibration.int8.images import CalibrationImages, read_calibration_images
-from mge_calibration.int8.sites import find_layers
+from mge_calibration.int8.insert import find_layers
 from mge_export.experts import build_graphs
 from mge_export.export import export_bundle
 from mge_export.graph import export_graph
 from mge_export.images import find_verify_images, generated_images
-from mge_export.int8 import Int8Request, check_quantization, is_trunk_weight, quantize_graphs
+from mge_export.int8 import Int8Request, check_quantization, is_backbone_weight, quantize_graphs
 from mge_export.precision import Precision
 from mge_runtime.backends.onnxruntime import integer_entries, load_onnxruntime
 from mge_runtime.errors import ExportError
@@ -53,7 +52,7 @@ def is_trunk_convolution(graph):
         weight = node.input[1]
         if weight in made:
             weight = made[weight].input[0].removesuffix("_quantized")
-        return is_trunk_weight(weight)
+        return is_backbone_weight(weight)
 
     return judge
 
@@ -206,7 +205,7 @@ def test_the_manifest_tells_how_it_was_learned(quantised, photographs):
         assert len(sha256) == 64
         # Each is what was given, and none is the default.
         expected = {
-            "method": "percentile", "max_drop": 0.3, "min_box_iou": 0.25, "seed": 3, "crops": "quantised", "images": 9,
+            "method": "percentile", "max_drop": 0.3, "min_box_iou": 0.25, "seed": 3, "images": 9,
         }  # fmt: skip
         assert {key: plan["calibration"].get(key) for key in expected} == expected
         assert photographs.name not in json.dumps(plan["calibration"])
@@ -258,7 +257,7 @@ def test_a_graph_that_is_not_what_was_quantised_is_refused(quantised):
     put_out = with_pair(model, gemm, 0)
     next(node for node in put_out.graph.node if node.name == gemm).input[0] = "gate"
     put_out.graph.output.append(onnx.ValueInfoProto(name="decoded"))
-    refused("a DequantizeLinear puts out 'decoded'; expected none", model=put_out)
+    refused("a DequantizeLinear makes the output 'decoded'; expected none", model=put_out)
 
 
 def test_int8_without_images_is_a_defect_of_the_caller(tiny, tmp_path):
@@ -300,7 +299,7 @@ def test_an_export_in_which_nothing_can_be_quantised_says_so(tiny, photographs, 
 
 def test_layers_of_the_expert_and_of_the_gate_are_told_apart(tiny):
     model = export_graph(build_graphs(tiny.make_model(), Precision.INT8)[1]).model
-    names = [layer.name for layer in find_layers(model, is_trunk_weight)]
+    names = [layer.name for layer in find_layers(model, is_backbone_weight)]
     assert len(names) == len(set(names))
     assert {"conv1.0", "gate.conv1.0"} <= set(names)
 

@@ -2,7 +2,7 @@
 
 One graph serves all targets: FP16 tensors, and symmetric INT8 between QuantizeLinear and DequantizeLinear, which is all
 that TensorRT takes. ONNX Runtime's CPU provider wants neither. Measured with 1.31: it has no integer convolution
-between FP16 scales (a graph of 48 took 17 times as long as FP32, and its optimiser changed every answer), and it drops
+between FP16 scales (a graph of 48 took 17 times as long as FP32, and its optimizer changed every answer), and it drops
 a ReLU before a quantisation only where zero is the lowest code.
 """
 
@@ -54,7 +54,7 @@ def cpu_graph(model: onnx.ModelProto, *, fast: bool) -> onnx.ModelProto:
 def _code_as_uint8(graph: onnx.GraphProto) -> None:
     constants = {tensor.name: tensor for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
-    zeros: dict[str, str] = {}  # by the tensor that a QuantizeLinear puts out: the name of its zero point
+    zeros: dict[str, str] = {}  # by the tensor that a QuantizeLinear makes: the name of its zero point
     scaled: set[str] = set()
     for node in graph.node:
         if node.op_type == "QuantizeLinear":

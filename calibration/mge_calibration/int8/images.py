@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mge_calibration.folder import short_digest
+from mge_calibration.images import short_digest
 from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.manifest import Preprocess
@@ -62,10 +62,10 @@ def read_calibration_images(
     """
     require_folder(folder, CALIBRATION_FOLDER)
     found = list_folder(folder)
-    images = found.whole()
+    paths = [image.path for image in found.whole() if image.path is not None]
     if remark := found.remark():
         say(f"{folder}: {remark}")
-    order: list[int] = np.random.default_rng(seed).permutation(len(images)).tolist()
+    order: list[int] = np.random.default_rng(seed).permutation(len(paths)).tolist()
     spare = min(hold_out, len(order) // 4 if few else len(order))
     size = preprocess.size
     frames = np.empty((min(limit or len(order), len(order)), size, size, 3), np.uint8)
@@ -76,16 +76,16 @@ def read_calibration_images(
         if left <= spare and (few or left == 1 or len(hashes) >= MIN_IMAGES):
             break
         tried += 1
-        source = images[index].source()
+        path = paths[index]
         try:
-            frame = to_frame(decode_image(source, max_pixels), preprocess)[0]
-            content = source if isinstance(source, bytes) else source.read_bytes()
+            frame = to_frame(decode_image(path, max_pixels), preprocess)[0]
+            content = hashlib.sha256(path.read_bytes()).digest()
         except (InputError, OSError) as problem:
             say(f"left out of the calibration: {problem}")
             continue
         frames[len(hashes)] = frame
-        name = source.relative_to(folder).as_posix() if isinstance(source, Path) else ""
-        hashes[index] = name.encode(errors="surrogateescape") + b"\0" + hashlib.sha256(content).digest()
+        name = path.relative_to(folder).as_posix()
+        hashes[index] = name.encode(errors="surrogateescape") + b"\0" + content
     held = order[max(tried, len(order) - spare) :]
     count = len(hashes)
     if not count or (count + bool(held) < MIN_IMAGES and not few):
@@ -96,10 +96,10 @@ def read_calibration_images(
             + (", or add --force-few-images" if count else "")
         )
     digest = hashlib.sha256(b"".join(hashes[index] for index in sorted(hashes)))
-    text = f"{count} of {len(images)} images in {folder.resolve().name}"
+    text = f"{count} of {len(paths)} images in {folder.resolve().name}"
     contents = {entry[-digest.digest_size :] for entry in hashes.values()}
     held_out: dict[Path, bytes] = {}
-    for path in (path for index in held if (path := images[index].path) is not None):
+    for path in (paths[index] for index in held):
         try:
             content = hashlib.sha256(path.read_bytes()).digest()
         except OSError as problem:

@@ -1,11 +1,11 @@
-"""Calibration error, its noise floor and intervals."""
+"""Temperatures, calibration error, its noise floor and intervals."""
 
 import numpy as np
 import pytest
 
-from mge_calibration.intervals import error_interval
-from mge_calibration.metrics import measure_quality, noise_floor
-from mge_runtime.metrics import bootstrap_mean, calibration_error, log_softmax
+from mge_calibration.quality import error_interval, mean_interval, measure_quality, noise_floor
+from mge_calibration.temperature import BOUNDS, fit_temperature
+from mge_runtime.metrics import calibration_error, log_softmax
 
 
 def true_model(count, rng, *, shift=0.0):
@@ -33,12 +33,6 @@ def test_a_model_that_is_too_sure_shows_more_than_the_floor():
     assert calibration_error(confidence, correct) > np.quantile(noise_floor(confidence), 0.999)
 
 
-def test_the_floor_falls_with_the_number_of_images():
-    rng = np.random.default_rng(3)
-    few, many = (noise_floor(rng.beta(4, 1.5, count)).mean() for count in (100, 1600))
-    assert few / many == pytest.approx(4, rel=0.15)  # as the square root
-
-
 def test_intervals_of_the_likelihood_hold_the_truth_as_often_as_they_say():
     rng = np.random.default_rng(4)
     # Two classes, log-odds z: the true mean loss is that of a million images.
@@ -49,8 +43,8 @@ def test_intervals_of_the_likelihood_hold_the_truth_as_often_as_they_say():
         odds = rng.normal(0, 2, 250)
         labels = (rng.random(250) < 1 / (1 + np.exp(-odds))).astype(int)
         logits = np.column_stack([np.zeros(250), odds])
-        _, low, high = bootstrap_mean(-log_softmax(logits)[np.arange(250), labels], resamples=1000, seed=seed)
-        held += low <= truth.mean() <= high
+        found = mean_interval(-log_softmax(logits)[np.arange(250), labels], resamples=1000, seed=seed)
+        held += found.low <= truth.mean() <= found.high
     assert held >= 105  # 95 % of 120 are 114; 105 is four standard deviations below
 
 
@@ -135,3 +129,47 @@ def test_answers_that_are_all_right_and_sure_have_an_interval():
     found = error_interval(np.ones(60), np.ones(60, bool))
     assert (found.value, found.low) == (0, 0)
     assert 0 < found.high < 0.2
+
+
+def draw(temperature, count, seed=0, classes=8):
+    """Logits, and labels drawn from softmax(logits / temperature)."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (count, classes)).astype(np.float32)
+    probabilities = np.exp(log_softmax(logits.astype(np.float64) / temperature))
+    labels = (rng.random((count, 1)) < probabilities.cumsum(1)).argmax(1)
+    return logits, labels
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.7])
+def test_the_temperature_that_drew_the_labels_is_found(temperature):
+    fit = fit_temperature(*draw(temperature, 20_000))
+    assert fit.temperature == pytest.approx(temperature, rel=0.03)
+    assert not fit.bounded
+
+
+def test_no_other_temperature_is_likelier():
+    logits, labels = draw(1.6, 300)
+
+    def loss(temperature):
+        return -log_softmax(logits / temperature)[np.arange(300), labels].mean()
+
+    best = fit_temperature(logits, labels).temperature
+    others = np.geomspace(*BOUNDS, 400)
+    assert loss(best) <= min(map(loss, others)) + 1e-9
+    assert loss(best) < loss(best * 1.05)
+    assert loss(best) < loss(best / 1.05)
+
+
+def test_answers_that_are_all_right_end_at_the_bound():
+    logits, _ = draw(1.0, 200)
+    fit = fit_temperature(logits, logits.argmax(1))
+    assert fit.bounded
+    assert fit.temperature == pytest.approx(BOUNDS[0], rel=1e-2)
+
+
+def test_answers_of_pure_chance_end_at_the_other_bound():
+    logits, _ = draw(1.0, 4000)
+    labels = np.random.default_rng(9).integers(8, size=4000)
+    fit = fit_temperature(100 * logits, labels)
+    assert fit.bounded
+    assert fit.temperature == pytest.approx(BOUNDS[1], rel=1e-2)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from mge_calibration.folder import data_sha256, list_labelled, split_by_content, without
+from mge_calibration.images import data_sha256, list_labeled, split_by_content
 from mge_runtime.errors import InputError
 
 NAMES = ("ant", "bee", "cow")
@@ -22,7 +22,7 @@ def data(tmp_path):
 
 
 def test_images_carry_the_class_of_their_folder(data):
-    root, images = list_labelled(data, NAMES)
+    root, images = list_labeled(data, NAMES)
     assert root == data
     assert [(i.name, i.label) for i in images] == [
         ("ant/a.png", 0),
@@ -37,47 +37,42 @@ def test_of_a_data_set_the_validation_part_is_taken(data, name):
     whole = data.with_name("whole")
     shutil.copytree(data, whole / name)
     shutil.copytree(data, whole / "train")
-    root, images = list_labelled(whole, NAMES)
+    root, images = list_labeled(whole, NAMES)
     assert root == whole / name
     assert len(images) == 4
-    assert data_sha256(images) == data_sha256(list_labelled(data, NAMES)[1])
+    assert data_sha256(images) == data_sha256(list_labeled(data, NAMES)[1])
 
 
 def test_copies_count_once(data):
     shutil.copy(data / "ant" / "a.png", data / "ant" / "b.png")
-    assert len(list_labelled(data, NAMES)[1]) == 4
+    assert len(list_labeled(data, NAMES)[1]) == 4
 
 
 def test_one_image_in_two_classes_is_refused(data):
     shutil.copy(data / "ant" / "a.png", data / "bee" / "b.png")
     with pytest.raises(InputError, match=r"ant/a\.png and bee/b\.png are the same bytes; expected it in the folder of"):
-        list_labelled(data, NAMES)
+        list_labeled(data, NAMES)
 
 
 def test_the_hash_is_that_of_names_and_contents(data):
-    before = data_sha256(list_labelled(data, NAMES)[1])
+    before = data_sha256(list_labeled(data, NAMES)[1])
     (data / "ant" / "a.png").write_bytes(b"other")
-    changed = data_sha256(list_labelled(data, NAMES)[1])
+    changed = data_sha256(list_labeled(data, NAMES)[1])
     (data / "ant" / "a.png").rename(data / "ant" / "c.png")
-    assert len({before, changed, data_sha256(list_labelled(data, NAMES)[1])}) == 3
+    assert len({before, changed, data_sha256(list_labeled(data, NAMES)[1])}) == 3
 
 
 def test_a_split_follows_content_and_seed_alone(data):
     for number in range(60):
         (data / "cow" / f"{number}.jpg").write_bytes(b"%d" % number)
-    images = list_labelled(data, NAMES)[1]
+    images = list_labeled(data, NAMES)[1]
     first, second = split_by_content(images, 1 / 3, seed=0)
     assert (len(first), len(second)) == (21, 43)
     assert {i.sha256 for i in first} | {i.sha256 for i in second} == {i.sha256 for i in images}
     (data / "cow").rename(data / "cows")
-    renamed = list_labelled(data, ("ant", "bee", "cows"))[1]
+    renamed = list_labeled(data, ("ant", "bee", "cows"))[1]
     assert {i.sha256 for i in split_by_content(renamed[::-1], 1 / 3, seed=0)[0]} == {i.sha256 for i in first}
     assert {i.sha256 for i in split_by_content(images, 1 / 3, seed=1)[0]} != {i.sha256 for i in first}
-
-
-def test_images_of_both_folders_are_left_out(data):
-    images = list_labelled(data, NAMES)[1]
-    assert without(images, images[1:]) == images[:1]
 
 
 def spoil_missing(data):
@@ -115,6 +110,6 @@ def spoil_class(data):
 def test_a_folder_that_cannot_serve_is_refused(data, spoil, words):
     spoil(data)
     with pytest.raises(InputError) as caught:
-        list_labelled(data, NAMES)
+        list_labeled(data, NAMES)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
