@@ -28,10 +28,10 @@ class _Backbone(nn.Module):
 
     def __init__(self, network: Expert | Gate) -> None:
         super().__init__()
-        self.trunk, self.norm5 = network.trunk, network.norm5
+        self.backbone, self.norm5 = network.backbone, network.norm5
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.norm5(self.trunk(image)[-1])
+        return self.norm5(self.backbone(image)[-1])
 
 
 class BareBackbones:

@@ -18,7 +18,7 @@ train() { # name seed options...
   local resume=()
   [ -e "$folder/last.pt" ] && resume=(--resume "$folder/last.pt")
   mge-train --data "$data" --out "$folder" --arch tf_efficientnet_lite0 --init "$weights" --seed "$seed" \
-    --epochs 8 --batch-size 24 --schedule onecycle --trunk-lr 0.02 --head-lr 0.1 --label-smoothing 0.1 --clip-norm 5 \
+    --epochs 8 --batch-size 24 --schedule onecycle --backbone-lr 0.02 --head-lr 0.1 --label-smoothing 0.1 --clip-norm 5 \
     --accelerator cpu --workers 1 "$@" "${resume[@]}"
   mge-eval --ckpt "$folder/last.pt" --data "$data" --predictions "$folder/test.npz" | tee "$folder/table.txt"
 }
@@ -26,7 +26,7 @@ train() { # name seed options...
 for seed in "${seeds[@]}"; do
   train chain "$seed" --image-size 160 --resize 184 --crop-area 0.55
   train single "$seed" --image-size 160 --resize 184 --experts 1
-  train large "$seed" --image-size 320 --resize 368 --experts 1 # four times the pixels: the GMACs of four trunks
+  train large "$seed" --image-size 320 --resize 368 --experts 1 # four times the pixels: the GMACs of four backbones
 done
 
 runs() { for seed in "${seeds[@]}"; do echo "$out/$1-s$seed/test.npz"; done; }
@@ -36,7 +36,7 @@ compare() { # the chain's head, the other run, its head
 }
 for other in single large; do
   compare mixture $other "expert 1 global" # the plain classifier: average pooling and a linear layer
-  compare mixture $other "expert 1"        # the same trunk with the part head
+  compare mixture $other "expert 1"        # the same backbone with the part head
 done
 compare mixture chain average
 compare mixture chain "expert 3"

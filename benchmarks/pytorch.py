@@ -156,7 +156,7 @@ class AuthorsChain:
         self._experts: list[_Networks] = []
         for k, expert in enumerate(model.experts):
             assert isinstance(expert, Expert)
-            lower, upper = split_backbone(expert.trunk, model.config.image_size)
+            lower, upper = split_backbone(expert.backbone, model.config.image_size)
             upper = nn.Sequential(*upper, expert.norm5)
             heads = _Heads(expert).eval()
             self._experts.append(_Networks(wrap(lower), wrap(upper), wrap(heads), model.attention_head(k)))

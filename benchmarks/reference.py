@@ -19,7 +19,7 @@ import torch
 
 from mge.checkpoint import save_checkpoint
 from mge.config import MGEConfig
-from mge.model import MGENet, initialize_trunks
+from mge.model import MGENet, initialize_backbones
 from mge_runtime.cli.common import reports_errors
 
 EXPORT = "from mge_export.cli import main; main()"
@@ -41,7 +41,7 @@ def main(output: Path, arch: str, image_size: int, classes: int, init: str | Non
     names = tuple(f"class {number}" for number in range(classes))
     model = MGENet(MGEConfig(arch=arch, classes=names, image_size=image_size, resize=image_size * 8 // 7))
     if init is not None:
-        initialize_trunks(model, init)
+        initialize_backbones(model, init)
     output.mkdir(parents=True, exist_ok=True)
     ckpt = output / "model.pt"
     save_checkpoint(ckpt, model.eval())

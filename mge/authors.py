@@ -2,7 +2,7 @@
 
 The authors' file is a dict with the weights under `state_dict` (beside `epoch`, `optimizer` and `scheduler`); it holds
 neither class names, nor the box threshold, nor the preprocessing. Here the weights are renamed and everything that
-shapes tell is told: trunk, classes, parts, experts.
+shapes tell is told: backbone, classes, parts, experts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mge_runtime.errors import CheckpointError
 
 __all__ = ["describe_foreign", "is_authors_state", "is_counter", "read_authors_state"]
 
-# What is appended to the authors' names for expert 1, 2, 3: (trunk and global head; part and concatenated heads).
+# What is appended to the authors' names for expert 1, 2, 3: (backbone and global head; part and concatenated heads).
 _EXPERT_SUFFIXES = (("", ""), ("_box", "_1"), ("_box_2", "_2"))
 # `conv4*` is a Sequential of the children of a torchvision ResNet; 2 and 3 (ReLU, max pooling) have no weights.
 _CONV4_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3"}
@@ -28,23 +28,23 @@ _ARCHS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "
 _NESTS = ("state_dict", "model", "model_state_dict", "net", "weights")  # where others keep their weights
 
 
-def _trunk_names(theirs: str, ours: str) -> dict[str, str]:
-    names = {f"conv4{theirs}.{child}.": f"{ours}.trunk.{name}." for child, name in _CONV4_CHILDREN.items()}
-    return names | {f"conv5{theirs}.": f"{ours}.trunk.layer4."}
+def _backbone_names(theirs: str, ours: str) -> dict[str, str]:
+    names = {f"conv4{theirs}.{child}.": f"{ours}.backbone.{name}." for child, name in _CONV4_CHILDREN.items()}
+    return names | {f"conv5{theirs}.": f"{ours}.backbone.layer4."}
 
 
 def _all_names() -> dict[str, str]:
     names: dict[str, str] = {}
-    for k, (trunk, part) in enumerate(_EXPERT_SUFFIXES):
+    for k, (backbone, part) in enumerate(_EXPERT_SUFFIXES):
         ours = f"experts.{k}"
-        names |= _trunk_names(trunk, ours)
+        names |= _backbone_names(backbone, ours)
         names |= {
-            f"classifier{trunk}.fc.": f"{ours}.global_head.fc.",
+            f"classifier{backbone}.fc.": f"{ours}.global_head.fc.",
             f"conv6{part}.": f"{ours}.part_conv.",
             f"cls_part{part}.fc.": f"{ours}.part_head.",
             f"cls_cat{part}.fc.": f"{ours}.concat_head.",
         }
-    names |= _trunk_names("_gate", "gate")
+    names |= _backbone_names("_gate", "gate")
     return names | {"cls_gate.0.fc.": "gate.hidden.", "cls_gate.1.fc.": "gate.output."}
 
 
@@ -116,11 +116,11 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int, source: str)
 
 
 def _arch(ours: Mapping[str, Tensor], source: str) -> str:
-    found = {match[0] for name in ours if (match := re.match(r"experts\.0\.trunk\.layer[1-4]\.\d+\.", name))}
+    found = {match[0] for name in ours if (match := re.match(r"experts\.0\.backbone\.layer[1-4]\.\d+\.", name))}
     blocks = tuple(sum(f".layer{layer}." in block for block in found) for layer in (1, 2, 3, 4))
     if blocks not in _ARCHS:
         raise CheckpointError(
-            f"{source}: the trunk has {'-'.join(map(str, blocks))} blocks; "
+            f"{source}: the backbone has {'-'.join(map(str, blocks))} blocks; "
             "expected 3-4-6-3 (ResNet-50) or 3-4-23-3 (ResNet-101)"
         )
     return _ARCHS[blocks]
@@ -142,7 +142,7 @@ def describe_foreign(content: Mapping[Any, Any]) -> str:
         return f"is the authors' baseline, a single ResNet without experts; {expected} for LocalCamNet"
     if "conv1.weight" in weights and "layer1.0.conv1.weight" in weights:
         return (
-            f"looks like a bare ResNet, a trunk without experts; {expected} "
+            f"looks like a bare ResNet, a backbone without experts; {expected} "
             "(mge-train --init starts from such weights, saved as .safetensors)"
         )
     return f"holds {len(weights)} weights of another model, such as {next(iter(weights))!r}; {expected}"

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["PlainNet", "create_trunk", "has_linear_features", "pretrained_weights"]  # and the models, registered
+__all__ = ["PlainNet", "create_backbone", "has_linear_features", "pretrained_weights"]  # and the models, registered
 
 
-def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
-    """A timm trunk that returns its last two feature levels, randomly initialized.
+def create_backbone(arch: str) -> tuple[nn.Module, int, int]:
+    """A timm backbone that returns its last two feature levels, randomly initialized.
 
     Returns:
-        The trunk and the channels of its features at stride 16 and at stride 32.
+        The backbone and the channels of its features at stride 16 and at stride 32.
 
     Raises:
         CheckpointError: timm has no such model, or it offers no features at stride 16 and 32.
@@ -36,31 +36,31 @@ def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
             f"arch is {arch!r}; expected a CNN of timm itself, nothing is fetched (timm.list_models() names them)"
         )
     try:
-        trunk: Any = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(-2, -1))
-        strides = trunk.feature_info.reduction()
+        backbone: Any = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(-2, -1))
+        strides = backbone.feature_info.reduction()
     except (RuntimeError, AttributeError, NotImplementedError, ValueError, AssertionError, IndexError) as error:
         raise CheckpointError(
             f"arch is {arch!r}; expected a timm CNN that offers features_only (see timm.list_models()): {error}"
         ) from error
     if strides != [16, 32]:
         raise CheckpointError(f"arch {arch!r} ends at strides {strides}; expected features at 16 and 32")
-    channels4, channels5 = trunk.feature_info.channels()
-    return trunk, channels4, channels5
+    channels4, channels5 = backbone.feature_info.channels()
+    return backbone, channels4, channels5
 
 
 def has_linear_features(arch: str) -> bool:
-    """Whether a trunk's last features can be negative, so that its heads need `normalize_features`."""
-    trunk, _, _ = create_trunk(arch)
+    """Whether a backbone's last features can be negative, so that its heads need `normalize_features`."""
+    backbone, _, _ = create_backbone(arch)
     with torch.inference_mode():
         image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        return bool(trunk.eval()(image)[-1].min() < 0)
+        return bool(backbone.eval()(image)[-1].min() < 0)
 
 
 def pretrained_weights(arch: str, source: str) -> dict[str, Tensor]:
-    """Weights of a trunk.
+    """Weights of a backbone.
 
     Args:
-        arch: the trunk's name in timm.
+        arch: the backbone's name in timm.
         source: "timm" for timm's pretrained weights of the architecture (downloaded), or a .safetensors file with the
             names of the timm classification model, float16 or float32.
 
@@ -79,9 +79,9 @@ def pretrained_weights(arch: str, source: str) -> dict[str, Tensor]:
         stored = load_file(Path(source))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{source} is not a safetensors file ({error}); expected weights for --init") from error
-    trunk, _, _ = create_trunk(arch)
+    backbone, _, _ = create_backbone(arch)
     state: dict[str, Tensor] = {}
-    for name, parameter in trunk.state_dict().items():
+    for name, parameter in backbone.state_dict().items():
         # timm flattens `stages.0` to `stages_0` when it cuts a network into feature levels.
         tensor = stored.get(name, stored.get(name.replace("_", ".", 1)))
         if tensor is None and name.endswith("num_batches_tracked"):

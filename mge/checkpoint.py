@@ -130,7 +130,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         config, state = _authors(content, source)
     try:
         model = MGENet(config)
-    except CheckpointError as error:  # a trunk that this timm does not have
+    except CheckpointError as error:  # a backbone that this timm does not have
         raise CheckpointError(f"{source}: {error}") from error
     _fill(model, state, source)
     return Checkpoint(model.eval(), training)

@@ -39,7 +39,7 @@ class MGEConfig:
     box_thresholds: tuple[float, ...] = (PAPER_THRESHOLD, PAPER_THRESHOLD)  # in [0, 1), one for each of the K - 1 crops
     parts_per_class: int = 10  # channels of the part convolution for each class
     gate_width: int = 512  # hidden units of the gate
-    normalize_features: bool = False  # BatchNorm before the heads, for trunks whose last features are linear
+    normalize_features: bool = False  # BatchNorm before the heads, for backbones whose last features are linear
     attention_head: str = "own"  # whose global head Grad-CAM reads: "own", each expert's; "first", always expert 1's
 
     def __post_init__(self) -> None:

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mge.attention import attention_box, class_gradient, crop_resize, grad_cam
-from mge.backbones import create_trunk, pretrained_weights
+from mge.backbones import create_backbone, pretrained_weights
 from mge.config import MGEConfig
 
-__all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "initialize_trunks"]
+__all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "initialize_backbones"]
 
 NORM_SCALE = 10.0  # length of each normalized half of the concatenated features (authors' code)
 
@@ -61,11 +61,11 @@ class GlobalHead(nn.Module):
 
 
 class Expert(nn.Module):
-    """One trunk with its three heads."""
+    """One backbone with its three heads."""
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
-        self.trunk, channels4, channels5 = create_trunk(config.arch)
+        self.backbone, channels4, channels5 = create_backbone(config.arch)
         self.norm4, self.norm5 = _feature_norms(config, channels4, channels5)
         parts = config.parts_per_class * config.num_classes
         self.global_head = GlobalHead(channels5, config.num_classes)
@@ -76,9 +76,9 @@ class Expert(nn.Module):
     def features(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image [B, 3, S, S] to c4 [B, D4, S/16, S/16] and c5 [B, D5, S/32, S/32], both as the heads read them.
 
-        The part head must not train the trunk, so c4 is cut from the graph here.
+        The part head must not train the backbone, so c4 is cut from the graph here.
         """
-        c4, c5 = self.trunk(image)
+        c4, c5 = self.backbone(image)
         return self.norm4(c4.detach()), self.norm5(c5)
 
     def part_features(self, c4: Tensor) -> Tensor:
@@ -101,19 +101,19 @@ class Gate(nn.Module):
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
-        self.trunk, channels4, channels5 = create_trunk(config.arch)
+        self.backbone, channels4, channels5 = create_backbone(config.arch)
         _, self.norm5 = _feature_norms(config, channels4, channels5)
         self.hidden = nn.Linear(channels5, config.gate_width)
         self.output = nn.Linear(config.gate_width, config.experts)
 
     def forward(self, image: Tensor) -> Tensor:
         """Image [B, 3, S, S] to weights [B, K], rows sum to 1. There is no ReLU between the layers (the authors')."""
-        pooled = self.norm5(self.trunk(image)[-1]).mean((2, 3))
+        pooled = self.norm5(self.backbone(image)[-1]).mean((2, 3))
         return self.output(self.hidden(pooled)).softmax(1)
 
 
 class MGENet(nn.Module):
-    """K experts and a gate, randomly initialized; see `initialize_trunks` and `mge.checkpoint` for weights.
+    """K experts and a gate, randomly initialized; see `initialize_backbones` and `mge.checkpoint` for weights.
 
     A single expert needs no gate: its logits are the whole's (`gate` is None and the gate's weights are ones).
     """
@@ -170,16 +170,16 @@ class MGENet(nn.Module):
         return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * logits).sum(1))
 
 
-def initialize_trunks(model: MGENet, source: str) -> None:
-    """Copy one set of weights into every trunk of `model`; `source` as in `pretrained_weights`."""
+def initialize_backbones(model: MGENet, source: str) -> None:
+    """Copy one set of weights into every backbone of `model`; `source` as in `pretrained_weights`."""
     state = pretrained_weights(model.config.arch, source)
     for module in model.modules():
         if isinstance(module, Expert | Gate):
-            module.trunk.load_state_dict(state, strict=False)
+            module.backbone.load_state_dict(state, strict=False)
 
 
 def _feature_norms(config: MGEConfig, channels4: int, channels5: int) -> tuple[nn.Module, nn.Module]:
-    """Normalisation before the heads: identity unless the trunk's features are linear."""
+    """Normalisation before the heads: identity unless the backbone's features are linear."""
     if not config.normalize_features:
         return nn.Identity(), nn.Identity()
     return nn.BatchNorm2d(channels4), nn.Sequential(nn.BatchNorm2d(channels5), nn.ReLU())

@@ -44,7 +44,7 @@ def make_checkpoint(path, photographs):
     model = MGENet(config).eval()
     rng = np.random.default_rng(12)
     state = model.state_dict()
-    for name, tensor in sorted(state.items()):
+    for name, tensor in sorted(state.items(), key=lambda item: item[0].replace("backbone", "trunk")):
         shape = tuple(tensor.shape)
         if name.endswith("running_var"):
             drawn = rng.uniform(0.5, 2, shape)

@@ -49,7 +49,7 @@ class LearnedGraph:
 
 def is_backbone_weight(name: str) -> bool:
     """Whether an initializer is a layer of a `TypedBackbone`: neither a head's nor the part convolution's."""
-    return ".trunk.layers." in f".{name}" and name.endswith(".weight")
+    return ".backbone.layers." in f".{name}" and name.endswith(".weight")
 
 
 def quantize_graphs(

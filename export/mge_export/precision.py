@@ -19,17 +19,17 @@ _FLOATS: dict[int, str] = {
     onnx.TensorProto.BFLOAT16: "bfloat16",
     onnx.TensorProto.DOUBLE: "float64",
 }
-# Operators of the heads, the attention and the crop, which no trunk has: FP32 in every precision. L2 norms and softmax
+# Operators of the heads, the attention and the crop, which no backbone has: FP32 in every precision. L2 norms and softmax
 # saturate in FP16, positions in an image of 448 pixels have an error of a quarter of a pixel.
 _ISLANDS = frozenset({"ArgMax", "GatherElements", "GatherND", "GridSample", "ReduceL2", "ReduceMin"})
 
 
 class Precision(Enum):
-    """What trunks compute in, and part convolutions (of INT8: in FP16); everything else is FP32."""
+    """What backbones compute in, and part convolutions (of INT8: in FP16); everything else is FP32."""
 
     FP32 = "fp32"
     FP16 = "fp16"
-    INT8 = "int8"  # Q/DQ in the trunk; what is not quantised there is FP16
+    INT8 = "int8"  # Q/DQ in the backbone; what is not quantised there is FP16
 
     @property
     def dtype(self) -> torch.dtype:

@@ -98,11 +98,11 @@ def typed_expert(expert: Expert, precision: Precision, size: int) -> Expert:
         ExportError: a weight is not finite in this precision.
     """
     typed = _frozen_copy(expert)
-    typed.trunk = _typed_backbone(typed.trunk, precision, size)
+    typed.backbone = _typed_backbone(typed.backbone, precision, size)
     if not isinstance(typed.norm4, nn.Identity):
         typed.norm4 = Float32Island(typed.norm4)
     # The weight alone: the bias is added to the maximum, which is FP32 by type promotion.
-    typed.trunk.underflowed += _cast(typed.part_conv.weight, precision.dtype)
+    typed.backbone.underflowed += _cast(typed.part_conv.weight, precision.dtype)
     _check_finite(typed, precision)
     return typed
 
@@ -110,7 +110,7 @@ def typed_expert(expert: Expert, precision: Precision, size: int) -> Expert:
 def typed_gate(gate: Gate, precision: Precision, size: int) -> Gate:
     """Copy a gate for export; see `typed_expert`."""
     typed = _frozen_copy(gate)
-    typed.trunk = _typed_backbone(typed.trunk, precision, size)
+    typed.backbone = _typed_backbone(typed.backbone, precision, size)
     _check_finite(typed, precision)
     return typed
 

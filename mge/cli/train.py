@@ -82,7 +82,7 @@ FREE = frozenset(
 @click.option("--epochs", type=click.IntRange(1), default=100)
 @click.option("--batch-size", type=click.IntRange(2), default=10, help="Images in a step of each process.")
 @click.option("--head-lr", type=click.FloatRange(0, min_open=True), default=0.01, help="Learning rate of the heads.")
-@click.option("--trunk-lr", type=click.FloatRange(0), default=0.001, help="Learning rate of the backbones.")
+@click.option("--backbone-lr", type=click.FloatRange(0), default=0.001, help="Learning rate of the backbones.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=1e-4)
 @click.option("--schedule", type=click.Choice(["step", "onecycle", "cosine"]), default="step")
 @click.option(
@@ -374,7 +374,7 @@ def _make_model(
     from mge.backbones import has_linear_features
     from mge.checkpoint import fine_tuned
     from mge.config import MGEConfig
-    from mge.model import MGENet, initialize_trunks
+    from mge.model import MGENet, initialize_backbones
 
     init = options["init"]
     torch.manual_seed(options["seed"])
@@ -388,7 +388,7 @@ def _make_model(
         config = replace(config, normalize_features=has_linear_features(config.arch))
     model = MGENet(config)
     if init != "none":
-        initialize_trunks(model, init)
+        initialize_backbones(model, init)
     return model, ""
 
 

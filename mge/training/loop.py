@@ -45,7 +45,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)  # one row for each finished epoch
     best: float = -1.0  # highest validation accuracy so far, in [0, 1]
     kept: float = -1.0  # validation accuracy of the epoch in best.pt, in [0, 1]
-    rates: list[float] = field(default_factory=list)  # of trunks and heads in the last step
+    rates: list[float] = field(default_factory=list)  # of backbones and heads in the last step
 
     def move(self, step: int) -> None:
         """Go to another step of the epoch, where steps mean other images than before; the mean losses stay."""
@@ -110,7 +110,7 @@ class Trainer:
         if self.options.compile:
             for module in self.model.modules():
                 if isinstance(module, Expert | Gate):
-                    module.trunk.compile()
+                    module.backbone.compile()
         sgd = make_optimizer(self.model, self.options)
         wrapped, optimizer = self.fabric.setup(self.model, sgd)
         parts = {"optimizer": optimizer, "precision": self.fabric.strategy.precision}
@@ -238,7 +238,7 @@ class Trainer:
                     if not math.isfinite(value):
                         raise TrainingError(
                             f"loss {name} became {value} in epoch {progress.epoch + 1}, step {step}; expected a finite "
-                            "number: lower --head-lr or --trunk-lr, set --clip-norm 5 or --normalize-features"
+                            "number: lower --head-lr or --backbone-lr, set --clip-norm 5 or --normalize-features"
                         )
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
             self._unread.clear()
@@ -250,7 +250,7 @@ class Trainer:
         if not np.isfinite(predictions.final).all():
             raise TrainingError(
                 f"the model's logits are not finite after epoch {progress.epoch + 1}; expected numbers: lower "
-                "--head-lr or --trunk-lr, set --clip-norm 5 (last.pt keeps the state before this epoch)"
+                "--head-lr or --backbone-lr, set --clip-norm 5 (last.pt keeps the state before this epoch)"
             )
         rows = summarize(predictions)
         areas = np.median(view_areas(predictions.views), axis=0).tolist()
@@ -261,7 +261,7 @@ class Trainer:
         row |= {f"top1/{line.name}": line.top1 for line in rows}
         row |= {f"area/expert {k}": area for k, area in enumerate(areas, 1)}
         row |= {f"threshold/{k}": value for k, value in enumerate(thresholds, 1)}
-        row["lr/trunk"], row["lr/heads"] = progress.rates
+        row["lr/backbone"], row["lr/heads"] = progress.rates
         row["seconds"] = round(seconds, 2)
         progress.history.append(row)
         accuracy = rows[-1].top1

@@ -24,8 +24,8 @@ class TrainOptions:
 
     epochs: int = 100
     batch_size: int = 10  # images
-    head_lr: float = 0.01  # of all layers outside the trunks; the peak rate under "onecycle"
-    trunk_lr: float = 0.001
+    head_lr: float = 0.01  # of all layers outside the backbones; the peak rate under "onecycle"
+    backbone_lr: float = 0.001
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: str = "step"  # "step", "onecycle" or "cosine"
@@ -98,10 +98,10 @@ def loss_terms(
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> SGD:
-    """SGD with one rate for the trunks (they start from ImageNet) and one for everything else."""
-    trunks = [parameter for name, parameter in model.named_parameters() if "trunk." in name]
-    others = [parameter for name, parameter in model.named_parameters() if "trunk." not in name]
-    groups = [{"params": trunks, "lr": options.trunk_lr}, {"params": others, "lr": options.head_lr}]
+    """SGD with one rate for the backbones (they start from ImageNet) and one for everything else."""
+    backbones = [parameter for name, parameter in model.named_parameters() if "backbone." in name]
+    others = [parameter for name, parameter in model.named_parameters() if "backbone." not in name]
+    groups = [{"params": backbones, "lr": options.backbone_lr}, {"params": others, "lr": options.head_lr}]
     return SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
 
 
@@ -116,7 +116,7 @@ def make_schedule(optimizer: Optimizer, options: TrainOptions, steps_per_epoch: 
     """
     total, last = options.epochs * steps_per_epoch, done - 1
     if options.schedule == "onecycle":
-        rates = [options.trunk_lr, options.head_lr]
+        rates = [options.backbone_lr, options.head_lr]
         # At least two steps, or the cycle has no room to turn.
         return OneCycleLR(optimizer, rates, max(total, 2), cycle_momentum=False, last_epoch=last)
     if options.schedule == "cosine":

@@ -1,6 +1,6 @@
-"""Two small graphs: each a trunk of a stem, a residual block and a head; the first makes the image of the second.
+"""Two small graphs: each a backbone of a stem, a residual block and a head; the first makes the image of the second.
 
-The first one's box is no crop, but it depends on the trunk, and moves with it.
+The first one's box is no crop, but it depends on the backbone, and moves with it.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT
 
 
 def is_backbone(name):
-    return name.startswith("trunk.")
+    return name.startswith("backbone.")
 
 
 def make_graph(k, *, last, loud=1.0):
@@ -38,9 +38,9 @@ def make_graph(k, *, last, loud=1.0):
     block = half(WIDTH, WIDTH, 3, 3) * np.float16(0.5)
     block[0] *= np.float16(loud)
     constants = {
-        "trunk.stem.weight": half(WIDTH, 3, 3, 3),
-        "trunk.stem.bias": half(WIDTH),
-        "trunk.block.weight": block,
+        "backbone.stem.weight": half(WIDTH, 3, 3, 3),
+        "backbone.stem.bias": half(WIDTH),
+        "backbone.block.weight": block,
         "part.weight": half(WIDTH, WIDTH, 1, 1),
         "head": random.normal(0, 1, (WIDTH, CLASSES)).astype(np.float32),
         "offset": np.zeros(CLASSES, np.float32),
@@ -55,9 +55,9 @@ def make_graph(k, *, last, loud=1.0):
     node = helper.make_node
     nodes = [
         node("Cast", [f"image_{k}"], ["half"], name="n_cast", to=HALF),
-        node("Conv", ["half", "trunk.stem.weight", "trunk.stem.bias"], ["stem"], name="n_stem", **same),
+        node("Conv", ["half", "backbone.stem.weight", "backbone.stem.bias"], ["stem"], name="n_stem", **same),
         node("Clip", ["stem", "zero", "six"], ["clipped"], name="n_clip"),
-        node("Conv", ["clipped", "trunk.block.weight"], ["block"], name="n_block", **same),
+        node("Conv", ["clipped", "backbone.block.weight"], ["block"], name="n_block", **same),
         node("Add", ["clipped", "block"], ["sum"], name="n_add"),
         node("Relu", ["sum"], ["features"], name="n_relu"),
         node("Conv", ["features", "part.weight"], ["parts"], name="n_part"),
@@ -77,7 +77,7 @@ def make_graph(k, *, last, loud=1.0):
             node("ReduceMax", ["flat", "one"], ["top"], name="n_top"),
             node("Slice", [f"image_{k}", "low", "high", "axes"], ["middle"], name="n_slice"),
             node("Resize", ["middle", "", "sizes"], ["large"], name="n_resize", mode="linear"),
-            node("Mul", ["large", "top"], [f"image_{k + 1}"], name="n_mul"),  # so it depends on the trunk, as a crop
+            node("Mul", ["large", "top"], [f"image_{k + 1}"], name="n_mul"),  # so it depends on the backbone, as a crop
             node("Sigmoid", [f"logits_{k}"], ["positive"], name="n_positive"),
             node("MatMul", ["positive", "right"], ["moved"], name="n_moved"),
             node("Add", ["moved", "least"], [f"box_{k}"], name="n_box"),
@@ -128,7 +128,7 @@ def quantise(model, images, classes=lambda out: out["logits_1"].argmax(1), **opt
     return quantize_graph(model, is_backbone, {"image_1": images}, judge, options)
 
 
-def test_layers_are_the_trunks_convolutions_and_its_residual_sum(graph):
+def test_layers_are_the_backbones_convolutions_and_its_residual_sum(graph):
     layers = find_layers(graph[1], is_backbone)
     assert [layer.node for layer in layers] == ["n_stem", "n_block", "n_add"]
     assert layers[2].activations == ("clipped", "block")
@@ -149,12 +149,12 @@ def test_everything_is_symmetric_int8_with_scales_in_half(quantised):
         assert values[node.input[2]].dtype == np.int8
         assert not values[node.input[2]].any()
         assert values[node.input[1]].dtype == np.float16
-    assert values["trunk.block.weight_scale"].shape == (WIDTH,)
-    assert values["trunk.stem.weight_bias"].dtype == np.float16  # biases are not quantised
-    assert "trunk.block.weight" not in values  # its codes alone are kept
+    assert values["backbone.block.weight_scale"].shape == (WIDTH,)
+    assert values["backbone.stem.weight_bias"].dtype == np.float16  # biases are not quantised
+    assert "backbone.block.weight" not in values  # its codes alone are kept
 
 
-def test_what_is_not_of_the_trunk_reads_what_it_read(graph, quantised):
+def test_what_is_not_of_the_backbone_reads_what_it_read(graph, quantised):
     chosen = {layer.node for layer in quantised.layers}
     for node in quantised.model.graph.node:
         before = next((other for other in graph[1].graph.node if other.name == node.name), None)
@@ -280,7 +280,7 @@ def test_options_that_are_none_are_refused(name, value):
         Int8Options(**{name: value})
 
 
-def test_on_a_cpu_the_trunk_is_integer_and_answers_alike(graph, images, quantised, tmp_path):
+def test_on_a_cpu_the_backbone_is_integer_and_answers_alike(graph, images, quantised, tmp_path):
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
@@ -333,11 +333,11 @@ def test_a_bias_takes_up_what_rounding_its_weight_adds():
     weight = np.full((1, 1, 3, 3), 0.4 / 127, np.float32)
     weight[0, 0, 1, 1] = 1
     graph = helper.make_graph(
-        [helper.make_node("Conv", ["x", "trunk.weight"], ["y"], name="n_conv")],
+        [helper.make_node("Conv", ["x", "backbone.weight"], ["y"], name="n_conv")],
         "one",
         [helper.make_tensor_value_info("x", FULL, ["batch", 1, 8, 8])],
         [helper.make_tensor_value_info("y", FULL, ["batch", 1, 6, 6])],
-        [numpy_helper.from_array(weight, "trunk.weight")],
+        [numpy_helper.from_array(weight, "backbone.weight")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     x = np.random.default_rng(0).uniform(1, 2, (8, 1, 8, 8)).astype(np.float32)

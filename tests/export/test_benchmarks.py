@@ -83,7 +83,7 @@ def test_bare_backbones_compute_c5_of_the_same_weights(tiny):
     backbones()
     image = torch.rand((2, 3, 64, 64), generator=torch.Generator().manual_seed(0)) * 2 - 1
     expected = [expert.features(image)[1] for expert in model.experts]
-    expected.append(model.gate.norm5(model.gate.trunk(image)[-1]))
+    expected.append(model.gate.norm5(model.gate.backbone(image)[-1]))
     assert len(backbones) == len(expected) == 3
     for found, wanted in zip(backbones.outputs(), expected, strict=True):
         np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-4 * float(wanted.abs().max()))

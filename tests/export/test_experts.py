@@ -89,7 +89,7 @@ def test_weights_that_become_zero_in_half_are_counted(tiny):
 
 def test_a_large_variance_is_folded_before_it_could_overflow(tiny):
     model = tiny.make_model(2)
-    norm = model.experts[0].trunk.bn1
+    norm = model.experts[0].backbone.bn1
     norm.running_var.fill_(1e6)
     norm.weight.data *= 1e3
     graph = build_graphs(model, Precision.FP16)[0]

@@ -42,8 +42,8 @@ def walk(graph, start, stop):
     return list(seen.values())
 
 
-def is_trunk_convolution(graph):
-    """A convolution of the trunk: its weight is one, or is decoded from one."""
+def is_backbone_convolution(graph):
+    """A convolution of the backbone: its weight is one, or is decoded from one."""
     made = producers(graph)
 
     def judge(node):
@@ -68,23 +68,23 @@ def quantised_convolutions(graph):
 
 
 def is_residual_sum(graph):
-    """A sum of two terms that the trunk's convolutions make, with nothing but activations and pooling between."""
-    made, trunk = producers(graph), is_trunk_convolution(graph)
+    """A sum of two terms that the backbone's convolutions make, with nothing but activations and pooling between."""
+    made, backbone = producers(graph), is_backbone_convolution(graph)
     between = {"Add", "Cast", "Clip", "MaxPool", "Relu", "QuantizeLinear", "DequantizeLinear"}
 
-    def from_trunk(tensor):
+    def from_backbone(tensor):
         node = made.get(tensor)
         if node is None or node.op_type == "Conv":
-            return node is not None and trunk(node)
+            return node is not None and backbone(node)
         terms = node.input if node.op_type == "Add" else node.input[:1]  # beside it are limits, scales, zero points
-        return node.op_type in between and all(map(from_trunk, terms))
+        return node.op_type in between and all(map(from_backbone, terms))
 
-    return lambda node: node.op_type == "Add" and all(map(from_trunk, node.input))
+    return lambda node: node.op_type == "Add" and all(map(from_backbone, node.input))
 
 
 def reached(graph, start):
-    """Names of all nodes that a tensor's values flow to, up to the trunk's convolutions."""
-    trunk, readers = is_trunk_convolution(graph), {}
+    """Names of all nodes that a tensor's values flow to, up to the backbone's convolutions."""
+    backbone, readers = is_backbone_convolution(graph), {}
     for node in graph.node:
         if node.op_type not in ("Shape", "Size"):  # sizes are no values
             for name in node.input:
@@ -94,20 +94,20 @@ def reached(graph, start):
         for node in readers.get(todo.pop(), []):
             if node.name not in seen:
                 seen.add(node.name)
-                todo += [] if trunk(node) else node.output
+                todo += [] if backbone(node) else node.output
     return seen
 
 
 def quantised_behind(graph, output):
-    """Q and DQ nodes between an output and the trunk's last layers, which may read what was quantised."""
-    trunk, residual = is_trunk_convolution(graph), is_residual_sum(graph)
-    behind = walk(graph, output, lambda node: trunk(node) or residual(node))
-    assert any(trunk(node) or residual(node) for node in behind)
+    """Q and DQ nodes between an output and the backbone's last layers, which may read what was quantised."""
+    backbone, residual = is_backbone_convolution(graph), is_residual_sum(graph)
+    behind = walk(graph, output, lambda node: backbone(node) or residual(node))
+    assert any(backbone(node) or residual(node) for node in behind)
     return [node.name for node in behind if node.op_type in CODING]
 
 
 def quantised_pixels(graph):
-    """Q and DQ nodes on a way from the image to its crop that does not lead through the trunk."""
+    """Q and DQ nodes on a way from the image to its crop that does not lead through the backbone."""
     pixels, crop = reached(graph, "frame"), producers(graph)["image_2"].name
     found = [node for node in graph.node if node.op_type in CODING and node.name in pixels]
     return [node.name for node in found if crop in reached(graph, node.output[0])]
@@ -130,7 +130,7 @@ def test_the_picture_and_what_is_cut_from_it_pass_no_quantisation(quantised):
     assert quantised_pixels(graph) == []
     pixels = reached(graph, "frame")
     assert producers(graph)["image_2"].name in pixels
-    # The trunk itself reads the image through a pair, so the walk does meet some.
+    # The backbone itself reads the image through a pair, so the walk does meet some.
     assert {node.op_type for node in graph.node if node.name in pixels} >= CODING
 
 
@@ -176,17 +176,17 @@ def test_a_pair_before_any_sum_of_heads_and_crop_is_found(quantised):
 def test_backbones_alone_are_quantised(quantised, name):
     graph, plan = quantised.graphs[name], quantised.manifest.precision[name]
     outputs = {tensor.name for tensor in graph.output}
-    trunk = is_trunk_convolution(graph)
+    backbone = is_backbone_convolution(graph)
     found = quantised_convolutions(graph)
     assert len(found) == plan["quantized"]["convolutions"] > 0
-    assert all(trunk(node) for node in found)
-    left = [node for node in graph.node if trunk(node) and node not in found]
+    assert all(backbone(node) for node in found)
+    left = [node for node in graph.node if backbone(node) and node not in found]
     sums = sum(name.startswith("add ") for name in plan["quantized"]["left_float"])
     assert len(left) == len(plan["quantized"]["left_float"]) - sums
     # Of resnet10t: three of the stem, two of each block, the shortcuts'; the last graph has the gate's, too.
     assert len(found) + len(left) == (14 if "gate" not in outputs else 28)
     assert len(quantised_sums(graph)) == plan["quantized"]["adds"]
-    others = [node for node in graph.node if node.op_type == "Conv" and not trunk(node)]
+    others = [node for node in graph.node if node.op_type == "Conv" and not backbone(node)]
     assert len(others) == 1  # the part convolution
     for node in graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):

@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks.pytorch import AUTHORS, COMPILED, MODEL, AuthorsChain, Unavailable, pytorch_ways, split_backbone
 from mge.data.folder import normalize
-from mge.model import create_trunk
+from mge.model import create_backbone
 
 # Relative to the largest logit. The same products are summed in another order (autograd's gradient, the padded
 # convolution, two-dimensional interpolation): a few float32 roundings (6e-8) through a dozen layers.
@@ -66,7 +66,7 @@ def test_gradients_are_autograds_and_do_not_add_up(tiny):
     gradients = []
     for _ in range(2):
         chain(images)
-        backbone = model.experts[0].trunk
+        backbone = model.experts[0].backbone
         assert backbone["layer3"][0].conv1.weight.grad is None  # below c4 nothing is differentiated
         gradients.append(backbone["layer4"][0].conv1.weight.grad.clone())
     assert gradients[0].abs().max() > 0
@@ -76,7 +76,7 @@ def test_gradients_are_autograds_and_do_not_add_up(tiny):
 @torch.no_grad()
 @pytest.mark.parametrize("arch", ["resnet10t", "plainnet_w16", "efficientnet_lite0"])
 def test_backbones_are_cut_at_c4(arch):
-    backbone = create_trunk(arch)[0].eval()
+    backbone = create_backbone(arch)[0].eval()
     lower, upper = split_backbone(backbone, 64)
     image = torch.rand((2, 3, 64, 64), generator=torch.Generator().manual_seed(0))
     c4, c5 = backbone(image)

@@ -1,6 +1,6 @@
 """The method as its paper and published description state it: one image at a time, by loops, slices and autograd.
 
-Nothing here calls mge's own attention, heads or mixture; only the trunks and the weights are shared.
+Nothing here calls mge's own attention, heads or mixture; only the backbones and the weights are shared.
 """
 
 from dataclasses import dataclass, field
@@ -55,7 +55,7 @@ def run_one(model, image, label=None):
     for k, expert in enumerate(model.experts):
         expected.images.append(seen)
         with torch.no_grad():
-            c4, c5 = expert.trunk(seen[None])
+            c4, c5 = expert.backbone(seen[None])
             pooled = torch.stack([channel.mean() for channel in c5[0]])
             parts = F.conv2d(c4, expert.part_conv.weight, expert.part_conv.bias, padding=1).relu().amax((2, 3))[0]
             halves = [10 * vector / vector.norm() for vector in (pooled, parts)]
@@ -69,7 +69,7 @@ def run_one(model, image, label=None):
             expected.boxes.append(box)
             seen = crop_of(seen, box, config.image_size)
     with torch.no_grad():
-        c5 = model.gate.trunk(image[None])[-1]
+        c5 = model.gate.backbone(image[None])[-1]
         scores = model.gate.output(model.gate.hidden(c5[0].mean((1, 2))))
     exponentials = torch.exp(scores - scores.max())
     expected.gate = exponentials / exponentials.sum()

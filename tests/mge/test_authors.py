@@ -21,7 +21,7 @@ from mge_runtime.errors import CheckpointError
 
 SHARED = Path(__file__).parents[3] / "shared"
 CLASSES = 7
-# Of the largest value: float32 sums in another order, through three trunks. The authors' code is compared at 1e-3.
+# Of the largest value: float32 sums in another order, through three backbones. The authors' code is compared at 1e-3.
 TOLERANCE = 1e-4
 
 
@@ -38,16 +38,16 @@ EXPERTS = (
 def theirs_and_ours(arch, classes):
     """Pairs (their name, our name, shape) of a whole checkpoint."""
     with torch.device("meta"):
-        trunk = getattr(torchvision.models, arch)().state_dict()
+        backbone = getattr(torchvision.models, arch)().state_dict()
     pairs = []
 
-    def add_trunk(conv4, conv5, ours):
-        for name, tensor in trunk.items():
+    def add_backbone(conv4, conv5, ours):
+        for name, tensor in backbone.items():
             first, _, rest = name.partition(".")
             if first == "layer4":
-                pairs.append((f"{conv5}.{rest}", f"{ours}.trunk.{name}", tensor.shape))
+                pairs.append((f"{conv5}.{rest}", f"{ours}.backbone.{name}", tensor.shape))
             elif first != "fc":
-                pairs.append((f"{conv4}.{CONV4[first]}.{rest}", f"{ours}.trunk.{name}", tensor.shape))
+                pairs.append((f"{conv4}.{CONV4[first]}.{rest}", f"{ours}.backbone.{name}", tensor.shape))
 
     def add_linear(theirs, ours, inputs, outputs):
         pairs.append((f"{theirs}.weight", f"{ours}.weight", (outputs, inputs)))
@@ -56,13 +56,13 @@ def theirs_and_ours(arch, classes):
     parts = 10 * classes
     for k, (conv4, conv5, classifier, conv6, part, cat) in enumerate(EXPERTS):
         ours = f"experts.{k}"
-        add_trunk(conv4, conv5, ours)
+        add_backbone(conv4, conv5, ours)
         add_linear(f"{classifier}.fc", f"{ours}.global_head.fc", 2048, classes)
         pairs.append((f"{conv6}.weight", f"{ours}.part_conv.weight", (parts, 1024, 1, 1)))
         pairs.append((f"{conv6}.bias", f"{ours}.part_conv.bias", (parts,)))
         add_linear(f"{part}.fc", f"{ours}.part_head", parts, classes)
         add_linear(f"{cat}.fc", f"{ours}.concat_head", 2048 + parts, classes)
-    add_trunk("conv4_gate", "conv5_gate", "gate")
+    add_backbone("conv4_gate", "conv5_gate", "gate")
     add_linear("cls_gate.0.fc", "gate.hidden", 2048, 512)
     add_linear("cls_gate.1.fc", "gate.output", 512, 3)
     return pairs
@@ -158,7 +158,7 @@ def test_options_stand_for_what_the_file_lacks(tmp_path, pairs):
         load_checkpoint(path, labels=labels)
 
 
-def test_trunk_follows_from_the_shapes():
+def test_backbone_follows_from_the_shapes():
     pairs = theirs_and_ours("resnet101", 200)
     found, _ = read_authors_state(authors_state(pairs, 200), "a.pth")
     assert (found.arch, found.num_classes, found.parts_per_class, found.gate_width) == ("resnet101", 200, 10, 512)
@@ -170,7 +170,7 @@ def test_trunk_follows_from_the_shapes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("conv5_box.2.conv3.weight"), "'experts.1.trunk.layer4.2.conv3.weight' is missing"),
+        (lambda s: s.pop("conv5_box.2.conv3.weight"), "'experts.1.backbone.layer4.2.conv3.weight' is missing"),
         (lambda s: s.pop("conv6.weight"), "'conv6.weight' is missing"),
         (
             lambda s: s.update({"classifier_box_3.fc.weight": torch.zeros(7, 2048)}),
@@ -245,7 +245,7 @@ def seeded(config, images):
         model.eval()
         for expert in model.experts:
             # Each class looks for one of the channels with the narrowest peaks: the sum of many crops nothing.
-            _, c5 = expert.trunk(images)
+            _, c5 = expert.backbone(images)
             peaked = (c5.amax((2, 3)) / (c5.mean((2, 3)) + 0.01)).mean(0).topk(config.num_classes).indices
             weight = expert.global_head.fc.weight
             weight.copy_(-0.01 * weight.abs())
@@ -329,7 +329,7 @@ def test_resnet50_by_hand(reference):
 
 
 def test_names_of_the_layout_are_complete(pairs):
-    # 4 trunks of 53 convolutions with BatchNorms of 5 tensors; 8 tensors of heads an expert, 4 of the gate.
+    # 4 backbones of 53 convolutions with BatchNorms of 5 tensors; 8 tensors of heads an expert, 4 of the gate.
     assert len(pairs) == 4 * (53 + 53 * 5) + 3 * 8 + 4
     assert len({theirs for theirs, _, _ in pairs}) == len({ours for _, ours, _ in pairs}) == len(pairs)
     assert not [theirs for theirs, _, _ in pairs if re.match(r"conv4\w*\.[237]\.", theirs)]

@@ -16,7 +16,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from mge.archive import read_archive
-from mge.backbones import create_trunk
+from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from mge.config import MGEConfig, read_labels
 from mge.model import MGENet
@@ -302,7 +302,7 @@ def test_nothing_is_fetched_for_a_checkpoint(tmp_path, saved, scheme, monkeypatc
     torch.save(content, path)
     refused(path, r"arch is '.*'; expected a CNN of timm itself, nothing is fetched")
     with pytest.raises(CheckpointError, match="nothing is fetched"):
-        create_trunk(scheme)  # what `mge-train --arch` asks
+        create_backbone(scheme)  # what `mge-train --arch` asks
     assert asked == []
 
 
@@ -356,7 +356,7 @@ def test_archives_of_others(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
     refused(path, "a ZIP of 1 other files")
-    for name in ("trunk.safetensors", "trunk.pt"):
+    for name in ("backbone.safetensors", "backbone.pt"):
         save_file({"conv1.weight": torch.zeros(2, 2)}, tmp_path / name)
         refused(tmp_path / name, "safetensors file, which mge-train --init")
 

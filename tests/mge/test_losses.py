@@ -70,7 +70,7 @@ def test_terms_are_the_papers_ten_entropies_and_two_diversities(step):
 def trained_by(model, term):
     model.zero_grad()
     term.backward(retain_graph=True)
-    return {name.split(".trunk.")[0] + (".trunk" if ".trunk." in name else "")
+    return {name.split(".backbone.")[0] + (".backbone" if ".backbone." in name else "")
             for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}  # fmt: skip
 
 
@@ -78,11 +78,11 @@ def test_each_term_trains_what_the_paper_says(step):
     model, output, labels = step
     terms = loss_terms(output, labels)
     assert trained_by(model, terms["global_2"]) == {
-        "experts.1.trunk", "experts.1.global_head.fc.weight", "experts.1.global_head.fc.bias"
+        "experts.1.backbone", "experts.1.global_head.fc.weight", "experts.1.global_head.fc.bias"
     }  # fmt: skip
     assert trained_by(model, terms["part_1"]) == {
         f"experts.0.{name}.{kind}" for name in ("part_conv", "part_head") for kind in ("weight", "bias")
     }
     assert trained_by(model, terms["concat_3"]) == {"experts.2.concat_head.weight", "experts.2.concat_head.bias"}
     layers = {f"gate.{name}.{kind}" for name in ("hidden", "output") for kind in ("weight", "bias")}
-    assert trained_by(model, terms["mixture"]) == {"gate.trunk"} | layers
+    assert trained_by(model, terms["mixture"]) == {"gate.backbone"} | layers

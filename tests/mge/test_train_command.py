@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 
-from mge.backbones import create_trunk
+from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint, read_checkpoint
 from mge.cli.evaluate import main as evaluate
 from mge.cli.field_guide import main as field_guide
@@ -119,7 +119,7 @@ def test_a_model_is_fine_tuned_for_other_classes(trained, data, tmp_path):
     for split in ("train", "val"):
         shutil.copytree(data / split, tmp_path / "data" / split)
         shutil.copytree(data / split / "b", tmp_path / "data" / split / "c")
-    rates = ["--trunk-lr", "1e-12", "--head-lr", "1e-12", "--weight-decay", "0"]
+    rates = ["--backbone-lr", "1e-12", "--head-lr", "1e-12", "--weight-decay", "0"]
     here = ["--batch-size", "4", "--epochs", "1", "--accelerator", "cpu", "--workers", "0"]
     for name, folder, said in (
         ("other", tmp_path / "data", "heads anew for 3 classes (it knows 2)"),
@@ -195,22 +195,22 @@ def test_a_single_expert_has_no_mixture(data, tmp_path):
     ]
 
 
-def test_every_trunk_starts_from_the_file(data, tmp_path):
+def test_every_backbone_starts_from_the_file(data, tmp_path):
     torch.manual_seed(5)
-    trunk, _, _ = create_trunk("test_resnet")
+    backbone, _, _ = create_backbone("test_resnet")
     save_file(
-        {name: tensor.half().contiguous() for name, tensor in trunk.state_dict().items()}, tmp_path / "w.safetensors"
+        {name: tensor.half().contiguous() for name, tensor in backbone.state_dict().items()}, tmp_path / "w.safetensors"
     )
     done = CliRunner().invoke(
         train,
         ["--data", str(data), "--out", str(tmp_path / "run"), "--init", str(tmp_path / "w.safetensors"), *TINY,
-         "--trunk-lr", "0", "--weight-decay", "0"],
+         "--backbone-lr", "0", "--weight-decay", "0"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     state = load_checkpoint(tmp_path / "run/best.pt").state_dict()
-    first = next(name for name, _ in trunk.named_parameters())
+    first = next(name for name, _ in backbone.named_parameters())
     for place in ("experts.0", "experts.1", "experts.2", "gate"):
-        assert torch.equal(state[f"{place}.trunk.{first}"], trunk.state_dict()[first].half().float())
+        assert torch.equal(state[f"{place}.backbone.{first}"], backbone.state_dict()[first].half().float())
 
 
 def test_bad_input_gets_one_line(data, tmp_path):

@@ -304,7 +304,7 @@ def test_compiled_backbones_learn_the_same(make, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", traced)
     plain, faster = (make(str(flag), epochs=1, compile=flag) for flag in (False, True))
     first, second = plain.fit().history[0], faster.fit().history[0]
-    assert compiled == [*(expert.trunk for expert in faster.model.experts), faster.model.gate.trunk]
+    assert compiled == [*(expert.backbone for expert in faster.model.experts), faster.model.gate.backbone]
     assert second["loss/total"] == pytest.approx(first["loss/total"], rel=1e-3)
     assert load_checkpoint(faster.folder / "last.pt").state_dict().keys() == plain.model.state_dict().keys()
 
@@ -333,8 +333,8 @@ def test_a_finished_run_may_grow(make, schedule, capsys):
     assert grown.options.epochs == 2
     progress = grown.fit(grown.folder / "last.pt")
     assert "2 epochs instead of 1" in capsys.readouterr().out
-    assert [progress.history[1][key] for key in ("lr/trunk", "lr/heads")] == pytest.approx(
-        [whole.history[1][key] for key in ("lr/trunk", "lr/heads")], rel=1e-12
+    assert [progress.history[1][key] for key in ("lr/backbone", "lr/heads")] == pytest.approx(
+        [whole.history[1][key] for key in ("lr/backbone", "lr/heads")], rel=1e-12
     )
     if schedule == "step":
         assert losses(progress) == losses(whole)
@@ -434,13 +434,13 @@ def test_weights_ruined_by_the_last_step_do_not_become_the_best(make):
     assert not (trainer.folder / "best.pt").exists()
 
 
-def test_rates_of_trunks_and_heads_fall_tenfold_every_thirty_epochs():
+def test_rates_of_backbones_and_heads_fall_tenfold_every_thirty_epochs():
     model = MGENet(MGEConfig("test_resnet", ("a", "b"), image_size=64, resize=64))
     options = TrainOptions()
     optimizer = make_optimizer(model, options)
-    trunks, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
-    assert trunks == {id(p) for name, p in model.named_parameters() if ".trunk." in name}
-    assert others == {id(p) for name, p in model.named_parameters() if ".trunk." not in name}
+    backbones, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert backbones == {id(p) for name, p in model.named_parameters() if ".backbone." in name}
+    assert others == {id(p) for name, p in model.named_parameters() if ".backbone." not in name}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4]
     assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
     schedule = make_schedule(optimizer, options, steps_per_epoch=2)

@@ -224,5 +224,5 @@ def _pair_node(
 
 
 def _short(weight: str) -> str:
-    """`expert.trunk.layers.conv1.weight` -> `conv1`, `gate.trunk.layers.conv1.weight` -> `gate.conv1`."""
-    return weight.removesuffix(".weight").removeprefix("expert.").replace("trunk.layers.", "", 1)
+    """`expert.backbone.layers.conv1.weight` -> `conv1`, `gate.backbone.layers.conv1.weight` -> `gate.conv1`."""
+    return weight.removesuffix(".weight").removeprefix("expert.").replace("backbone.layers.", "", 1)
