@@ -1,7 +1,7 @@
 """Compare our model with the authors' published code, on the same weights and photographs.
 
-Both models get the same seeded weights: ImageNet ResNet-50 backbones, disturbed differently for each expert and the gate,
-the global heads ImageNet's own class vectors, the other heads random. The weights travel as a checkpoint in the
+Both models get the same seeded weights: ImageNet ResNet-50 backbones, disturbed differently for each expert and the
+gate, the global heads ImageNet's own class vectors, the other heads random. The weights travel as a checkpoint in the
 authors' layout through `mge.checkpoint.load_checkpoint`, so the loader is checked too. Exit code 1: out of tolerance.
 
     git clone https://github.com/lbzhang/MGE-CNN ../MGE-CNN

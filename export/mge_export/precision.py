@@ -19,8 +19,8 @@ _FLOATS: dict[int, str] = {
     onnx.TensorProto.BFLOAT16: "bfloat16",
     onnx.TensorProto.DOUBLE: "float64",
 }
-# Operators of the heads, the attention and the crop, which no backbone has: FP32 in every precision. L2 norms and softmax
-# saturate in FP16, positions in an image of 448 pixels have an error of a quarter of a pixel.
+# Operators of the heads, the attention and the crop, which no backbone has: FP32 in every precision. L2 norms and
+# softmax saturate in FP16, positions in an image of 448 pixels have an error of a quarter of a pixel.
 _ISLANDS = frozenset({"ArgMax", "GatherElements", "GatherND", "GridSample", "ReduceL2", "ReduceMin"})
 
 
