@@ -1,6 +1,6 @@
 """How many lines of `mge_runtime` run to open a bundle and to predict one image on a CPU, and in which files.
 
-    python benchmarks/executed_lines.py mge.plan image.jpg
+    python -m benchmarks.executed_lines mge.plan image.jpg
 
 `sys.settrace` reports every line that runs, in any thread. Counted is each line once for `Pipeline.open` (with the
 modules that it imports itself, but not those of `from mge_runtime import Pipeline`) and once for `predict`, the
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import click
 
 from mge_runtime import Pipeline, pipeline
 
@@ -43,6 +45,9 @@ def executed(function: Callable[[], Any]) -> tuple[Any, dict[str, set[int]]]:
         threading.settrace(None)  # pyright: ignore[reportArgumentType]
 
 
+@click.command(help=__doc__)
+@click.argument("bundle", type=click.Path(exists=True))
+@click.argument("image", type=click.Path(exists=True))
 def main(bundle: str, image: str) -> None:
     """Print the lines of each file."""
     opened, opening = executed(lambda: Pipeline.open(bundle, "cpu"))
@@ -57,4 +62,4 @@ def main(bundle: str, image: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main()

@@ -112,10 +112,11 @@ def check_output(path: Path) -> None:
     """
     with suppress(OSError):  # check_writable says it
         if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "a device or a pipe"
-            raise OutputError(f"cannot write {path}: it is {kind}; expected a file name, such as mge.plan")
+            found = f"a folder; name a file, such as {path / 'mge.plan'}" if path.is_dir() else "a device or a pipe"
+            raise OutputError(f"cannot write {path}: it is {found}")
         if not path.parent.is_dir():
-            raise OutputError(f"cannot write {path}: no folder {path.parent}; make it or name another place with -o")
+            found = f"{path.parent} is a file" if path.parent.exists() else f"there is no folder {path.parent}"
+            raise OutputError(f"cannot write {path}: {found}; make a folder or name another place with -o")
     check_writable(path)
 
 

@@ -236,6 +236,10 @@ def test_a_damaged_verification_image_is_named_and_left_out(exported, photograph
 def test_the_chain_in_one_graph_answers_bit_for_bit_as_its_graphs(exported, batch):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    if exported.precision is Precision.FP16:
+        # Where an expert's image is no output, ONNX Runtime's CPU provider, which computes in FP32, does not round it
+        # to FP16 in between: the chain is then more exact by 1e-5.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     chain = onnxruntime.InferenceSession(exported.folder / "chain.onnx", options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in chain.get_outputs()]
     assert names == ["probabilities", "logits", "gate", "box_1", "heatmap_1", "heatmap_2"]

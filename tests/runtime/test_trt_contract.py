@@ -95,8 +95,8 @@ def test_a_runtime_configuration_has_what_is_set(rtx):
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt_lean"])
 def test_names_of_types_places_and_directions(name):
     module = pytest.importorskip(name)
-    assert set(DTYPES) == set(CHAIN_DTYPES)
-    for expected in DTYPES.values():
+    assert set(DTYPES.values()) == set(CHAIN_DTYPES)
+    for expected in DTYPES:
         assert getattr(module.DataType, expected).name == expected
     assert module.TensorLocation.DEVICE.name == "DEVICE"
     assert {mode.name for mode in (module.TensorIOMode.INPUT, module.TensorIOMode.OUTPUT)} == {"INPUT", "OUTPUT"}
