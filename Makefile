@@ -39,9 +39,9 @@ demo: $(READY) ## draw a field guide, train, export, answer; some minutes on two
 	@$(BIN)/mge-run --engine $(DEMO)/mge.plan $$(ls $(DEMO)/field-guide/test/golden-hooded-scarlet-*/*.png | head -n 1)
 	@echo; echo "the bundle is $(DEMO)/mge.plan; pictures of the answers lie in $(DEMO)/pictures"
 
-# A trunk that learns from nothing, at the size the birds are drawn for; see docs/results.md for the longer run.
+# A backbone that learns from nothing, at the size the birds are drawn for; see docs/results.md for the longer run.
 RECIPE = --arch plainnet_w16 --init none --image-size 112 --resize 128 --batch-size 16 --schedule onecycle \
-  --trunk-lr 0.05 --head-lr 0.05 --weight-decay 5e-4 --label-smoothing 0.1 --diversity none --parts-per-class 4 \
+  --backbone-lr 0.05 --head-lr 0.05 --weight-decay 5e-4 --label-smoothing 0.1 --diversity none --parts-per-class 4 \
   --box-threshold 0.3 --workers 1 --accelerator cpu
 
 test: lint types unit ## everything that CI holds: lint, types, tests

@@ -1,12 +1,11 @@
-"""Hold our model to the authors' published code, on the same weights and photographs.
+"""Compare our model with the authors' published code, on the same weights and photographs.
 
-Both models get the same seeded weights: ImageNet ResNet-50 trunks, disturbed differently for each expert and the gate,
-the global heads ImageNet's own class vectors, the other heads random. The weights travel as a checkpoint in the
-authors' layout through `mge.checkpoint.load_checkpoint`, so the loader is part of what is held. Exit code 1: out of
-tolerance.
+Both models get the same seeded weights: ImageNet ResNet-50 backbones, disturbed differently for each expert and the
+gate, the global heads ImageNet's own class vectors, the other heads random. The weights travel as a checkpoint in the
+authors' layout through `mge.checkpoint.load_checkpoint`, so the loader is checked too. Exit code 1: out of tolerance.
 
     git clone https://github.com/lbzhang/MGE-CNN ../MGE-CNN
-    python benchmarks/authors_parity.py --authors ../MGE-CNN --resnet50 resnet50.safetensors --images DIR
+    python -m benchmarks.authors_parity --authors ../MGE-CNN --resnet50 resnet50.safetensors --images DIR
 
 The authors' code has no licence, so nothing of it is here: it is imported from the user's own clone. It was written for
 a GPU and PyTorch 1; on a CPU it runs once `.cuda()` is an identity, the packages that it imports without need are empty
@@ -214,7 +213,7 @@ def compare(module: Any, net: Any, ours: MGENet, images: Tensor, threshold: floa
 
 def main() -> int:
     """Run the comparison; the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--authors", type=Path, required=True, help="a clone of github.com/lbzhang/MGE-CNN")
     parser.add_argument("--resnet50", type=Path, required=True, help=".safetensors with torchvision's names")
     parser.add_argument("--images", type=Path, required=True, help="a folder of photographs")

@@ -11,7 +11,7 @@ trap 'rm -rf "$folder"' EXIT
 uv=$folder/tools/bin/uv
 "$uv" venv --quiet --python "$python" "$folder/venv"
 # Direct dependencies at their lower bounds, what those need at its newest; the package itself comes after, without any.
-# Not [rtx]: torch 2.11 comes with a cuda-bindings that the oldest cuda-core cannot use; tests of engines are skipped.
+# Not [rtx]: tests of engines are skipped.
 "$uv" pip install --quiet --python "$folder/venv" --cache-dir "$folder/cache" --resolution lowest-direct \
   -r pyproject.toml --extra train --extra export --extra calibrate --extra cpu \
   'pytest>=8.2' 'pytest-timeout>=2.3' 'scikit-image>=0.24' 'hypothesis>=6.100'

@@ -18,7 +18,7 @@ train() { # name seed options...
   local resume=()
   [ -e "$folder/last.pt" ] && resume=(--resume "$folder/last.pt")
   mge-train --data "$data" --out "$folder" --arch tf_efficientnet_lite0 --init "$weights" --seed "$seed" \
-    --epochs 8 --batch-size 24 --schedule onecycle --trunk-lr 0.02 --head-lr 0.1 --label-smoothing 0.1 --clip-norm 5 \
+    --epochs 8 --batch-size 24 --schedule onecycle --backbone-lr 0.02 --head-lr 0.1 --label-smoothing 0.1 --clip-norm 5 \
     --accelerator cpu --workers 1 "$@" "${resume[@]}"
   mge-eval --ckpt "$folder/last.pt" --data "$data" --predictions "$folder/test.npz" | tee "$folder/table.txt"
 }
@@ -26,17 +26,17 @@ train() { # name seed options...
 for seed in "${seeds[@]}"; do
   train chain "$seed" --image-size 160 --resize 184 --crop-area 0.55
   train single "$seed" --image-size 160 --resize 184 --experts 1
-  train large "$seed" --image-size 320 --resize 368 --experts 1 # four times the pixels: the GMACs of four trunks
+  train large "$seed" --image-size 320 --resize 368 --experts 1 # four times the pixels: the GMACs of four backbones
 done
 
 runs() { for seed in "${seeds[@]}"; do echo "$out/$1-s$seed/test.npz"; done; }
 compare() { # the chain's head, the other run, its head
   # shellcheck disable=SC2046 # the names are ours and hold no spaces
-  python benchmarks/compare_answers.py --ours $(runs chain) --head "$1" --theirs $(runs "$2") --other "$3"
+  python -m benchmarks.predictions --first $(runs chain) --head "$1" --second $(runs "$2") --second-head "$3"
 }
 for other in single large; do
   compare mixture $other "expert 1 global" # the plain classifier: average pooling and a linear layer
-  compare mixture $other "expert 1"        # the same trunk with the part head
+  compare mixture $other "expert 1"        # the same backbone with the part head
 done
 compare mixture chain average
 compare mixture chain "expert 3"

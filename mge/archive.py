@@ -1,8 +1,7 @@
-"""Read a file of `torch.save` without ever running code that it carries, and say clearly what else it is."""
+"""Files of `torch.save`, read without ever running code that they carry, and clear words about other files."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -16,7 +15,7 @@ import numpy as np
 
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["check_file", "read_archive"]
+__all__ = ["check_file", "read_archive", "read_plain"]
 
 # Harmless types that optimizer and scheduler states of other training loops hold and that PyTorch does not allow by
 # itself: NumPy scalars (a learning rate, a best score), under NumPy's old and new names.
@@ -28,6 +27,7 @@ _INERT: list[Any] = [
     *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"},
 ]
 _EXPECTED = "expected a checkpoint that mge-train or the authors' code wrote"
+_ZIP = b"PK\x03\x04"  # begins what torch.save writes since 1.6
 
 
 def check_file(path: Path) -> bytes:
@@ -48,7 +48,7 @@ def check_file(path: Path) -> bytes:
         raise CheckpointError(f"{path} does not exist; {_EXPECTED}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {_EXPECTED}") from error
-    if not head.startswith(b"PK\x03\x04") and (kind := _foreign_kind(head, info.st_size)) is not None:
+    if not head.startswith(_ZIP) and (kind := _foreign_kind(head, info.st_size)) is not None:
         raise CheckpointError(f"{path} is {kind}; {_EXPECTED}")
     return head
 
@@ -65,31 +65,35 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
     import torch
 
     path = Path(path)
-    head = check_file(path)
-    zipped = head.startswith(b"PK\x03\x04")
+    zipped = check_file(path).startswith(_ZIP)
     if zipped:
         _check_zip(path)
     try:
         with torch.serialization.safe_globals(_INERT), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that are then refused
-            content = _torch_load(path, mmap=zipped)
             if zipped:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 _check_storages(path)
-        return content
+                return content
+            # By name, torch.load would hand anything called .safetensors to another reader.
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way while it is read
         raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
 
 
-def _torch_load(path: Path, *, mmap: bool) -> Any:
-    import torch
+def read_plain(path: Path) -> Any:
+    """The plain values of a file of `torch.save`, without PyTorch: what stands for a tensor is of no use.
 
-    if mmap:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # Through a file object: by name, torch.load would hand anything called .safetensors to another reader.
-    with path.open("rb") as file:
-        return torch.load(file, map_location="cpu", weights_only=True)
+    For what is to be said early; the file is not checked. None where it cannot be read so: `read_archive` says why.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_pickle(archive)[1]
+    except Exception:  # a damaged pickle can fail in any way
+        return None
 
 
 def _check_zip(path: Path) -> None:
@@ -113,16 +117,16 @@ def _check_zip(path: Path) -> None:
 
 def _check_storages(path: Path) -> None:
     """Refuse entries of another size than the tensors in them: PyTorch maps by the tensor, into the next entry."""
+    import torch
+
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename.lower(): info for info in archive.infolist()}  # PyTorch's reader ignores case
         if len(entries) < len(archive.infolist()):
             raise CheckpointError(f"{path} has two entries of one name; copy it again from its source")
-        pickled = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
-        with archive.open(pickled) as file:
-            reader = _StorageSizes(file)
-            reader.load()
-    for key, size in reader.sizes.items():
-        info = entries[f"{pickled.partition('/')[0]}/data/{key}".lower()]
+        root, _, storages = _read_pickle(archive)
+    for key, (kind, count) in storages.items():
+        size = count * getattr(getattr(torch, kind, None), "dtype", torch.uint8).itemsize  # untyped: counted in bytes
+        info = entries[f"{root}/data/{key}".lower()]
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != size:
             compressed = "" if info.compress_type == zipfile.ZIP_STORED else ", compressed"
             raise CheckpointError(
@@ -131,8 +135,32 @@ def _check_storages(path: Path) -> None:
             )
 
 
+def _read_pickle(archive: zipfile.ZipFile) -> tuple[str, Any, dict[str, tuple[str, int]]]:
+    """The folder of the pickle in an archive, its plain values, and its storages (see `_PlainValues`)."""
+    name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+    with archive.open(name) as file:
+        reader = _PlainValues(file)
+        return name.partition("/")[0], reader.load(), reader.storages
+
+
+class _PlainValues(pickle.Unpickler):
+    """Reads the plain values of a pickle; nothing that it asks for is imported or called."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.storages: dict[str, tuple[str, int]] = {}  # by key: the name of a storage's class, its elements
+
+    def find_class(self, _module: str, name: str) -> Any:
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, kind, key, _, count = pid
+        self.storages[str(key)] = kind.__name__, count
+        return _Inert()
+
+
 class _Inert:
-    """Stands for every object that a pickle asks for: takes anything and does nothing."""
+    """Stands for every object that a pickle asks for: accepts anything and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Inert:
         return super().__new__(cls)
@@ -146,49 +174,20 @@ class _Inert:
     def append(self, _: Any) -> None: ...
 
 
-class _StorageSizes(pickle.Unpickler):
-    """Read how large the storages are that a pickle names; nothing that it asks for is imported or called."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, encoding="utf-8")
-        self.sizes: dict[str, int] = {}  # by key, in bytes
-
-    def find_class(self, _module: str, name: str) -> Any:
-        return type(name, (_Inert,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        import torch
-
-        _, kind, key, _, count = pid
-        dtype = getattr(getattr(torch, kind.__name__, None), "dtype", torch.uint8)  # an UntypedStorage counts bytes
-        self.sizes[str(key)] = count * dtype.itemsize
-        return _Inert()
-
-
 def _foreign_kind(head: bytes, size: int) -> str | None:
     """Name the kind of a file that is no pickle; None: it may be one."""
     if not head:
         return "empty"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself (git lfs pull fetches it)"
-    header = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header <= size - 8:
-        return f"a safetensors file{_first_tensor(head[8 : 8 + header])}; mge-train --init takes bare trunks"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return "a safetensors file, which mge-train --init takes for a bare backbone"
     if head.startswith(b"\x80"):  # PROTO, which begins every pickle of protocol 2 and later
         return None
-    try:
-        text = head.decode("utf-8")
-    except UnicodeDecodeError:
-        text = "\0"
+    text = head.decode("utf-8", "replace")
     if all(character.isprintable() or character in "\t\r\n" for character in text):
         return f"a text file that begins with {text[:24]!r}"
     return "not a file of torch.save"
-
-
-def _first_tensor(header: bytes) -> str:
-    """` with tensors such as ...`, from as much of a safetensors header as is here."""
-    names = re.findall(rb'"([^"]+)":\{"(?:dtype|shape)"', header)
-    return f" with tensors such as {json.dumps(names[0].decode('utf-8', 'replace'))}" if names else ""
 
 
 def _why_unreadable(error: Exception) -> str:

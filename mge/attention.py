@@ -169,7 +169,7 @@ def extent_box(kept: Tensor) -> Tensor:
     index = torch.arange(size, device=kept.device, dtype=torch.float32)[:, None]
     first = torch.where(kept, index, float(size)).amin(1)
     last = torch.where(kept, index, -1.0).amax(1)
-    whole = torch.tensor((0.0, 0.0, size, size), device=kept.device)
+    whole = _constant((0.0, 0.0, float(size), float(size)), torch.float32, kept.device)
     usable = (last - first).amin(1, keepdim=True) > 0
     return torch.where(usable, torch.cat((first, last), 1), whole)
 
@@ -180,7 +180,7 @@ def attention_box(cam: Tensor, size: int, threshold: float) -> Tensor:
     Args:
         cam: [B, h, h].
         size: pixels, the side of the image that the map looks at.
-        threshold: in [0, 1); a pixel is kept where the normalised map is at least this.
+        threshold: in [0, 1); a pixel is kept where the normalized map is at least this.
 
     Returns:
         [B, 4] float32, see `extent_box`; the whole image where the map is flat.
@@ -240,12 +240,31 @@ def _between(lines: Tensor, low: Tensor, fraction: Tensor) -> Tensor:
 def _upsample(maps: Tensor, size: int, *, extremes: bool = False) -> Tensor:
     """Interpolate axis 1 of maps [B, h, n] at `size` pixels, or at the few that can be extreme: [B, pixels, n]."""
     cells, weights = _taps(maps.shape[1], size, extremes)
-    taps = maps.index_select(1, maps.new_tensor(cells, dtype=torch.int64)) * maps.new_tensor(weights)[:, None]
+    index = _constant(cells, torch.int64, maps.device)
+    taps = maps.index_select(1, index) * _constant(weights, maps.dtype, maps.device)[:, None]
     return taps.unflatten(1, (2, -1)).sum(1)
 
 
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Values on a device, copied there once: a copy from Python waits for everything that a GPU still has to do."""
+    if torch.compiler.is_compiling():  # or exporting: the trace keeps them itself
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _kept(values, dtype, device)
+
+
 @cache
-def _taps(cells: int, size: int, extremes: bool) -> tuple[list[int], list[float]]:
+@torch.inference_mode(False)  # what is made in inference mode is of no use to training
+def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@torch.compiler.assume_constant_result  # NumPy is not traced
+def _taps(cells: int, size: int, extremes: bool) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    return _place(cells, size, extremes)
+
+
+@cache
+def _place(cells: int, size: int, extremes: bool) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Cells below all pixels, then those above, and how much of each; placed as `F.interpolate` with corners aligned.
 
     `extremes`: only the first and the last pixel between each two cells.
@@ -260,4 +279,4 @@ def _taps(cells: int, size: int, extremes: bool) -> tuple[list[int], list[float]
         first[-1] = True
         chosen = np.flatnonzero(first | np.append(first[1:], True))
     taps = np.concatenate((low[chosen], high[chosen])), np.concatenate((1 - above[chosen], above[chosen]))
-    return taps[0].tolist(), taps[1].tolist()
+    return tuple(taps[0].tolist()), tuple(taps[1].tolist())

@@ -1,21 +1,24 @@
-"""The architecture and preprocessing of one model, stored in its checkpoint."""
+"""The architecture, classes and preprocessing of one model, stored in its checkpoint."""
 
 from __future__ import annotations
 
 import json
-import math
+import os
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
-from mge_runtime.errors import BundleError, CheckpointError
+from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
-from mge_runtime.manifest import read_class_names, read_preprocess
-from mge_runtime.spec import Preprocess
+from mge_runtime.manifest import Preprocess, read_class_names, read_preprocess
 
-__all__ = ["MGEConfig"]
+__all__ = ["PAPER_THRESHOLD", "MGEConfig", "read_labels"]
 
 PAPER_THRESHOLD = 0.2  # `--box_thred` of the authors' code
+_LABELS = "expected a UTF-8 text file with one class name a line"
 
 
 @dataclass(frozen=True)
@@ -30,30 +33,25 @@ class MGEConfig:
     classes: tuple[str, ...]  # names, by class index
     experts: int = 3  # K >= 1, experts in the chain; the gate comes on top
     image_size: int = 448  # pixels, S, a multiple of 16, the side of every expert's square input
-    resize: int = 512  # pixels, the shorter side before the centre crop, >= image_size
+    resize: int = 512  # pixels, the shorter side before the center crop, >= image_size
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel, > 0
     box_thresholds: tuple[float, ...] = (PAPER_THRESHOLD, PAPER_THRESHOLD)  # in [0, 1), one for each of the K - 1 crops
     parts_per_class: int = 10  # channels of the part convolution for each class
     gate_width: int = 512  # hidden units of the gate
-    normalize_features: bool = False  # BatchNorm before the heads, for trunks whose last features are linear
+    normalize_features: bool = False  # BatchNorm before the heads, for backbones whose last features are linear
     attention_head: str = "own"  # whose global head Grad-CAM reads: "own", each expert's; "first", always expert 1's
 
     def __post_init__(self) -> None:
+        size, crops = self.image_size, self.experts - 1
         checks = [
-            (bool(self.arch), "arch", "the name of a timm model"),
+            # timm takes "hf-hub:...", "local-dir:..." and more for a place to fetch a model from
+            (re.fullmatch(r"[\w.]+", self.arch, re.ASCII), "arch", "a CNN of timm itself, nothing is fetched"),
             (len(self.classes) >= 2, "classes", "at least two names"),
-            (len(set(self.classes)) == len(self.classes), "classes", "names that differ"),
             (self.experts >= 1, "experts", "at least 1"),
-            (
-                self.image_size >= 32 and self.image_size % 16 == 0,
-                "image_size",
-                "a multiple of 16 pixels, the stride of c4",
-            ),
-            (self.resize >= self.image_size, "resize", f"at least image_size ({self.image_size})"),
-            (len(self.mean) == 3 and all(math.isfinite(m) for m in self.mean), "mean", "three finite numbers"),
-            (len(self.std) == 3 and all(0 < s < math.inf for s in self.std), "std", "three numbers above 0"),
-            (len(self.box_thresholds) == self.experts - 1, "box_thresholds", f"{self.experts - 1}, one for each crop"),
+            (size >= 32 and size % 16 == 0, "image_size", "a multiple of 16 pixels, the stride of c4"),
+            (self.resize >= size, "resize", f"at least image_size ({size})"),
+            (len(self.box_thresholds) == crops, "box_thresholds", f"{crops}, one for each crop"),
             (all(0 <= t < 1 for t in self.box_thresholds), "box_thresholds", "numbers in [0, 1)"),
             (self.parts_per_class >= 1, "parts_per_class", "at least 1"),
             (self.gate_width >= 1, "gate_width", "at least 1"),
@@ -83,6 +81,14 @@ class MGEConfig:
         """What the runtime does to a decoded image before the chain."""
         return Preprocess(resize=self.resize, size=self.image_size, mean=self.mean, std=self.std)
 
+    def changed(self, **changes: Any) -> MGEConfig:
+        """The same model with other fields; one box threshold is for all crops, `resize` follows `image_size`."""
+        if "image_size" in changes:
+            changes = {"resize": round(changes["image_size"] * self.resize / self.image_size)} | changes
+        if len(thresholds := changes.get("box_thresholds", ())) == 1:
+            changes["box_thresholds"] = thresholds * (self.experts - 1)
+        return replace(self, **changes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint (lists for tuples)."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -96,41 +102,55 @@ class MGEConfig:
         """
         known = {field.name: field for field in fields(cls)}
         if unknown := sorted(set(values) - set(known)):
-            raise CheckpointError(
-                f"model config: unknown field {unknown[0]!r}; it was written by a newer mge, upgrade this one"
-            )
+            raise CheckpointError(f"model config: unknown field {unknown[0]!r}; a newer mge wrote it, upgrade this one")
         if missing := sorted({"arch", "classes"} - set(values)):
             raise CheckpointError(f"model config: field {missing[0]!r} is missing; expected a config that mge wrote")
         try:
-            return cls(**{key: _READERS[str(known[key].type)](value) for key, value in values.items()})
+            return cls(**{key: _read(str(known[key].type), value) for key, value in values.items()})
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"model config: {error}; expected a config that mge wrote") from error
 
-    def with_thresholds(self, thresholds: tuple[float, ...]) -> MGEConfig:
-        """The same model with other box thresholds."""
-        return replace(self, box_thresholds=thresholds)
+
+def _read(kind: str, value: Any) -> Any:
+    """A field's value, checked against its annotation; bool is an int to isinstance, not here."""
+    if kind.startswith("tuple["):
+        item = kind[len("tuple[") :].partition(",")[0]
+        return tuple(float(v) if item == "float" else _read(item, v) for v in value)
+    if type(value).__name__ != kind:
+        raise TypeError(f"found {value!r} where {kind} belongs")
+    return value
 
 
-def _exactly(kind: type) -> Any:
-    def read(value: Any) -> Any:
-        # bool is an int to isinstance, not to us.
-        if type(value) is not kind:
-            raise TypeError(f"found {value!r} where {kind.__name__} belongs")
-        return value
+def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Read class names, one a line, in the order of the class indices.
 
-    return read
+    Spaces around a name and empty lines at the end do not count. Where *every* line begins with its own number, counted
+    from 0 or 1, as in CUB-200-2011's `classes.txt` ("1 001.Black_footed_Albatross"), the number is left out.
+
+    Raises:
+        CheckpointError: the file is missing, no file, no text or empty, or a name is empty or stands there twice.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # reading a pipe would wait for its writer
+        raise CheckpointError(f"cannot read the labels {path}: it is a folder, a pipe or a device; {_LABELS}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read the labels {path}: {brief(error)}; {_LABELS}") from error
+    names = _without_numbers([line.strip() for line in text.rstrip().splitlines()])
+    if not names or "\0" in text:
+        raise CheckpointError(f"the labels {path} hold no names; {_LABELS}")
+    for line, name in enumerate(names, 1):
+        if not name:
+            raise CheckpointError(f"the labels {path} have no name on line {line}; {_LABELS}")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise CheckpointError(f"the labels {path} name {twice[0]!r} more than once; expected names that differ")
+    return tuple(names)
 
 
-def _floats(value: Any) -> tuple[float, ...]:
-    return tuple(float(v) for v in value)
-
-
-# Keyed by the annotation's text, so that a field of a new type cannot be read without a reader.
-_READERS: dict[str, Any] = {
-    "str": _exactly(str),
-    "int": _exactly(int),
-    "bool": _exactly(bool),
-    "tuple[str, ...]": lambda value: tuple(_exactly(str)(v) for v in value),
-    "tuple[float, ...]": _floats,
-    "tuple[float, float, float]": _floats,
-}
+def _without_numbers(names: list[str]) -> list[str]:
+    pairs = [re.fullmatch(r"(\d+)\s+(.+)", name) for name in names]
+    numbered = [(int(pair[1]), pair[2]) for pair in pairs if pair is not None]
+    start = numbered[0][0] if numbered else 0
+    counts_up = [number for number, _ in numbered] == list(range(start, start + len(names)))
+    return [name for _, name in numbered] if counts_up and start in (0, 1) else names

@@ -1,17 +1,19 @@
-"""Answers on labelled images, of a model or a bundle, and the figures that sum them up."""
+"""Predictions on labelled images, of a model or a bundle: the figures of the paper's table, as text and as a file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge.metrics import top_k_correct, view_areas
-from mge_runtime.geometry import Viewport, compose_boxes
+from mge.parts import part_report, read_parts
+from mge_runtime.errors import InputError
+from mge_runtime.files import atomic_path, echo
 from mge_runtime.metrics import calibration_error, log_softmax
+from mge_runtime.preprocess import Viewport, compose_boxes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,23 +21,23 @@ if TYPE_CHECKING:
     from mge.model import MGENet
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["Answers", "Row", "collect", "collect_bundle", "median_areas", "summarize"]
+__all__ = ["Predictions", "Row", "collect", "collect_bundle", "figures", "print_table", "summarize", "view_areas"]
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What was said about N images."""
+class Predictions:
+    """What was predicted for N images."""
 
     labels: np.ndarray  # [N] int64
-    heads: dict[str, np.ndarray]  # name -> logits [N, C], in the order of the table; the last is the whole's answer
+    heads: dict[str, np.ndarray]  # name -> logits [N, C], in the order of the table; the last are the whole's
     gate: np.ndarray  # [N, K], rows sum to 1
     views: np.ndarray  # [N, K, 4], what each expert saw, in pixels of the source image
     heatmaps: tuple[Tensor, ...] = ()  # K of [N, h, w]; empty for a bundle
-    temperature: float | None = None  # of the whole's answer, where a bundle's calibration learned one
+    temperature: float | None = None  # of the whole's logits, where a bundle's calibration learned one
 
     @property
     def final(self) -> np.ndarray:
-        """[N, C], the answer of the whole: the mixture, or the single expert's."""
+        """[N, C], the logits of the whole: the mixture's, or the single expert's."""
         return list(self.heads.values())[-1]
 
 
@@ -48,12 +50,12 @@ class Row:
     top5: float  # in [0, 1]
     nll: float  # nats
     ece: float  # in [0, 1], over 15 bins of equal mass (`mge_runtime.metrics.calibration_error`)
-    # The same after the temperature that the bundle's calibration learned for this answer; None: it learned none.
+    # The same after the temperature that the bundle's calibration learned for these logits; None: it learned none.
     calibrated_nll: float | None = None
     calibrated_ece: float | None = None
 
 
-def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Answers:
+def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Predictions:
     """Run a model over the batches of a `FolderDataset`, in evaluation mode; its mode is restored afterwards.
 
     The labels are only recorded: attention looks for each expert's own first guess, as on a device.
@@ -78,16 +80,17 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
             boxes = torch.stack(crops, 1).numpy() if crops else np.zeros((len(images), 0, 4))
             for row, viewport in zip(boxes, viewports.cpu().tolist(), strict=True):
                 views.append(compose_boxes(row, Viewport(*viewport[:4], *map(int, viewport[4:])), size))
-            for k, expert in enumerate(output.experts):
-                heads.setdefault(f"expert {k + 1} global", []).append(expert.global_logits.float().cpu())
-                heads.setdefault(f"expert {k + 1} parts", []).append(expert.part_logits.float().cpu())
-                heads.setdefault(f"expert {k + 1}", []).append(expert.logits.float().cpu())
-                heatmaps[k].append(expert.heatmap.float().cpu())
+            found: dict[str, Tensor] = {}
+            for k, expert in enumerate(output.experts, 1):
+                found |= {f"expert {k} global": expert.global_logits, f"expert {k} parts": expert.part_logits}
+                found[f"expert {k}"] = expert.logits
+                heatmaps[k - 1].append(expert.heatmap.float().cpu())
             if crops:
-                heads.setdefault("average", []).append(output.average.float().cpu())
-                heads.setdefault("mixture", []).append(output.logits.float().cpu())
+                found |= {"average": output.average, "mixture": output.logits}
+            for name, logits in found.items():
+                heads.setdefault(name, []).append(logits.float().cpu())
     model.train(was_training)
-    return Answers(
+    return Predictions(
         labels=torch.cat(labels).numpy(),
         heads={name: torch.cat(parts).numpy() for name, parts in heads.items()},
         gate=torch.cat(gates).numpy(),
@@ -98,10 +101,10 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
 
 def collect_bundle(
     pipeline: Pipeline, samples: Sequence[tuple[Path, int]], batch: int = 1, workers: int = 2
-) -> Answers:
-    """Run a bundle over labelled images; it answers with the experts, their average and the mixture only.
+) -> Predictions:
+    """Run a bundle over labelled images; its heads are the experts, their average and the mixture only.
 
-    Logits are those of the graphs; the temperature of the whole's answer in a calibrated bundle stands beside them.
+    Logits are those of the graphs; the temperature of the whole's in a calibrated bundle stands beside them.
 
     Raises:
         InputError: an image cannot be read.
@@ -117,30 +120,36 @@ def collect_bundle(
         heads["average"] = experts.mean(0)
         heads["mixture"] = np.stack([prediction.logits for prediction in predictions])
     ones = np.ones(len(experts))
-    return Answers(
+    return Predictions(
         labels=np.array([label for _, label in samples]),
         heads=heads,
         gate=np.stack([ones if prediction.gate is None else prediction.gate for prediction in predictions]),
         views=np.stack([prediction.boxes for prediction in predictions]),
-        temperature=predictions[0].temperature if predictions[0].calibrated else None,
+        temperature=predictions[0].temperature,
     )
 
 
-def summarize(answers: Answers) -> list[Row]:
-    """One row for every head; the last one's is the whole's answer, for which a calibrated bundle has a temperature."""
-    rows = []
-    for name, logits in answers.heads.items():
-        nll, ece = _quality(logits, answers.labels)
-        row = Row(
-            name=name,
-            top1=float(top_k_correct(logits, answers.labels, 1).mean()),
-            top5=float(top_k_correct(logits, answers.labels, 5).mean()),
-            nll=nll,
-            ece=ece,
-        )
-        rows.append(row)
-    if answers.temperature is not None:
-        nll, ece = _quality(answers.final / answers.temperature, answers.labels)
+def top_k_correct(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
+    """Whether the true class is among the k best: logits [N, C], labels [N] -> bool [N]. Ties go to the lower index."""
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    return (best == labels[:, None]).any(1)
+
+
+def view_areas(views: np.ndarray) -> np.ndarray:
+    """Share of the first view that each view shows: boxes [N, K, 4] in source pixels -> [N, K] in (0, 1]."""
+    areas = (views[..., 2] - views[..., 0]) * (views[..., 3] - views[..., 1])
+    return areas / areas[:, :1]
+
+
+def summarize(predictions: Predictions) -> list[Row]:
+    """One row for every head; the last one's is the whole's, for which a calibrated bundle has a temperature."""
+    rows, labels = [], predictions.labels
+    for name, logits in predictions.heads.items():
+        top1, top5 = (float(top_k_correct(logits, labels, k).mean()) for k in (1, 5))
+        nll, ece = _quality(logits, labels)
+        rows.append(Row(name, top1, top5, nll, ece))
+    if predictions.temperature is not None:
+        nll, ece = _quality(predictions.final / predictions.temperature, labels)
         rows[-1] = replace(rows[-1], calibrated_nll=nll, calibrated_ece=ece)
     return rows
 
@@ -153,6 +162,72 @@ def _quality(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return float(-picked.mean()), calibration_error(confidence, top_k_correct(logits, labels))
 
 
-def median_areas(answers: Answers) -> list[float]:
-    """Median share of the first view that each of the K views shows, in (0, 1]; 1 for the first."""
-    return [float(area) for area in np.median(view_areas(answers.views), axis=0)]
+def figures(predictions: Predictions, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Everything that the table shows, as plain values.
+
+    Args:
+        predictions: for the images `names`, in their order.
+        folder: of the images; its `parts.csv`, where there is one, tells where the deciding part of each image lies.
+        names: of the images below `folder`, with "/".
+
+    Raises:
+        InputError: `parts.csv` leaves an image out.
+    """
+    areas = view_areas(predictions.views)
+    result: dict[str, Any] = {
+        "images": len(predictions.labels),
+        "heads": [asdict(row) for row in summarize(predictions)],
+        "temperature": predictions.temperature,
+        "gate": predictions.gate.mean(0).tolist(),
+        "view_areas": np.median(areas, axis=0).tolist(),
+        "crop_areas": [1.0, *np.median(areas[:, 1:] / areas[:, :-1], axis=0).tolist()],
+    }
+    parts = read_parts(folder)
+    if parts is not None:
+        if missing := [name for name in names if name not in parts]:
+            raise InputError(
+                f"{folder / 'parts.csv'} has no row for {missing[0]} ({len(missing)} images in all); "
+                "expected the part of every image, or no parts.csv"
+            )
+        boxes = np.array([parts[name] for name in names])
+        result["part_kept"], result["part_enlargement"] = part_report(boxes, predictions.views)
+    return result
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print the figures for people."""
+    echo(f"{result['images']} images\n")
+    echo(f"{'head':<18}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>8}{'ECE %':>8}")
+    for row in result["heads"]:
+        echo(
+            f"{row['name']:<18}{100 * row['top1']:9.2f}{100 * row['top5']:9.2f}{row['nll']:8.3f}{100 * row['ece']:8.2f}"
+        )
+    last = result["heads"][-1]
+    if last["calibrated_nll"] is not None:
+        echo(
+            f"\n{last['name']} after the bundle's temperature {result['temperature']:.3f}, as mge-run predicts: "
+            f"NLL {last['calibrated_nll']:.3f}, ECE {100 * last['calibrated_ece']:.2f} %; "
+            "the rows above are before any temperature"
+        )
+    echo("\nECE: 15 bins of equal mass")
+    shares = {"gate %": "gate", "crop area %": "crop_areas", "view area %": "view_areas", "part kept %": "part_kept"}
+    columns = {
+        title: [f"{100 * value:.1f}" for value in result[name]] for title, name in shares.items() if name in result
+    }
+    if "part_kept" in result:
+        columns["part enlarged"] = [f"{value:.2f} x" for value in result["part_enlargement"]]
+    echo("\n" + f"{'expert':<8}" + "".join(f"{title:>15}" for title in columns))
+    for k, values in enumerate(zip(*columns.values(), strict=True), 1):
+        echo(f"{k:<8}" + "".join(f"{value:>15}" for value in values))
+    echo(
+        "\ncrop area: median share that each expert's crop keeps of the view before; view area: of the first view"
+        + ("; part: the deciding part of the image" if "part_kept" in result else "")
+    )
+
+
+def write_predictions(path: Path, predictions: Predictions, names: Sequence[str]) -> None:
+    """Write a .npz file: `names`, `labels`, `gate`, `views` and `logits/<head>` for every head."""
+    arrays: dict[str, Any] = {f"logits/{name}": logits for name, logits in predictions.heads.items()}
+    arrays |= {"names": np.array(names)} | {n: getattr(predictions, n) for n in ("labels", "gate", "views")}
+    with atomic_path(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mge.trunks  # noqa: F401 - adds the small trunks to timm's registry
 from mge.attention import attention_box, class_gradient, crop_resize, grad_cam
+from mge.backbones import create_backbone, pretrained_weights
 from mge.config import MGEConfig
-from mge_runtime.errors import CheckpointError
 
-__all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "create_trunk"]
+__all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "initialize_backbones"]
 
-NORM_SCALE = 10.0  # length of each normalised half of the concatenated features (authors' code)
+NORM_SCALE = 10.0  # length of each normalized half of the concatenated features (authors' code)
 
 
 class ExpertOutput(NamedTuple):
-    """What one expert saw and said (a named tuple, which distribution wrappers can walk; frozen dataclasses not)."""
+    """What one expert saw and predicted; a named tuple, which distribution wrappers can walk."""
 
     image: Tensor  # [B, 3, S, S], its input
     global_logits: Tensor  # [B, C], large part
     part_logits: Tensor  # [B, C], small parts; for training only
-    logits: Tensor  # [B, C], from both parts: the expert's answer
+    logits: Tensor  # [B, C], from both parts: the expert's prediction
     heatmap: Tensor  # [B, h, w], its attention (Grad-CAM), of any sign and scale
     box: Tensor | None  # [B, 4] in pixels of `image`, what the next expert sees; None for the last
 
 
 class MGEOutput(NamedTuple):
-    """Answers of the whole chain."""
+    """Outputs of the whole chain."""
 
     experts: tuple[ExpertOutput, ...]  # K of them
     gate: Tensor  # [B, K], rows sum to 1
@@ -39,35 +37,8 @@ class MGEOutput(NamedTuple):
 
     @property
     def average(self) -> Tensor:
-        """[B, C], the plain mean of the experts' answers."""
+        """[B, C], the plain mean of the experts' logits."""
         return torch.stack([expert.logits for expert in self.experts]).mean(0)
-
-
-def create_trunk(arch: str) -> tuple[nn.Module, int, int]:
-    """A timm trunk that returns its last two feature levels, randomly initialised.
-
-    Returns:
-        The trunk and the channels of its features at stride 16 and at stride 32.
-
-    Raises:
-        CheckpointError: timm has no such model, or it offers no features at stride 16 and 32.
-    """
-    # timm takes "hf-hub:...", "local-dir:..." and more for a place to fetch a model from.
-    if not timm.is_model(arch.partition(".")[0]) or not arch.replace(".", "").replace("_", "").isalnum():
-        raise CheckpointError(
-            f"arch is {arch!r}; expected the name of a CNN in timm itself (see timm.list_models()), nothing is fetched"
-        )
-    try:
-        trunk: Any = timm.create_model(arch, pretrained=False, features_only=True, out_indices=(-2, -1))
-        strides = trunk.feature_info.reduction()
-    except (RuntimeError, AttributeError, NotImplementedError, ValueError, AssertionError, IndexError) as error:
-        raise CheckpointError(
-            f"arch is {arch!r}; expected a timm CNN that offers features_only (see timm.list_models()): {error}"
-        ) from error
-    if strides != [16, 32]:
-        raise CheckpointError(f"arch {arch!r} ends at strides {strides}; expected a trunk with features at 16 and 32")
-    channels4, channels5 = trunk.feature_info.channels()
-    return trunk, channels4, channels5
 
 
 class GlobalHead(nn.Module):
@@ -90,11 +61,11 @@ class GlobalHead(nn.Module):
 
 
 class Expert(nn.Module):
-    """One trunk with its three heads."""
+    """One backbone with its three heads."""
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
-        self.trunk, channels4, channels5 = create_trunk(config.arch)
+        self.backbone, channels4, channels5 = create_backbone(config.arch)
         self.norm4, self.norm5 = _feature_norms(config, channels4, channels5)
         parts = config.parts_per_class * config.num_classes
         self.global_head = GlobalHead(channels5, config.num_classes)
@@ -105,9 +76,9 @@ class Expert(nn.Module):
     def features(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image [B, 3, S, S] to c4 [B, D4, S/16, S/16] and c5 [B, D5, S/32, S/32], both as the heads read them.
 
-        The part head must not train the trunk, so c4 is cut from the graph here.
+        The part head must not train the backbone, so c4 is cut from the graph here.
         """
-        c4, c5 = self.trunk(image)
+        c4, c5 = self.backbone(image)
         return self.norm4(c4.detach()), self.norm5(c5)
 
     def part_features(self, c4: Tensor) -> Tensor:
@@ -117,10 +88,10 @@ class Expert(nn.Module):
         max(max_hw(W c4) + b, b, 0) without the padding.
         """
         response = F.conv2d(c4, self.part_conv.weight).amax((2, 3))
-        return (response.relu() + _bias(self.part_conv)).relu()
+        return (response.relu() + cast("Tensor", self.part_conv.bias)).relu()
 
-    def answer(self, c5: Tensor, parts: Tensor) -> Tensor:
-        """The concatenated head: both halves normalised to length 10, neither trained through: -> [B, C]."""
+    def concat_logits(self, c5: Tensor, parts: Tensor) -> Tensor:
+        """The concatenated head: both halves normalized to length 10, neither trained through: -> [B, C]."""
         halves = (NORM_SCALE * _unit(c5.detach().mean((2, 3))), NORM_SCALE * _unit(parts.detach()))
         return self.concat_head(torch.cat(halves, 1))
 
@@ -130,21 +101,21 @@ class Gate(nn.Module):
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
-        self.trunk, channels4, channels5 = create_trunk(config.arch)
+        self.backbone, channels4, channels5 = create_backbone(config.arch)
         _, self.norm5 = _feature_norms(config, channels4, channels5)
         self.hidden = nn.Linear(channels5, config.gate_width)
         self.output = nn.Linear(config.gate_width, config.experts)
 
     def forward(self, image: Tensor) -> Tensor:
         """Image [B, 3, S, S] to weights [B, K], rows sum to 1. There is no ReLU between the layers (the authors')."""
-        pooled = self.norm5(self.trunk(image)[-1]).mean((2, 3))
+        pooled = self.norm5(self.backbone(image)[-1]).mean((2, 3))
         return self.output(self.hidden(pooled)).softmax(1)
 
 
 class MGENet(nn.Module):
-    """K experts and a gate, randomly initialised; see `mge.pretrained` and `mge.checkpoint` for weights.
+    """K experts and a gate, randomly initialized; see `initialize_backbones` and `mge.checkpoint` for weights.
 
-    A single expert needs no gate: it answers for itself (`gate` is None and the gate's weights are ones).
+    A single expert needs no gate: its logits are the whole's (`gate` is None and the gate's weights are ones).
     """
 
     def __init__(self, config: MGEConfig) -> None:
@@ -163,10 +134,10 @@ class MGENet(nn.Module):
         return expert.global_head
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> MGEOutput:
-        """Answer a batch of normalised images.
+        """Predict a batch of normalized images.
 
         Args:
-            images: [B, 3, S, S], normalised with the config's mean and std.
+            images: [B, 3, S, S], normalized with the config's mean and std.
             labels: [B] int64: attention looks for these classes (training); None: for its head's own first guess.
         """
         outputs: list[ExpertOutput] = []
@@ -186,7 +157,7 @@ class MGENet(nn.Module):
                     image=image,
                     global_logits=expert.global_head(c5),
                     part_logits=expert.part_head(parts),
-                    logits=expert.answer(c5, parts),
+                    logits=expert.concat_logits(c5, parts),
                     heatmap=heatmap,
                     box=box,
                 )
@@ -195,12 +166,20 @@ class MGENet(nn.Module):
                 with torch.no_grad():
                     image = crop_resize(image, box, self.config.image_size)
         gate = self.gate(images) if self.gate is not None else images.new_ones(images.shape[0], 1)
-        answers = torch.stack([output.logits.detach() for output in outputs], 1)
-        return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * answers).sum(1))
+        logits = torch.stack([output.logits.detach() for output in outputs], 1)
+        return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * logits).sum(1))
+
+
+def initialize_backbones(model: MGENet, source: str) -> None:
+    """Copy one set of weights into every backbone of `model`; `source` as in `pretrained_weights`."""
+    state = pretrained_weights(model.config.arch, source)
+    for module in model.modules():
+        if isinstance(module, Expert | Gate):
+            module.backbone.load_state_dict(state, strict=False)
 
 
 def _feature_norms(config: MGEConfig, channels4: int, channels5: int) -> tuple[nn.Module, nn.Module]:
-    """Normalisation before the heads: identity unless the trunk's features are linear."""
+    """Normalisation before the heads: identity unless the backbone's features are linear."""
     if not config.normalize_features:
         return nn.Identity(), nn.Identity()
     return nn.BatchNorm2d(channels4), nn.Sequential(nn.BatchNorm2d(channels5), nn.ReLU())
@@ -209,9 +188,3 @@ def _feature_norms(config: MGEConfig, channels4: int, channels5: int) -> tuple[n
 def _unit(vector: Tensor) -> Tensor:
     """`F.normalize` without its expansion of the norm, which would be an operator of its own in the exported graph."""
     return vector / torch.linalg.vector_norm(vector, dim=1, keepdim=True).clamp_min(1e-12)
-
-
-def _bias(layer: nn.Conv2d) -> Tensor:
-    if layer.bias is None:
-        raise CheckpointError("the part convolution has no bias; expected one")
-    return layer.bias

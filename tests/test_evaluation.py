@@ -69,6 +69,24 @@ def test_checkpoint_and_bundle_agree(data, files):
     assert first["part_enlargement"][2] > first["part_enlargement"][1] > 1
 
 
+@pytest.mark.parametrize("name", ["best.pt", "mge.plan"])
+def test_an_image_may_have_as_many_pixels_as_were_named(data, files, name):
+    model = "--ckpt" if name == "best.pt" else "--engine"
+    options = ["--data", str(data), "--workers", "0", model, str(files / name), "--max-pixels", "10"]
+    done = CliRunner().invoke(evaluate, options)
+    assert done.exit_code == 1
+    assert "expected at most 1e-05 megapixels" in done.stderr.splitlines()[-1]
+
+
+def test_how_a_bundle_runs_is_asked_for_as_in_mge_run(data, files):
+    options = ["--device", "cpu", "--backend", "onnxruntime", "-j", 1, "-b", 1, "--no-mmap"]
+    plain, asked = (figures(data, "--engine", files / "mge.plan", *more) for more in ([], options))
+    assert [row["nll"] for row in asked["heads"]] == pytest.approx([row["nll"] for row in plain["heads"]], rel=1e-4)
+    done = CliRunner().invoke(evaluate, ["--data", str(data), "--ckpt", str(files / "best.pt"), *map(str, options)])
+    assert done.exit_code == 2
+    assert "cannot use --device, --backend, --threads, --no-mmap; leave that out" in done.stderr
+
+
 def test_attention_is_computed_outside_inference_mode():
     """Inside it the gradient is zero with torch 2.11, so that no crop means anything."""
     model = MGENet(MGEConfig("test_resnet", ("a", "b"), image_size=64, resize=64)).train()
@@ -102,7 +120,7 @@ def test_a_calibrated_bundle_shows_what_it_answers(data, files, tmp_path):
     assert row["calibrated_ece"] == pytest.approx(error, rel=1e-4)
     assert row["calibrated_ece"] != pytest.approx(row["ece"], rel=1e-3)
     text = CliRunner().invoke(evaluate, ["--data", str(data), "--workers", "0", "--engine", str(path)]).stdout
-    assert f"temperature 0.250, as mge-run answers: NLL {row['calibrated_nll']:.3f}" in text
+    assert f"temperature 0.250, as mge-run predicts: NLL {row['calibrated_nll']:.3f}" in text
     assert "the rows above are before any temperature" in text
     assert "15 bins of equal mass" in text
 

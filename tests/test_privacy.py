@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("mge", "export", "runtime", "calibration", "benchmarks", "examples", "tests")
-HELPER = "runtime/mge_runtime/backends/ort.py"
+HELPER = "runtime/mge_runtime/backends/onnxruntime.py"
 # What tells ONNX Runtime that it runs in continuous integration, where it sends nothing anyway.
 SUPPRESSED = ("CI", "GITHUB_ACTIONS", "TF_BUILD", "CIRCLECI", "JENKINS_URL", "GITLAB_CI", "BUILD_ID", "ORT_")
 IMPORTERS = ("import_module", "__import__", "importorskip")
@@ -22,7 +22,7 @@ RUN = """
 import sys, time
 import numpy as np
 from mge_runtime import Pipeline
-from mge_runtime.machine_probe import describe_machine
+from mge_runtime.machine import describe_machine
 describe_machine(always=True)
 end = time.monotonic() + float(sys.argv[2])
 with Pipeline.open(sys.argv[1], device="cpu", threads=1) as pipeline:

@@ -1,10 +1,11 @@
-"""`mge-calibrate`: temperatures and early exits of a bundle, learned from labelled images."""
+"""`mge-calibrate`: temperatures and early exits of a bundle, learned from labeled images."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,33 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, report, reports_errors
+from mge_runtime.cli.common import (
+    backend_option,
+    device_option,
+    max_pixels_option,
+    no_mmap_option,
+    report,
+    reports_errors,
+    threads_option,
+)
 from mge_runtime.errors import MGEError, OutputError
+from mge_runtime.files import echo
 
 if TYPE_CHECKING:
     from mge_calibration.calibrate import Learned
 
-__all__ = ["SHARE", "main"]
+__all__ = ["SHARE", "Number", "main"]
 
 _REPORT = "calibration.json"
 _RELIABILITY = "reliability.png"
 _EXITS = "exits.png"
 
 
-class _Share(click.FloatRange):
-    """A share or a probability; below one in a million no number of images would do."""
+class Number(click.FloatRange):
+    """A range that "nan" is not in: it passes every comparison of `FloatRange`."""
 
-    def __init__(self) -> None:
-        super().__init__(1e-6, 1, max_open=True)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse; a usage error for "nan"."""
         number = super().convert(value, param, ctx)
-        if number != number:  # NaN passes every comparison with a bound
-            self.fail(f"{value} is no number from {self.min:g} to 1.", param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number; expected one in the range {self._describe_range()}.", param, ctx)
         return number
 
 
-SHARE = _Share()
+SHARE = Number(1e-6, 1, max_open=True)  # below one in a million no number of images would do
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -47,7 +55,7 @@ SHARE = _Share()
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="Labelled images that the model was not trained on: DIR/<class>/*.jpg, or DIR/val/<class>/*.jpg. For exits "
+    help="Labeled images that the model was not trained on: DIR/<class>/*.jpg, or DIR/val/<class>/*.jpg. For exits "
     "they must be new to every choice: no validation images, which chose the checkpoint.",
 )
 @click.option(
@@ -61,14 +69,14 @@ SHARE = _Share()
     type=SHARE,
     default=0.01,
     show_default=True,
-    help="Share of answers that may differ from the full chain's.",
+    help="Share of images whose class may differ from the full chain's.",
 )
 @click.option(
     "--delta",
     type=SHARE,
     default=0.05,
     show_default=True,
-    help="Probability that this promise fails.",
+    help="Probability that this guarantee fails.",
 )
 @click.option(
     "--seed",
@@ -84,15 +92,11 @@ SHARE = _Share()
     type=click.Path(path_type=Path),
     help=f"Also write {_REPORT}, {_RELIABILITY} and {_EXITS} here.",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
-@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(min=1),
-    callback=at_most_cpus,
-    help="Processors to compute with.  [default: all]",
-)
+@device_option
+@backend_option
+@threads_option
+@no_mmap_option
+@max_pixels_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was written to the bundle.")
 @click.version_option(package_name="mge")
 @reports_errors
@@ -107,32 +111,38 @@ def main(
     device: str,
     backend: str,
     threads: int | None,
+    no_mmap: bool,
+    max_pixels: int,
     as_json: bool,
 ) -> None:
     """Calibrate BUNDLE (default: mge.plan): its probabilities, and where its chain may stop early.
 
-    One temperature for each answer makes probabilities mean what they say. Thresholds on them say when an expert
-    suffices: with probability 1 - delta at most a share epsilon of answers then differs from the full chain's on new
-    images from the same source, answered by the same backend on the same kind of device. Images for this are others
-    than those that set the temperatures or taught INT8, and independent draws from their source: of a burst of frames
-    or of several pictures of one object take one. Both go into the bundle, in place of an earlier calibration; if
+    One temperature after each graph makes probabilities mean what they say. Thresholds on them say when an expert
+    suffices: with probability 1 - delta at most a share epsilon of new images from the same source then gets another
+    class than from the full chain, run by the same backend on the same kind of device. Images for this are others than
+    those that set the temperatures or taught INT8, and independent draws from their source: of a burst of frames or of
+    several images of one object take one. Both go into the bundle, in place of an earlier calibration; if
     anything fails the bundle stays as it was.
 
     An image that cannot be read is reported and passed over; the exit code is 1 then.
     """
     from mge_runtime.interrupt import interruptible
 
-    _require_libraries()
     with interruptible("the calibration", f"{bundle} is as it was; run it again", MGEError):
+        for name in ("scipy", "matplotlib"):  # before the images are run rather than after
+            importlib.import_module(name)  # `reports_errors` says which extra brings it
         from mge_calibration.calibrate import Request, bundle_values, learn, publish
         from mge_calibration.report import as_text, as_values
         from mge_runtime.bundle.attachments import Calibration
         from mge_runtime.calibrated import Promise
         from mge_runtime.files import atomic_path
 
-        request = Request(bundle, data, exit_data, Promise(epsilon, delta), seed, device, backend, threads)
+        guarantee = Promise(epsilon, delta)
+        request = Request(
+            bundle, data, exit_data, guarantee, seed, device, backend, threads, mmap=not no_mmap, max_pixels=max_pixels
+        )
         if report_to is not None:
-            _make_folder(report_to)
+            _require_writable("make the folder", report_to, lambda: report_to.mkdir(parents=True, exist_ok=True))
         learned = learn(request, say=lambda line: click.echo(line, err=True), problem=report, progress=_progress)
         values = bundle_values(learned, as_values(learned))
         if report_to is not None:
@@ -147,38 +157,22 @@ def main(
         raise SystemExit(1)
 
 
-def _require_libraries() -> None:
-    """Say what is missing before the images are answered rather than after."""
-    for name in ("scipy", "matplotlib"):
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(name=name)  # `reports_errors` says which extra brings it
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}; name another for --report") from error
-
-
 def _draw(learned: Learned, folder: Path) -> None:
-    from mge_calibration.plots import save_exits, save_reliability
+    from mge_calibration.report import save_exits, save_reliability
 
-    judged = learned.exit_part or learned.temperature_part
+    judged, exits = learned.exit_part or learned.temperature_part, folder / _EXITS
     save_reliability(folder / _RELIABILITY, learned.temperatures, judged.images)
     if not isinstance(learned.exits, str):
-        save_exits(folder / _EXITS, learned.exits, learned.request.promise)
-    else:
-        _remove(folder / _EXITS)  # of an earlier calibration
+        save_exits(exits, learned.exits, learned.request.guarantee)
+    else:  # of an earlier calibration
+        _require_writable("remove", exits, lambda: exits.unlink(missing_ok=True))
 
 
-def _remove(path: Path) -> None:
+def _require_writable(what: str, path: Path, change: Callable[[], None]) -> None:
     try:
-        path.unlink(missing_ok=True)
+        change()
     except OSError as error:
-        raise OutputError(
-            f"cannot remove {path}: {error.strerror}; expected the picture of an earlier calibration: move it away"
-        ) from error
+        raise OutputError(f"cannot {what} {path}: {error.strerror}; name another folder for --report") from error
 
 
 def _progress(images: int) -> Callable[[], None]:
@@ -189,9 +183,8 @@ def _progress(images: int) -> Callable[[], None]:
 
     def step() -> None:
         number = next(done)
-        click.echo(
-            f"\r\x1b[K{number} of {images} images" + ("\r\x1b[K" if number == images else ""), nl=False, err=True
-        )
+        end = "\r\x1b[K" if number == images else ""
+        click.echo(f"\r\x1b[K{number} of {images} images{end}", nl=False, err=True)
 
     return step
 

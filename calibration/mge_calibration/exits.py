@@ -1,13 +1,13 @@
-"""Early exits with a promise: how often an answer may differ from the full chain's.
+"""Early exits with a guarantee: how often a class may differ from the full chain's.
 
-An image stops after the first answer whose calibrated confidence, the largest probability of softmax(answer / T), is at
-or above that answer's threshold. It disagrees where the class it gets there is not the full chain's.
+An image stops after the first graph whose calibrated confidence, the largest probability of softmax(logits / T), is at
+or above that graph's threshold. It disagrees where the class it gets there is not the full chain's.
 
-Promise: with probability at least 1 - delta over the draw of the n images that set the thresholds, at most a share
+Guarantee: with probability at least 1 - delta over the draw of the n images that set the thresholds, at most a share
 epsilon of new images from the same source disagree. This is Learn-then-Test (Angelopoulos, Bates, Candes, Jordan and
 Lei, "Learn then Test: Calibrating Predictive Algorithms to Achieve Risk Control", 2021) with 0/1 losses:
 
-- Candidates t_1, t_2, ..., ever more exiting, are fixed before the n images are looked at (`mge_calibration.path`).
+- Candidates t_1, t_2, ..., ever more exiting, are fixed before the n images are looked at (`propose_path`).
 - Candidate j is tested for H_j: R(t_j) > epsilon. With k_j disagreements among n, its p-value is the binomial tail
   P(Bin(n, epsilon) <= k_j); it is at most delta exactly where the Clopper-Pearson upper bound on R(t_j) at level
   1 - delta, the (1 - delta)-quantile of Beta(k_j + 1, n - k_j), is at most epsilon.
@@ -21,22 +21,150 @@ Even without any disagreement (1 - epsilon)^n <= delta is needed: 299 images at 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NEVER", "certify", "count_disagreements", "fewest_images", "stops", "upper_bound"]
+from mge_calibration.collect import ChainLogits
+from mge_calibration.quality import Interval, mean_interval
+from mge_runtime.calibrated import Promise, confidence
+
+__all__ = [
+    "NEVER",
+    "ExitCurve",
+    "ExitOutcome",
+    "apply_exits",
+    "certify",
+    "count_disagreements",
+    "fewest_images",
+    "learn_exits",
+    "propose_path",
+    "stops",
+    "upper_bound",
+]
 
 NEVER = math.inf  # the threshold that no confidence reaches
+_LEVELS = 128  # thresholds tried for each graph: quantiles of its confidence
+_PRIOR = 10.0  # standard deviation of the logistic fit's coefficients, which keeps them finite
+
+
+@dataclass(frozen=True, eq=False)
+class ExitCurve:
+    """The J candidates of the path on the images that test them, for the plot."""
+
+    cost: NDArray[np.float64]  # [J], mean, as a share of the full chain's
+    accuracy: NDArray[np.float64]  # [J], in [0, 1]
+    disagreement: NDArray[np.float64]  # [J], in [0, 1]
+    bound: NDArray[np.float64]  # [J], upper bound on it
+    always: tuple[tuple[float, float], ...]  # cost share and accuracy of stopping every image after each graph
+
+
+@dataclass(frozen=True)
+class ExitOutcome:
+    """Thresholds and what they do on the images that set them."""
+
+    thresholds: Mapping[str, float | None]  # by tensor of logits before the last; None: nothing stops there
+    images: int
+    stopped: Mapping[str, int]  # images that stop with each tensor, the last one included
+    disagreements: int
+    bound: float  # upper bound on their share at level 1 - delta
+    mean_cost: float  # GMACs
+    mean_cost_share: float  # the same as a share of the full chain's
+    accuracy: float  # in [0, 1], with exits
+    accuracy_full: float  # without
+    accuracy_change: Interval  # with minus without, 95 % paired bootstrap
+    curve: ExitCurve
+
+
+def learn_exits(
+    proposing: ChainLogits,
+    testing: ChainLogits,
+    temperatures: Mapping[str, float],
+    gmacs: Sequence[float],
+    guarantee: Promise,
+    *,
+    seed: int,
+) -> ExitOutcome | str:
+    """Choose exit thresholds that keep the guarantee.
+
+    Args:
+        proposing: images that fix the path of candidates.
+        testing: other images, which test them.
+        temperatures: by tensor of logits.
+        gmacs: of everything up to each graph; the last is the full chain's.
+        guarantee: to keep.
+        seed: of the bootstrap.
+
+    Returns:
+        The outcome or, where no exit keeps the guarantee, the reason.
+    """
+    names, epsilon, delta = list(testing.logits), guarantee.epsilon, guarantee.delta
+    if len(names) < 2:
+        return "the chain has a single graph, there is nowhere to stop before it"
+    count, least = len(testing), fewest_images(epsilon, delta)
+    if count < least:
+        return (
+            f"too few images for the guarantee: {count} to set thresholds, at least {least} are needed for epsilon "
+            f"{epsilon:.3g} and delta {delta:.3g}: add images or allow a larger epsilon"
+        )
+    path = propose_path(
+        *_confident(proposing, temperatures), gmacs, classes=next(iter(testing.logits.values())).shape[1]
+    )
+    sure, differs = _confident(testing, temperatures)
+    counts = count_disagreements(sure, differs, path)
+    kept = int(certify(counts, count, epsilon, delta)) if len(path) else 0
+    if not kept:
+        return (
+            "no exit keeps the guarantee: of the images that would stop first too many get another class than from the "
+            f"full chain (epsilon {epsilon:.3g}, delta {delta:.3g}, {count} images)"
+        )
+    bounds = upper_bound(counts, count, delta)
+    right = np.column_stack([logits.argmax(1) == testing.labels for logits in testing.logits.values()])
+    stop = stops(sure, path)  # [J, N]
+    got = np.take_along_axis(right[None], stop[..., None], 2)[..., 0]  # [J, N]
+    costs = np.array(gmacs)
+    shares = costs / costs[-1]
+    always = tuple(zip(shares.tolist(), right.mean(0).tolist(), strict=True))
+    chosen = kept - 1
+    return ExitOutcome(
+        thresholds={n: None if t == NEVER else float(t) for n, t in zip(names[:-1], path[chosen], strict=True)},
+        images=count,
+        stopped={name: int((stop[chosen] == k).sum()) for k, name in enumerate(names)},
+        disagreements=int(counts[chosen]),
+        bound=float(bounds[chosen]),
+        mean_cost=float(costs[stop[chosen]].mean()),
+        mean_cost_share=float(shares[stop[chosen]].mean()),
+        accuracy=float(got[chosen].mean()),
+        accuracy_full=float(right[:, -1].mean()),
+        accuracy_change=mean_interval(got[chosen].astype(np.float64) - right[:, -1], seed=seed),
+        curve=ExitCurve(shares[stop].mean(1), got.mean(1), counts / count, bounds, always),
+    )
+
+
+def apply_exits(
+    found: ChainLogits, temperatures: Mapping[str, float], thresholds: Mapping[str, float | None]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Where each of N images stops, by the number of the graph from 0, and the class that it gets there.
+
+    Args:
+        found: of the images.
+        temperatures: by tensor of logits.
+        thresholds: by tensor before the last; None: nothing stops there.
+    """
+    limits = [NEVER if (t := thresholds.get(name)) is None else t for name in list(found.logits)[:-1]]
+    stopped = stops(_confident(found, temperatures)[0], limits)
+    classes = np.column_stack([logits.argmax(1) for logits in found.logits.values()])
+    return stopped, classes[np.arange(len(found)), stopped]
 
 
 def fewest_images(epsilon: float, delta: float) -> int:
-    """How many images without a single disagreement are the least that allow the promise.
+    """How many images without a single disagreement are the least that allow the guarantee.
 
     Args:
         epsilon: share that may disagree, in (0, 1).
-        delta: probability that the promise fails, in (0, 1).
+        delta: probability that the guarantee fails, in (0, 1).
     """
     return math.ceil(math.log(delta) / math.log1p(-epsilon))
 
@@ -63,10 +191,10 @@ def certify(disagreements: NDArray[np.integer], images: int, epsilon: float, del
         disagreements: counts [..., J] of the J candidates, in the order fixed beforehand.
         images: how many were looked at.
         epsilon: share that may disagree.
-        delta: probability that the promise fails.
+        delta: probability that the guarantee fails.
 
     Returns:
-        [...], how many candidates from the first on keep the promise; the last of them is the one to choose, 0: none.
+        [...], how many candidates from the first on keep the guarantee; the last of them is the one to choose, 0: none.
     """
     if images < 1:
         return np.zeros(disagreements.shape[:-1], np.intp)
@@ -74,36 +202,123 @@ def certify(disagreements: NDArray[np.integer], images: int, epsilon: float, del
     return np.logical_and.accumulate(kept, axis=-1).sum(-1)
 
 
-def stops(confidence: NDArray[np.floating], thresholds: Sequence[float] | NDArray[np.floating]) -> NDArray[np.intp]:
-    """Which answer each image gets.
+def stops(confident: NDArray[np.floating], thresholds: Sequence[float] | NDArray[np.floating]) -> NDArray[np.intp]:
+    """After which graph each image stops.
 
     Args:
-        confidence: calibrated, [N, E], of the E answers before the last.
-        thresholds: [..., E]; `NEVER` for an answer where nothing stops.
+        confident: calibrated confidence, [N, E], after the E graphs before the last.
+        thresholds: [..., E]; `NEVER` where nothing stops.
 
     Returns:
-        [..., N] index of the answer, from 0; E: the whole chain ran.
+        [..., N] index of the graph, from 0; E: the whole chain ran.
     """
     limits = np.asarray(thresholds)
-    answer = np.full((*limits.shape[:-1], len(confidence)), confidence.shape[1], np.intp)
-    for k in range(confidence.shape[1])[::-1]:
-        np.putmask(answer, confidence[:, k] >= limits[..., k, None], k)
-    return answer
+    stop = np.full((*limits.shape[:-1], len(confident)), confident.shape[1], np.intp)
+    for k in range(confident.shape[1])[::-1]:
+        np.putmask(stop, confident[:, k] >= limits[..., k, None], k)
+    return stop
 
 
 def count_disagreements(
-    confidence: NDArray[np.floating], differs: NDArray[np.bool_], thresholds: NDArray[np.floating]
+    confident: NDArray[np.floating], differs: NDArray[np.bool_], thresholds: NDArray[np.floating]
 ) -> NDArray[np.intp]:
     """How many images get another class than from the full chain.
 
     Args:
-        confidence: calibrated, [N, E].
-        differs: [N, E], whether the class of each answer before the last is another than the last one's.
+        confident: calibrated confidence, [N, E].
+        differs: [N, E], whether the class after each graph before the last is another than the last one's.
         thresholds: [..., E].
 
     Returns:
         [...] counts.
     """
-    answered = np.column_stack([differs, np.zeros(len(differs), bool)])  # the full chain's own class never differs
-    first = np.arange(len(differs)) * answered.shape[1]
-    return np.count_nonzero(answered.ravel().take(first + stops(confidence, thresholds)), axis=-1)
+    padded = np.column_stack([differs, np.zeros(len(differs), bool)])  # the full chain's own class never differs
+    first = np.arange(len(differs)) * padded.shape[1]
+    return np.count_nonzero(padded.ravel().take(first + stops(confident, thresholds)), axis=-1)
+
+
+def propose_path(
+    confident: NDArray[np.floating], differs: NDArray[np.bool_], costs: Sequence[float], classes: int
+) -> NDArray[np.float64]:
+    """A sequence of thresholds that saves much for few disagreements from its first step on.
+
+    Each step lowers the threshold of one graph to the next quantile of its confidence: that one which costs fewest
+    expected disagreements for each unit of cost saved. What is expected comes from a logistic fit of disagreement to
+    the confidence's log-odds, one for each graph, since counts of a few disagreements say nothing of single steps.
+    Whether the guarantee holds does not depend on any of this; how much is saved does.
+
+    Args:
+        confident: calibrated confidence, [N, E], after the E graphs before the last.
+        differs: [N, E], whether the class of each is another than the full chain's.
+        costs: E + 1 rising costs of stopping after each graph, the last is the full chain's; any unit.
+        classes: number C of classes; no confidence is below 1 / C.
+
+    Returns:
+        [J, E], J >= 0; each row stops every image at the same graph as the row before, or at an earlier one.
+    """
+    count, exits = confident.shape
+    saved = 1 - np.asarray(costs, np.float64) / costs[-1]
+    risk = np.column_stack([*(_expected(confident[:, k], differs[:, k]) for k in range(exits)), np.zeros(count)])
+    levels = [_levels(confident[:, k], classes) for k in range(exits)]
+    position = [-1] * exits  # in `levels`; -1: NEVER
+    current = np.full(exits, NEVER)
+    path: list[NDArray[np.float64]] = []
+    rows = np.arange(count)
+
+    def weigh(thresholds: NDArray[np.float64]) -> tuple[float, float]:
+        stop = stops(confident, thresholds)
+        return float(saved[stop].mean()), float(risk[rows, stop].mean())
+
+    while True:
+        gain, danger = weigh(current)
+        best: tuple[float, int, int] | None = None
+        for k in range(exits):
+            for step in range(position[k] + 1, len(levels[k])):
+                candidate = current.copy()
+                candidate[k] = levels[k][step]
+                more, worse = weigh(candidate)
+                if more > gain:
+                    price = (worse - danger) / (more - gain)
+                    if best is None or price < best[0]:
+                        best = (price, k, step)
+                    break
+        if best is None:
+            return np.array(path).reshape(-1, exits)
+        _, k, step = best
+        position[k] = step
+        current = current.copy()
+        current[k] = levels[k][step]
+        path.append(current)
+
+
+def _levels(confident: NDArray[np.floating], classes: int) -> NDArray[np.float64]:
+    """Falling thresholds; the last one lets every image stop."""
+    shares = np.linspace(1, 0, _LEVELS, endpoint=False)
+    levels = np.unique(np.quantile(confident, shares, method="higher"))[::-1]
+    return np.append(levels[levels > 1 / classes], 1 / classes)
+
+
+def _expected(confident: NDArray[np.floating], differs: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Probability [N] that a class of this confidence disagrees: a logistic fit to the log-odds of the confidence."""
+    from scipy.optimize import minimize
+    from scipy.special import expit, logit
+
+    odds = logit(np.clip(confident, 1e-6, 1 - 1e-6))
+    spread = float(odds.std()) or 1.0
+    features = np.column_stack([np.ones(len(odds)), (odds - odds.mean()) / spread])
+    target = differs.astype(np.float64)
+
+    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        scores = features @ weights
+        value = np.logaddexp(0, scores).sum() - target @ scores + weights @ weights / (2 * _PRIOR**2)
+        return float(value), features.T @ (expit(scores) - target) + weights / _PRIOR**2
+
+    return expit(features @ minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B").x)
+
+
+def _confident(found: ChainLogits, temperatures: Mapping[str, float]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Calibrated confidence [N, E] after the graphs before the last, and whether their class differs from its."""
+    *early, last = found.logits.items()
+    final = last[1].argmax(1)
+    sure = np.column_stack([confidence(logits, temperatures[name]) for name, logits in early])
+    return sure, np.column_stack([logits.argmax(1) != final for _, logits in early])

@@ -1,42 +1,57 @@
-"""The calibration as plain values and as text."""
+"""The calibration as plain values, as text, and as two plots."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mge_calibration.calibrate import Learned
-from mge_calibration.intervals import Interval
-from mge_calibration.judge import ExitOutcome
-from mge_calibration.metrics import Quality
+from mge_calibration.exits import ExitOutcome
+from mge_calibration.quality import Interval, TemperatureOutcome
+from mge_runtime.calibrated import Promise
 from mge_runtime.fields import JsonValue
+from mge_runtime.files import atomic_path
 
-__all__ = ["as_text", "as_values"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["as_text", "as_values", "save_exits", "save_reliability"]
 
 _DIGITS = 6
+# Okabe and Ito, "Color Universal Design" (2008): told apart by all kinds of color vision.
+_BEFORE, _AFTER, _LIMIT, _MUTED = "#d55e00", "#0072b2", "#cc79a7", "#70777f"
+_DPI = 150
+_LEAST_RANGE = 4  # points of accuracy
 
 
 def as_values(learned: Learned) -> dict[str, JsonValue]:
     """What `calibration.json` keeps under "report", rounded for reading."""
-    return {
-        "judged_on": "exit images" if learned.judged_apart else "temperature images",
+    exits = {"none_because": learned.exits} if isinstance(learned.exits, str) else asdict(learned.exits)
+    values = {
+        "judged_on": "temperature images" if learned.exit_part is None else "exit images",
         "probabilities": {
-            name: {
-                "before": _quality(outcome.before),
-                "after": _quality(outcome.after),
-                "at_bound": outcome.fit.bounded,
-            }
-            for name, outcome in learned.temperatures.items()
+            name: {"before": asdict(o.before), "after": asdict(o.after), "at_bound": o.fit.bounded}
+            for name, o in learned.temperatures.items()
         },
-        "exits": _exit_values(learned),
-        "cost": {"unit": learned.cost.unit, "stops": [_rounded(value) for value in learned.cost.stops]},
-        "times_ms": {
-            "images": learned.times.images,
-            "stops": [_rounded(value) for value in learned.times.stops],
-            "full": _rounded(learned.times.full),
-            "exits": None if learned.times.exits is None else _rounded(learned.times.exits),
-        },
+        "exits": exits,
+        "gmacs": learned.gmacs,
+        "times_ms": asdict(learned.times),
         "unreadable": learned.unreadable,
     }
+    return _plain(values)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values, floats with six significant digits."""
+    if isinstance(value, Mapping):
+        return {key: _plain(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(member) for member in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
 def as_text(learned: Learned) -> str:
@@ -46,14 +61,14 @@ def as_text(learned: Learned) -> str:
     lines = [
         f"temperatures from {part.images} images in {part.folder}, {judges}",
         "",
-        f"{'answer':<12}{'temperature':>12}  {'NLL':<43}  {'ECE %':<43}  floor % (95 %)",
+        f"{'logits':<15}{'temperature':>12}  {'NLL':<43}  {'ECE %':<43}  floor % (95 %)",
     ]
     for name, outcome in learned.temperatures.items():
         before, after = outcome.before, outcome.after
         lines.append(
-            f"{name:<12}{outcome.fit.temperature:>12.3f}  "
+            f"{name:<15}{outcome.fit.temperature:>12.3f}  "
             f"{_change(before.nll, after.nll, 1, 3):<43}  {_change(before.ece, after.ece, 100, 1):<43}  "
-            f"{100 * after.floor:.1f} ({100 * after.floor_95:.1f})"
+            f"{100 * after.ece_floor:.1f} ({100 * after.ece_floor_95:.1f})"
         )
     lines += [
         "",
@@ -61,90 +76,43 @@ def as_text(learned: Learned) -> str:
         "in brackets 95 % bootstrap intervals; an ECE's is for the true error, which chance only adds to",
         "",
     ]
-    return "\n".join([*lines, *_exit_lines(learned)]) + "\n"
+    if isinstance(learned.exits, str):
+        lines.append(f"no early exits: {learned.exits}")
+    else:
+        lines += _exit_lines(learned, learned.exits)
+    return "\n".join(lines) + "\n"
 
 
-def _exit_lines(learned: Learned) -> list[str]:
-    exits, cost, times, promise = learned.exits, learned.cost, learned.times, learned.request.promise
-    if isinstance(exits, str):
-        return [f"no early exits: {exits}"]
+def _exit_lines(learned: Learned, exits: ExitOutcome) -> list[str]:
+    times, guarantee = learned.times, learned.request.guarantee
     folder = learned.exit_part.folder if learned.exit_part else learned.request.data
     lines = [
         f"early exits from {exits.images} images in {folder}",
         "",
-        f"{'stops after':<12}{'threshold':>12}{'images %':>12}{cost.unit:>12}{'ms':>12}",
+        f"{'stops after':<15}{'threshold':>12}{'images %':>12}{'GMACs':>12}{'ms':>12}",
     ]
-    for number, (name, count) in enumerate(exits.stopped.items()):
+    for (name, count), gmacs, ms in zip(exits.stopped.items(), learned.gmacs, times.stops, strict=True):
         threshold = exits.thresholds.get(name)
         shown = "" if name not in exits.thresholds else "never" if threshold is None else f"{threshold:.4f}"
-        lines.append(
-            f"{name:<12}{shown:>12}{100 * count / exits.images:>12.1f}{cost.stops[number]:>12.4g}"
-            f"{times.stops[number]:>12.2f}"
-        )
+        lines.append(f"{name:<15}{shown:>12}{100 * count / exits.images:>12.1f}{gmacs:>12.4g}{ms:>12.2f}")
     with_exits = times.full if times.exits is None else times.exits
     change = exits.accuracy_change
     return [
         *lines,
-        f"{'mean':<36}{exits.mean_cost:>12.4g}{with_exits:>12.2f}",
-        f"{'% of whole':<36}{100 * exits.cost_share:>12.1f}{100 * with_exits / times.full:>12.1f}",
+        f"{'mean':<39}{exits.mean_cost:>12.4g}{with_exits:>12.2f}",
+        f"{'% of whole':<39}{100 * exits.mean_cost_share:>12.1f}{100 * with_exits / times.full:>12.1f}",
         "",
         f"another class than the full chain's: {exits.disagreements} of {exits.images} images "
         f"({100 * exits.disagreements / exits.images:.2f} %)",
-        f"promise: with probability {100 * (1 - promise.delta):g} % at most {100 * promise.epsilon:g} % of new images "
-        f"from the same source (bound {100 * exits.bound:.2f} %)",
+        f"guarantee: with probability {100 * (1 - guarantee.delta):g} % at most {100 * guarantee.epsilon:g} % of new "
+        f"images from the same source (bound {100 * exits.bound:.2f} %)",
         f"top-1 {100 * exits.accuracy:.2f} % with exits, {100 * exits.accuracy_full:.2f} % without: "
         f"{100 * change.value:+.2f} points [{100 * change.low:+.2f}, {100 * change.high:+.2f}]",
         "shares, cost, disagreement and top-1 are of the images that chose the thresholds, so a little better than on "
-        "new ones; the promise allows for that",
+        "new ones; the guarantee allows for that",
         f"ms: {times.images} of the images one by one on {learned.runs_on}, with exits and without in turn, decoding "
-        "not counted; the promise, too, is for answers computed so",
+        "not counted; the guarantee, too, is for predictions computed so",
     ]
-
-
-def _exit_values(learned: Learned) -> JsonValue:
-    exits = learned.exits
-    if isinstance(exits, str):
-        return {"none_because": exits}
-    return {
-        "stopped": dict(exits.stopped),
-        "disagreements": exits.disagreements,
-        "bound": _rounded(exits.bound),
-        "mean_cost": _rounded(exits.mean_cost),
-        "mean_cost_share": _rounded(exits.cost_share),
-        "accuracy": _rounded(exits.accuracy),
-        "accuracy_full": _rounded(exits.accuracy_full),
-        "accuracy_change": _interval(exits.accuracy_change),
-        "curve": _curve(exits),
-    }
-
-
-def _curve(exits: ExitOutcome) -> JsonValue:
-    curve = exits.curve
-    columns = {
-        "cost_share": curve.cost,
-        "accuracy": curve.accuracy,
-        "disagreement": curve.disagreement,
-        "bound": curve.bound,
-    }
-    return {name: [_rounded(float(value)) for value in values] for name, values in columns.items()}
-
-
-def _quality(quality: Quality) -> JsonValue:
-    return {
-        "nll": _interval(quality.nll),
-        "ece": _interval(quality.ece),
-        "ece_floor": _rounded(quality.floor),
-        "ece_floor_95": _rounded(quality.floor_95),
-    }
-
-
-def _interval(interval: Interval) -> JsonValue:
-    return {name: _rounded(value) for name, value in asdict(interval).items()}
-
-
-def _rounded(value: float) -> float:
-    """Six significant digits."""
-    return float(f"{value:.{_DIGITS}g}")
 
 
 def _change(before: Interval, after: Interval, scale: float, digits: int) -> str:
@@ -152,3 +120,103 @@ def _change(before: Interval, after: Interval, scale: float, digits: int) -> str
         f"{scale * i.value:.{digits}f} [{scale * i.low:.{digits}f}, {scale * i.high:.{digits}f}]"
         for i in (before, after)
     )
+
+
+def save_reliability(path: Path, outcomes: Mapping[str, TemperatureOutcome], images: int) -> None:
+    """Accuracy over confidence after every graph, before and after, in bins of equal mass, as PNG.
+
+    Bars are 95 % intervals of a bin's accuracy (Wilson 1927).
+
+    Args:
+        path: of the PNG.
+        outcomes: by tensor of logits.
+        images: that judged them.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from scipy.stats import binomtest
+
+    figure = Figure(figsize=(3.7 * len(outcomes) + 0.4, 4.3), layout="constrained")
+    figure.suptitle(f"Reliability on {images} images, bins of equal mass", fontsize=11)
+    axes = figure.subplots(1, len(outcomes), squeeze=False)[0]
+    for panel, (name, outcome) in zip(axes, outcomes.items(), strict=True):
+        panel.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        ways = (("before", outcome.before, _BEFORE, "s"), ("after", outcome.after, _AFTER, "o"))
+        for label, quality, color, marker in ways:
+            confident, right, counts = map(np.array, zip(*quality.bins, strict=True))
+            tests = [binomtest(round(share * n), n) for share, n in zip(right, counts, strict=True)]
+            low, high = np.array([test.proportion_ci(method="wilson") for test in tests]).T
+            panel.errorbar(
+                confident,
+                right,
+                yerr=(np.maximum(right - low, 0), np.maximum(high - right, 0)),
+                color=color,
+                marker=marker,
+                markersize=4,
+                linewidth=1.2,
+                elinewidth=0.8,
+                alpha=0.9,
+                label=f"{label}: ECE {100 * quality.ece.value:.1f} %, NLL {quality.nll.value:.3f}",
+            )
+        panel.set_title(f"{name}, temperature {outcome.fit.temperature:.2f}", fontsize=10)
+        panel.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel="confidence")
+        panel.grid(alpha=0.25)
+        floor = f"floor of a true model: ECE {100 * outcome.after.ece_floor:.1f} %"
+        panel.legend(fontsize=8, loc="best", framealpha=0.9, title=floor, title_fontsize=8, alignment="left")
+    axes[0].set_ylabel("share that is right")
+    _save(figure, path)
+
+
+def save_exits(path: Path, outcome: ExitOutcome, guarantee: Promise) -> None:
+    """Accuracy and disagreement over mean cost along the path of thresholds, with the choice, as PNG.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    curve, chosen = outcome.curve, 100 * outcome.mean_cost_share
+    full = curve.always[-1]
+    cost = 100 * np.concatenate(([full[0]], curve.cost))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(cost, 100 * np.concatenate(([full[1]], curve.accuracy)), color=_AFTER, label="exits by confidence")
+    early = list(outcome.stopped)[:-1]
+    marks = [*((f"always {name}", (6, -6), "left") for name in early), ("full chain", (-6, -6), "right")]
+    for (share, accuracy), (label, offset, side) in zip(curve.always, marks, strict=True):
+        left.plot(100 * share, 100 * accuracy, "s", color=_MUTED, markersize=5)
+        at, style = (100 * share, 100 * accuracy), {"fontsize": 8, "color": _MUTED, "ha": side, "va": "top"}
+        left.annotate(label, at, xytext=offset, textcoords="offset points", **style)
+    left.plot(chosen, 100 * outcome.accuracy, "o", color=_BEFORE, markersize=8, label="chosen")
+    left.set(xlabel="mean cost, % of the full chain", ylabel="top-1 %", title="accuracy")
+    left.margins(y=0.15)
+    low, high = left.get_ylim()
+    if (missing := _LEAST_RANGE - (high - low)) > 0:  # where accuracy hardly changes, that is what should be seen
+        left.set_ylim(low - missing / 2, high + missing / 2)
+    bound = f"upper bound, {100 - 100 * guarantee.delta:g} %"
+    right.plot(cost[1:], 100 * curve.bound, color=_AFTER, linestyle="--", label=bound)
+    right.plot(cost, 100 * np.concatenate(([0.0], curve.disagreement)), color=_AFTER, label="measured")
+    right.axhline(100 * guarantee.epsilon, color=_LIMIT, label=f"allowed: {100 * guarantee.epsilon:g} %")
+    share = 100 * outcome.disagreements / outcome.images
+    right.plot(chosen, share, "o", color=_BEFORE, markersize=8, label="chosen")
+    right.set(
+        xlabel="mean cost, % of the full chain",
+        ylabel="another class than the full chain's, %",
+        title=f"disagreement on {outcome.images} images",
+        ylim=(0, 400 * guarantee.epsilon),
+    )
+    for panel in (left, right):
+        panel.set_xlim(0, 104)
+        panel.grid(alpha=0.25)
+        panel.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with atomic_path(path) as part:
+        figure.set_dpi(_DPI)
+        FigureCanvasAgg(figure).print_png(str(part))

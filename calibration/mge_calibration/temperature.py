@@ -1,18 +1,23 @@
-"""One temperature for every answer, so that a probability means what it says."""
+"""One temperature for each tensor of logits, so that a probability means what it says."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mge_runtime.metrics import log_softmax
 
-__all__ = ["BOUNDS", "Fit", "fit_temperature"]
+if TYPE_CHECKING:
+    import onnx
 
-BOUNDS = (0.05, 20.0)  # temperatures beyond are a sign of too few images, or of answers that are all right
+__all__ = ["BOUNDS", "TEMPERATURE", "Fit", "fit_temperature", "set_temperature", "with_temperature"]
+
+BOUNDS = (0.05, 20.0)  # temperatures beyond are a sign of too few images, or of predictions that are all right
+TEMPERATURE = "temperature"  # of `chain.onnx`: a scalar initializer, and a member of its metadata_props
 
 
 @dataclass(frozen=True)
@@ -46,3 +51,33 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -
     found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
     best = float(found.x)
     return Fit(math.exp(best), bounded=min(best - low, high - best) < 1e-3)
+
+
+def set_temperature(model: onnx.ModelProto, value: float) -> None:
+    """Set the temperature of a `chain.onnx` in place.
+
+    Args:
+        model: the chain, whose probabilities are softmax(logits / T).
+        value: T, > 0.
+    """
+    from onnx import helper, numpy_helper
+
+    kept = [tensor for tensor in model.graph.initializer if tensor.name != TEMPERATURE]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, numpy_helper.from_array(np.array(value, np.float32), TEMPERATURE)])
+    props = {entry.key: entry.value for entry in model.metadata_props} | {TEMPERATURE: repr(value)}
+    helper.set_model_props(model, props)
+
+
+def with_temperature(chain: bytes, value: float) -> bytes:
+    """A serialized `chain.onnx` with another temperature; its weights stay where they are.
+
+    Args:
+        chain: serialized ModelProto.
+        value: T, > 0.
+    """
+    import onnx
+
+    model = onnx.load_model_from_string(chain)
+    set_temperature(model, value)
+    return model.SerializeToString(deterministic=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from pathlib import Path
-from typing import Any
 
 import click
 
-from mge_runtime.cli.common import reports_errors
+from mge_calibration.cli import Number
+from mge_runtime.cli.common import engine_batch_option, max_pixels_option, reports_errors
 from mge_runtime.errors import ExportError, OutputError
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 __all__ = ["main"]
@@ -18,26 +18,13 @@ __all__ = ["main"]
 DEFAULT_NAME = "mge.plan"
 PATH = click.Path(path_type=Path)
 FEW = 16  # images to verify on where nobody says how many
-
-
-class Number(click.FloatRange):
-    """A range that "nan" is not in: it passes every comparison of `FloatRange`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse; a usage error for "nan"."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is no number; expected one in the range {self._describe_range()}.", param, ctx)
-        return number
-
-
 SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
 
 
 @click.command(context_settings=SETTINGS)
 @click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
-@click.option("--fp16", is_flag=True, help="Trunks and part convolutions in half precision, the rest in FP32.")
-@click.option("--int8", is_flag=True, help="Trunks in INT8 with --calib-data, FP16 around it. Implies --fp16.")
+@click.option("--fp16", is_flag=True, help="Backbones and part convolutions in half precision, the rest in FP32.")
+@click.option("--int8", is_flag=True, help="Backbones in INT8 with --calib-data, FP16 around it. Implies --fp16.")
 @click.option("--calib-data", type=PATH, default=None, help="Folder of photographs that INT8 ranges are learned from.")
 @click.option("--calib-images", type=click.IntRange(0), default=256, help="How many of them, drawn by seed; 0: all.")
 @click.option(
@@ -68,8 +55,16 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     help="Also build TensorRT engines. rtx:sm86,sm89,sm120: ahead of time with TensorRT-RTX, no GPU needed. native: "
     "for the GPU of this machine. onnx: none. Repeatable.  [default: native where there is a GPU]",
 )
-@click.option("--batch", default="1,1,8", metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for.")
+@engine_batch_option
 @click.option("--extract", type=PATH, default=None, metavar="DIR", help="Also write plain ONNX and plan files here.")
+@click.option(
+    "--onnx",
+    "onnx_file",
+    type=PATH,
+    default=None,
+    metavar="FILE",
+    help="Also write the whole chain as one ONNX file, and labels.txt beside it.",
+)
 @click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
 @click.option(
     "--verify-data",
@@ -77,7 +72,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     default=None,
     help="Folder of photographs to verify on.  [default: held out of --calib-data; drawn without it]",
 )
-@click.option("--verify-images", type=click.IntRange(0), default=FEW, help="How many of them; 0: all.")
+@click.option("--verify-images", type=click.IntRange(0), default=FEW, help="How many of them; 0: all of --verify-data.")
+@max_pixels_option
 @click.option("--labels", type=PATH, default=None, help="Text file, a class name a line.  [default: the checkpoint's]")
 @click.option(
     "--box-threshold",
@@ -104,9 +100,11 @@ def main(
     targets: tuple[str, ...],
     batch: str,
     extract: Path | None,
+    onnx_file: Path | None,
     output: Path | None,
     verify_data: Path | None,
     verify_images: int,
+    max_pixels: int,
     labels: Path | None,
     box_threshold: float | None,
     resize: int | None,
@@ -124,46 +122,54 @@ def main(
             if int8
             else "--calib-data is for --int8, which was not asked for: add --int8, or leave --calib-data out"
         )
+    if verify_images == 0 and verify_data is None:
+        raise click.UsageError("--verify-images 0 takes all images of --verify-data: name that folder, or a number")
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     from mge.archive import check_file
-    from mge.labels import read_labels
-    from mge_export.images import check_folder
+    from mge.config import read_labels
+    from mge_calibration.int8.images import CALIBRATION_FOLDER
+    from mge_export.images import VERIFY_FOLDER
     from mge_export.targets import EnginePlan
+    from mge_runtime.files import check_output
+    from mge_runtime.sources import require_folder
 
     # What can be told without PyTorch, whose import takes seconds.
+    for file in filter(None, (path, onnx_file)):
+        check_output(file)
     check_file(ckpt)
     if labels is not None:
         read_labels(labels)
     if verify_data is not None:
-        check_folder(verify_data, "--verify-data")
+        require_folder(verify_data, VERIFY_FOLDER)
     if calib_data is not None:
-        check_folder(calib_data, "--calib-data")
+        require_folder(calib_data, CALIBRATION_FOLDER)
     plan = EnginePlan.parse(targets, batch)
     plan.check(fp16=fp16 or int8)
     # The imports take seconds, too.
     with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
         from mge.checkpoint import load_checkpoint
+        from mge_calibration.int8.graph import Int8Options
         from mge_calibration.int8.images import read_calibration_images
-        from mge_calibration.int8.stage import Int8Options
-        from mge_export.export import check_output, export_bundle, file_sha256
+        from mge_export.chain import write_chain
+        from mge_export.export import export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
         from mge_export.precision import Precision
         from mge_runtime.bundle import Bundle
         from mge_runtime.extract import extract_bundle
+        from mge_runtime.files import file_sha256
 
         def say(line: str) -> None:
             interrupt()
             click.echo(line, err=True)
 
-        check_output(path)
         model = load_checkpoint(ckpt, labels=labels, box_threshold=box_threshold, resize=resize, image_size=image_size)
         preprocess = model.config.preprocess
         request = None
         if verify_data is not None:
-            images = find_verify_images(verify_data, preprocess, verify_images, say)
+            images = find_verify_images(verify_data, preprocess, verify_images, say, max_pixels=max_pixels)
         else:
-            images = generated_images(preprocess, verify_images or FEW)
+            images = generated_images(preprocess, verify_images)
         if calib_data is not None:
             frames = read_calibration_images(
                 calib_data,
@@ -171,12 +177,13 @@ def main(
                 limit=calib_images,
                 seed=calib_seed,
                 few=force_few_images,
-                hold_out=0 if verify_data is not None else verify_images or FEW,
+                hold_out=0 if verify_data is not None else verify_images,
                 say=say,
+                max_pixels=max_pixels,
             )
             if frames.held_out:
                 origin = f"images in {calib_data.resolve().name} that set no ranges"
-                images = photographs(frames.held_out, origin, preprocess, say)
+                images = photographs(frames.held_out, origin, preprocess, say, max_pixels=max_pixels)
             options = Int8Options(calib_method, max_drop=max_drop / 100, min_box_iou=min_box_iou, seed=calib_seed)
             request = Int8Request(frames, options)
         result = export_bundle(
@@ -192,10 +199,13 @@ def main(
             say=say,
         )
         interrupt.consequence = f"{path} was written before"
-        if extract is not None:
+        if extract is not None or onnx_file is not None:
             try:
                 with Bundle.open(path) as bundle:
-                    say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+                    if extract is not None:
+                        say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+                    if onnx_file is not None:
+                        say(f"wrote {', '.join(map(str, write_chain(bundle, onnx_file)))}")
             except OutputError as error:
                 raise OutputError(f"{error}; {path} was written before") from error
     if result.report.failures:
@@ -203,11 +213,11 @@ def main(
     weights = sum(entry.size for name, entry in result.manifest.entries.items() if name.endswith(".weights"))
     with Bundle.open(path) as bundle:
         engines = f", engines for {', '.join(bundle.targets)}" if bundle.targets else ""
-    click.echo(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.stages)} stages, "
+    echo(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(result.manifest.graphs)} graphs, "
         f"weights {weights / 1e6:.1f} MB{engines}"
     )
-    click.echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
+    echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mge.attention import StatesGradient, class_gradient, differentiate
-from mge_runtime.errors import ExportError, TrainingError
+from mge_runtime.errors import ExportError, TrainingError, brief
 
 __all__ = ["DualHead"]
 
@@ -71,9 +71,8 @@ def _trace(head: nn.Module, names: tuple[str, ...], features: Tensor) -> fx.Grap
             *tensors, example
         )
     except (RuntimeError, NotImplementedError, ValueError, IndexError, TrainingError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
-            f"cannot trace the gradient of {type(head).__name__}: {first}; "
+            f"cannot trace the gradient of {type(head).__name__}: {brief(error)}; "
             "expected a differentiable head from features [B, D, h, w] to scores [B, C]"
         ) from error
     traced.graph.eliminate_dead_code()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,20 +12,20 @@ from typing import Any
 import onnx
 
 from mge.model import MGENet
-from mge_export.bundle_check import check_bundle
-from mge_export.graph import export_graph, weights_name
+from mge_calibration.int8.cpu import cpu_graph
+from mge_export.chain import join_graphs
+from mge_export.experts import ExpertGraph, build_graphs, views
+from mge_export.graph import count_gmacs, export_graph, weights_name
 from mge_export.images import VerifyImages
 from mge_export.int8 import Int8Request, LearnedGraph, check_quantization, quantize_graphs
-from mge_export.parity import ParityReport, measure_parity
-from mge_export.precision import Precision, check_precision
-from mge_export.report import format_report
-from mge_export.stages import Stage, build_stages, segments, views
-from mge_runtime.bundle import StageModel, write_bundle
-from mge_runtime.errors import ExportError, OutputError
-from mge_runtime.files import check_writable, temporary_folder
+from mge_export.parity import ParityReport, check_bundle, measure_parity
+from mge_export.precision import Precision, check_precision, infer_types
+from mge_runtime.bundle import GraphModel, write_bundle
+from mge_runtime.errors import ExportError
+from mge_runtime.files import check_output, temporary_folder
 from mge_runtime.manifest import Manifest
 
-__all__ = ["ExportResult", "check_output", "export_bundle", "file_sha256"]
+__all__ = ["ExportResult", "export_bundle"]
 
 TOOLS = ("mge", "torch", "timm", "onnx", "onnxscript", "onnxruntime")  # distributions that shape the graphs
 ATTESTED = "onnx: types inferred from the written graph"
@@ -60,13 +58,13 @@ def export_bundle(
     """Export a model to one file.
 
     Nothing is published unless every graph passes `onnx.checker`, has the precision asked for and runs, the parity
-    report is within its tolerances, and the finished file, opened by the runtime, answers as its graphs did. On any
+    report is within its tolerances, and the finished file, opened by the runtime, predicts as its graphs did. On any
     error, an interrupt included, an earlier bundle at `path` stays as it was.
 
     Args:
         model: FP32, on the CPU, in evaluation mode; left as it is.
         path: where to write, usually `mge.plan`.
-        precision: of trunks and part convolutions.
+        precision: of backbones and part convolutions.
         images: to verify on, at least one.
         half_linear: compute linear heads in half too, as TensorRT-RTX on Turing needs.
         int8: images to learn ranges from and how, for `Precision.INT8` and for it alone.
@@ -77,8 +75,8 @@ def export_bundle(
         say: shows progress.
 
     Raises:
-        ExportError: a stage cannot be written, is not of the precision asked for, or is out of tolerance, or the bundle
-            does not answer as its graphs did.
+        ExportError: a graph cannot be written, is not of the precision asked for, or is out of tolerance, or the bundle
+            does not predict as its graphs did.
         OutputError: `path` cannot be written.
         InputError: an image to verify on cannot be decoded.
         ValueError: INT8 without `int8`, or the other way round.
@@ -88,22 +86,17 @@ def export_bundle(
     check_output(path)
     config = model.config
     with temporary_folder("export") as folder:
-        say(f"splitting {config.experts} x {config.arch} into stages, {precision.value}")
-        stages, chain = build_stages(model, precision, half_linear=half_linear), segments(config)
-        plans: dict[str, dict[str, Any]] = {}
-        typed: list[Stage] = []  # a stage that was to be quantised may stay in FP16
-        for stage, made in _graphs(stages, chain[-1].answer, int8, say):
-            plans[stage.spec.name] = _write_stage(stage, made, folder, say)
-            typed.append(stage)
-        stages = tuple(typed)
+        say(f"splitting {config.experts} x {config.arch} into graphs, {precision.value}")
+        graphs = build_graphs(model, precision, half_linear=half_linear)
+        written = [_write_graph(graph, made, folder, say) for graph, made in _made(graphs, int8, say)]
         step = max(images.count // 10, 1)
 
         def progress(done: int) -> None:
             if done == images.count or done // step != (done - 1) // step:
                 say(f"verified {done} of {images.count} images")
 
-        report = measure_parity(model, stages, folder, precision, images, progress)
-        say(format_report(report))
+        report = measure_parity(model, graphs, folder, precision, images, progress)
+        say(str(report))
         if report.failures and not allow_mismatch:
             raise ExportError(
                 f"the export is out of tolerance: {report.failures[0]}"
@@ -114,19 +107,19 @@ def export_bundle(
             model={key: value for key, value in config.to_dict().items() if key != "classes"},
             class_names=config.classes,
             preprocess=config.preprocess,
-            stages=tuple(stage.spec for stage in stages),
-            segments=chain,
+            graphs=tuple(graph.spec for graph in graphs),
             views=views(config),
             gate="gate" if config.experts > 1 else None,
+            gmacs={graph.spec.name: facts.gmacs for graph, facts in zip(graphs, written, strict=True)},
             precision={  # pyright: ignore[reportArgumentType] - JSON values, nested
-                stage.spec.name: {
-                    "type": stage.precision.value,
-                    "heads": "fp16" if half_linear and stage.has_trunk else "fp32",
+                graph.spec.name: {
+                    "type": facts.precision.value,
+                    "heads": "fp16" if half_linear else "fp32",
                     "attested": ATTESTED,
-                    **plans[stage.spec.name],
-                    "weights_underflowed": stage.underflowed,
+                    **facts.plan,
+                    "weights_underflowed": graph.underflowed,
                 }
-                for stage in stages
+                for graph, facts in zip(graphs, written, strict=True)
             },
             parity=report.to_dict() | {"allowed_mismatch": bool(report.failures)},
             tools={"python": platform.python_version()} | {name: version(name) for name in TOOLS},
@@ -135,81 +128,67 @@ def export_bundle(
 
         def check(finished: Path) -> None:
             check_bundle(finished, images, report.verified)
-            say("the finished bundle opens and answers as verified")
+            say("the finished bundle opens and predicts as verified")
             finish(finished)
 
-        models = {stage.spec.name: _stage_model(stage, folder) for stage in stages}
-        written = write_bundle(path, manifest, models, check=check)
-    return ExportResult(path, written, report)
+        models = {facts.name: facts.files for facts in written}
+        chain = join_graphs(manifest, {facts.name: facts.runs_on_cpu for facts in written})
+        published = write_bundle(path, manifest, models, chain=chain.SerializeToString(deterministic=True), check=check)
+    return ExportResult(path, published, report)
 
 
-def check_output(path: Path) -> None:
-    """Find out before the work, not after it, that a place cannot be written.
+@dataclass(frozen=True)
+class _Written:
+    """A graph that lies in the folder, and what the manifest says of it."""
 
-    Raises:
-        OutputError: it cannot.
-    """
-    folder = path.parent
-    with suppress(OSError):  # check_writable says it
-        if path.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder; expected a file name, such as {path / 'mge.plan'}")
-        if folder.is_file():
-            raise OutputError(f"cannot write {path}: {folder} is a file, expected a folder; name another with -o")
-        if not folder.is_dir():
-            raise OutputError(f"cannot write {path}: no folder {folder}; make it or name another place with -o")
-        if path.exists() and not path.is_file():
-            raise OutputError(f"cannot write {path}: it is a device or a pipe; expected a file name")
-    check_writable(path)
+    name: str
+    files: GraphModel
+    precision: Precision
+    plan: dict[str, Any]  # what was read back and learned
+    gmacs: float
+    runs_on_cpu: onnx.ModelProto  # what a CPU computes with: of INT8 bundles the graph encoded for it
 
 
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes, 64 hexadecimal digits."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _graphs(
-    stages: Sequence[Stage], answer: str, int8: Int8Request | None, say: Say
-) -> Iterator[tuple[Stage, LearnedGraph]]:
-    """Each stage's graph, and of a quantised one what was measured; one at a time, unless INT8 needs the chain."""
+def _made(
+    graphs: Sequence[ExpertGraph], int8: Int8Request | None, say: Say
+) -> Iterator[tuple[ExpertGraph, LearnedGraph]]:
+    """Each graph as it is written, and of a quantized one what was learned; one at a time, unless INT8 needs all."""
     if int8 is None:
-        for stage in stages:
-            yield stage, LearnedGraph(export_graph(stage))
+        for graph in graphs:
+            yield graph, LearnedGraph(export_graph(graph))
         return
     say(f"calibrating INT8 ({int8.options.method}) on {int8.images.source}")
-    graphs = {stage.spec.name: export_graph(stage) for stage in stages}
-    quantised = quantize_graphs(stages, graphs, answer, int8, say)
-    for stage in stages:
-        made = quantised.get(stage.spec.name) or LearnedGraph(graphs[stage.spec.name])
-        if stage.precision is Precision.INT8 and not made.nodes:
-            yield replace(stage, precision=Precision.FP16), made
-        else:
-            yield stage, made
+    learned = quantize_graphs([export_graph(graph) for graph in graphs], int8, say)
+    yield from zip(graphs, learned, strict=True)
 
 
-def _write_stage(stage: Stage, made: LearnedGraph, folder: Path, say: Say) -> dict[str, Any]:
-    """Write `<stage>.onnx` and its weights, check both; return what was read back and learned, for the manifest."""
-    name, graph = stage.spec.name, made.graph
-    plan = check_precision(name, graph.model, stage.precision, has_trunk=stage.has_trunk)
+def _write_graph(source: ExpertGraph, made: LearnedGraph, folder: Path, say: Say) -> _Written:
+    """Write `<graph>.onnx` and its weights, of INT8 bundles also `<graph>.cpu.onnx`; check them."""
+    graph, name = made.graph, source.spec.name
+    inferred = infer_types(graph.model)
+    plan = check_precision(name, inferred, graph.precision)
     check_quantization(name, graph.model, made.nodes)
-    path = folder / f"{name}.onnx"
-    if graph.weights:
-        (folder / weights_name(name)).write_bytes(graph.weights)
-    path.write_bytes(graph.model.SerializeToString(deterministic=True))
+    weights = folder / weights_name(name)
+    weights.write_bytes(graph.weights)
+    # In an INT8 bundle a graph may have stayed in FP16: on a CPU it runs as the others do.
+    encoded = cpu_graph(graph.model, fast=True) if source.precision is Precision.INT8 else None
+    cpu = None if encoded is None else _write_model(encoded, folder / f"{name}.cpu.onnx")
+    files = GraphModel(_write_model(graph.model, folder / f"{name}.onnx"), weights, cpu)
+    gmacs = count_gmacs(inferred)
+    small = f", {source.underflowed} weights underflowed to 0" if source.underflowed else ""
+    quantized = made.learned.get("quantized")
+    integer = f", {quantized['convolutions']} of them and {quantized['adds']} sums in INT8" if quantized else ""
+    say(
+        f"{name}: {len(graph.model.graph.node)} nodes, {sum(plan['Conv'].values())} convolutions in "
+        f"{graph.precision.onnx_name}{integer}, {gmacs:.3g} GMACs, weights {len(graph.weights) / 1e6:.1f} MB{small}"
+    )
+    return _Written(name, files, graph.precision, {"operators": plan, **made.learned}, gmacs, encoded or graph.model)
+
+
+def _write_model(model: onnx.ModelProto, path: Path) -> Path:
+    path.write_bytes(model.SerializeToString(deterministic=True))
     try:
-        onnx.checker.check_model(path, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{name}: onnx.checker refuses the graph: {error}") from error
-    convolutions = sum(plan.get("Conv", {}).values())
-    trunk = f", {convolutions} convolutions in {stage.precision.onnx_name}" if convolutions else ""
-    small = f", {stage.underflowed} weights underflowed to 0" if stage.underflowed else ""
-    quantised = made.learned.get("quantized")
-    integer = f", {quantised['convolutions']} of them and {quantised['adds']} sums in INT8" if quantised else ""
-    size = f"weights {len(graph.weights) / 1e6:.1f} MB"
-    say(f"{name}: {len(graph.model.graph.node)} nodes{trunk}{integer}, {size}{small}")
-    return {"operators": plan, **made.learned}
-
-
-def _stage_model(stage: Stage, folder: Path) -> StageModel:
-    weights = folder / weights_name(stage.spec.name)
-    return StageModel(folder / f"{stage.spec.name}.onnx", weights if weights.exists() else None)
+        onnx.checker.check_model(path)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"{path.name}: onnx.checker refuses the graph: {error}") from error
+    return path

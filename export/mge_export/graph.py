@@ -1,25 +1,25 @@
-"""A stage's module as an ONNX graph: a small model and one raw block of weights."""
+"""An expert's module as an ONNX graph: a small model and one raw block of weights."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx.external_data_helper import set_external_data
 from onnxscript import opset18
 from torch import Tensor
 
-from mge_export.stages import Stage
+from mge_export.experts import ExpertGraph
+from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
-from mge_runtime.spec import BATCH, StageSpec, TensorSpec
+from mge_runtime.manifest import BATCH, GraphSpec, TensorSpec
 
-__all__ = ["OPSET", "StageGraph", "export_graph", "externalize", "inlined", "weights_name"]
+__all__ = ["OPSET", "OnnxGraph", "count_gmacs", "export_graph", "externalize", "inlined", "weights_name"]
 
 # What PyTorch's exporter writes without converting, and old enough for every parser in use: TensorRT 10.3 of JetPack 6
 # knows 9 to 20, ONNX Runtime knows 18 since 1.14.
@@ -29,50 +29,53 @@ INLINE_LIMIT = 1024  # bytes; smaller tensors (shapes, axes, scalars) stay in th
 
 
 @dataclass(frozen=True)
-class StageGraph:
-    """One written stage."""
+class OnnxGraph:
+    """One graph as it is written."""
 
-    spec: StageSpec
+    spec: GraphSpec
+    precision: Precision  # of its backbones
     model: onnx.ModelProto  # its large initializers point into `weights`, ONNX's external-data layout
     weights: bytes  # little-endian, each tensor at a multiple of ALIGNMENT
 
 
-def weights_name(stage: str) -> str:
-    """Name of a stage's weights file, beside its graph."""
-    return f"{stage}.weights"
+def weights_name(graph: str) -> str:
+    """Name of a graph's weights file, beside it."""
+    return f"{graph}.weights"
 
 
-def export_graph(stage: Stage) -> StageGraph:
-    """Trace a stage with a dynamic batch and write it as ONNX.
+def export_graph(graph: ExpertGraph) -> OnnxGraph:
+    """Trace an expert's graph with a dynamic batch and write it as ONNX.
 
     Raises:
-        ExportError: the trace fails, or the graph's border is not what the stage's specification says.
+        ExportError: the trace fails, or inputs and outputs are not what the specification says.
     """
-    spec = stage.spec
+    spec = graph.spec
     # Any batch above 1 will do: 0 and 1 are taken for constants.
     inputs = tuple(_example(tensor, batch=2) for tensor in spec.inputs)
     batch = torch.export.Dim(BATCH)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
         program = torch.onnx.export(
-            stage.module,
+            graph,
             inputs,
             dynamo=True,
             opset_version=OPSET,
             input_names=[tensor.name for tensor in spec.inputs],
             output_names=[tensor.name for tensor in spec.outputs],
-            dynamic_shapes=_dynamic_shapes(stage, batch),
-            custom_translation_table={torch.ops.aten.amax.default: _amax},
+            dynamic_shapes=(tuple({0: batch} for _ in spec.inputs),),
+            custom_translation_table={
+                torch.ops.aten.amax.default: _amax,
+                torch.ops.aten.arange.default: _arange,
+            },
             verbose=False,
         )
     if program is None:
         raise ExportError(f"{spec.name}: the exporter returned no graph; this is a defect of the exporter")
     model = program.model_proto
     _strip(model)
-    _count_by_size(model.graph)
-    _check_border(spec, model)
+    _check_interface(spec, model)
     weights = externalize(model, weights_name(spec.name))
-    return StageGraph(spec, model, weights)
+    return OnnxGraph(spec, graph.precision, model, weights)
 
 
 op: Any = opset18  # its functions are typed for NumPy arrays, not for a graph's values
@@ -94,22 +97,28 @@ def _amax(value: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
     return op.Cast(op.Flatten(op.GlobalMaxPool(cast.inputs[0])), to=int(value.dtype))
 
 
+def _arange(end: Any, dtype: int = -1, **_: Any) -> Any:
+    """Number a batch's images by the size of an input instead of its shape: Range(0, Size(x), n) / n, n of one image.
+
+    The exporter would write Range(0, Squeeze(Shape(x)), 1). On CUDA, ONNX Runtime keeps Shape's output on the host, and
+    Squeeze with it; but where it turns the layout to NHWC it looks at the graph a second time, finds that Shape has a
+    place already, and puts Squeeze on the GPU between two copies, which no CUDA graph may hold. Range reads a scalar
+    on the host, as Size writes it: nothing is left between the two that could be put anywhere else.
+    """
+    zero = op.Constant(value_int=0)
+    if isinstance(end, int):
+        numbers = op.Range(zero, op.Constant(value_int=end), op.Constant(value_int=1))
+        return numbers if dtype < 0 else op.Cast(numbers, to=dtype)
+    images = end.producer().inputs[0].producer().inputs[0]  # of Squeeze(Shape(images))
+    one = op.Constant(value_int=math.prod(images.shape[1:]))
+    # TensorRT knows uint8 as the input of a Cast alone; what is cast has as many numbers.
+    casts = [use.node.outputs[0] for use in images.uses() if use.node.op_type == "Cast"]
+    return op.Div(op.Range(zero, op.Size(*casts[:1] or [images]), one), one)
+
+
 def _example(tensor: TensorSpec, batch: int) -> Tensor:
     shape = [batch if size == BATCH else int(size) for size in tensor.shape]
     return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
-
-
-def _dynamic_shapes(stage: Stage, batch: object) -> tuple[object, ...]:
-    axes: list[object] = [{0: batch} for _ in stage.spec.inputs]
-    return _variadic(stage, axes)
-
-
-def _variadic(stage: Stage, axes: Sequence[object]) -> tuple[object, ...]:
-    """Shape the axes like the module's arguments: a `*rest` parameter takes its tensors as one tuple."""
-    code = type(stage.module).forward.__code__
-    positional = code.co_argcount - 1
-    has_rest = bool(code.co_flags & 0x04)
-    return (*axes[:positional], tuple(axes[positional:])) if has_rest else tuple(axes)
 
 
 def _strip(model: onnx.ModelProto) -> None:
@@ -125,64 +134,7 @@ def _strip(model: onnx.ModelProto) -> None:
     graph.ClearField("value_info")
 
 
-def _count_by_size(graph: onnx.GraphProto) -> None:
-    """Number a batch's images by the size of an input instead of its shape: Range(0, Size(x), n) / n, n of one image.
-
-    The exporter writes Range(0, Squeeze(Shape(x)), 1). On CUDA, ONNX Runtime keeps Shape's output on the host, and
-    Squeeze with it; but where it turns the layout to NHWC it looks at the graph a second time, finds that Shape has a
-    place already, and puts Squeeze on the GPU between two copies, which no CUDA graph may hold. Range reads a scalar
-    on the host, as Size writes it: nothing is left between the two that could be put anywhere else.
-    """
-    made = {output: node for node in graph.node for output in node.output}
-    images = {t.name: math.prod(axis.dim_value for axis in t.type.tensor_type.shape.dim[1:]) for t in graph.input}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        shape = _counted_by_shape(node, made, graph)
-        if shape is None or shape.input[0] not in images:
-            nodes.append(node)
-            continue
-        numbers = node.output[0]
-        step, size, steps = (f"{numbers}_{part}" for part in ("step", "size", "steps"))
-        graph.initializer.append(onnx.numpy_helper.from_array(np.array(images[shape.input[0]]), step))
-        nodes += [
-            onnx.helper.make_node("Size", [shape.input[0]], [size], name=f"{node.name}_size"),
-            onnx.helper.make_node("Range", [node.input[0], size, step], [steps], name=f"{node.name}_steps"),
-            onnx.helper.make_node("Div", [steps, step], [numbers], name=node.name),
-        ]
-    outputs = {tensor.name for tensor in graph.output}
-    while True:  # what only the old Range read goes, and what only that read
-        read = outputs | {name for node in nodes for name in node.input}
-        kept = [node for node in nodes if read & set(node.output)]
-        if len(kept) == len(nodes):
-            break
-        nodes = kept
-    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(tensors)
-
-
-def _counted_by_shape(
-    node: onnx.NodeProto, made: dict[str, onnx.NodeProto], graph: onnx.GraphProto
-) -> onnx.NodeProto | None:
-    """The Shape of Range(0, Squeeze(Shape(x, 0, 1)), 1), None where a node is something else."""
-    squeeze = made.get(node.input[1]) if node.op_type == "Range" else None
-    shape = made.get(squeeze.input[0]) if squeeze is not None and squeeze.op_type == "Squeeze" else None
-    if shape is None or shape.op_type != "Shape":
-        return None
-    ends = {attribute.name: attribute.i for attribute in shape.attribute}
-    scalars = [_scalar(graph, node.input[i]) for i in (0, 2)]
-    return shape if (ends.get("start", 0), ends.get("end")) == (0, 1) and scalars == [0, 1] else None
-
-
-def _scalar(graph: onnx.GraphProto, name: str) -> int | None:
-    """The value of a whole constant, None where a tensor is something else."""
-    tensor = next((tensor for tensor in graph.initializer if tensor.name == name), None)
-    value = None if tensor is None else onnx.numpy_helper.to_array(tensor)
-    return int(value) if value is not None and value.ndim == 0 and value.dtype == np.int64 else None
-
-
-def _check_border(spec: StageSpec, model: onnx.ModelProto) -> None:
+def _check_interface(spec: GraphSpec, model: onnx.ModelProto) -> None:
     for role, tensors, protos in (
         ("inputs", spec.inputs, model.graph.input),
         ("outputs", spec.outputs, model.graph.output),
@@ -199,18 +151,23 @@ def _tensor_spec(proto: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(proto.name, dtype, shape)
 
 
-def inlined(graph: StageGraph) -> onnx.ModelProto:
-    """A copy of a stage's model with its weights inside."""
-    model = onnx.ModelProto()
-    model.CopyFrom(graph.model)
-    for tensor in model.graph.initializer:
+def inlined(model: onnx.ModelProto, weights: Mapping[str, bytes]) -> onnx.ModelProto:
+    """A copy of a model with its weights inside.
+
+    Args:
+        model: of which large initializers point into other files.
+        weights: the files, by the name that the model refers to.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for tensor in result.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = {entry.key: entry.value for entry in tensor.external_data}
             start = int(place["offset"])
-            tensor.raw_data = graph.weights[start : start + int(place["length"])]
+            tensor.raw_data = weights[place["location"]][start : start + int(place["length"])]
             tensor.ClearField("external_data")
             tensor.ClearField("data_location")
-    return model
+    return result
 
 
 def externalize(model: onnx.ModelProto, location: str) -> bytes:
@@ -238,3 +195,29 @@ def externalize(model: onnx.ModelProto, location: str) -> bytes:
         tensor.ClearField("raw_data")
         block.extend(data)
     return bytes(block)
+
+
+def count_gmacs(model: onnx.ModelProto) -> float:
+    """Convolutions and matrix products of one image, in billions of multiply-accumulates.
+
+    Args:
+        model: with inferred shapes, the batch as its only open axis.
+
+    Raises:
+        ExportError: a shape is not known.
+    """
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        shapes[value.name] = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    total = 0
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            weights, (_, *made) = shapes.get(node.input[1], [0]), shapes.get(node.output[0], [0, 0])
+            if node.op_type == "Conv":
+                depth = math.prod(weights[1:])  # input channels of the group x kernel
+            else:
+                depth = math.prod(weights) // made[-1] if node.op_type == "Gemm" and made[-1] else weights[-2]
+            if not depth or not all(made):
+                raise ExportError(f"the shapes of {node.op_type} {node.name!r} cannot be inferred; expected known ones")
+            total += math.prod(made) * depth
+    return total / 1e9

@@ -1,8 +1,7 @@
-"""The frames that an export is verified on: photographs if there are any, else generated pictures."""
+"""The frames that an export is verified on: photographs if there are any, else generated images."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mge_runtime.decode import decode_image
+from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
+from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import is_folder, list_folder
-from mge_runtime.spec import Preprocess
+from mge_runtime.sources import list_folder, require_folder
 
-__all__ = ["VerifyImages", "check_folder", "find_verify_images", "generated_images", "photographs"]
+__all__ = ["VERIFY_FOLDER", "VerifyImages", "find_verify_images", "generated_images", "photographs"]
 
+VERIFY_FOLDER = "a folder of images such as .jpg to verify on: name one with --verify-data"  # of an error
 BATCH_IMAGES = 4  # frames computed at once; bounds memory
 
 
@@ -26,35 +26,28 @@ class VerifyImages:
     """Frames, made one at a time when they are needed: hundreds at 448 pixels would fill the memory."""
 
     count: int
-    photographs: bool  # False: generated pictures
+    photographs: bool  # False: generated images
     source: str  # for the report; no path of this machine
     load: Callable[[int], np.ndarray]  # index -> frame, uint8 [S, S, 3]
 
     def batches(self) -> Iterator[np.ndarray]:
-        """All frames in turn, uint8 [B, S, S, 3], a few at a time.
+        """All frames in turn, uint8 [B, S, S, 3]: the first alone, as a chain usually runs, then a few at a time.
 
         Raises:
             InputError: an image cannot be decoded.
         """
-        for start in range(0, self.count, BATCH_IMAGES):
+        yield self.load(0)[None]
+        for start in range(1, self.count, BATCH_IMAGES):
             yield np.stack([self.load(i) for i in range(start, min(start + BATCH_IMAGES, self.count))])
 
 
-def check_folder(folder: Path, option: str) -> None:
-    """Refuse what is no folder.
-
-    Raises:
-        InputError: it is missing or a file.
-    """
-    if not is_folder(folder):
-        found = (
-            f"{folder} is a file, expected a folder" if os.path.lexists(folder) else f"no folder {folder}; expected one"
-        )
-        raise InputError(f"{found} of images such as .jpg: name another with {option}")
-
-
 def find_verify_images(
-    folder: Path, preprocess: Preprocess, limit: int, say: Callable[[str], None] = lambda _: None
+    folder: Path,
+    preprocess: Preprocess,
+    limit: int,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> VerifyImages:
     """Take images from a folder, evenly spaced through its sorted list so that all of its classes have a part.
 
@@ -63,22 +56,29 @@ def find_verify_images(
         preprocess: what the runtime will do to them.
         limit: the most to take; 0: all.
         say: is told of each image that cannot be decoded; it is left out.
+        max_pixels: as for `decode_image`.
 
     Raises:
         InputError: there is no such folder, or no image in it that can be decoded.
     """
-    check_folder(folder, "--verify-data")
+    require_folder(folder, VERIFY_FOLDER)
     listed = list_folder(folder)
     found = listed.whole()
     if remark := listed.remark():
         say(f"{folder}: {remark}")
     count = min(limit, len(found)) if limit else len(found)
     chosen = [found[index * len(found) // count].source() for index in range(count)]
-    return photographs(chosen, f"of {len(found)} images in {folder.resolve().name}", preprocess, say)
+    origin = f"of {len(found)} images in {folder.resolve().name}"
+    return photographs(chosen, origin, preprocess, say, max_pixels=max_pixels)
 
 
 def photographs(
-    chosen: Sequence[Path | bytes], origin: str, preprocess: Preprocess, say: Callable[[str], None] = lambda _: None
+    chosen: Sequence[Path | bytes],
+    origin: str,
+    preprocess: Preprocess,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> VerifyImages:
     """Images to verify on.
 
@@ -87,24 +87,25 @@ def photographs(
         origin: of them, for the report: "of 20 images in holiday".
         preprocess: what the runtime will do to them.
         say: is told of each image that cannot be decoded; it is left out.
+        max_pixels: as for `decode_image`.
 
     Raises:
         InputError: none of them can be decoded.
     """
     # Decoded once now, so that a damaged one is known before the export and not after it.
-    good = [source for source in chosen if _decodes(source, say)]
+    good = [source for source in chosen if _decodes(source, say, max_pixels)]
     if not good:
         raise InputError(f"none of the {len(chosen)} images ({origin}) could be decoded; expected photographs")
 
     def load(index: int) -> np.ndarray:
-        return to_frame(decode_image(good[index]), preprocess)[0]
+        return to_frame(decode_image(good[index], max_pixels), preprocess)[0]
 
     return VerifyImages(len(good), True, f"{len(good)} {origin}", load)
 
 
-def _decodes(source: Path | bytes, say: Callable[[str], None]) -> bool:
+def _decodes(source: Path | bytes, say: Callable[[str], None], max_pixels: int) -> bool:
     try:
-        decode_image(source)
+        decode_image(source, max_pixels)
     except InputError as problem:
         say(f"left out of the verification: {problem}")
         return False
@@ -112,19 +113,19 @@ def _decodes(source: Path | bytes, say: Callable[[str], None]) -> bool:
 
 
 def generated_images(preprocess: Preprocess, count: int) -> VerifyImages:
-    """Make pictures with soft backgrounds, shapes and grain, the same ones each time."""
+    """Make images with soft backgrounds, shapes and grain, the same ones each time."""
 
     def load(index: int) -> np.ndarray:
         return _generate(index, preprocess.size)
 
-    return VerifyImages(count, False, f"{count} generated pictures, no photographs", load)
+    return VerifyImages(count, False, f"{count} generated images, no photographs", load)
 
 
 def _generate(seed: int, size: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
+    image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
     for _ in range(6):
         x, y = random.uniform(0, size, 2)
         width, height = random.uniform(size / 20, size / 3, 2)
@@ -132,4 +133,4 @@ def _generate(seed: int, size: int) -> np.ndarray:
         red, green, blue = (int(value) for value in random.integers(0, 256, 3))
         shape((x - width, y - height, x + width, y + height), fill=(red, green, blue))
     grain = random.normal(0, 8, (size, size, 3))
-    return np.clip(np.asarray(picture) + grain, 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)

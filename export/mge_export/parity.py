@@ -1,26 +1,84 @@
-"""Hold an export to its checkpoint: stage by stage on the same inputs, and as a chain."""
+"""Compare an export with its checkpoint: graph by graph on the same inputs, as a chain, and as the finished bundle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mge.model import MGENet
-from mge_export.activations import FP16_MAX, ActivationWatch, Peak
-from mge_export.differences import ChainDifferences, StageDifferences, box_area
+from mge_export.experts import ExpertGraph
 from mge_export.images import VerifyImages
 from mge_export.precision import Precision
-from mge_export.runners import Runner, Tensors, onnx_runner, reference_tensors, run_chain, torch_runner
-from mge_export.stages import Stage, segments
-from mge_export.tolerances import FEW_IMAGES, TOLERANCES, Tolerances
+from mge_export.runners import FP16_MAX, Peak, Runner, Tensors, TypedRun, onnx_runner, reference_tensors
+from mge_runtime.compare import (
+    FEW_IMAGES,
+    TOLERANCES,
+    Tolerances,
+    box_area,
+    box_failures,
+    box_iou,
+    class_failures,
+    class_margins,
+    finite,
+    frame_boxes,
+    relative_difference,
+)
+from mge_runtime.errors import BackendError, BundleError, ExportError
+from mge_runtime.manifest import FRAME, GraphSpec
+from mge_runtime.pipeline import Pipeline
 
-__all__ = ["Check", "ParityReport", "measure_parity"]
+__all__ = ["Check", "Differences", "ParityReport", "check_bundle", "measure_parity"]
 
-HEADROOM = 10  # an activation above 65504 / HEADROOM is called out: other photographs may drive it further
+_ROUNDING = 0.025  # of the largest value: a crop by a box one pixel further differs by more
+# Of the largest value, between the finished bundle and its graphs: the same weights in the same library.
+_BUNDLE_RELATIVE = 1e-5
+HEADROOM = 10  # an activation above 65504 / HEADROOM is called out: other images may drive it further
+
+
+def _lists() -> dict[str, list[Any]]:
+    return defaultdict(list)
+
+
+@dataclass
+class Differences:
+    """Tensors compared with their reference, by name and image."""
+
+    absolute: dict[str, list[float]] = field(default_factory=_lists)
+    relative: dict[str, list[float]] = field(default_factory=_lists)  # see `relative_difference`
+    class_changes: dict[str, list[bool]] = field(default_factory=_lists)  # of tensors of logits
+    class_margins: dict[str, list[float]] = field(default_factory=_lists)  # see `class_margins`
+    box_iou: dict[str, list[float]] = field(default_factory=_lists)
+
+    def add(self, found: Tensors, reference: Tensors, names: Iterable[str]) -> None:
+        """Add a batch.
+
+        Args:
+            found: tensors of the batch.
+            reference: the same.
+            names: of those to compare, a box before the image that is cropped by it. An image cropped by another box
+                is another image, so it is left out (its box is not).
+        """
+        same_box: Any = slice(None)
+        for name in names:
+            ours, theirs = found[name], reference[name]
+            if name.startswith("box_"):
+                self.box_iou[name] += box_iou(ours, theirs).tolist()
+                same_box = (ours == theirs).all(1)
+                continue
+            if name.startswith("logits"):
+                self.class_changes[name] += (ours.argmax(1) != theirs.argmax(1)).tolist()
+                self.class_margins[name] += class_margins(ours, theirs).tolist()
+            if name.startswith("image_"):
+                ours, theirs = ours[same_box], theirs[same_box]
+            axes = tuple(range(1, ours.ndim))
+            self.absolute[name] += np.abs(ours.astype(np.float64) - theirs).max(axes).tolist()
+            self.relative[name] += relative_difference(ours, theirs).tolist()
 
 
 @dataclass
@@ -29,8 +87,38 @@ class Check:
 
     name: str  # "torch", "onnx", or "int8"
     label: str  # what this check does and does not show
-    stages: dict[str, StageDifferences]
-    chain: ChainDifferences
+    graphs: dict[str, Differences]  # each on the reference's inputs
+    chain: Differences = field(default_factory=Differences)  # on its own: logits, and boxes in pixels of the frame
+
+    def failures(self, limits: Tolerances) -> list[str]:
+        """What is out of tolerance, one line each."""
+        found: list[str] = []
+        for graph, differences in self.graphs.items():
+            where = f"{self.name} {graph}"
+            for name, values in differences.relative.items():
+                # Attention looks at one class: on a near tie of two classes the map is another one, as is its box.
+                allowed = limits.allowed_outliers(len(values)) if name.startswith("heatmap_") else 0
+                beyond = sum(not value <= limits.relative for value in values)
+                if beyond > allowed:
+                    found.append(
+                        f"{where}: {name} differs by {max(values):.1e} of its largest value on {beyond} of "
+                        f"{len(values)} images; expected at most {limits.relative:.0e} on all but {allowed}"
+                    )
+            found += _class_and_box_failures(where, differences, limits, boxes=True)
+        return found + _class_and_box_failures(f"{self.name} chain", self.chain, limits, boxes=limits.chain_boxes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        (logits,) = self.chain.class_changes
+        return {
+            "label": self.label,
+            "graphs": {name: _graph_dict(graph) for name, graph in self.graphs.items()},
+            "chain": {
+                "class_changes": sum(self.chain.class_changes[logits]),
+                "answer_relative": finite(max(self.chain.relative[logits])),
+                "box_iou": {name: _iou_dict(values) for name, values in self.chain.box_iou.items()},
+            },
+        }
 
 
 @dataclass
@@ -38,35 +126,38 @@ class ParityReport:
     """What was measured, and whether it is within tolerance."""
 
     precision: Precision
-    tolerances: Tolerances
     images: VerifyImages
     checks: list[Check]
-    peaks: dict[str, Peak]  # by stage: the largest activation of the typed PyTorch stages, in the export's precision
+    peaks: dict[str, Peak]  # by graph: the largest activation of the typed PyTorch modules, in the export's precision
     crop_area: dict[str, list[float]] = field(default_factory=dict)  # by box: share of its view, the reference's
-    verified: list[Tensors] = field(default_factory=list)  # by batch: what the ONNX chain put out, but for its images
+    verified: Tensors = field(default_factory=Tensors)  # what the ONNX chain made of the first batch, but for images
+
+    @property
+    def tolerances(self) -> Tolerances:
+        """Of the export's precision."""
+        return TOLERANCES[self.precision.value]
 
     @property
     def failures(self) -> list[str]:
         """Everything out of tolerance, one line each; empty: the export may be published."""
-        found = [line for check in self.checks for line in _stage_failures(check, self.tolerances)]
-        found += [line for check in self.checks for line in _chain_failures(check, self.tolerances)]
+        found = [line for check in self.checks for line in check.failures(self.tolerances)]
         if self.precision is not Precision.FP32:
-            for stage, peak in self.peaks.items():
+            for graph, peak in self.peaks.items():
                 if not peak.value < FP16_MAX:
-                    found.append(f"{stage}: an activation ({peak.operator}) overflows FP16: {peak.value:g}")
+                    found.append(f"{graph}: an activation ({peak.operator}) overflows FP16: {peak.value:g}")
         return found
 
     @property
     def warnings(self) -> list[str]:
         """What is within tolerance and still worth a look."""
         found = [
-            f"{stage}: the largest activation is {peak.value:.0f} ({peak.operator}), "
+            f"{graph}: the largest activation is {peak.value:.0f} ({peak.operator}), "
             f"above a tenth of FP16's {FP16_MAX:.0f}"
-            for stage, peak in self.peaks.items()
+            for graph, peak in self.peaks.items()
             if FP16_MAX / HEADROOM < peak.value < FP16_MAX
         ]
         if not self.images.photographs:
-            found.append("verified on generated pictures only; name photographs with --verify-data")
+            found.append("verified on generated images only; name photographs with --verify-data")
         if self.precision is not Precision.FP32 and self.images.count < FEW_IMAGES:
             found.append(
                 f"class agreement on {self.images.count} images says little; "
@@ -82,35 +173,60 @@ class ParityReport:
             "photographs": self.images.photographs,
             "reference": "the checkpoint's own model in PyTorch, FP32",
             "tolerances": asdict(self.tolerances),
-            "checks": {check.name: _check_dict(check) for check in self.checks},
+            "checks": {check.name: check.to_dict() for check in self.checks},
             "largest_activation": {
-                stage: {
-                    "value": _finite(peak.value),
-                    "operator": peak.operator,
-                }
-                for stage, peak in self.peaks.items()
+                graph: {"value": finite(peak.value), "operator": peak.operator} for graph, peak in self.peaks.items()
             },
-            "crop_area_median": {name: _finite(np.median(shares)) for name, shares in self.crop_area.items()},
+            "crop_area_median": {name: finite(np.median(shares)) for name, shares in self.crop_area.items()},
             "failures": self.failures,
             "warnings": self.warnings,
         }
 
+    def __str__(self) -> str:
+        """Graphs and chain of every check as tables, then what is out of tolerance or worth a look."""
+        limits, count = self.tolerances, self.images.count
+        changes = limits.allowed_changes(count)
+        lines = [f"Parity with the checkpoint in FP32, on {self.images.source}"]
+        for check in self.checks:
+            lines += ["", f"{check.label}:", *_table(_rows(check, self.peaks if check.name == "torch" else {}))]
+        return "\n".join([
+            *lines,
+            "",
+            *(
+                f"Crop {name.removeprefix('box_')}: keeps a median of {100 * np.median(shares):.0f} % of its view"
+                for name, shares in self.crop_area.items()
+            ),
+            f"Tolerances ({limits.reason}):",
+            f"  rel diff <= {limits.relative:g}; class may change on {changes} of {count}"
+            + ("" if changes else ", ties aside")
+            + f"; box IoU median >= {limits.box_iou_median:g}, "
+            + (
+                f">= {limits.box_iou_p1:g} on all but 1"
+                if count < FEW_IMAGES
+                else f"1st percentile >= {limits.box_iou_p1:g}"
+            ),
+            *(f"warning: {line}" for line in self.warnings),
+            *(f"out of tolerance: {line}" for line in self.failures),
+        ])  # fmt: skip
+
 
 def measure_parity(
     model: MGENet,
-    stages: Sequence[Stage],
+    graphs: Sequence[ExpertGraph],
     folder: Path,
     precision: Precision,
     images: VerifyImages,
     progress: Callable[[int], None],
 ) -> ParityReport:
-    """Run model, typed stages and ONNX graphs over the images and compare.
+    """Run model, typed modules and ONNX graphs over the images and compare.
+
+    In FP32 the graphs compute what the modules do, which then run on the first image alone, for their activations.
 
     Args:
         model: the reference, FP32, in evaluation mode.
-        stages: its typed stages.
-        folder: with `<stage>.onnx` of each.
-        precision: that the stages were typed for.
+        graphs: its typed modules.
+        folder: with `<graph>.onnx` of each.
+        precision: that they were typed for.
         images: at least one.
         progress: called with the number of images done so far.
 
@@ -118,140 +234,172 @@ def measure_parity(
         ExportError: ONNX Runtime refuses a graph.
         InputError: an image cannot be decoded.
     """
-    specs = [stage.spec for stage in stages]
-    watches = {stage.spec.name: ActivationWatch(stage.precision.dtype) for stage in stages if stage.has_trunk}
+    specs = [graph.spec for graph in graphs]
+    typed = {graph.spec.name: TypedRun(graph) for graph in graphs}
     half = precision is not Precision.FP32
     rounded = ", every activation rounded to FP16" if half else ""
-    unquantised = ", before quantisation" if precision is Precision.INT8 else ""
-    checks = [_check(model, stages, "torch", f"typed stages in PyTorch{rounded}{unquantised}")]
-    runners = [torch_runner(stages, watches)]
+    unquantized = ", before quantization" if precision is Precision.INT8 else ""
+    ways: list[tuple[str, str, Runner]] = [
+        (
+            "torch",
+            f"typed modules in PyTorch{rounded}{unquantized}",
+            lambda spec, tensors: typed[spec.name](tensors),
+        )
+    ]
     if precision is Precision.INT8:
-        checks += [
-            _check(model, stages, "int8", "INT8 as TensorRT computes it, FP32 around, ONNX Runtime, CPU"),
-            _check(model, stages, "onnx", "INT8 as a CPU computes it, ONNX Runtime's integer kernels"),
-        ]
-        runners += [onnx_runner(folder, specs, int8="exact"), onnx_runner(folder, specs, int8="fast")]
+        exact, fast = (onnx_runner(folder, specs, int8="exact"), onnx_runner(folder, specs, int8="fast"))
+        ways.append(("int8", "INT8 as TensorRT computes it, FP32 around, ONNX Runtime, CPU", exact))
+        ways.append(("onnx", "INT8 as a CPU computes it, ONNX Runtime's integer kernels", fast))
     else:
-        checks.append(_check(model, stages, "onnx", "ONNX Runtime, CPU" + (", weights rounded only" if half else "")))
-        runners.append(onnx_runner(folder, specs))
-    area: dict[str, list[float]] = {name: [] for name in checks[0].chain.boxes}
-    verified: list[Tensors] = []
+        label = "ONNX Runtime, CPU" + (", weights rounded only" if half else "")
+        ways.append(("onnx", label, onnx_runner(folder, specs)))
+    checks = [Check(name, label, {spec.name: Differences() for spec in specs}) for name, label, _ in ways]
+    size, boxes = model.config.image_size, [f"box_{k}" for k in range(1, model.config.experts)]
+    area: dict[str, list[float]] = {name: [] for name in boxes}
+    limits = TOLERANCES[precision.value]
+    verified: Tensors = {}
+    found: Tensors = {}
     done = 0
     for frames in images.batches():
         reference = reference_tensors(model, frames)
-        found = [_compare(check, runner, stages, reference) for check, runner in zip(checks, runners, strict=True)]
-        verified.append({name: tensor for name, tensor in found[-1].items() if tensor.ndim < 4})
+        for check, (_, _, runner) in zip(checks, ways, strict=True):
+            if check.name == "torch" and done and not half:
+                continue
+            found = _compare_graphs(check, runner, specs, reference, limits.relative)
+            ours, theirs = (_in_frame(tensors, boxes, size) for tensors in (found, reference))
+            check.chain.add(ours, theirs, [specs[-1].logits, *boxes])
+        verified = verified or {name: tensor for name, tensor in found.items() if tensor.ndim < 4}
         for name, shares in area.items():
-            shares += (box_area(reference[name]) / model.config.image_size**2).tolist()
+            shares += (box_area(reference[name]) / size**2).tolist()
         done += len(frames)
         progress(done)
-    peaks = {name: watch.peak for name, watch in watches.items()}
-    return ParityReport(precision, TOLERANCES[precision], images, checks, peaks, area, verified)
+    return ParityReport(precision, images, checks, {name: run.peak for name, run in typed.items()}, area, verified)
 
 
-def _check(model: MGENet, stages: Sequence[Stage], name: str, label: str) -> Check:
-    config = model.config
-    boxes = [f"box_{k}" for k in range(1, config.experts)]
-    chain = ChainDifferences(segments(config)[-1].answer, boxes, config.image_size)
-    return Check(name, label, {stage.spec.name: StageDifferences(stage.spec) for stage in stages}, chain)
+def check_bundle(path: Path, images: VerifyImages, verified: Tensors) -> None:
+    """Open a bundle as a device will, and compare all that a prediction reports with the graphs that were verified.
 
+    Args:
+        path: the bundle.
+        images: that the graphs were verified on.
+        verified: what their chain made of the first of `images.batches()`.
 
-def _compare(check: Check, runner: Runner, stages: Sequence[Stage], reference: Tensors) -> Tensors:
-    """Take a batch into a check; return what the chain put out."""
-    for stage in stages:
-        check.stages[stage.spec.name].add(runner(stage.spec, reference), reference)
-    found = run_chain([stage.spec for stage in stages], runner, reference["frame"])
-    check.chain.add(found, reference)
-    return found
-
-
-def _stage_failures(check: Check, limits: Tolerances) -> list[str]:
-    found: list[str] = []
-    for stage, differences in check.stages.items():
-        where = f"{check.name} {stage}"
-        for name, values in differences.relative.items():
-            # Attention looks at one class: on a near tie of two classes the map is another one, as is its box.
-            allowed = limits.outliers_of(len(values)) if name.startswith("heatmap_") else 0
-            beyond = sum(not value <= limits.relative for value in values)
-            if beyond > allowed:
-                found.append(
-                    f"{where}: {name} differs by {max(values):.1e} of its largest value on {beyond} of {len(values)} "
-                    f"images; expected at most {limits.relative:.0e} on all but {allowed}"
-                )
-        found += _class_failures(where, differences.class_changes, differences.class_margins, limits)
-        found += _box_failures(where, differences.box_iou, limits)
-    return found
-
-
-def _chain_failures(check: Check, limits: Tolerances) -> list[str]:
-    where = f"{check.name} chain"
-    found = _class_failures(where, check.chain.class_changes, check.chain.class_margins, limits)
-    for name, values in check.chain.box_iou.items() if limits.chain_boxes else ():
-        found += _box_failures(f"{where} {name}", values, limits)
-    return found
-
-
-def _class_failures(where: str, changes: list[bool], margins: list[float], limits: Tolerances) -> list[str]:
-    allowed = limits.allowed_changes(len(changes))
-    counted = sum(changes)
-    if allowed == 0:
-        counted = sum(change and not margin <= limits.relative for change, margin in zip(changes, margins, strict=True))
-    if counted <= allowed:
-        return []
-    return [f"{where}: {counted} of {len(changes)} images change their class; expected at most {allowed}"]
-
-
-def _box_failures(where: str, values: list[float], limits: Tolerances) -> list[str]:
-    if not values:
-        return []
-    found: list[str] = []
-    if not np.median(values) >= limits.box_iou_median:
-        found.append(f"{where}: median box IoU {np.median(values):.3f}; expected at least {limits.box_iou_median}")
-    if len(values) < FEW_IMAGES:
-        low = sum(not value >= limits.box_iou_p1 for value in values)
-        if low > 1:
-            found.append(
-                f"{where}: {low} of {len(values)} boxes have an IoU below {limits.box_iou_p1}; expected at most 1"
+    Raises:
+        ExportError: it cannot be opened or run, or its outputs differ.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with Pipeline.open(path, device="cpu", backend="onnxruntime", threads=threads) as pipeline:
+            found = pipeline.run(next(images.batches()))
+    except (BundleError, BackendError) as error:
+        # Not by the name of a file that is about to be removed.
+        reason = str(error).replace(str(path.resolve()), "it").replace(str(path), "it")
+        raise ExportError(f"the finished bundle cannot be run: {reason}; no bundle was written") from error
+    for name, tensor in found.items():
+        difference = np.abs(tensor.astype(np.float64) - verified[name]).max()
+        limit = _BUNDLE_RELATIVE * np.abs(verified[name]).max()
+        if not difference <= limit:
+            raise ExportError(
+                f"the finished bundle computes otherwise than its graphs did: {name} differs by {difference:.1e}; "
+                f"expected at most {limit:.1e}; no bundle was written"
             )
-    elif not np.percentile(values, 1) >= limits.box_iou_p1:
-        found.append(
-            f"{where}: 1st percentile of box IoU {np.percentile(values, 1):.3f}; expected at least {limits.box_iou_p1}"
-        )
+
+
+def _compare_graphs(
+    check: Check, runner: Runner, specs: Sequence[GraphSpec], reference: Tensors, relative: float
+) -> Tensors:
+    """Add a batch to a check's graphs; return all tensors of the chain.
+
+    Each graph is judged by what it makes of the reference's inputs. Where those of the chain so far are the same but
+    for rounding, what it makes of them counts for both; as a rule that is so in FP32.
+
+    Args:
+        check: gets the batch.
+        runner: runs a graph.
+        specs: the chain.
+        reference: all its tensors, by the checkpoint's own model.
+        relative: that outputs may differ by, of their largest value; inputs that count for both by half of it.
+    """
+    found: Tensors = {FRAME: reference[FRAME]}
+    for spec in specs:
+        made = runner(spec, found)
+        names = [tensor.name for tensor in spec.inputs]
+        differs = [n for n in range(len(reference[FRAME])) if not _same(found, reference, names, n, relative / 2)]
+        found |= made
+        if differs:
+            alone = runner(spec, {name: reference[name][differs] for name in names})
+            made = {name: tensor.copy() for name, tensor in made.items()}
+            for name, tensor in alone.items():
+                made[name][differs] = tensor
+        check.graphs[spec.name].add(made, reference, made)
     return found
 
 
-def _check_dict(check: Check) -> dict[str, Any]:
-    return {
-        "label": check.label,
-        "stages": {name: _stage_dict(differences) for name, differences in check.stages.items()},
-        "chain": {
-            "class_changes": sum(check.chain.class_changes),
-            "answer_relative": _finite(max(check.chain.relative)),
-            "box_iou": {name: _iou_dict(values) for name, values in check.chain.box_iou.items()},
-        },
-    }
+def _same(found: Tensors, reference: Tensors, names: Sequence[str], image: int, relative: float) -> bool:
+    """Whether the tensors of one image are the reference's but for rounding."""
+    limit = min(relative, _ROUNDING)
+    return all(
+        bool(np.abs(found[name][image] - reference[name][image]).max() <= limit * np.abs(reference[name][image]).max())
+        for name in names
+        if found[name] is not reference[name]
+    )
 
 
-def _stage_dict(differences: StageDifferences) -> dict[str, Any]:
+def _in_frame(tensors: Tensors, boxes: Sequence[str], size: int) -> Tensors:
+    """The tensors, their boxes in pixels of the frame."""
+    return tensors | dict(zip(boxes, frame_boxes([tensors[name] for name in boxes], size), strict=True))
+
+
+def _class_and_box_failures(where: str, differences: Differences, limits: Tolerances, *, boxes: bool) -> list[str]:
+    found: list[str] = []
+    for name, changes in differences.class_changes.items():
+        found += class_failures(f"{where} {name}", changes, differences.class_margins[name], limits)
+    for name, values in differences.box_iou.items() if boxes else ():
+        found += box_failures(f"{where} {name}", values, limits)
+    return found
+
+
+def _graph_dict(found: Differences) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "absolute": {name: _finite(max(found, default=0.0)) for name, found in differences.absolute.items()},
-        "relative": {name: _finite(max(found, default=0.0)) for name, found in differences.relative.items()},
+        "absolute": {name: finite(max(values, default=0.0)) for name, values in found.absolute.items()},
+        "relative": {name: finite(max(values, default=0.0)) for name, values in found.relative.items()},
+        "class_changes": sum(map(sum, found.class_changes.values())),
     }
-    if differences.class_changes:
-        values["class_changes"] = sum(differences.class_changes)
-    if differences.box_iou:
-        values["box_iou"] = _iou_dict(differences.box_iou)
+    if found.box_iou:
+        (values["box_iou"],) = map(_iou_dict, found.box_iou.values())
     return values
 
 
 def _iou_dict(values: list[float]) -> dict[str, float | str]:
     return {
-        "median": _finite(np.median(values)),
-        "p1": _finite(np.percentile(values, 1)),
-        "worst": _finite(min(values)),
+        "median": finite(np.median(values)),
+        "p1": finite(np.percentile(values, 1)),
+        "worst": finite(min(values)),
     }
 
 
-def _finite(value: float | np.floating[Any]) -> float | str:
-    """JSON has no infinity: six digits of a number, or its name."""
-    return float(f"{value:.6g}") if np.isfinite(value) else str(float(value))
+def _rows(check: Check, peaks: dict[str, Peak]) -> Iterable[Sequence[str]]:
+    yield ("graph", "abs diff", "rel diff", "same class", "box IoU", "1st pct", "max |act|", "of FP16")
+    for name, found in (*check.graphs.items(), ("whole chain", check.chain)):
+        absolute, relative, ious = (_flat(values) for values in (found.absolute, found.relative, found.box_iou))
+        changes = _flat(found.class_changes)
+        peak = peaks.get(name)
+        yield (
+            name,
+            f"{max(absolute):.1e}" if absolute and found is not check.chain else "",
+            f"{max(relative):.1e}" if relative else "",
+            f"{len(changes) - sum(changes)}/{len(changes)}" if changes else "",
+            *((f"{np.median(ious):.4f}", f"{np.percentile(ious, 1):.4f}") if ious else ("", "")),
+            f"{peak.value:.4g}" if peak else "",
+            f"{100 * peak.value / FP16_MAX:.2g} %" if peak else "",
+        )
+
+
+def _flat(values: dict[str, list[Any]]) -> list[Any]:
+    return [value for of_tensor in values.values() for value in of_tensor]
+
+
+def _table(rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]

@@ -10,7 +10,7 @@ import torch
 
 from mge_runtime.errors import ExportError
 
-__all__ = ["Precision", "check_precision", "read_precision"]
+__all__ = ["Precision", "check_precision", "infer_types", "read_precision"]
 
 # Types of numbers whose precision matters; integers, booleans and shapes are exact.
 _FLOATS: dict[int, str] = {
@@ -19,17 +19,17 @@ _FLOATS: dict[int, str] = {
     onnx.TensorProto.BFLOAT16: "bfloat16",
     onnx.TensorProto.DOUBLE: "float64",
 }
-# Operators of the heads, the attention and the crop, which no trunk has: FP32 in every precision. L2 norms and softmax
-# saturate in FP16, positions in an image of 448 pixels have an error of a quarter of a pixel.
+# Operators of the heads, the attention and the crop, which no backbone has: FP32 in every precision. L2 norms and
+# softmax saturate in FP16, positions in an image of 448 pixels have an error of a quarter of a pixel.
 _ISLANDS = frozenset({"ArgMax", "GatherElements", "GatherND", "GridSample", "ReduceL2", "ReduceMin"})
 
 
 class Precision(Enum):
-    """What trunks compute in, and part convolutions (of INT8: in FP16); everything else is FP32."""
+    """What backbones compute in, and part convolutions (of INT8: in FP16); everything else is FP32."""
 
     FP32 = "fp32"
     FP16 = "fp16"
-    INT8 = "int8"  # Q/DQ in the trunk; what is not quantised there is FP16
+    INT8 = "int8"  # Q/DQ in the backbone; what is not quantised there is FP16
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,11 +42,23 @@ class Precision(Enum):
         return "float32" if self is Precision.FP32 else "float16"
 
 
+def infer_types(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a graph with the type and, as far as it is known, the shape of every tensor.
+
+    Raises:
+        ExportError: they contradict each other.
+    """
+    try:
+        return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(f"the types or shapes of the graph contradict each other: {error}") from error
+
+
 def read_precision(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
     """Count the nodes of each operator by the floating types of their tensors.
 
-    Types are inferred from the graph itself (`onnx.shape_inference`): the plan tells what was written, not what was
-    meant.
+    Args:
+        model: of `infer_types`: the plan tells what was written, not what was meant.
 
     Returns:
         operator -> "float16", "float32", or "float16/float32" where a node has tensors of both (casts) -> nodes;
@@ -70,19 +82,16 @@ def read_precision(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
     return plan
 
 
-def check_precision(
-    stage: str, model: onnx.ModelProto, precision: Precision, *, has_trunk: bool
-) -> dict[str, dict[str, int]]:
-    """Hold a written graph to the precision that was asked for.
+def check_precision(name: str, model: onnx.ModelProto, precision: Precision) -> dict[str, dict[str, int]]:
+    """Check a written graph against the precision that was asked for.
 
     Every convolution must have all its tensors in that precision, the attention's and the heads' own operators and the
-    stage's border must be FP32.
+    graph's inputs and outputs must be FP32.
 
     Args:
-        stage: its name, for errors.
-        model: the graph as written.
+        name: of the graph, for errors.
+        model: the graph as written, by `infer_types`.
         precision: what was asked for.
-        has_trunk: whether convolutions are expected; a trunk without any would prove nothing.
 
     Returns:
         The plan that was read back, see `read_precision`.
@@ -92,25 +101,25 @@ def check_precision(
     """
     plan = read_precision(model)
     wanted = precision.onnx_name
-    if has_trunk and "Conv" not in plan:
-        raise ExportError(f"{stage}: the graph has no convolution; expected a trunk in {wanted}")
+    if "Conv" not in plan:  # which would prove nothing
+        raise ExportError(f"{name}: the graph has no convolution; expected a backbone in {wanted}")
     for kind, number in plan.get("Conv", {}).items():
         if kind != wanted:
-            raise ExportError(f"{stage}: {number} convolutions are {kind}; expected {wanted} as asked for")
+            raise ExportError(f"{name}: {number} convolutions are {kind}; expected {wanted} as asked for")
     for operator in sorted(_ISLANDS & set(plan)):
         for kind, number in plan[operator].items():
             if kind != "float32":
-                raise ExportError(f"{stage}: {number} {operator} are {kind}; expected float32 in every precision")
+                raise ExportError(f"{name}: {number} {operator} are {kind}; expected float32 in every precision")
     for tensor in (*model.graph.input, *model.graph.output):
         kind = _FLOATS.get(tensor.type.tensor_type.elem_type, "float32")
         if kind != "float32":
-            raise ExportError(f"{stage}: tensor {tensor.name!r} at the border is {kind}; expected float32")
+            raise ExportError(f"{name}: the input or output {tensor.name!r} is {kind}; expected float32")
     return plan
 
 
 def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:
-    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True).graph
-    types = {tensor.name: tensor.data_type for tensor in inferred.initializer}
-    for tensor in (*inferred.input, *inferred.output, *inferred.value_info):
+    graph = model.graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for tensor in (*graph.input, *graph.output, *graph.value_info):
         types[tensor.name] = tensor.type.tensor_type.elem_type
     return types

@@ -1,29 +1,33 @@
-"""Three ways to compute the same chain: the model itself, its typed stages, and their ONNX graphs."""
+"""Three ways to compute the same chain: the model itself, its typed modules, and their ONNX graphs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mge.data.folder import normalize
 from mge.model import MGENet
-from mge_export.activations import ActivationWatch
-from mge_export.half_kernels import HalfKernels
-from mge_export.stages import Stage
-from mge_runtime.backends.ort import import_onnxruntime
-from mge_runtime.bundle.cpu_graph import cpu_graph, integer_entries
+from mge_calibration.int8.cpu import cpu_graph
+from mge_export.experts import ExpertGraph
+from mge_runtime.backends.onnxruntime import import_onnxruntime, integer_entries
 from mge_runtime.errors import ExportError
-from mge_runtime.spec import StageSpec
+from mge_runtime.manifest import FRAME, GraphSpec
 
-__all__ = ["Runner", "Tensors", "onnx_runner", "reference_tensors", "run_chain", "torch_runner"]
+__all__ = ["FP16_MAX", "Peak", "Runner", "Tensors", "TypedRun", "onnx_runner", "reference_tensors", "run_chain"]
 
 Tensors = dict[str, np.ndarray]  # by name, batch first
-Runner = Callable[[StageSpec, Mapping[str, np.ndarray]], Tensors]  # a stage and what it takes in -> what it puts out
+Runner = Callable[[GraphSpec, Mapping[str, np.ndarray]], Tensors]  # a graph and its inputs -> its outputs
+
+FP16_MAX = 65504.0
+_SUMS = frozenset({"convolution", "mm", "addmm", "bmm", "baddbmm", "linear"})
 
 
 @torch.no_grad()
@@ -36,44 +40,99 @@ def reference_tensors(model: MGENet, frames: np.ndarray) -> Tensors:
     """
     images = torch.stack([normalize(frame, model.config) for frame in frames])
     output = model(images)
-    tensors: dict[str, torch.Tensor] = {"gate": output.gate, "logits": output.logits}
-    answers = torch.stack([expert.logits for expert in output.experts])
+    tensors: dict[str, Tensor] = {"gate": output.gate, "logits": output.logits}
+    logits = torch.stack([expert.logits for expert in output.experts])
     for k, expert in enumerate(output.experts, 1):
-        tensors |= {f"image_{k}": expert.image, f"logits_{k}": expert.logits, f"heatmap_{k}": expert.heatmap}
-        tensors[f"answer_{k}"] = answers[:k].mean(0)
+        tensors |= {f"logits_{k}": expert.logits, f"heatmap_{k}": expert.heatmap}
+        if k > 1:
+            tensors[f"image_{k}"] = expert.image
         if expert.box is not None:
-            tensors[f"box_{k}"] = expert.box
-    return {"frame": frames} | {name: tensor.numpy() for name, tensor in tensors.items()}
+            tensors |= {f"box_{k}": expert.box, f"mean_logits_{k}": logits[:k].mean(0)}
+    return {FRAME: frames} | {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def torch_runner(stages: Sequence[Stage], watches: Mapping[str, ActivationWatch], *, fast_half: bool = True) -> Runner:
-    """Run the typed modules in PyTorch, which rounds every half-precision activation as a GPU does.
+@dataclass(frozen=True)
+class Peak:
+    """The largest activation that was seen."""
+
+    value: float  # absolute; inf or nan if one was not finite
+    operator: str  # PyTorch's name of the operator that computed it
+
+
+class TypedRun(TorchDispatchMode):
+    """Run an expert's typed module in PyTorch, which rounds every half-precision activation as a GPU does.
+
+    Sums of products of FP16 tensors are computed in FP32 and rounded once, as a GPU's matrix units do; PyTorch's own
+    FP16 kernels do nearly the same, ten to thirty times more slowly on a CPU without FP16 arithmetic. Every tensor
+    stays FP16; all other operators are PyTorch's own. On the way the largest value is recorded of all maps
+    [B, C, h, w] in the graph's type, those of functional calls included: FP16 ends at 65504.
 
     Args:
-        stages: the chain.
-        watches: by stage, of those that are watched; each sees what its stage computes.
-        fast_half: FP16 sums by `HalfKernels`; False: by PyTorch's own kernels, slow on most CPUs.
+        graph: the module; the maps of its image's normalization are left out.
     """
-    modules = {stage.spec.name: stage.module for stage in stages}
+
+    def __init__(self, graph: ExpertGraph) -> None:
+        super().__init__()
+        self.peak = Peak(0.0, "")
+        self._graph = graph
+        self._watching = True
 
     @torch.no_grad()
-    def run(spec: StageSpec, tensors: Mapping[str, np.ndarray]) -> Tensors:
+    def __call__(self, tensors: Mapping[str, np.ndarray]) -> Tensors:
+        """From the graph's inputs, among others, to its outputs."""
+        spec, aside = self._graph.spec, self._graph.normalize
         inputs = [torch.from_numpy(tensors[tensor.name]) for tensor in spec.inputs]
-        with HalfKernels() if fast_half else nullcontext(), watches.get(spec.name, nullcontext()):
-            outputs = modules[spec.name](*inputs)
+        hooks = [] if aside is None else [
+            aside.register_forward_pre_hook(lambda *_: setattr(self, "_watching", False)),
+            aside.register_forward_hook(lambda *_: setattr(self, "_watching", True)),
+        ]  # fmt: skip
+        try:
+            with self:
+                outputs = self._graph(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
 
-    return run
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run one operator and look at its results."""
+        del types
+        half = [isinstance(value, Tensor) and value.dtype is torch.float16 for value in args]
+        if str(func).split(".")[1] in _SUMS and any(half):
+            wide = [value.float() if narrow else value for value, narrow in zip(args, half, strict=True)]
+            result = func(*wide, **(kwargs or {})).half()
+        else:
+            result = func(*args, **(kwargs or {}))
+        if self._watching:
+            for value in result if isinstance(result, (tuple, list)) else (result,):
+                self._watch(value, str(func))
+        return result
+
+    def _watch(self, value: object, operator: str) -> None:
+        # Maps of another type are those of an FP32 island, which cannot overflow FP16.
+        dtype = self._graph.precision.dtype
+        if isinstance(value, Tensor) and value.dtype is dtype and value.ndim == 4 and value.numel():
+            low, high = torch.aminmax(value)
+            largest = max(abs(float(low)), abs(float(high)))
+            # Not `>`: a NaN must be kept, and stays.
+            if not largest <= self.peak.value and self.peak.value == self.peak.value:
+                self.peak = Peak(largest, operator)
 
 
-def onnx_runner(folder: Path, specs: Sequence[StageSpec], int8: Literal["exact", "fast"] | None = None) -> Runner:
-    """Run `<stage>.onnx` files of a folder with ONNX Runtime on the CPU.
+def onnx_runner(folder: Path, specs: Sequence[GraphSpec], int8: Literal["exact", "fast"] | None = None) -> Runner:
+    """Run `<graph>.onnx` files of a folder with ONNX Runtime on the CPU.
 
     Args:
-        folder: with `<stage>.onnx` of each.
+        folder: with `<graph>.onnx` of each.
         specs: the chain.
-        int8: re-encode the graphs as `cpu_graph` does: "exact" computes as TensorRT does, "fast" as the runtime's
-            backend does on a CPU. None: as they are.
+        int8: "exact" computes as TensorRT does, "fast" as the runtime does on a CPU, with the folder's
+            `<graph>.cpu.onnx`. None: as they are.
 
     Raises:
         ExportError: ONNX Runtime refuses a graph.
@@ -81,20 +140,22 @@ def onnx_runner(folder: Path, specs: Sequence[StageSpec], int8: Literal["exact",
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    if int8 is not None:  # read from bytes, so their weights must be told where they lie
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if int8 is not None:
         for key, value in (integer_entries() if int8 == "fast" else {"session.disable_quant_qdq": "1"}).items():
             options.add_session_config_entry(key, value)
+    if int8 == "exact":  # read from bytes, so weights must be told where they lie
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     sessions: dict[str, Any] = {}
     for spec in specs:
         try:
-            path = folder / f"{spec.name}.onnx"
-            graph = path if int8 is None else cpu_graph(path.read_bytes(), fast=int8 == "fast")
+            graph: Path | bytes = folder / (f"{spec.name}.cpu.onnx" if int8 == "fast" else f"{spec.name}.onnx")
+            if int8 == "exact":
+                graph = cpu_graph(onnx.load(graph, load_external_data=False), fast=False).SerializeToString()
             sessions[spec.name] = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ExportError(f"{spec.name}: ONNX Runtime refuses the graph: {error}") from error
 
-    def run(spec: StageSpec, tensors: Mapping[str, np.ndarray]) -> Tensors:
+    def run(spec: GraphSpec, tensors: Mapping[str, np.ndarray]) -> Tensors:
         names = [tensor.name for tensor in spec.outputs]
         outputs = sessions[spec.name].run(names, {tensor.name: tensors[tensor.name] for tensor in spec.inputs})
         return dict(zip(names, (np.asarray(output) for output in outputs), strict=True))
@@ -102,9 +163,9 @@ def onnx_runner(folder: Path, specs: Sequence[StageSpec], int8: Literal["exact",
     return run
 
 
-def run_chain(specs: Sequence[StageSpec], runner: Runner, frames: np.ndarray) -> Tensors:
-    """Run all stages in turn, each on what the ones before put out."""
-    tensors: Tensors = {"frame": frames}
+def run_chain(specs: Sequence[GraphSpec], runner: Runner, frames: np.ndarray) -> Tensors:
+    """Run all graphs in turn, each on the outputs of those before."""
+    tensors: Tensors = {FRAME: frames}
     for spec in specs:
         tensors |= runner(spec, tensors)
     return tensors

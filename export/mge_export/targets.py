@@ -6,16 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mge_runtime.cli.progress import shown_progress
+from mge_runtime.cli.build import shown_progress
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.interrupt import Interrupt
-from mge_runtime.machine import Machine
-from mge_runtime.machine_probe import describe_machine
-from mge_runtime.trt.batch import BatchRange
+from mge_runtime.machine import Machine, describe_machine
+from mge_runtime.trt.build import build_targets, native_library
 from mge_runtime.trt.builder import BuildOptions
-from mge_runtime.trt.keep import build_targets, native_library
-from mge_runtime.trt.request import NATIVE, TargetRequest
-from mge_runtime.trt.turing import TURING
+from mge_runtime.trt.target import NATIVE, TURING, BatchRange, TargetRequest
 from mge_runtime.trt.vendor import load_vendor
 
 __all__ = ["EnginePlan"]
@@ -84,7 +81,7 @@ class EnginePlan:
         """Add the engines to a bundle before it is published; those that nobody asked for do not keep it from that.
 
         Raises:
-            BuildError: a stage cannot be built or is not of its precision.
+            BuildError: a graph cannot be built or is not of its precision.
             BackendError: as for `check`.
             OutputError: the bundle cannot be written.
         """

@@ -1,38 +1,42 @@
-"""Experts and gates typed for export: the trunk and the part convolution in the asked precision, the rest in FP32.
+"""Experts and gates typed for export: the backbone and the part convolution in the asked precision, the rest in FP32.
 
 Precision is written into the modules (weights and casts), so the exported graph is strongly typed and the same modules
-run in half in PyTorch, which rounds activations as a GPU does. The arithmetic stays the model's own.
+run in half in PyTorch, which rounds activations as a GPU does. The arithmetic stays the model's own. BatchNorms are
+folded into the convolutions before them: a folded weight is rounded once, from its FP32 value; unfolded, the
+convolution's weight, the running variance and the scale are rounded each by itself, and a large variance overflows.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mge.model import Expert, Gate
-from mge_export.fold import fold_batch_norms
 from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
 
-__all__ = ["HalfLinear", "TypedTrunk", "half_heads", "typed_expert", "typed_gate"]
+__all__ = ["HalfLinear", "TypedBackbone", "fold_batch_norms", "half_heads", "typed_expert", "typed_gate"]
 
 M = TypeVar("M", bound=nn.Module)
+FOLD_TOLERANCE = 1e-3  # of the largest output; folding reorders FP32 sums through some hundred layers, seen: 1e-5
 
 
-class TypedTrunk(nn.Module):
-    """A trunk that takes an FP32 image and computes in the type of its weights.
+class TypedBackbone(nn.Module):
+    """A backbone that takes an FP32 image and computes in the type of its weights.
 
     c4 stays in that type, for the part convolution; c5 leaves in FP32, for the heads and the attention.
     """
 
-    def __init__(self, trunk: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, backbone: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layers = trunk
-        self.underflowed = sum(_cast(tensor, dtype) for tensor in (*trunk.parameters(), *trunk.buffers()))
+        self.layers = backbone
+        self.underflowed = sum(_cast(tensor, dtype) for tensor in (*backbone.parameters(), *backbone.buffers()))
         self.dtype = dtype
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,7 +53,7 @@ class Float32Island(nn.Module):
         self.module = module
 
     def forward(self, value: Tensor) -> Tensor:
-        """Return the module's answer in the type of `value`."""
+        """Return the module's output in the type of `value`."""
         return self.module(value.to(torch.float32)).to(value.dtype)
 
 
@@ -69,7 +73,7 @@ class HalfLinear(nn.Module):
 
 
 def half_heads(module: M) -> M:
-    """Put the linear layers of a head, an expert or a gate into half, in place; its trunk is left alone.
+    """Put the linear layers of a head, an expert or a gate into half, in place; its backbone is left alone.
 
     TensorRT-RTX has no FP32 matrix products for Turing (SM75). On every other target they cost next to nothing in FP32
     and keep class scores apart that are close.
@@ -77,28 +81,28 @@ def half_heads(module: M) -> M:
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, HalfLinear(child))
-        elif not isinstance(child, TypedTrunk):
+        elif not isinstance(child, TypedBackbone):
             half_heads(child)
     return module
 
 
 def typed_expert(expert: Expert, precision: Precision, size: int) -> Expert:
-    """Copy an expert for export, BatchNorms folded into the trunk's convolutions.
+    """Copy an expert for export, BatchNorms folded into the backbone's convolutions.
 
     Args:
         expert: left as it is.
-        precision: of the trunk and the part convolution.
+        precision: of the backbone and the part convolution.
         size: pixels, S.
 
     Raises:
         ExportError: a weight is not finite in this precision.
     """
     typed = _frozen_copy(expert)
-    typed.trunk = _typed_trunk(typed.trunk, precision, size)
+    typed.backbone = _typed_backbone(typed.backbone, precision, size)
     if not isinstance(typed.norm4, nn.Identity):
         typed.norm4 = Float32Island(typed.norm4)
     # The weight alone: the bias is added to the maximum, which is FP32 by type promotion.
-    typed.trunk.underflowed += _cast(typed.part_conv.weight, precision.dtype)
+    typed.backbone.underflowed += _cast(typed.part_conv.weight, precision.dtype)
     _check_finite(typed, precision)
     return typed
 
@@ -106,14 +110,78 @@ def typed_expert(expert: Expert, precision: Precision, size: int) -> Expert:
 def typed_gate(gate: Gate, precision: Precision, size: int) -> Gate:
     """Copy a gate for export; see `typed_expert`."""
     typed = _frozen_copy(gate)
-    typed.trunk = _typed_trunk(typed.trunk, precision, size)
+    typed.backbone = _typed_backbone(typed.backbone, precision, size)
     _check_finite(typed, precision)
     return typed
 
 
+@torch.no_grad()
+def fold_batch_norms(backbone: nn.Module, example: Tensor) -> int:
+    """Fold every BatchNorm2d that directly follows a convolution, in place.
+
+    Pairs are found by running the backbone: the BatchNorm's input is the very tensor that a convolution computed. The
+    folded backbone must compute the same from the example, else (a convolution that feeds something else too) nothing
+    is folded.
+
+    Args:
+        backbone: in evaluation mode, FP32, returns a list of tensors.
+        example: [B, 3, S, S].
+
+    Returns:
+        How many BatchNorms were folded.
+    """
+    pairs, before = _find_pairs(backbone, example)
+    originals = {name: backbone.get_submodule(name) for pair in pairs for name in pair}
+    for conv_name, norm_name in pairs:
+        norm = cast(nn.BatchNorm2d, originals[norm_name])
+        backbone.set_submodule(conv_name, fuse_conv_bn_eval(cast(nn.Conv2d, originals[conv_name]), norm))
+        backbone.set_submodule(norm_name, _rest(norm))
+    after = backbone(example)
+    if all((a - b).abs().max() <= FOLD_TOLERANCE * b.abs().max() for a, b in zip(after, before, strict=True)):
+        return len(pairs)
+    for name, module in originals.items():
+        backbone.set_submodule(name, module)
+    return 0
+
+
+def _find_pairs(backbone: nn.Module, example: Tensor) -> tuple[list[tuple[str, str]], list[Tensor]]:
+    """Return (convolution, BatchNorm) names and the backbone's outputs."""
+    convs: dict[str, list[Tensor]] = {}  # outputs of every call
+    norms: list[tuple[str, Tensor]] = []  # with their input
+    handles = []
+    for name, module in backbone.named_modules():
+        if type(module).__name__.startswith("Conv2d") and isinstance(module, nn.Conv2d):
+
+            def of_conv(_: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
+                del inputs
+                convs.setdefault(name, []).append(output)
+
+            handles.append(module.register_forward_hook(of_conv))
+        elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+
+            def of_norm(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                norms.append((name, inputs[0]))
+
+            handles.append(module.register_forward_pre_hook(of_norm))
+    try:
+        outputs = list(backbone(example))
+    finally:
+        for handle in handles:
+            handle.remove()
+    called_once = [(name, found[0]) for name, found in convs.items() if len(found) == 1]
+    return [(conv, norm) for norm, source in norms for conv, output in called_once if output is source], outputs
+
+
+def _rest(norm: nn.Module) -> nn.Module:
+    """What is left of a BatchNorm once its affine map is folded: timm's variant carries an activation."""
+    if not isinstance(norm, BatchNormAct2d):
+        return nn.Identity()
+    return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype) -> int:
     """Cast a floating tensor in place; return how many of its values became zero."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.dtype is dtype:
         return 0
     zeros = int((tensor == 0).sum())
     tensor.data = tensor.data.to(dtype)
@@ -124,10 +192,10 @@ def _frozen_copy(module: M) -> M:
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
-def _typed_trunk(trunk: nn.Module, precision: Precision, size: int) -> TypedTrunk:
+def _typed_backbone(backbone: nn.Module, precision: Precision, size: int) -> TypedBackbone:
     generator = torch.Generator().manual_seed(0)
-    fold_batch_norms(trunk, torch.rand((1, 3, size, size), generator=generator) * 2 - 1)
-    return TypedTrunk(trunk, precision.dtype)
+    fold_batch_norms(backbone, torch.rand((1, 3, size, size), generator=generator) * 2 - 1)
+    return TypedBackbone(backbone, precision.dtype)
 
 
 def _check_finite(module: nn.Module, precision: Precision) -> None:

@@ -8,10 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge_runtime.cli.common import note, reports_errors
+from mge_runtime.cli.common import (
+    backend_option,
+    batch_option,
+    device_option,
+    max_pixels_option,
+    no_mmap_option,
+    note,
+    options_given,
+    reports_errors,
+    threads_option,
+)
+from mge_runtime.files import echo
 
 if TYPE_CHECKING:
-    from mge.evaluation import Answers
+    from mge.evaluation import Predictions
+    from mge_runtime.pipeline import Pipeline
 
 __all__ = ["main"]
 
@@ -23,8 +35,13 @@ PATH = click.Path(path_type=Path)
 @click.option("--engine", type=PATH, help="A bundle: every expert, as it runs on a device.")
 @click.option("--data", type=PATH, required=True, help="Folder with test/<class>/*.jpg, or with the class folders.")
 @click.option("--split", default="test", help="Folder below --data, where there is one.")
-@click.option("--batch-size", type=click.IntRange(1), default=32)
+@batch_option(32, "--batch-size")
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes (threads for a bundle) that decode.")
+@max_pixels_option
+@device_option
+@backend_option
+@threads_option
+@no_mmap_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--predictions", type=PATH, help="Also write labels, logits, gate and boxes to this .npz file.")
 @click.version_option(package_name="mge")
@@ -34,62 +51,74 @@ def main(
     engine: Path | None,
     data: Path,
     split: str,
-    batch_size: int,
+    batch: int,
     workers: int,
+    max_pixels: int,
+    device: str,
+    backend: str,
+    threads: int | None,
+    no_mmap: bool,
     as_json: bool,
     predictions: Path | None,
 ) -> None:
-    """Print the paper's table: top-1, top-5, likelihood and calibration of every head, the gate, the crops' areas."""
+    """Print the paper's table: top-1, top-5, likelihood and calibration of every head, the gate, the crops' areas.
+
+    --device, --backend, --threads and --no-mmap say how a bundle runs; a checkpoint runs on the CPU.
+    """
     from mge.archive import check_file
-    from mge.report import figures, print_table, write_predictions
+    from mge.evaluation import figures, print_table, write_predictions
     from mge_runtime.errors import InputError
-    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, validation_folder
+    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, require_folder, validation_folder
 
     if (ckpt is None) == (engine is None):
         raise click.UsageError("name either --ckpt or --engine")
+    if ckpt is not None and (unused := options_given("device", "backend", "threads", "no_mmap")):
+        raise click.UsageError(f"a checkpoint runs in PyTorch, which cannot use {', '.join(unused)}; leave that out")
     folder = data / split if is_folder(data / split) else data
     if split in VALIDATION_FOLDERS:
         folder = validation_folder(data) or data
     if is_folder(folder / "train"):
         raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
-    if not is_folder(folder):
-        raise InputError(f"no folder {folder}; expected test/<class>/*.jpg in it, or the class folders")
+    require_folder(folder, "test/<class>/*.jpg in it, or the class folders")
     if ckpt is not None:
         check_file(ckpt)  # before PyTorch is loaded, which takes seconds
-        answers, samples = _checkpoint_answers(ckpt, folder, batch_size, workers)
+        found, samples = _run_checkpoint(ckpt, folder, batch, workers, max_pixels)
     else:
         assert engine is not None  # noqa: S101 - the usage check above; for the type checker
-        answers, samples = _bundle_answers(engine, folder, batch_size, workers)
-    result = figures(answers, folder, [path for path, _ in samples])
+        from mge_runtime.pipeline import Pipeline
+
+        with Pipeline.open(
+            engine, device, backend, threads, streams="auto", mmap=not no_mmap, max_pixels=max_pixels
+        ) as pipeline:
+            found, samples = _run_bundle(pipeline, folder, batch, workers)
+    names = [path.relative_to(folder).as_posix() for path, _ in samples]
+    result = figures(found, folder, names)
     if predictions is not None:
-        write_predictions(predictions, answers, [path.relative_to(folder).as_posix() for path, _ in samples])
+        write_predictions(predictions, found, names)
     if as_json:
-        click.echo(json.dumps(result, indent=2))
+        echo(json.dumps(result, indent=2))
     else:
         print_table(result)
 
 
-def _checkpoint_answers(ckpt: Path, folder: Path, batch_size: int, workers: int) -> tuple[Answers, Any]:
+def _run_checkpoint(ckpt: Path, folder: Path, batch: int, workers: int, max_pixels: int) -> tuple[Predictions, Any]:
     from mge.checkpoint import load_checkpoint
-    from mge.data.folder import FolderDataset
-    from mge.data.loading import batches, make_loader
+    from mge.data.folder import FolderDataset, batches, make_loader
     from mge.evaluation import collect
     from mge_runtime.sources import list_labelled
 
     model = load_checkpoint(ckpt)
     _, samples = list_labelled(folder, model.config.classes, note)
-    loader = make_loader(FolderDataset(samples, model.config), batch_size, workers=workers)
+    loader = make_loader(FolderDataset(samples, model.config, max_pixels=max_pixels), batch, workers=workers)
     return collect(model, batches(loader)), samples
 
 
-def _bundle_answers(engine: Path, folder: Path, batch_size: int, workers: int) -> tuple[Answers, Any]:
+def _run_bundle(pipeline: Pipeline, folder: Path, batch: int, workers: int) -> tuple[Predictions, Any]:
     from mge.evaluation import collect_bundle
-    from mge_runtime.pipeline import Pipeline
     from mge_runtime.sources import list_labelled
 
-    with Pipeline.open(engine, streams="auto") as pipeline:
-        _, samples = list_labelled(folder, pipeline.manifest.class_names, note)
-        return collect_bundle(pipeline, samples, batch_size, max(workers, 1)), samples
+    _, samples = list_labelled(folder, pipeline.manifest.class_names, note)
+    return collect_bundle(pipeline, samples, batch, max(workers, 1)), samples
 
 
 if __name__ == "__main__":

@@ -8,18 +8,19 @@ from pathlib import Path
 import click
 
 from mge_runtime.cli.common import reports_errors
+from mge_runtime.files import echo
 
 __all__ = ["main"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--seed", default=0, show_default=True, help="Another seed gives other pictures of the same species.")
+@click.option("--seed", default=0, show_default=True, help="Another seed gives other images of the same species.")
 @click.option("--species", default=12, show_default=True, help="Number of classes, 2 to 36.")
-@click.option("--size", default=128, show_default=True, help="Side of a picture in pixels.")
-@click.option("--train", default=1800, show_default=True, help="Pictures to train on.")
-@click.option("--val", default=300, show_default=True, help="Pictures to choose settings on.")
-@click.option("--test", default=600, show_default=True, help="Pictures to report on.")
+@click.option("--size", default=128, show_default=True, help="Side of an image in pixels.")
+@click.option("--train", default=1800, show_default=True, help="Images to train on.")
+@click.option("--val", default=300, show_default=True, help="Images to choose settings on.")
+@click.option("--test", default=600, show_default=True, help="Images to report on.")
 @click.option(
     "--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that draw; 0: one for each core."
 )
@@ -34,7 +35,7 @@ def main(
     """Draw birds whose species differ in small parts of the head into FOLDER.
 
     FOLDER gets train, val and test with a folder per species, and in each a parts.csv with the box of the part that
-    decides. The same options always draw the same pictures. FOLDER appears when everything is drawn; a folder that
+    decides. The same options always draw the same images. FOLDER appears when everything is drawn; a folder that
     already holds this very guide is left alone.
     """
     from mge.data.field_guide import FieldGuide, draw_sheet, write_field_guide
@@ -49,11 +50,11 @@ def main(
             workers=workers if workers > 0 else os.cpu_count() or 1,
             progress=lambda done, _: bar.update(done - bar.pos),
         )
-    click.echo(f"{folder}: {total} pictures of {species} species" + ("" if drawn else ", already there"))
+    echo(f"{folder}: {total} images of {species} species" + ("" if drawn else ", already there"))
     if sheet is not None:
         with atomic_path(sheet) as draft:
             draw_sheet(guide).save(draft, format="PNG")
-        click.echo(f"{sheet}: contact sheet")
+        echo(f"{sheet}: contact sheet")
 
 
 if __name__ == "__main__":

@@ -7,20 +7,21 @@ import shutil
 import signal
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import note, reports_errors
-from mge_runtime.errors import CheckpointError, OutputError, TrainingError
+from mge_runtime.cli.common import max_pixels_option, note, reports_errors
+from mge_runtime.errors import CheckpointError, OutputError, TrainingError, brief
+from mge_runtime.files import atomic_path, check_writable, echo, lock
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from mge.checkpoint import Checkpoint
+    from mge.config import MGEConfig
     from mge.model import MGENet
 
 __all__ = ["main"]
@@ -29,7 +30,9 @@ PATH = click.Path(path_type=Path)
 UNIT = click.FloatRange(0, 1, max_open=True)
 CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
 # What may differ from the run that --resume goes on with; of --epochs, more.
-FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "accelerator", "devices", "compile"})
+FREE = frozenset(
+    {"data", "out", "overwrite", "resume", "epochs", "workers", "max_pixels", "accelerator", "devices", "compile"}
+)
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
@@ -44,29 +47,32 @@ FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "ac
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 @click.option(
     "--recipe", type=click.Choice(["default", "paper"]), default="default",
-    help="paper: the box thresholds stay at 0.2, as published; every other default is the paper's anyway.",
+    help="paper: box thresholds fixed at 0.2, as published; all other defaults are the paper's anyway.",
 )  # fmt: skip
 @click.option("--arch", default="resnet50", help="timm backbone; any CNN with features at strides 16 and 32.")
 @click.option(
     "--init", default="timm", metavar="timm|none|FILE",
-    help="ImageNet weights for the backbones (from timm, or a .safetensors file), or a best.pt to fine-tune.",
+    help="Weights to start from. timm: ImageNet's, downloaded; FILE.safetensors: a backbone's; FILE.pt: fine-tune that "
+    "checkpoint; none: random.",
 )  # fmt: skip
 @click.option("--experts", type=click.IntRange(1), default=3, help="Experts in the chain; 1 trains a single network.")
 @click.option(
     "--image-size", type=click.IntRange(32), default=448,
-    help="Pixels, the side of every expert's input. Attention maps have a cell for every 32: 224 gives 7 x 7 cells, "
-    "fewer than 5 a side place crops only roughly.",
+    help="Side of every expert's input in pixels; attention maps have one cell per 32 x 32, at least 5 a side place "
+    "crops well.",
 )  # fmt: skip
-@click.option("--resize", type=int, default=None, help="Pixels, the shorter side.  [default: 8/7 of it]")
-@click.option("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Of RGB in [0, 1].")
-@click.option("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Of RGB in [0, 1].")
+@click.option(
+    "--resize", type=int, default=None, help="Shorter side before the crop, pixels.  [default: 8/7 of --image-size]"
+)
+@click.option("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Mean of RGB in [0, 1].")
+@click.option("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Deviation of RGB in [0, 1].")
 @click.option(
     "--box-threshold", type=UNIT, multiple=True,
-    help="Fix the box thresholds: once, or once for each crop.  [default: they follow --crop-area]",
+    help="Fixed box threshold, once or once for each crop.  [default: thresholds follow --crop-area]",
 )  # fmt: skip
 @click.option(
     "--crop-area", type=click.FloatRange(0, 1, min_open=True), default=None,
-    help="After each epoch, move the box thresholds to where the median crop keeps this share of its image on the "
+    help="Share of its image that the median crop keeps; box thresholds are set to it after each epoch, on the "
     f"validation images.  [default: {CROP_AREA}]",
 )  # fmt: skip
 @click.option("--parts-per-class", type=click.IntRange(1), default=10, help="Channels of the part convolution.")
@@ -74,25 +80,30 @@ FREE = frozenset({"data", "out", "overwrite", "resume", "epochs", "workers", "ac
     "--normalize-features/--plain-features", default=None, help="BatchNorm before the heads.  [default: where needed]"
 )
 @click.option("--epochs", type=click.IntRange(1), default=100)
-@click.option("--batch-size", type=click.IntRange(2), default=10)
-@click.option("--head-lr", type=click.FloatRange(0, min_open=True), default=0.01)
-@click.option("--trunk-lr", type=click.FloatRange(0), default=0.001)
+@click.option("--batch-size", type=click.IntRange(2), default=10, help="Images in a step of each process.")
+@click.option("--head-lr", type=click.FloatRange(0, min_open=True), default=0.01, help="Learning rate of the heads.")
+@click.option("--backbone-lr", type=click.FloatRange(0), default=0.001, help="Learning rate of the backbones.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=1e-4)
 @click.option("--schedule", type=click.Choice(["step", "onecycle", "cosine"]), default="step")
-@click.option("--step-epochs", type=click.IntRange(1), default=30, help="Rates fall tenfold every so many (step).")
+@click.option(
+    "--step-epochs", type=click.IntRange(1), default=30, help="Rates fall tenfold after so many (--schedule step)."
+)
 @click.option("--label-smoothing", type=UNIT, default=0.0)
-@click.option("--diversity", type=click.Choice(["code", "paper", "none"]), default="code", help="Form of the KL terms.")
+@click.option(
+    "--diversity", type=click.Choice(["code", "paper", "none"]), default="code", help="Form of the diversity loss."
+)
 @click.option("--clip-norm", type=click.FloatRange(0, min_open=True), default=None, help="Largest gradient norm.")
 @click.option("--flip/--no-flip", default=True, help="Random horizontal flips.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")
+@max_pixels_option
 @click.option("--accelerator", default="auto", help="Lightning Fabric's name: auto, cpu, cuda, mps.")
 @click.option("--devices", default="auto", help="How many of them; under torchrun, those it started.")
 @click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), default="32-true")
-@click.option("--compile/--no-compile", default=False, help="torch.compile for the backbones: slow first, then faster.")
+@click.option("--compile/--no-compile", default=False, help="torch.compile the backbones.")
 @click.option(
     "--resume", type=PATH, default=None,
-    help="A last.pt: go on where that run stood, with the options it had; --epochs may grow.",
+    help="A last.pt: continue that run with its options; --epochs may grow.",
 )  # fmt: skip
 @click.version_option(package_name="mge")
 @reports_errors
@@ -102,59 +113,63 @@ def main(**options: Any) -> None:
     The defaults are the paper's but for one: the box thresholds follow --crop-area, because the paper's 0.2 keeps 98 %
     of most images, which is no attention. --recipe paper brings it back.
 
-    Ctrl-C, SIGTERM and SIGHUP end the run after the step at hand; --resume goes on from there.
+    Ctrl-C, SIGTERM and SIGHUP end the run after the current step; --resume continues it.
     """
     # What can be checked without PyTorch is checked before it is loaded, which takes seconds.
-    from mge.training.options import TrainOptions
-    from mge.training.splits import training_splits
+    from mge.data.splits import training_splits
     from mge_runtime.sources import validation_folder
 
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     resume: Path | None = options["resume"]
-    checkpoint = None
     if resume is None:
         _complete(options)
+        config = None
     else:
-        checkpoint = _take_up(resume, options, given)
+        config = _take_up(resume, options, given)
     data, out = Path(options["data"]), Path(options["out"])
     first = _is_first_process()
     classes, train, val = training_splits(data, options["seed"], note if first else lambda _: None)
+    if resume is None and not _is_own(options["init"]):
+        config = _make_config(classes, options)
+    elif config is not None and config.classes != classes:
+        raise TrainingError(
+            f"{resume} knows {config.num_classes} classes, the data folder has {len(classes)} others; "
+            "expected the folder that the run started with; --init fine-tunes for other classes"
+        )
     moved = resume is not None and resume.resolve().parent != out.resolve()
     _check_folder(out, replace=options["overwrite"] or (resume is not None and not moved))
 
+    from mge.checkpoint import load_checkpoint
     from mge.data.folder import FolderDataset, TrainingDataset
     from mge.training.loop import Trainer
+    from mge.training.recipe import TrainOptions
 
     names = {field.name for field in fields(TrainOptions)}
     train_options = TrainOptions(**{name: value for name, value in options.items() if name in names})
     fabric = _make_fabric(options["accelerator"], options["devices"], train_options.precision)
-    if checkpoint is None:
-        model, origin = _make_model(classes, options, given)
+    if resume is None:
+        model, origin = _make_model(config, classes, options, given)
     else:
-        model, origin = checkpoint.model, ""
-        if model.config.classes != classes:
-            raise TrainingError(
-                f"{resume} knows {model.config.num_classes} classes, the data folder has {len(classes)} others; "
-                "expected the folder that the run started with; --init fine-tunes for other classes"
-            )
-    options |= {name: value for name, value in asdict(model.config).items() if name in options}  # for --resume
+        model, origin = load_checkpoint(resume), ""
+    config, pixels = model.config, options["max_pixels"]
+    options |= {name: value for name, value in asdict(config).items() if name in options}  # for --resume
     with _claimed(out, claim=first or fabric.world_size == 1):
         if resume is not None and moved and first:
-            _bring_best(resume.parent / "best.pt", out / "best.pt")
+            _copy_best(resume.parent / "best.pt", out / "best.pt")
         _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
         if fabric.is_global_zero:
             if validation_folder(data) is None:
-                click.echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
-            click.echo(
+                echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
+            echo(
                 f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
-                f"{model.config.experts} x {model.config.arch} at {model.config.image_size} px{origin}"
+                f"{config.experts} x {config.arch} at {config.image_size} px{origin}"
             )
-            click.echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
+            echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
         trainer = Trainer(
             model,
-            TrainingDataset(train, model.config, seed=train_options.seed, flip=train_options.flip),
-            FolderDataset(val, model.config),
+            TrainingDataset(train, config, seed=train_options.seed, flip=train_options.flip, max_pixels=pixels),
+            FolderDataset(val, config, max_pixels=pixels),
             train_options,
             out,
             fabric,
@@ -164,18 +179,21 @@ def main(**options: Any) -> None:
     if not fabric.is_global_zero:
         return  # with 0: Fabric kills the first process when another one fails
     if progress.epoch < train_options.epochs:
-        click.echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
-        raise click.exceptions.Exit(128 + (trainer.stopped_by or signal.SIGINT))
+        echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
+        raise click.exceptions.Exit(128 + (trainer.stopped_by or signal.SIGINT))  # None: another process was told
     best = out / "best.pt"
     if not best.exists():
         raise TrainingError(
             f"no epoch of this run was kept, and the best.pt beside {resume} is gone; train on (--epochs)"
         )
-    click.echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
+    echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
 
 
 def _complete(options: dict[str, Any]) -> None:
     """Put the values that hang on others into the options of a new run."""
+    from mge.archive import check_file
+    from mge.config import PAPER_THRESHOLD
+
     if options["data"] is None:
         raise click.UsageError("missing option '--data'")
     options["data"] = options["data"].absolute()
@@ -184,29 +202,42 @@ def _complete(options: dict[str, Any]) -> None:
         raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
     if options["recipe"] == "paper" and (options["crop_area"] is not None or options["box_threshold"]):
         raise click.UsageError("--recipe paper fixes the box thresholds at the paper's; leave out the option for them")
-    if options["crop_area"] is None and not options["box_threshold"] and options["recipe"] == "default":
+    if options["recipe"] == "paper":
+        options["box_threshold"] = (PAPER_THRESHOLD,)
+    elif options["crop_area"] is None and not options["box_threshold"]:
         options["crop_area"] = CROP_AREA
-    if options["init"] not in ("timm", "none"):
-        _require_file(Path(options["init"]), "--init", "timm, none, a .safetensors file or a best.pt")
+    init = options["init"]
+    if _is_own(init):
+        check_file(Path(init))
+    elif init.endswith(".safetensors") and not Path(init).is_file():
+        raise CheckpointError(f"--init {init} is no file; expected timm, none, a .safetensors file or a checkpoint")
 
 
-def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> Checkpoint:
-    """Read a checkpoint to go on with, and put what its run was asked for into the options that are not given.
+def _is_own(init: str) -> bool:
+    """Whether --init names a checkpoint to fine-tune."""
+    return init not in ("timm", "none") and not init.endswith(".safetensors")
+
+
+def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfig:
+    """Put what a run was asked for into the options that are not given; returns its config.
 
     Raises:
         TrainingError: a given option differs, or the file says too little.
     """
-    from mge.archive import check_file
+    from mge.archive import check_file, read_plain
+    from mge.config import MGEConfig
 
-    _require_file(resume, "--resume", "the last.pt of a run")
-    check_file(resume)  # before PyTorch is loaded, which takes seconds
+    check_file(resume)
+    content = read_plain(resume)
+    if not isinstance(content, dict) or "config" not in content:
+        from mge.checkpoint import read_checkpoint
 
-    from mge.checkpoint import read_checkpoint
-
-    checkpoint = read_checkpoint(resume)
-    if checkpoint.training is None:
+        read_checkpoint(resume)  # says what else it is
+        content = {}
+    if (training := content.get("training")) is None:
         raise TrainingError(f"{resume} holds a model but no training state; expected last.pt of an unfinished run")
-    before = asdict(checkpoint.model.config) | checkpoint.training["options"] | checkpoint.training.get("command", {})
+    config = MGEConfig.from_dict(content["config"])
+    before = asdict(config) | training["options"] | training["command"]
     for name in options.keys() - {"out", "overwrite", "resume"}:
         if name not in given:
             options[name] = before.get(name, options[name])
@@ -218,25 +249,21 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> Checkpoi
             )
     if options["data"] is None:
         raise TrainingError(f"{resume} does not say where its images lie; add --data")
+    if options["epochs"] < (trained := training["options"]["epochs"]):
+        raise TrainingError(
+            f"{resume} was trained with epochs = {trained} (now {options['epochs']}); expected no fewer"
+        )
     options["out"] = options["out"] or resume.parent
-    return checkpoint
+    return config
 
 
-def _bring_best(old: Path, new: Path) -> None:
+def _copy_best(old: Path, new: Path) -> None:
     """Copy the model that a run has kept so far to the folder where it goes on."""
-    from mge_runtime.files import atomic_path
-
     if old.is_file():
         with atomic_path(new) as part:
             shutil.copyfile(old, part)
     else:
         new.unlink(missing_ok=True)  # another run's
-
-
-def _require_file(path: Path, option: str, expected: str) -> None:
-    if not path.is_file():
-        found = "is a directory" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{option} {path} {found}; expected {expected}")
 
 
 def _is_first_process() -> bool:
@@ -260,10 +287,9 @@ def _make_fabric(accelerator: str, devices: str, precision: str) -> Fabric:
     try:
         return Fabric(accelerator=accelerator, precision=precision, **placement)  # pyright: ignore[reportArgumentType]
     except (ValueError, TypeError, RuntimeError) as error:  # Fabric's ways to refuse an option or a missing device
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: {reason}; "
-            "expected what this machine has, for instance --accelerator cpu"
+            f"cannot train with --accelerator {accelerator} --devices {devices} --precision {precision}: "
+            f"{brief(error)}; expected what this machine has, for instance --accelerator cpu"
         ) from error
 
 
@@ -272,16 +298,13 @@ def _launch(fabric: Fabric) -> None:
     try:
         fabric.launch()
     except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
         raise TrainingError(
-            f"cannot start {fabric.world_size} processes: {reason}; expected a machine that can, or --devices 1"
+            f"cannot start {fabric.world_size} processes: {brief(error)}; expected a machine that can, or --devices 1"
         ) from error
 
 
 def _check_folder(out: Path, *, replace: bool) -> None:
     """Make sure that a run can be written before it costs anything."""
-    from mge_runtime.files import check_writable
-
     if (out / "last.pt").exists() and not replace:
         raise OutputError(
             f"{out} holds a run already; go on with it (--resume {out / 'last.pt'}), replace it (--overwrite) or name "
@@ -310,7 +333,7 @@ def _claimed(out: Path, *, claim: bool) -> Generator[None]:
     try:
         with suppress(OSError):  # a file system without locks
             try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(folder, None)
             except BlockingIOError as error:
                 raise OutputError(
                     f"another training is writing to {out}; wait for its end, or name another folder with --out"
@@ -322,41 +345,50 @@ def _claimed(out: Path, *, claim: bool) -> Generator[None]:
         os.close(folder)
 
 
-def _make_model(classes: tuple[str, ...], options: dict[str, Any], given: set[str]) -> tuple[MGENet, str]:
-    """A model that starts from --init, and what to say of its origin."""
-    import torch
-
+def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig:
+    """The config that the options ask for; whether features are normalized by default hangs on the backbone."""
     from mge.config import PAPER_THRESHOLD, MGEConfig
-    from mge.model import MGENet
-    from mge.pretrained import fine_tuned, has_linear_features, initialize_trunks
 
-    init = options["init"]
-    # One stands for every crop, of which a model of one's own says how many there are.
-    thresholds = options["box_threshold"] or ((PAPER_THRESHOLD,) if options["recipe"] == "paper" else ())
-    torch.manual_seed(options["seed"])
-    if init not in ("timm", "none") and not init.endswith(".safetensors"):
-        names = {field.name for field in fields(MGEConfig)}
-        changes = {name: options[name] for name in given & names}
-        return fine_tuned(Path(init), classes, changes | ({"box_thresholds": thresholds} if thresholds else {}))
-    if len(thresholds) == 1:
-        thresholds *= options["experts"] - 1
-    arch, size = options["arch"], options["image_size"]
-    resize, normalize = options["resize"], options["normalize_features"]
-    config = MGEConfig(
-        arch=arch,
+    size, resize, crops = options["image_size"], options["resize"], options["experts"] - 1
+    thresholds = options["box_threshold"] or (PAPER_THRESHOLD,)
+    return MGEConfig(
+        arch=options["arch"],
         classes=classes,
         experts=options["experts"],
         image_size=size,
         resize=size * 8 // 7 if resize is None else resize,  # 512 for the paper's 448
         mean=options["mean"],
         std=options["std"],
-        box_thresholds=thresholds or (PAPER_THRESHOLD,) * (options["experts"] - 1),
+        box_thresholds=thresholds * crops if len(thresholds) == 1 else thresholds,
         parts_per_class=options["parts_per_class"],
-        normalize_features=has_linear_features(arch) if normalize is None else normalize,
+        normalize_features=bool(options["normalize_features"]),
     )
+
+
+def _make_model(
+    config: MGEConfig | None, classes: tuple[str, ...], options: dict[str, Any], given: set[str]
+) -> tuple[MGENet, str]:
+    """A model that starts from --init, and what to say of its origin."""
+    import torch
+
+    from mge.backbones import has_linear_features
+    from mge.checkpoint import fine_tuned
+    from mge.config import MGEConfig
+    from mge.model import MGENet, initialize_backbones
+
+    init = options["init"]
+    torch.manual_seed(options["seed"])
+    if config is None:
+        names = {field.name for field in fields(MGEConfig)}
+        changes = {name: options[name] for name in given & names}
+        if options["box_threshold"]:
+            changes["box_thresholds"] = options["box_threshold"]
+        return fine_tuned(Path(init), classes, changes)
+    if options["normalize_features"] is None:
+        config = replace(config, normalize_features=has_linear_features(config.arch))
     model = MGENet(config)
     if init != "none":
-        initialize_trunks(model, init)
+        initialize_backbones(model, init)
     return model, ""
 
 

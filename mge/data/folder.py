@@ -1,76 +1,99 @@
-"""Images in ImageFolder layout (`DIR/<split>/<class>/*.jpg`), decoded and cropped exactly as the runtime does."""
+"""Images of labelled folders for training and evaluation: datasets, the order of an epoch, loaders.
+
+Images are decoded and cropped exactly as the runtime does.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mge.config import MGEConfig
-from mge.data.sampling import sample_generator
-from mge_runtime.decode import decode_picture
+from mge_runtime.decode import MAX_PIXELS, decode_picture
+from mge_runtime.errors import InputError
+from mge_runtime.machine import cpu_count
 from mge_runtime.preprocess import crop_resized, resized_size, to_frame
 
-__all__ = ["FolderDataset", "TrainingDataset", "normalize"]
+__all__ = ["EpochSampler", "FolderDataset", "TrainingDataset", "batches", "make_loader", "normalize"]
 
 
 def normalize(frame: np.ndarray, config: MGEConfig) -> Tensor:
-    """A frame, uint8 [S, S, 3] RGB, to a normalised float32 image [3, S, S]."""
+    """A frame, uint8 [S, S, 3] RGB, to a normalized float32 image [3, S, S]."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
     return (torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float() / 255 - mean) / std
 
 
-class FolderDataset(Dataset[tuple[Tensor, int, Tensor]]):
+class _Images(Dataset[Any]):
+    """Labelled images; `read` makes a sample of one, and one that cannot be read becomes its error as a value.
+
+    Raised in a worker, the error would come back wrapped in that worker's traceback.
+    """
+
+    def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig, *, max_pixels: int = MAX_PIXELS) -> None:
+        self.samples = list(samples)
+        self.config = config
+        self._max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.read(key)
+        except InputError as error:
+            return error.with_traceback(None)
+
+    def read(self, key: Any) -> Any:
+        """The sample of a sampler's key."""
+        raise NotImplementedError
+
+
+class FolderDataset(_Images):
     """Images for evaluation: what the runtime would see, the class index, and where the frame lies in the source.
 
     The last is a float64 tensor of a `Viewport`'s fields in their order, since a loader's batches are tensors.
     """
 
-    def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig) -> None:
-        self.samples = list(samples)
-        self.config = config
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
-        path, label = self.samples[index]
-        frame, viewport = to_frame(decode_picture(path), self.config.preprocess)
+    def read(self, key: int) -> tuple[Tensor, int, Tensor]:
+        """Image `key`."""
+        path, label = self.samples[key]
+        frame, viewport = to_frame(decode_picture(path, self._max_pixels), self.config.preprocess)
         return normalize(frame, self.config), label, torch.tensor(astuple(viewport), dtype=torch.float64)
 
 
-class TrainingDataset(Dataset[tuple[Tensor, int]]):
+class TrainingDataset(_Images):
     """Images for training: shorter side resized, a random crop, a random horizontal flip (the paper's augmentation).
 
     Indexed by the (epoch, index) pairs of an `EpochSampler`: the same pair always gives the same image.
     """
 
-    def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig, *, seed: int, flip: bool = True) -> None:
-        self.samples = list(samples)
-        self.config = config
-        self._seed = seed
-        self._flip = flip
+    def __init__(
+        self, samples: Sequence[tuple[Path, int]], config: MGEConfig, *, seed: int, flip: bool = True, **options: Any
+    ) -> None:
+        super().__init__(samples, config, **options)
+        self._seed, self._flip = seed, flip
 
     def fingerprint(self) -> str:
         """Number of images and a hash of their names and classes, to tell one training set from another."""
         names = "\n".join(f"{label} {path.parent.name}/{path.name}" for path, label in self.samples)
         return f"{len(self.samples)} images ({hashlib.sha256(names.encode()).hexdigest()[:12]})"
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key
-        path, label = self.samples[index]
-        random = sample_generator(self._seed, epoch, index)
-        frame = random_crop(decode_picture(path), self.config, random)
+    def read(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        """Image `index` as in `epoch`, whichever worker reads it and in whatever order."""
+        path, label = self.samples[key[1]]
+        random = np.random.default_rng((self._seed, *key))
+        frame = random_crop(decode_picture(path, self._max_pixels), self.config, random)
         if self._flip and random.random() < 0.5:
             frame = frame[:, ::-1]
         return normalize(frame, self.config), label
@@ -81,3 +104,96 @@ def random_crop(image: Image, config: MGEConfig, random: np.random.Generator) ->
     width, height = resized_size(image.width, image.height, config.resize)
     top, left = (int(random.integers(side - config.image_size + 1)) for side in (height, width))
     return crop_resized(image, (width, height), (left, top), config.image_size)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Shuffled (epoch, index) pairs of one epoch; the pair tells the data set which augmentation to draw.
+
+    One sampler serves all epochs, so that the loader and its workers live on: `start` goes to another one. (It is not
+    called `set_epoch` because Fabric calls that, with the number of its own iterations.)
+
+    Args:
+        length: images in the data set.
+        seed: of the order.
+        epoch: from 0.
+        skip: pairs to leave out at the start, when an interrupted epoch goes on.
+        rank: of this process, in [0, world).
+        world: number of processes; each gets an equal share, up to world - 1 images are left out.
+    """
+
+    def __init__(self, length: int, *, seed: int, epoch: int = 0, skip: int = 0, rank: int = 0, world: int = 1) -> None:
+        self._length, self._seed, self._rank, self._world = length, seed, rank, world
+        self.start(epoch, skip)
+
+    def start(self, epoch: int, skip: int = 0) -> None:
+        """Go to an epoch, without its first `skip` pairs."""
+        order = np.random.default_rng((self._seed, epoch)).permutation(self._length)
+        share = self._length // self._world
+        self._indices = order[self._rank : share * self._world : self._world][skip:]
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((self._epoch, int(index)) for index in self._indices)
+
+
+def _collate(samples: list[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, InputError)), None) or default_collate(samples)
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    *,
+    workers: int,
+    device: torch.device | None = None,
+    persistent: bool = False,
+    **options: Any,
+) -> DataLoader[Any]:
+    """A loader whose batches are to be read through `batches`.
+
+    Args:
+        dataset: decodes in the workers.
+        batch_size: images.
+        workers: processes, at most one for each core.
+        device: where the batches go; for a GPU they lie in pinned memory, so that copying them need not wait.
+        persistent: whether the processes live as long as the loader, rather than as one pass through it.
+        options: of `DataLoader`.
+    """
+    workers = min(workers, cpu_count())
+    return DataLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_shield_worker,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=device is not None and device.type == "cuda",
+        **options,
+    )
+
+
+def batches(loader: Iterable[Any]) -> Iterator[Any]:
+    """The loader's batches.
+
+    Raises:
+        InputError: an image of the next batch cannot be read.
+    """
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
+
+
+def _shield_worker(worker: int) -> None:
+    """Take a data worker out of the process group, which a terminal or `timeout` signals, so that the step can end.
+
+    Ignoring the signals would not do: a worker that ignores SIGTERM cannot be ended by the process that started it.
+    """
+    del worker
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:  # Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,40 +3,65 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from mge.checkpoint import save_checkpoint
-from mge.data.folder import FolderDataset, TrainingDataset
-from mge.data.loading import batches, make_loader
-from mge.data.sampling import EpochSampler
-from mge.evaluation import Answers, collect, median_areas, summarize
-from mge.interrupt import Interrupt
+from mge.checkpoint import read_checkpoint, save_checkpoint
+from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader
+from mge.evaluation import Predictions, collect, summarize, view_areas
 from mge.model import Expert, Gate, MGENet
-from mge.training.layout import to_training_layout
-from mge.training.losses import loss_terms
-from mge.training.optim import make_optimizer, make_schedule
-from mge.training.options import TrainOptions
-from mge.training.record import Board, Meter, write_csv, write_curves
-from mge.training.state import Progress, Stateful, load_progress, save_progress, seed_step
+from mge.training.recipe import TrainOptions, loss_terms, make_optimizer, make_schedule, to_training_layout
+from mge.training.record import Meter, write_csv, write_curves
 from mge.training.thresholds import crop_report, propose_threshold
 from mge_runtime.errors import TrainingError
+from mge_runtime.files import echo
+from mge_runtime.interrupt import Interrupt
 
-__all__ = ["Trainer", "within_noise"]
+__all__ = ["Progress", "Trainer", "within_noise"]
 
 EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
+FREE = frozenset({"workers", "epochs", "compile"})  # options that a resumed run may change
 READ_EVERY = 10  # steps: losses stay on the device until then, so that no step waits for it
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Everything random hangs on (seed, epoch, index) or `seed_step`, so this is all."""
+
+    epoch: int = 0  # the epoch that comes next, or that goes on
+    step: int = 0  # batches of it that are done
+    sums: dict[str, float] = field(default_factory=dict)  # loss terms over those batches
+    history: list[dict[str, float]] = field(default_factory=list)  # one row for each finished epoch
+    best: float = -1.0  # highest validation accuracy so far, in [0, 1]
+    kept: float = -1.0  # validation accuracy of the epoch in best.pt, in [0, 1]
+    rates: list[float] = field(default_factory=list)  # of backbones and heads in the last step
+
+    def move(self, step: int) -> None:
+        """Go to another step of the epoch, where steps mean other images than before; the mean losses stay."""
+        share = step / self.step if self.step else 0.0
+        self.step, self.sums = step, {name: value * share for name, value in self.sums.items()}
+
+
+def seed_step(seed: int, epoch: int, step: int, rank: int) -> None:
+    """Seed torch's generators (of every device) for one step: what dropout and stochastic depth draw from.
+
+    A run that is resumed in the middle of an epoch then draws what the whole one did, on every process and whatever
+    else has used the generators in between (a loader draws a number each time it is iterated).
+    """
+    # The key of a child, so that these numbers are not those that augment the image of (seed, epoch, index).
+    sequence = np.random.SeedSequence((seed, epoch, step), spawn_key=(rank,))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def within_noise(accuracy: float, best: float, images: int) -> bool:
@@ -65,7 +90,7 @@ class Trainer:
     folder: Path  # exists
     fabric: Fabric
     command: Mapping[str, Any] = field(default_factory=dict)  # plain values that `last.pt` keeps for --resume
-    stopped_by: int | None = field(default=None, init=False)  # the signal that ended `fit` early
+    stopped_by: signal.Signals | None = field(default=None, init=False)  # the signal that ended `fit` early
     _unread: list[dict[str, Tensor]] = field(default_factory=list, init=False)  # loss terms of the latest steps
 
     def fit(self, resume: Path | None = None) -> Progress:
@@ -85,60 +110,45 @@ class Trainer:
         if self.options.compile:
             for module in self.model.modules():
                 if isinstance(module, Expert | Gate):
-                    module.trunk.compile()
+                    module.backbone.compile()
         sgd = make_optimizer(self.model, self.options)
         wrapped, optimizer = self.fabric.setup(self.model, sgd)
         parts = {"optimizer": optimizer, "precision": self.fabric.strategy.precision}
         progress = Progress()
         if resume is not None:
-            progress = load_progress(
-                resume,
-                self.options,
-                parts,
-                images=self.train.fingerprint(),
-                processes=self.fabric.world_size,
-                say=click.echo if self.fabric.is_global_zero else lambda _: None,
-            )
-            if progress.step > self.steps_per_epoch:  # there are fewer images now; losses stay means of the steps
-                share = self.steps_per_epoch / progress.step
-                progress.sums = {name: value * share for name, value in progress.sums.items()}
-                progress.step = self.steps_per_epoch
+            progress = self._load(resume, parts)
         done = progress.epoch * self.steps_per_epoch + progress.step
         schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
         meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
-        with Interrupt() as interrupt, self._open_board(progress) as board:
+        with Interrupt(noted=True) as interrupt, self._open_board(progress) as board:
             if resume is None and self.options.crop_area is not None and self.model.config.experts > 1:
                 self._follow_area(self._validate(wrapped))
-            stop, answers = False, None
+            stop, predictions = False, None
             while progress.epoch < self.options.epochs and not stop:
                 started = time.perf_counter()
                 stop = self._epoch(wrapped, optimizer, schedule, progress, interrupt, meter)
                 if not stop:
-                    answers = self._finish_epoch(wrapped, progress, board, time.perf_counter() - started)
+                    predictions = self._finish_epoch(wrapped, progress, board, time.perf_counter() - started)
                 self._save(progress, parts)
                 stop = stop or self._anywhere(interrupt.requested)  # a signal during validation
             self.stopped_by = interrupt.received
         if progress.history and self.fabric.is_global_zero:
             write_curves(self.folder / "curves.png", progress.history)
-        if answers is not None and not stop and self.fabric.is_global_zero:
+        if predictions is not None and not stop and self.fabric.is_global_zero:
             config = self.model.config
-            for line in crop_report(answers.heatmaps, config.image_size, config.box_thresholds):
-                click.echo(f"last.pt: {line}")
+            for line in crop_report(predictions.heatmaps, config.image_size, config.box_thresholds):
+                echo(f"last.pt: {line}")
         return progress
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch; the images of an incomplete last batch are left out (another set each epoch)."""
+        """Optimizer steps in an epoch; the images of an incomplete last batch are left out (another set each epoch)."""
         return max(len(self.train) // self.fabric.world_size // self.options.batch_size, 1)
 
     @cached_property
     def _sampler(self) -> EpochSampler:
-        return EpochSampler(
-            len(self.train),
-            seed=self.options.seed,
-            rank=self.fabric.global_rank,
-            world=self.fabric.world_size,
-        )
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        return EpochSampler(len(self.train), seed=self.options.seed, rank=rank, world=world)
 
     @cached_property
     def _train_loader(self) -> Any:
@@ -149,6 +159,7 @@ class Trainer:
             batch,
             workers=self.options.workers,
             device=self.fabric.device,
+            persistent=True,
             sampler=self._sampler,
             drop_last=len(self.train) // self.fabric.world_size >= batch,
         )
@@ -156,6 +167,7 @@ class Trainer:
 
     @cached_property
     def _val_loader(self) -> Any:
+        """Its workers end with each validation: those of training keep their memory, and decode more often."""
         loader = make_loader(self.val, EVALUATION_BATCH, workers=self.options.workers, device=self.fabric.device)
         return self.fabric.setup_dataloaders(loader, use_distributed_sampler=False)
 
@@ -193,7 +205,7 @@ class Trainer:
         return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
 
     def _step(self, wrapped: Any, optimizer: Any, images: Tensor, labels: Tensor, progress: Progress) -> None:
-        """One step of the optimiser; nothing in it waits for the device."""
+        """One step of the optimizer; nothing in it waits for the device."""
         seed_step(self.options.seed, progress.epoch, progress.step, self.fabric.global_rank)
         images = images.to(memory_format=torch.channels_last)
         terms = loss_terms(
@@ -226,85 +238,123 @@ class Trainer:
                     if not math.isfinite(value):
                         raise TrainingError(
                             f"loss {name} became {value} in epoch {progress.epoch + 1}, step {step}; expected a finite "
-                            "number: lower --head-lr or --trunk-lr, set --clip-norm 5 or --normalize-features"
+                            "number: lower --head-lr or --backbone-lr, set --clip-norm 5 or --normalize-features"
                         )
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
             self._unread.clear()
         return sum(progress.sums.values()) / max(progress.step, 1)
 
-    def _finish_epoch(self, wrapped: Any, progress: Progress, board: Board | None, seconds: float) -> Answers:
+    def _finish_epoch(self, wrapped: Any, progress: Progress, board: Any, seconds: float) -> Predictions:
         """Validate, write what the epoch gave, and return the predictions on the validation images."""
-        answers = self._validate(wrapped)
-        if not np.isfinite(answers.final).all():
+        predictions = self._validate(wrapped)
+        if not np.isfinite(predictions.final).all():
             raise TrainingError(
-                f"the model's answers are not finite after epoch {progress.epoch + 1}; expected numbers: lower "
-                "--head-lr or --trunk-lr, set --clip-norm 5 (last.pt keeps the state before this epoch)"
+                f"the model's logits are not finite after epoch {progress.epoch + 1}; expected numbers: lower "
+                "--head-lr or --backbone-lr, set --clip-norm 5 (last.pt keeps the state before this epoch)"
             )
-        rows = summarize(answers)
-        areas = median_areas(answers)
+        rows = summarize(predictions)
+        areas = np.median(view_areas(predictions.views), axis=0).tolist()
+        thresholds = self.model.config.box_thresholds
         row: dict[str, float] = {"epoch": progress.epoch + 1}
         row["loss/total"] = sum(progress.sums.values()) / progress.step
         row |= {f"loss/{name}": value / progress.step for name, value in progress.sums.items()}
         row |= {f"top1/{line.name}": line.top1 for line in rows}
         row |= {f"area/expert {k}": area for k, area in enumerate(areas, 1)}
-        row |= {f"threshold/{k}": value for k, value in enumerate(self.model.config.box_thresholds, 1)}
-        row["lr/trunk"], row["lr/heads"] = progress.rates
+        row |= {f"threshold/{k}": value for k, value in enumerate(thresholds, 1)}
+        row["lr/backbone"], row["lr/heads"] = progress.rates
         row["seconds"] = round(seconds, 2)
         progress.history.append(row)
         accuracy = rows[-1].top1
-        kept = within_noise(accuracy, progress.best, len(answers.labels))
+        kept = within_noise(accuracy, progress.best, len(predictions.labels))
         if kept:
             progress.kept = accuracy
-        if board is not None:
-            board.write(row)
         if self.fabric.is_global_zero:
+            for key in row.keys() - {"epoch"}:
+                board.add_scalar(key, row[key], progress.epoch + 1)
+            board.flush()
             if kept:
                 save_checkpoint(self.folder / "best.pt", self.model)
             write_csv(self.folder / "metrics.csv", progress.history)
-            singles = [line.top1 for line in rows if line.name.startswith("expert") and line.name.count(" ") == 1]
-            click.echo(
+            singles = [row[f"top1/expert {k}"] for k in range(1, len(areas) + 1)]
+            echo(
                 f"epoch {progress.epoch + 1:3d}  loss {row['loss/total']:7.3f}  "
                 f"val: experts {' '.join(f'{100 * value:5.1f}' for value in singles)}  "
                 f"{rows[-1].name} {100 * accuracy:5.1f} %  areas {' '.join(f'{100 * area:.0f}' for area in areas)} %  "
-                f"thresholds {' '.join(f'{value:.2f}' for value in self.model.config.box_thresholds) or '-'}  "
+                f"thresholds {' '.join(f'{value:.2f}' for value in thresholds) or '-'}  "
                 f"{seconds:.0f} s{'  kept' if kept else ''}"
             )
         progress.best = max(progress.best, accuracy)
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         if self.options.crop_area is not None:
-            self._follow_area(answers)
-        return answers
+            self._follow_area(predictions)
+        return predictions
 
-    def _follow_area(self, answers: Answers) -> None:
+    def _follow_area(self, predictions: Predictions) -> None:
         """Move each threshold to where the median crop keeps `crop_area` of its image."""
-        target, size = self.options.crop_area or 1.0, self.model.config.image_size
-        thresholds = tuple(
-            propose_threshold(maps, size, target)[0] for maps in answers.heatmaps[: self.model.config.experts - 1]
-        )
-        self.model.config = self.model.config.with_thresholds(thresholds)
+        config, target = self.model.config, self.options.crop_area or 1.0
+        maps = predictions.heatmaps[: config.experts - 1]
+        thresholds = tuple(propose_threshold(one, config.image_size, target)[0] for one in maps)
+        self.model.config = config.changed(box_thresholds=thresholds)
 
-    def _validate(self, wrapped: Any) -> Answers:
-        """Answers on the validation images, in the precision of training; to be called by all processes.
+    def _validate(self, wrapped: Any) -> Predictions:
+        """Predictions on the validation images, in the precision of training; to be called by all processes.
 
-        Each process answers all images, with the running statistics of the first (the wrapper for several processes
+        Each process predicts all images, with the running statistics of the first (the wrapper for several processes
         hands them out), so that all see the same figures and move the thresholds alike.
         """
         return collect(wrapped, batches(self._val_loader))
 
-    def _open_board(self, progress: Progress) -> AbstractContextManager[Board | None]:
+    def _open_board(self, progress: Progress) -> AbstractContextManager[Any]:
         if not self.fabric.is_global_zero:
             return nullcontext()
-        return Board(self.folder / "tensorboard", progress.epoch + 1)
+        from torch.utils.tensorboard import SummaryWriter
 
-    def _save(self, progress: Progress, parts: Mapping[str, Stateful]) -> None:
+        # Viewers forget what earlier files say about the next epoch and later ones: none appears twice.
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=progress.epoch + 1)
+
+    def _save(self, progress: Progress, parts: Mapping[str, Any]) -> None:
+        """Write `last.pt`, from which `_load` goes on, whole or not at all."""
         if self.fabric.is_global_zero:
-            save_progress(
-                self.folder / "last.pt",
-                self.model,
-                progress,
-                self.options,
-                parts,
-                images=self.train.fingerprint(),
-                processes=self.fabric.world_size,
-                command=self.command,
-            )
+            training = {
+                "options": asdict(self.options),
+                "command": dict(self.command),
+                "images": self.train.fingerprint(),
+                "processes": self.fabric.world_size,
+                "progress": asdict(progress),
+                **{name: part.state_dict() for name, part in parts.items()},
+            }
+            save_checkpoint(self.folder / "last.pt", self.model, training=training)
+
+    def _load(self, path: Path, parts: Mapping[str, Any]) -> Progress:
+        """Take up a run where `_save` left it; `parts` are on their final device, where their tensors are copied to.
+
+        With other images (some were removed) or another number of processes it goes on, no longer exactly; this is
+        said.
+
+        Raises:
+            TrainingError: the file holds no training state, or was trained with other options.
+        """
+        training = read_checkpoint(path).training
+        if training is None:
+            raise TrainingError(f"{path} holds a model but no training state; expected last.pt of an unfinished run")
+        say = echo if self.fabric.is_global_zero else lambda _: None
+        ours, before = asdict(self.options), training["options"]
+        if changed := [name for name in ours.keys() - FREE if ours[name] != before.get(name)]:
+            differences = ", ".join(f"{name} = {before.get(name)} (now {ours[name]})" for name in sorted(changed))
+            raise TrainingError(f"{path} was trained with {differences}; expected the same options to resume exactly")
+        if ours["epochs"] < (epochs := before["epochs"]):
+            raise TrainingError(f"{path} was trained with epochs = {epochs} (now {ours['epochs']}); expected no fewer")
+        if ours["epochs"] > epochs:
+            say(f"{ours['epochs']} epochs instead of {epochs}: learning rates go on as in a run of that length")
+        if (images := self.train.fingerprint()) != training["images"]:
+            say(f"{path} was trained on {training['images']}, this run has {images}: it goes on with these")
+        for name, part in parts.items():
+            if state := training[name]:  # empty where the precision needs no scale
+                part.load_state_dict(state)
+        progress = Progress(**training["progress"])
+        if (now := self.fabric.world_size) != (shared := training["processes"]):
+            say(f"{now} processes instead of {shared}: each step learns from {now}/{shared} as many images")
+            progress.move(progress.step * shared // now)
+        if progress.step > self.steps_per_epoch:  # there are fewer images now
+            progress.move(self.steps_per_epoch)
+        return progress

@@ -1,4 +1,4 @@
-"""What a run tells people: its progress, metrics.csv, TensorBoard events, curves.png."""
+"""What a run tells people: its progress, metrics.csv, curves.png."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
 from tqdm import tqdm
 
-from mge_runtime.files import atomic_path
-from mge_runtime.plot import expert_colour
+from mge_runtime.files import atomic_path, echo
 
-__all__ = ["Board", "Meter", "write_csv", "write_curves"]
+__all__ = ["Meter", "write_csv", "write_curves"]
 
 History = Sequence[dict[str, float]]
+_PANELS = (  # title, prefix of the columns, unit, limits, scale
+    ("training loss", "loss/", "nats", None, "log"),
+    ("validation accuracy", "top1/", "share of images", (0, 1), "linear"),
+    ("median area of what each expert sees", "area/", "share of the first view", (0, 1.05), "linear"),
+    ("learning rate, last step of the epoch", "lr/", "", None, "log"),
+)
+_LINES = {"global": "--", "part": ":", "diversity": "-.", "mixture": "--", "average": ":", "heads": "--"}
 
 
 class Meter:
@@ -41,32 +46,25 @@ class Meter:
     def epoch(self, epoch: int, step: int) -> Generator[None]:
         """Show an epoch (from 0) inside the block, which begins at a step of it (from 0)."""
         self._name = f"epoch {epoch + 1}/{self._epochs}"
-        self._bar = tqdm(
-            total=self._steps,
-            initial=step,
-            desc=self._name,
-            unit="batch",
-            leave=False,
-            disable=None if self._shown else True,  # None: where standard error is no terminal
-        )
+        disable = None if self._shown else True  # None: where standard error is no terminal
+        self._bar = tqdm(total=self._steps, initial=step, desc=self._name, unit="batch", leave=False, disable=disable)
         with self._bar:
             yield
 
     def step(self) -> None:
         """Count a step."""
         self._done += 1
-        now = time.monotonic()
+        now, total = time.monotonic(), self._epochs * self._steps
         loss = "" if self.loss is None else f"loss {self.loss:.3f}, "
-        left = (now - self._begun) / (self._done - self._first) * (self._epochs * self._steps - self._done)
-        left = f"{tqdm.format_interval(left)} left of the run"  # validation so far counts in
+        left = (now - self._begun) / (self._done - self._first) * (total - self._done)  # validation so far counts in
+        left = f"{tqdm.format_interval(left)} left of the run"
         if not self._bar.disable:
             self._bar.set_postfix_str(loss + left, refresh=False)
             self._bar.update()
         elif self._shown and now - self._said >= self.EVERY:
             self._said = now
-            share = self._done / (self._epochs * self._steps)
             batch = (self._done - 1) % self._steps + 1
-            click.echo(f"{self._name}, batch {batch}/{self._steps}: {loss}{share:.0%} done, {left}")
+            echo(f"{self._name}, batch {batch}/{self._steps}: {loss}{self._done / total:.0%} done, {left}")
 
 
 def write_csv(path: Path, history: History) -> None:
@@ -78,72 +76,27 @@ def write_csv(path: Path, history: History) -> None:
         writer.writerows(history)
 
 
-class Board:
-    """TensorBoard events of a run; a run that is resumed adds a file to the folder, and no step appears twice.
-
-    Args:
-        folder: of the event files, made if missing.
-        first: the epoch, from 1, that comes next: viewers forget what earlier files say about it and later ones.
-    """
-
-    def __init__(self, folder: Path, first: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=first)
-
-    def __enter__(self) -> Board:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-
-    def write(self, row: dict[str, float]) -> None:
-        """Add one epoch's row, to be seen at once."""
-        for key, value in row.items():
-            if key != "epoch":
-                self._writer.add_scalar(key, value, int(row["epoch"]))
-        self._writer.flush()
-
-
 def write_curves(path: Path, history: History) -> None:
     """Loss, validation accuracy, crop areas and learning rates over the epochs, as PNG.
 
-    An expert has one colour in all panels; its heads differ by their lines.
+    An expert has one color in all panels; its heads differ by their lines.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
     # No pyplot: it keeps global state and may look for a display.
     figure = Figure(figsize=(13, 8.5), layout="constrained")
-    panels = (
-        ("training loss", "loss/", "nats", None, "log"),
-        ("validation accuracy", "top1/", "share of images", (0, 1), "linear"),
-        ("median area of what each expert sees", "area/", "share of the first view", (0, 1.05), "linear"),
-        ("learning rate, last step of the epoch", "lr/", "", None, "log"),
-    )
-    for axes, (title, prefix, unit, limits, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for axes, (title, prefix, unit, limits, scale) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         for key in (key for key in history[-1] if key.startswith(prefix)):
             name = key.removeprefix(prefix)
+            expert = next((digit for digit in name if digit.isdigit()), None)
+            line = next((line for part, line in _LINES.items() if part in name), "-")
             values = [row.get(key, float("nan")) for row in history]
-            colour, line = _style(name)
-            axes.plot(epochs, values, label=name, color=colour, linestyle=line, marker=".")
-        axes.set(title=title, xlabel="epoch", ylabel=unit, yscale=scale)
-        if limits is not None:
-            axes.set_ylim(limits)
+            axes.plot(epochs, values, label=name, color=f"C{expert}" if expert else "k", linestyle=line, marker=".")
+        axes.set(title=title, xlabel="epoch", ylabel=unit, yscale=scale, ylim=limits)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     with atomic_path(path) as part:
-        FigureCanvasAgg(figure).print_png(str(part))
-
-
-def _style(name: str) -> tuple[tuple[float, ...], str]:
-    """Colour and line of a curve: "expert 2 parts", "part_2", "mixture", "trunk"."""
-    number = next((int(digit) for digit in reversed(name) if digit.isdigit()), None)
-    if number is None:
-        shade = 0.0 if name in ("mixture", "trunk") else 0.55
-        return (shade, shade, shade), "--" if name == "heads" else "-"
-    line = "--" if "global" in name else ":" if "part" in name else "-." if "diversity" in name else "-"
-    return tuple(value / 255 for value in expert_colour(number - 1)), line
+        figure.savefig(part, format="png")

@@ -1,66 +1,76 @@
-"""Run the chain of a bundle: which segments, which tensors are returned. Knows no device."""
+"""Run the chain of a bundle: which graphs, where it stops, which tensors are returned. Knows no device."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 
-from mge_runtime.backends.base import Backend, Executor
 from mge_runtime.errors import BackendError, BundleError
-from mge_runtime.fields import JsonValue
-from mge_runtime.manifest import Manifest
-from mge_runtime.spec import SegmentSpec
+from mge_runtime.manifest import GraphSpec, Manifest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mge_runtime.backends.base import Array, ExecutorResult
+    from mge_runtime.backends.base import Array, Backend, ExecutorResult
     from mge_runtime.bundle import Bundle
-    from mge_runtime.calibrated import ExitPoint
+    from mge_runtime.calibrated import Calibrated, ExitPoint
+    from mge_runtime.fields import JsonValue
 
-__all__ = ["Chain", "ChainResult", "ImageResult", "first_segments"]
+__all__ = ["Chain", "ChainResult", "Exit", "ImageResult", "Stops", "first_graphs", "resolve_exit"]
+
+# "never": the whole chain; "calibrated": stop each image as soon as its logits are as confident as the calibration asks
+# for; N: stop after graph N, from 1, as a rule expert N.
+Exit: TypeAlias = "Literal['never', 'calibrated'] | int"
+
+
+@dataclass(frozen=True)
+class Stops:
+    """Where a run of the chain stops."""
+
+    graphs: int | None = None  # for every image, after this many; None: at the end
+    exits: Sequence[ExitPoint] = ()  # for the images that are confident enough
 
 
 @dataclass(frozen=True)
 class ImageResult:
-    """What one run of the chain put out for one image."""
+    """Outputs of one run of the chain for one image."""
 
-    tensors: Mapping[str, Array]  # by name, without the batch; those of stages that ran for it
+    tensors: Mapping[str, Array]  # by name, without the batch; those of graphs that ran for it
     answer: str  # the tensor [C] that answers
     step_ms: Mapping[str, float]  # its share of the steps that it took part in, in their order
 
 
 @dataclass(frozen=True)
 class ChainResult:
-    """What one run of the chain put out."""
+    """Outputs of one run of the chain."""
 
     # By name, on the host. The first axis is the batch, or what of it ran so far where images stopped early: a tensor
-    # has one row for each image that ran the segment which put it out, in the order of the frames.
+    # has one row for each image that ran the graph it is an output of, in the order of the frames.
     tensors: Mapping[str, Array]
     answer: str  # the tensor [B, C] that answers what did not stop early
-    stage_ms: Mapping[str, float]  # milliseconds for all images, by step: the stages, or what a device can tell
-    segments_run: NDArray[np.intp]  # [B]: how many segments each image ran
+    step_ms: Mapping[str, float]  # milliseconds for all images, by step: the graphs, or what a device can tell
+    graphs_run: NDArray[np.intp]  # [B]: how many graphs each image ran
     _manifest: Manifest
-    _step_segments: Mapping[str, int]  # with which a step begins, from 0
+    _step_graphs: Mapping[str, int]  # with which a step begins, from 0
 
     def images(self) -> list[ImageResult]:
         """The same for each image, in the order of the frames."""
-        tensors: list[dict[str, Array]] = [{} for _ in self.segments_run]
-        for number, segment in enumerate(self._manifest.segments):
-            ran = np.flatnonzero(self.segments_run > number).tolist()
-            made = {tensor.name for name in segment.stages for tensor in self._manifest.stage(name).outputs}
-            for name in made & self.tensors.keys():
+        tensors: list[dict[str, Array]] = [{} for _ in self.graphs_run]
+        for number, graph in enumerate(self._manifest.graphs):
+            ran = np.flatnonzero(self.graphs_run > number).tolist()
+            for name in {tensor.name for tensor in graph.outputs} & self.tensors.keys():
                 for row, image in enumerate(ran):
                     tensors[image][name] = self.tensors[name][row]
-        step_ms: list[dict[str, float]] = [{} for _ in self.segments_run]
-        for step, ms in self.stage_ms.items():
-            ran = np.flatnonzero(self.segments_run > self._step_segments.get(step, 0)).tolist()
+        step_ms: list[dict[str, float]] = [{} for _ in self.graphs_run]
+        for step, ms in self.step_ms.items():
+            ran = np.flatnonzero(self.graphs_run > self._step_graphs.get(step, 0)).tolist()
             for image in ran:
                 step_ms[image][step] = ms / len(ran)
-        answers = [self._manifest.segments[int(count) - 1].answer for count in self.segments_run]
+        answers = [self._manifest.graphs[int(count) - 1].logits for count in self.graphs_run]
         return [ImageResult(*parts) for parts in zip(tensors, answers, step_ms, strict=True)]
 
 
@@ -69,18 +79,16 @@ class Chain:
 
     Raises:
         BundleError: an entry is damaged.
-        BackendError: the backend cannot run a stage.
+        BackendError: the backend cannot run a graph.
     """
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self._manifest = bundle.manifest
-        self._executor: Executor = backend.open_chain(bundle)
-        self._sources = {  # of each output: the segment and the graph that it comes from
-            spec.name: (number, graph, spec)
-            for number, segment in enumerate(bundle.manifest.segments)
-            for graph in segment.stages
-            for spec in bundle.manifest.stage(graph).outputs
-        }
+        self._manifest = manifest = bundle.manifest
+        self._executor = backend.open_chain(bundle)
+        self._outputs = [(n, graph.name, spec) for n, graph in enumerate(manifest.graphs) for spec in graph.outputs]
+        # Tensors that a prediction reports.
+        reported = (manifest.gate, *(name for v in manifest.views for name in (v.logits, v.heatmap, v.box)))
+        self._reported = {name for name in reported if name is not None}
         # What is mapped from the file changes with it.
         self._file = bundle.watched() if bundle.maps_weights and backend.maps_weights else None
         self.streams = backend.streams  # how many runs may be in flight at once
@@ -90,7 +98,7 @@ class Chain:
         self,
         frames: Array,
         *,
-        segments: int | None = None,
+        graphs: int | None = None,
         outputs: Collection[str] | None = None,
         exits: Sequence[ExitPoint] = (),
     ) -> ChainResult:
@@ -98,57 +106,63 @@ class Chain:
 
         Args:
             frames: uint8 RGB [B, S, S, 3].
-            segments: stop after this many; None: run all of them.
+            graphs: stop after this many; None: run all of them.
             outputs: names of the tensors to return beside the answers; default: those of the views and the gate.
-                Tensors of stages that did not run are left out.
+                Those of graphs that did not run are left out.
             exits: where images that are sure enough stop; the others go on.
 
         Raises:
             BundleError: the file whose weights are mapped was overwritten, or an output is not what the manifest says.
-            BackendError: a graph failed or an output is not finite, the batch is larger than `max_batch`, or `segments`
+            BackendError: a graph failed or an output is not finite, the batch is larger than `max_batch`, or `graphs`
                 or an output does not exist.
         """
-        manifest = self._manifest
-        run = first_segments(manifest, segments)
-        answer = run[-1].answer
-        answers = {answer, *(point.answer for point in exits)}
-        reported = _reported(manifest)
-        wanted = answers | (reported if outputs is None else set(self._checked(outputs)))
+        run = first_graphs(self._manifest, graphs)
+        if outputs is not None:
+            known = {spec.name for _, _, spec in self._outputs}
+            if unknown := sorted(set(outputs) - known):
+                raise BackendError(f"no graph has an output {unknown[0]!r}; the chain has {', '.join(sorted(known))}")
+        wanted = {run[-1].logits, *(point.answer for point in exits), *(self._reported if outputs is None else outputs)}
         if self.max_batch is not None and len(frames) > self.max_batch:
             raise BackendError(
                 f"asked to run {len(frames)} frames at once; the engines were built for at most {self.max_batch}: "
                 f"run fewer, or build for more with `mge-build --batch 1,1,{len(frames)}`"
             )
-        if self._file is not None:  # mapped pages that are gone would end the process
-            self._file.check()
+        self._check_file()  # mapped pages that are gone would end the process
         try:
-            result: ExecutorResult = self._executor.run(frames, len(run), wanted | reported, exits)
+            result = self._executor.run(frames, len(run), wanted | self._reported, exits)
         finally:
-            if self._file is not None:  # half of the weights may have been another model's
-                self._file.check()
-        self._check(result)  # all that an answer rests on, whatever is asked for
+            self._check_file()  # half of the weights may have been another model's
+        self._check(result)  # all that a prediction rests on, whatever is asked for
         tensors = {name: tensor for name, tensor in result.tensors.items() if name in wanted}
-        return ChainResult(tensors, answer, result.times_ms, result.segments_run, manifest, result.step_segments)
+        return ChainResult(
+            tensors, run[-1].logits, result.times_ms, result.graphs_run, self._manifest, result.step_graphs
+        )
 
     def report(self) -> dict[str, JsonValue]:
         """What the executor says of its memory and graphs; empty on a CPU."""
         return self._executor.report()
 
     def close(self) -> None:
-        """Release every stage."""
+        """Release every graph."""
         self._executor.close()
         if self._file is not None:
             self._file.close()
 
+    def _check_file(self) -> None:
+        if self._file is not None:
+            self._file.check()
+
     def _check(self, result: ExecutorResult) -> None:
         """Refuse outputs that cannot be right: a class that follows from a NaN heat map looks like any other."""
-        rows = [int(np.count_nonzero(result.segments_run > number)) for number in range(len(self._manifest.segments))]
-        made = [(*source, result.tensors[name]) for name, source in self._sources.items() if name in result.tensors]
+        made = [
+            (*output, result.tensors[output[2].name]) for output in self._outputs if output[2].name in result.tensors
+        ]
         for number, graph, spec, tensor in made:
-            if tensor.shape != (rows[number], *spec.shape[1:]) or tensor.dtype != spec.dtype:
+            shape = (int(np.count_nonzero(result.graphs_run > number)), *spec.shape[1:])
+            if tensor.shape != shape or tensor.dtype != spec.dtype:
                 raise BundleError(
                     f"the output {spec.name} of the graph {graph} is {tensor.dtype} {list(tensor.shape)}; the manifest "
-                    f"says {spec.dtype} {[rows[number], *spec.shape[1:]]}: export the bundle again"
+                    f"says {spec.dtype} {list(shape)}: export the bundle again"
                 )
         # Looked at all together, which is quicker, and one by one where there is something to say.
         if not np.isfinite(np.concatenate([tensor.ravel() for *_, tensor in made])).all():
@@ -158,30 +172,38 @@ class Chain:
                 "are damaged or overflow here, export it again in FP32"
             )
 
-    def _checked(self, outputs: Collection[str]) -> Collection[str]:
-        if unknown := sorted(set(outputs) - self._sources.keys()):
-            known = ", ".join(sorted(self._sources))
-            raise BackendError(f"no stage puts out a tensor {unknown[0]!r}; the chain has {known}")
-        return outputs
 
-
-def first_segments(manifest: Manifest, count: int | None) -> tuple[SegmentSpec, ...]:
-    """The first `count` segments of a chain; None: all.
+def first_graphs(manifest: Manifest, count: int | None) -> tuple[GraphSpec, ...]:
+    """The first `count` graphs of a chain; None: all.
 
     Raises:
         BackendError: it has fewer.
     """
     if count is None:
-        return manifest.segments
-    if not 1 <= count <= len(manifest.segments):
+        return manifest.graphs
+    if not 1 <= count <= len(manifest.graphs):
         raise BackendError(
-            f"asked to stop after segment {count}; this chain has {len(manifest.segments)}: "
-            f'give a number from 1 to {len(manifest.segments)}, or "never"'
+            f"asked to stop after graph {count}; this chain has {len(manifest.graphs)}: "
+            f'give a number from 1 to {len(manifest.graphs)}, or "never"'
         )
-    return manifest.segments[:count]
+    return manifest.graphs[:count]
 
 
-def _reported(manifest: Manifest) -> set[str]:
-    """Tensors that a prediction reports."""
-    names = {name for view in manifest.views for name in (view.logits, view.heatmap, view.box) if name is not None}
-    return names | ({manifest.gate} if manifest.gate is not None else set())
+def resolve_exit(exit: object, calibrated: Calibrated, manifest: Manifest) -> Stops:
+    """What an `Exit` means for a chain.
+
+    Args:
+        exit: an `Exit`; any other value is refused.
+        calibrated: what is known of the bundle's exits.
+        manifest: of the chain.
+
+    Raises:
+        BackendError: no `Exit`, a graph that the chain does not have, or calibrated exits where there are none.
+    """
+    if isinstance(exit, str) and exit in ("never", "calibrated"):
+        return Stops(exits=calibrated.exit_points(manifest) if exit == "calibrated" else ())
+    if isinstance(exit, SupportsIndex) and not isinstance(exit, bool):
+        return Stops(len(first_graphs(manifest, operator.index(exit))))
+    raise BackendError(
+        f'asked to stop after graph {exit!r}; expected the number of a graph, from 1, "never" or "calibrated"'
+    )

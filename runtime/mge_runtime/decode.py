@@ -1,4 +1,4 @@
-"""One way from a picture file to RGB pixels, for training, evaluation and the device alike."""
+"""One way from an image file to RGB pixels, for training, evaluation and the device alike."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Union, cast
 
 import numpy as np
 
-from mge_runtime.errors import InputError
-from mge_runtime.image_files import kind_of, lacks_data, tiff_fault, webp_size, without_metadata
-from mge_runtime.sources import is_url
+from mge_runtime.errors import InputError, brief
+from mge_runtime.image_files import (
+    entropy_end,
+    jpeg_lacks_scans,
+    kind_of,
+    png_lacks_data,
+    tiff_fault,
+    webp_size,
+    without_metadata,
+)
+from mge_runtime.sources import MAX_PIXELS, is_url
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["MAX_PIXELS", "MAX_SIDE", "ImageSource", "decode_image", "decode_picture", "load_decoders"]
 
-MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
 MAX_SIDE = 65_535  # pixels; the longest side of a JPEG
 
 # Everything that `decode_image` takes.
@@ -33,24 +40,22 @@ ImageSource = Union["str | os.PathLike[str] | bytes | BinaryIO | Image", np.ndar
 
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")  # Pillow's names
 _PLUGINS = ("Jpeg", "Mpo", "Png", "Gif", "Bmp", "Ppm", "WebP", "Tiff", "Jpeg2K", "Avif")
-_EXPECTED = "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000 or AVIF picture"
-_ORIENTATION_TAG = 0x0112  # EXIF and TIFF alike
-_TIFF_BITS_TAG = 258
-_TIFF_PHOTOMETRIC_TAG = 262
-_TIFF_WHITE_IS_ZERO = 0
+_EXPECTED = "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000 or AVIF image"
+# EXIF's orientations 1 to 8 (EXIF 2.32, 4.6.4 A): how Pillow turns such an image upright.
+_UPRIGHT = (
+    *("", "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"),
+    *("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+)
 
 _header_lock = threading.Lock()
 
 
 def decode_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode a picture to upright 8-bit RGB pixels, as `decode_picture` does.
+    """Decode an image to upright 8-bit pixels, uint8 RGB [H, W, 3], C-contiguous.
 
     Args:
-        source: what `decode_picture` takes; a uint8 RGB array is returned as it is where its memory is contiguous.
+        source: as for `decode_picture`; a uint8 RGB array is returned as it is where its memory is contiguous.
         max_pixels: as for `decode_picture`.
-
-    Returns:
-        uint8 RGB array [H, W, 3], C-contiguous.
 
     Raises:
         InputError: as for `decode_picture`.
@@ -58,39 +63,36 @@ def decode_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarra
     if isinstance(source, np.ndarray):
         return _checked_array(source)
     image = decode_picture(source, max_pixels)
-    with _enough_memory("the image", image.size):
+    with _refusing("the image"):
         return np.array(image)  # a copy: what Pillow lends is read-only
 
 
 def decode_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
-    """Decode a picture to an upright Pillow image of mode RGB; `to_frame` takes it without another copy.
+    """Decode an image to an upright Pillow image of mode RGB; `to_frame` takes it without another copy.
 
-    EXIF orientation is applied; alpha (premultiplied, too), palette transparency and `tRNS` are composited on white;
-    greyscale, palette, CMYK, YCbCr and Lab are converted by Pillow. Samples of up to 16 bits are scaled from the range
-    of their bits to 0 .. 255: grey is rounded, of 16-bit RGB and CMYK Pillow keeps the high byte, at most one level
-    below that. Of an animation the first frame counts. Colour profiles are ignored, and so is broken metadata. JPEGs
-    are decoded at full size, never in Pillow's draft mode: training and the device see the same.
+    EXIF orientation is applied; transparency is composited on white; other color modes are converted by Pillow. Samples
+    of up to 16 bits are scaled from the range of their bits to 0 .. 255: gray is rounded, of 16-bit RGB and CMYK Pillow
+    keeps the high byte, at most one level below that. Of an animation the first frame counts. Color profiles are
+    ignored, and so is broken metadata. JPEGs are decoded at full size: training and the device see the same.
 
     Refused and named is what Pillow reads wrongly or not at all: floating-point, signed and 32-bit samples, 12-bit and
-    lossless JPEG, and TIFF of odd bits or of more than 8 bits in separate planes.
-
-    An image is refused where its file ends before its pixels do, and where a checksum or the decoder finds damage. The
-    end of a file may be missing where it holds no pixels. Damage inside a format without checksums (JPEG, BMP, PPM, raw
-    TIFF) can go unnoticed, as can a cut in the last scan of a progressive JPEG or within the last block of another.
+    lossless JPEG, TIFF of odd bits or of more than 8 bits in separate planes, a file that ends before its pixels do,
+    and damage that a checksum or the decoder finds. Damage inside a format without checksums (JPEG, BMP, PPM, raw TIFF)
+    can go unnoticed, as can a cut in the last scan of a progressive JPEG or in the last block of another.
 
     Memory while decoding: up to 30 bytes a pixel (JPEG 2000 with alpha; WebP 16, PNG 12, JPEG 4 to 10), of which the
     image returned keeps 4.
 
     Args:
-        source: a path, the bytes of a picture file, a binary file object (read from where it stands), a Pillow image
+        source: a path, the bytes of an image file, a binary file object (read from where it stands), a Pillow image
             (left unchanged), or a uint8 RGB array [H, W, 3].
-        max_pixels: the most that a picture may have; a side has at most `MAX_SIDE`.
+        max_pixels: the most that an image may have; a side has at most `MAX_SIDE`.
 
     Returns:
         The loaded image; a Pillow image that is upright RGB already is returned itself.
 
     Raises:
-        InputError: the source is missing, no regular file, unreadable, no picture, of an unsupported kind, damaged, cut
+        InputError: the source is missing, no regular file, unreadable, no image, of an unsupported kind, damaged, cut
             short, or larger than it may be or than memory.
     """
     from PIL.Image import Image, fromarray
@@ -100,15 +102,10 @@ def decode_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
     if isinstance(source, Image):
         name = getattr(source, "filename", "") or "the Pillow image"
         _check_size(source.size, name, max_pixels)
-        try:
-            with _enough_memory(name, source.size):
-                return _pixels(source, name)
-        except InputError:
-            raise
-        except Exception as error:  # damaged data makes Pillow raise almost anything
-            raise _damaged(name, error) from error
+        with _refusing(name):
+            return _pixels(source, name)
     if isinstance(source, bytes):
-        name: str = getattr(source, "name", f"the picture of {len(source)} bytes")
+        name: str = getattr(source, "name", f"the image of {len(source)} bytes")
         return _decode_stream(io.BytesIO(source), name, max_pixels)
     if isinstance(source, (str, os.PathLike)):
         return _decode_file(Path(source), max_pixels)
@@ -121,7 +118,7 @@ def decode_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
 
 
 def load_decoders() -> None:
-    """Import Pillow and its decoders, so that the first picture is not charged for it; later calls do nothing."""
+    """Import Pillow and its decoders, so that the first image is not charged for it; later calls do nothing."""
     _formats()
 
 
@@ -167,41 +164,73 @@ def _decode_file_object(stream: BinaryIO, max_pixels: int) -> Image:
 
 
 def _decode_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image:
-    try:
+    from PIL import UnidentifiedImageError
+
+    with _refusing(name):
         head = stream.read(512)
         if not head:
             raise InputError(f"cannot decode {name}: it is empty (0 bytes); {_EXPECTED}")
-        if size := webp_size(head):
+        if head.startswith(b"RIFF") and (size := webp_size(head)):
             _check_size(size, name, max_pixels)
         try:
             return _decode_opened(stream, name, max_pixels)
         except (InputError, MemoryError):
             raise
-        except Exception:  # broken metadata is no reason: once more without
+        except Exception as error:  # broken metadata is no reason: once more without
             if bare := without_metadata(_whole(stream)):
                 with suppress(Exception):
                     return _decode_opened(io.BytesIO(bare), name, max_pixels)
+            if isinstance(error, UnidentifiedImageError):
+                raise InputError(f"cannot decode {name}: {kind_of(_whole(stream))}; {_EXPECTED}") from error
             raise
-    except InputError:
-        raise
-    except MemoryError as error:
-        raise _no_memory(name, f"to decode a file of {len(_whole(stream))} bytes") from error
-    except Exception as error:  # damage makes Pillow raise almost anything
-        from PIL import UnidentifiedImageError
-
-        if isinstance(error, UnidentifiedImageError):
-            raise InputError(f"cannot decode {name}: {kind_of(_whole(stream))}; {_EXPECTED}") from error
-        raise _damaged(name, error) from error
 
 
 def _decode_opened(stream: BinaryIO, name: str, max_pixels: int) -> Image:
     with _open(stream) as image:
         _check_size(image.size, name, max_pixels)
-        with _enough_memory(name, image.size):
-            pixels = _pixels(image, name)
-            if lacks_data(image, lambda: _whole(stream), lambda data: _open(io.BytesIO(data))):
-                raise _damaged(name, EOFError("it is cut short"))
+        pixels = _pixels(image, name)
+        if _lacks_data(image, stream):
+            raise EOFError("it is cut short")
         return pixels
+
+
+def _lacks_data(image: Image, stream: BinaryIO) -> bool:
+    """Whether a decoded JPEG or PNG ends before its pixels do, although its end is marked.
+
+    Decoders fill what is missing with one color, so that most images need no second look: black rows at the end of a
+    PNG are counted in the file; a JPEG whose last pixel is mid-gray is decoded again with bytes added behind its data,
+    which change nothing where it is whole. A progressive JPEG lacks data, too, where a coefficient never came or
+    without its last bits; one that lacks the end of its last scan alone is not found out.
+    """
+    if image.format == "PNG":
+        rows = np.asarray(image.crop((0, max(image.height - 2, 0), image.width, image.height)))
+        return not rows.reshape(len(rows), -1).any(axis=1).all() and png_lacks_data(_whole(stream))
+    if image.format not in ("JPEG", "MPO"):
+        return False
+    if image.info.get("progressive") and jpeg_lacks_scans(_whole(stream)):
+        return True
+    last = np.asarray(image.crop((image.width - 1, image.height - 1, image.width, image.height)), np.int16)
+    if np.abs(last - 127).max() > 2:
+        return False
+    file = _whole(stream)
+    end = entropy_end(file)
+    longer = _open(io.BytesIO(file[:end] + bytes(range(1, 251)) + file[end:]))
+    return not np.array_equal(np.asarray(image), np.asarray(longer))
+
+
+@contextmanager
+def _refusing(name: str) -> Generator[None]:
+    """Make one error of everything that a decoder raises; damaged data makes Pillow raise almost anything."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError as error:
+        message = f"cannot decode {name}: there is not enough memory for it; free some, or scale it down first"
+        raise InputError(message) from error
+    except Exception as error:
+        message = f"cannot decode {name}: {brief(error)}; expected a whole, undamaged image: copy or save it again"
+        raise InputError(message) from error
 
 
 def _open(stream: BinaryIO) -> Image:
@@ -227,7 +256,7 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     if width * height > max_pixels or max(size) > MAX_SIDE:
         raise InputError(
             f"will not decode {name}: it is {width} x {height} pixels; expected at most {max_pixels / 1e6:.3g} "
-            f"megapixels and {MAX_SIDE} a side: scale it down first; mge-run and Pipeline.open take max_pixels"
+            f"megapixels and {MAX_SIDE} a side: scale it down first, or allow more pixels (--max-pixels)"
         )
     if width * height == 0:
         raise InputError(f"cannot use {name}: it is {width} x {height} pixels; expected at least 1 x 1")
@@ -235,15 +264,18 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
 
 def _pixels(image: Image, name: str) -> Image:
     """Load, convert and turn one Pillow image, which stays as it was."""
+    from PIL.Image import Transpose
+
     if image.format == "TIFF" and (fault := tiff_fault(image)):
         raise InputError(
             f"cannot use {name}: it is {fault}; expected a whole one of 8 or 16 bits without sign: convert it"
         )
     image.load()
-    orientation = None
-    with _quiet_header(), suppress(Exception):  # broken metadata never stops a picture
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    return _oriented(_to_rgb(image, name), orientation)
+    orientation: Any = None
+    with _quiet_header(), suppress(Exception):  # broken metadata never stops an image
+        orientation = image.getexif().get(0x0112)
+    upright = _to_rgb(image, name)
+    return upright.transpose(Transpose[_UPRIGHT[orientation - 1]]) if orientation in range(2, 9) else upright
 
 
 def _to_rgb(image: Image, name: str) -> Image:
@@ -256,7 +288,7 @@ def _to_rgb(image: Image, name: str) -> Image:
             "expected integers: convert it to 8 or 16 bits a channel"
         )
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return PIL.Image.fromarray(_grey_from_integers(image, name)).convert("RGB")
+        return PIL.Image.fromarray(_gray_from_integers(image, name)).convert("RGB")
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())  # alpha is divided out
     if image.has_transparency_data:
@@ -267,41 +299,25 @@ def _to_rgb(image: Image, name: str) -> Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _grey_from_integers(image: Image, name: str) -> np.ndarray:
-    """Scale grey of 16 bits (12 in some TIFFs) to uint8 [H, W], rounded; Pillow's own conversion would clip at 255."""
+def _gray_from_integers(image: Image, name: str) -> np.ndarray:
+    """Scale gray of 16 bits (12 in some TIFFs) to uint8 [H, W], rounded; Pillow's own conversion would clip at 255."""
     tags: dict[int, Any] = getattr(image, "tag_v2", {})
-    most: int = 2 ** min(tags.get(_TIFF_BITS_TAG, (16,))[0], 16) - 1
+    most: int = 2 ** min(tags.get(258, (16,))[0], 16) - 1
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > most:  # mode "I" is signed 32-bit
         raise InputError(
-            f"cannot use {name}: its grey values run from {low} to {high}; "
+            f"cannot use {name}: its gray values run from {low} to {high}; "
             f"expected 0 to {most}: convert it to 8 or 16 bits without sign"
         )
     levels = ((np.arange(most + 1) * 510 + most) // (2 * most)).astype(np.uint8)  # value * 255 / most, rounded
     # Pillow turns WhiteIsZero over for 1 to 8 bits, not for 16.
-    if tags.get(_TIFF_PHOTOMETRIC_TAG) == _TIFF_WHITE_IS_ZERO:
+    if tags.get(262) == 0:
         levels = 255 - levels
     transparent = image.info.get("transparency")
     if isinstance(transparent, int) and 0 <= transparent <= most:
         levels[transparent] = 255
     return levels[values]
-
-
-def _oriented(image: Image, orientation: object) -> Image:
-    """Turn an image upright by its EXIF orientation (1 to 8, EXIF 2.32, 4.6.4 A); other values mean upright."""
-    from PIL.Image import Transpose
-
-    method = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }.get(orientation if isinstance(orientation, int) else 1)
-    return image if method is None else image.transpose(method)
 
 
 @cache
@@ -317,7 +333,7 @@ def _formats() -> tuple[str, ...]:
 
 
 @contextmanager
-def _quiet_header() -> Generator[None, None, None]:
+def _quiet_header() -> Generator[None]:
     """Read a header without Pillow's warnings: what matters of them is raised as an error here.
 
     Warning filters belong to the whole process, so headers are read one at a time; pixels are decoded outside.
@@ -325,20 +341,3 @@ def _quiet_header() -> Generator[None, None, None]:
     with _header_lock, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
         yield
-
-
-def _damaged(name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return InputError(f"cannot decode {name}: {reason}; expected a whole, undamaged picture: copy or save it again")
-
-
-@contextmanager
-def _enough_memory(name: str, size: tuple[int, int]) -> Generator[None, None, None]:
-    try:
-        yield
-    except MemoryError as error:
-        raise _no_memory(name, f"for {size[0]} x {size[1]} pixels") from error
-
-
-def _no_memory(name: str, use: str) -> InputError:
-    return InputError(f"cannot decode {name}: there is not enough memory {use}; free some, or scale it down first")

@@ -24,6 +24,7 @@ __all__ = [
     "MGEError",
     "OutputError",
     "TrainingError",
+    "brief",
     "one_line",
     "printable",
 ]
@@ -75,3 +76,8 @@ def printable(text: str) -> str:
 def one_line(error: Exception | str) -> str:
     """An error as one line that any terminal may be given: names in it come from files and from strangers."""
     return printable(" ".join(str(error).split()))
+
+
+def brief(error: BaseException) -> str:
+    """What a library's error says, in one line of at most 300 characters; its class where it says nothing."""
+    return one_line(str(error))[:300] or type(error).__name__

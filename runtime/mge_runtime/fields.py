@@ -1,4 +1,4 @@
-"""Read JSON with types checked: every error names the path of the field, as `manifest.json: stages[2].name`.
+"""Read JSON with types checked: every error names the path of the field, as `manifest.json: graphs[2].name`.
 
 A document may come from anybody, so everything is bounded before it is used: its size and depth, numbers, lengths of
 texts and the characters in them, which may reach a terminal.
@@ -37,19 +37,14 @@ class Field:
     """
 
     def __init__(self, value: JsonValue, path: str, document: str, advice: str = _ADVICE) -> None:
-        self._value = value
+        self.value = value  # as it is, for parts of the document that are free JSON
         self._path = path
         self._document = document
         self._advice = advice  # what to do about a value that is refused
 
-    @property
-    def value(self) -> JsonValue:
-        """The value as it is, for parts of the document that are free JSON."""
-        return self._value
-
     def fail(self, expected: str) -> NoReturn:
         """Refuse this value."""
-        found = json.dumps(self._value, ensure_ascii=not _is_clean(str(self._value)))
+        found = json.dumps(self.value, ensure_ascii=not _is_clean(str(self.value)))
         found = found if len(found) <= _SHOWN else found[: _SHOWN - 3] + "..."
         path = self._path if len(self._path) <= _LONGEST and _is_clean(self._path) else ascii(self._path[:_SHOWN])
         where = f"{self._document}: {path}" if path else self._document
@@ -57,66 +52,61 @@ class Field:
 
     def text(self, most: int = _LONGEST) -> str:
         """A string of 1 to `most` characters, none of which controls a terminal."""
-        if not isinstance(self._value, str) or not self._value:
+        if not isinstance(self.value, str) or not self.value:
             self.fail("a text")
-        if len(self._value) > most or not _is_clean(self._value):
+        if len(self.value) > most or not _is_clean(self.value):
             self.fail(f"a text of at most {most} characters, without control characters")
-        return self._value
+        return self.value
 
     def integer(self, low: int = 0, high: int = 2**53) -> int:
         """A whole number from `low` to `high`."""
-        if not isinstance(self._value, int) or isinstance(self._value, bool) or not low <= self._value <= high:
+        if not isinstance(self.value, int) or isinstance(self.value, bool) or not low <= self.value <= high:
             self.fail(f"a whole number of at least {low}" if high == 2**53 else f"a whole number from {low} to {high}")
-        return self._value
+        return self.value
 
     def number(self, low: float = -math.inf, high: float = math.inf) -> float:
         """A finite number from `low` to `high`."""
-        if not isinstance(self._value, (int, float)) or isinstance(self._value, bool) or not math.isfinite(self._value):
+        if not isinstance(self.value, (int, float)) or isinstance(self.value, bool) or not math.isfinite(self.value):
             self.fail("a finite number")
-        if not low <= self._value <= high:
+        if not low <= self.value <= high:
             self.fail(f"a number from {low:g} to {high:g}")
-        return float(self._value)
+        return float(self.value)
 
-    def sha256(self) -> str:
-        """64 hexadecimal digits."""
+    def hexadecimal(self, digits: int = 64) -> str:
+        """That many lower-case hexadecimal digits; 64 has a SHA-256."""
         text = self.text()
-        if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
-            self.fail("the 64 hexadecimal digits of a SHA-256")
-        return text
-
-    def crc32(self) -> str:
-        """8 hexadecimal digits."""
-        text = self.text()
-        if len(text) != 8 or not set(text) <= set("0123456789abcdef"):
-            self.fail("the 8 hexadecimal digits of a CRC-32")
+        if len(text) != digits or not set(text) <= set("0123456789abcdef"):
+            self.fail(f"{digits} hexadecimal digits")
         return text
 
     def items(self) -> list[Field]:
         """The elements of a list."""
-        if not isinstance(self._value, list):
+        if not isinstance(self.value, list):
             self.fail("a list")
-        return [Field(v, f"{self._path}[{i}]", self._document, self._advice) for i, v in enumerate(self._value)]
+        return [Field(v, f"{self._path}[{i}]", self._document, self._advice) for i, v in enumerate(self.value)]
 
     def table(self) -> dict[str, Field]:
         """The members of an object with free names."""
-        if not isinstance(self._value, dict):
+        if not isinstance(self.value, dict):
             self.fail("an object")
-        return {key: self._child(key, value) for key, value in self._value.items()}
+        return {key: self._child(key, value) for key, value in self.value.items()}
+
+    def free(self) -> dict[str, JsonValue]:
+        """An object whose members are free JSON."""
+        return {key: field.value for key, field in self.table().items()}
 
     def members(self, names: Collection[str]) -> dict[str, Field]:
         """The members of an object with exactly these names."""
         table = self.table()
-        for name in names:
-            if name not in table:
-                self._child(name, None).fail("this field, which is missing")
-        for name, field in table.items():
-            if name not in names:
-                field.fail("no field of this name")
+        if missing := [name for name in names if name not in table]:
+            self._child(missing[0], None).fail("this field, which is missing")
+        if unknown := [name for name in table if name not in names]:
+            table[unknown[0]].fail("no field of this name")
         return table
 
     def optional(self, read: Callable[[Field], _T]) -> _T | None:
         """What `read` makes of the value; None where it is null."""
-        return None if self._value is None else read(self)
+        return None if self.value is None else read(self)
 
     def _child(self, name: str, value: JsonValue) -> Field:
         return Field(value, f"{self._path}.{name}" if self._path else name, self._document, self._advice)
@@ -138,11 +128,7 @@ def parse_json(data: bytes, document: str, advice: str = _ADVICE) -> Field:
         raise BundleError(f"{document} has {len(data)} bytes; expected at most {LARGEST}: {advice}")
     try:
         value = json.loads(
-            data.decode(),
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_short,
-            object_pairs_hook=_unique,
+            data.decode(), parse_constant=_number, parse_float=_number, parse_int=_number, object_pairs_hook=_unique
         )
         _check_tree(value, 0)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -150,21 +136,15 @@ def parse_json(data: bytes, document: str, advice: str = _ADVICE) -> Field:
     return Field(value, "", document, advice)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+def _number(text: str) -> int | float:
+    digits = text.lstrip("-")
+    if digits.isdecimal():
+        if len(digits) > _DIGITS:
+            raise ValueError(f"a number has {len(digits)} digits")
+        return int(text)
+    if not math.isfinite(value := float(text)):  # NaN and Infinity are no JSON either
         raise ValueError(f"{text[:_DIGITS]} is beyond every number")
     return value
-
-
-def _short(text: str) -> int:
-    if len(text) > _DIGITS:
-        raise ValueError(f"a number has {len(text)} digits")
-    return int(text)
 
 
 def _unique(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:

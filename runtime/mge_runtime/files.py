@@ -1,8 +1,9 @@
-"""Write files whole or not at all."""
+"""Read and write: files whole or not at all, their hashes and sizes, standard output."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -17,12 +18,23 @@ from pathlib import Path
 
 from mge_runtime.errors import OutputError
 
-__all__ = ["atomic_path", "check_writable", "is_temporary", "lock", "temporary_folder"]
+__all__ = [
+    "atomic_path",
+    "check_output",
+    "check_writable",
+    "echo",
+    "file_sha256",
+    "format_bytes",
+    "is_temporary",
+    "lock",
+    "temporary_folder",
+]
 
 # Ends every temporary name; its owner holds a lock, so one without a lock was left by a dead process.
 _PART = ".mge-part"
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CHUNK = 1 << 20  # bytes, read at once
 _POLL = 0.1  # seconds between looks at a lock that another holds
 _adopted: dict[Path, list[int]] = {}  # by temporary file: locked descriptors of the files that took its place
 
@@ -58,8 +70,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Generator[Path]:
                     shutil.copyfileobj(content, stream)
                 return
             if old is not None:
-                _take_over(temporary, old)
-            _flush(temporary)
+                if sys.platform != "win32":
+                    with suppress(OSError):
+                        os.chown(temporary, old.st_uid, old.st_gid)
+                temporary.chmod(stat.S_IMODE(old.st_mode))
+            with temporary.open("rb") as content:  # a power cut after the rename cannot leave an empty file
+                os.fsync(content.fileno())
             temporary.replace(place)
         except BrokenPipeError:
             raise  # no regular file raises it: it is the reader of what is written who has enough
@@ -88,6 +104,21 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise _unwritable(target, error) from error
 
 
+def check_output(path: Path) -> None:
+    """As `check_writable`, for what must be a file of its own in a folder that is there.
+
+    Raises:
+        OutputError: it cannot be.
+    """
+    with suppress(OSError):  # check_writable says it
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "a device or a pipe"
+            raise OutputError(f"cannot write {path}: it is {kind}; expected a file name, such as mge.plan")
+        if not path.parent.is_dir():
+            raise OutputError(f"cannot write {path}: no folder {path.parent}; make it or name another place with -o")
+    check_writable(path)
+
+
 @contextmanager
 def temporary_folder(purpose: str) -> Generator[Path]:
     """Make a folder for large temporary files in TMPDIR; what killed processes left there goes first.
@@ -101,7 +132,7 @@ def temporary_folder(purpose: str) -> Generator[Path]:
     parent = Path(tempfile.gettempdir())
     try:
         with _part(parent / f"mge-{purpose}") as part:
-            folder = _folder_of(part)
+            folder = Path(f"{part}.d")
             folder.mkdir(mode=0o700)
             try:
                 yield folder
@@ -212,37 +243,15 @@ def _part(place: Path, *, private: bool = False) -> Generator[Path]:
                 os.close(adopted)
 
 
-def _take_over(path: Path, old: os.stat_result) -> None:
-    """Give a new file the owner and the permissions of the one that it replaces."""
-    if sys.platform != "win32":
-        with suppress(OSError):
-            os.chown(path, old.st_uid, old.st_gid)
-    path.chmod(stat.S_IMODE(old.st_mode))
-
-
-def _flush(path: Path) -> None:
-    """Push the file's bytes to the disk, so that a power cut after the rename cannot leave an empty file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _folder_of(part: Path) -> Path:
-    return Path(f"{part}.d")
-
-
 @cache
 def _sweep(folder: Path) -> None:
     """Remove what dead processes of this user left in a folder; once for each folder, for it may hold many files."""
     if sys.platform == "win32":
         return
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.endswith(_PART):
-                with suppress(OSError):
-                    _remove_dead(Path(entry.path))
+    with suppress(OSError):
+        for part in folder.glob(f".*{_PART}"):
+            with suppress(OSError):
+                _remove_dead(part)
 
 
 def _remove_dead(part: Path) -> None:
@@ -255,7 +264,51 @@ def _remove_dead(part: Path) -> None:
     try:
         lock(descriptor, None)
         if os.fstat(descriptor).st_uid == os.geteuid():
-            shutil.rmtree(_folder_of(part), ignore_errors=True)
+            shutil.rmtree(f"{part}.d", ignore_errors=True)
             part.unlink()
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def echo(text: str, *, nl: bool = True) -> None:
+    """Print to standard output.
+
+    Raises:
+        OutputError: it is closed or cannot be written; a closed pipe (`| head`) passes, which click ends quietly.
+    """
+    import click  # not above: opening a bundle does without
+
+    stdout: object = sys.stdout  # None where the process was started without one
+    if stdout is None:
+        raise OutputError("cannot print: standard output is closed; name another place for the output")
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python would try again at its end, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"cannot print: {error.strerror}; name another place for the output") from error
+
+
+def format_bytes(count: int) -> str:
+    """For example "98.0 MB" (1 MB = 1,000,000 bytes)."""
+    if count < 1000:
+        return f"{count} B"
+    for unit, size in (("kB", 1e3), ("MB", 1e6)):
+        if count / size < 999.95:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e9:.2f} GB"

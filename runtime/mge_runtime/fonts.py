@@ -40,7 +40,7 @@ def undrawable(texts: Iterable[str]) -> str | None:
     packages = [name for kind, name in ((True, "fonts-noto-cjk"), (False, "fonts-noto-core")) if kind in kinds]
     others = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
     return (
-        f"no font here draws {' '.join(lacking[:8])}{others}, so pictures show boxes for them in class names; "
+        f"no font here draws {' '.join(lacking[:8])}{others}, so drawn images show boxes for them in class names; "
         f"install one, such as the package {' and '.join(packages)} of Debian and Ubuntu"
     )
 

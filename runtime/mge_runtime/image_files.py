@@ -8,57 +8,56 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["kind_of", "lacks_data", "tiff_fault", "webp_size", "without_metadata"]
+__all__ = [
+    "entropy_end",
+    "jpeg_lacks_scans",
+    "kind_of",
+    "png_lacks_data",
+    "tiff_fault",
+    "webp_size",
+    "without_metadata",
+]
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_JPEG = b"\xff\xd8"
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _EXIF, _ADOBE, _SCAN = 0xE1, 0xEE, 0xDA  # of JPEG: orientation; whether three channels are RGB; header of a scan
 _ENTROPY = -1  # no marker: the coded data of a scan
 _MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")  # no stuffed byte, no restart
-_MAGIC = (
-    (b"%PDF", "a PDF"),
-    (b"%!PS", "PostScript"),
-    (b"PK\x03\x04", "a ZIP archive"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"8BPS", "a Photoshop file, export it as PNG"),
-    (b"\x1aE\xdf\xa3", "a Matroska or WebM video"),
-    (b"\0\0\0\x0cJXL ", "a JPEG XL picture, convert it to JPEG"),
-    (b"\xff\x0a", "a JPEG XL picture, convert it to JPEG"),
+_KINDS = (  # of files that are often named, and that no decoder takes: offset and bytes of their magic
+    *((4, b"ftyp" + kind, "it is an HEIC image, convert it to JPEG") for kind in (b"hei", b"hev", b"mif1", b"msf1")),
+    (4, b"ftyp", "it is a video or an unknown ISO media file"),
+    (8, b"AVI ", "it is an AVI video"),
+    (0, b"%PDF", "it is a PDF"),
+    (0, b"%!PS", "it is PostScript"),
+    (0, b"PK\3\4", "it is a ZIP archive"),
+    (0, b"8BPS", "it is a Photoshop file, export it as PNG"),
+    (0, b"\x1aE\xdf\xa3", "it is a Matroska or WebM video"),
+    (0, b"\0\0\0\x0cJXL ", "it is a JPEG XL image, convert it to JPEG"),
+    (0, b"\xff\x0a", "it is a JPEG XL image, convert it to JPEG"),
 )
-_RIFF = {b"AVI ": "an AVI video", b"WAVE": "a WAVE sound"}
-_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def kind_of(data: bytes) -> str:
-    """Say what a file that no decoder takes seems to be; its first 512 bytes are enough for most."""
+    """What a file that no decoder takes seems to be."""
     head = data[:512]
-    if head[4:8] == b"ftyp":
-        if head[8:12] in _HEIC:
-            return "it is an HEIC picture, convert it to JPEG"
-        return "it is a video or an unknown ISO media file"
-    if head.startswith(b"RIFF") and head[8:12] != b"WEBP":
-        return f"it is {_RIFF.get(head[8:12], 'a RIFF file of another kind than WebP')}"
-    for magic, kind in _MAGIC:
-        if head.startswith(magic):
-            return f"it is {kind}"
+    for offset, magic, kind in _KINDS:
+        if head.startswith(magic, offset):
+            return kind
     if b"<svg" in head:
         return "it is an SVG drawing, render it to PNG"
     for code, start, _ in _jpeg_segments(data):
         if _is_frame(code) and (code > 0xC2 or data[start + 2 : start + 3] != b"\x08"):
             return "it is a JPEG of a kind that is not read: lossless, arithmetic or of more than 8 bits"
-    if head.startswith((_JPEG, b"\x89PNG\r\n", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")):
+    if head.startswith((_JPEG, _PNG[:6], b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")):
         return "its header is damaged, cut short or of an unsupported kind"
     if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
         return "it is a text file"
-    return "it is no known picture"
+    return "it is no known image"
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:
@@ -119,39 +118,10 @@ def without_metadata(data: bytes) -> bytes | None:
     return None
 
 
-def lacks_data(image: Image, data: Callable[[], bytes], decode: Callable[[bytes], Image]) -> bool:
-    """Whether a JPEG or PNG ends before its pixels do, although its end is marked.
-
-    Decoders fill what is missing with one colour, so that most images need no second look: black rows at the end of a
-    PNG are counted in the file; a JPEG whose last pixel is mid-grey is decoded again with bytes added behind its data,
-    which change nothing where it is whole. A progressive JPEG lacks data, too, where a coefficient never came or
-    without its last bits; one that lacks the end of its last scan alone is not found out.
-
-    Args:
-        image: as decoded, not yet turned upright.
-        data: reads the file.
-        decode: of another file of the kind.
-    """
-    if image.format == "PNG":
-        rows = np.asarray(image.crop((0, max(image.height - 2, 0), image.width, image.height)))
-        return not rows.reshape(len(rows), -1).any(axis=1).all() and _png_lacks_data(data())
-    if image.format not in ("JPEG", "MPO"):
-        return False
-    if image.info.get("progressive") and _jpeg_lacks_scans(data()):
-        return True
-    last = np.asarray(image.crop((image.width - 1, image.height - 1, image.width, image.height)), np.int16)
-    if np.abs(last - 127).max() > 2:
-        return False
-    file = data()
-    end = max((end for code, _, end in _jpeg_segments(file) if code == _ENTROPY), default=len(file))
-    longer = decode(file[:end] + bytes(range(1, 251)) + file[end:])
-    return not np.array_equal(np.asarray(image), np.asarray(longer))
-
-
-def _png_lacks_data(data: bytes) -> bool:
-    chunks = list(_png_chunks(data))
-    width, height, depth, colour, _, _, interlace = struct.unpack(">2I5B", data[16:29])
-    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+def png_lacks_data(data: bytes) -> bool:
+    """Whether a PNG holds fewer bytes than its pixels need."""
+    width, height, depth, color, _, _, interlace = struct.unpack(">2I5B", data[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
     passes = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
     expected = 0
     for x, across, y, down in passes if interlace else ((0, 1, 0, 1),):
@@ -159,7 +129,7 @@ def _png_lacks_data(data: bytes) -> bool:
         if columns > 0 and rows > 0:
             expected += rows * (1 + -(-columns * bits // 8))
     inflate, found = zlib.decompressobj(), 0
-    for kind, start, end in chunks:
+    for kind, start, end in _png_chunks(data):
         pending = data[start:end] if kind == b"IDAT" else b""
         while pending and found < expected and not inflate.eof:
             found += len(inflate.decompress(pending, 1 << 20))
@@ -167,7 +137,7 @@ def _png_lacks_data(data: bytes) -> bool:
     return found + len(inflate.flush()) < expected
 
 
-def _jpeg_lacks_scans(data: bytes) -> bool:
+def jpeg_lacks_scans(data: bytes) -> bool:
     """Whether a coefficient of a component of a progressive JPEG never came, or without its last bits (T.81, G.1.1)."""
     missing_bits: dict[int, list[int]] = {}
     for code, start, end in _jpeg_segments(data):
@@ -178,6 +148,11 @@ def _jpeg_lacks_scans(data: bytes) -> bool:
             for component in data[start + 3 : end - 3 : 2]:
                 missing_bits[component][first : last + 1] = [bits & 15] * (last + 1 - first)
     return any(map(any, missing_bits.values()))
+
+
+def entropy_end(data: bytes) -> int:
+    """Where the coded data of a JPEG's last scan ends, bytes from its start."""
+    return max((end for code, _, end in _jpeg_segments(data) if code == _ENTROPY), default=len(data))
 
 
 def _is_frame(code: int) -> bool:

@@ -1,4 +1,4 @@
-"""Interrupted work ends in one line."""
+"""Signals that ask a block of work to stop: unwinding it, or noted until it can stop by itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import signal
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
 
 from mge_runtime.errors import MGEError
 
@@ -17,17 +18,38 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 
 
 class Interrupt:
-    """What a block knows of a signal that asks it to stop."""
+    """What a `with` block knows of a signal that asks it to stop.
 
-    def __init__(self, consequence: str) -> None:
+    The first signal raises KeyboardInterrupt and later ones do not disturb the unwinding; where signals are `noted`,
+    the first one is only noted and a second one raises. Signals that the caller ignores, as `nohup` does, stay ignored;
+    outside the main thread no handler is set.
+    """
+
+    def __init__(self, consequence: str = "", *, noted: bool = False) -> None:
         self.consequence = consequence  # what the error says of the result; the block may change it as it gets on
-        self.received: str | None = None  # the first signal's name
+        self.received: signal.Signals | None = None  # the first signal
+        self._noted = noted
         self._held = 0
+        self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
         """Whether a signal came."""
         return self.received is not None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            kept = (signal.SIG_IGN, None)  # None: set by other than Python code
+            self._previous = {n: signal.getsignal(n) for n in _SIGNALS if signal.getsignal(n) not in kept}
+            for number in self._previous:
+                signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> None:
         """Raise an interrupt that got lost: Python ignores what is raised in a destructor, an import may swallow it.
@@ -52,13 +74,13 @@ class Interrupt:
         if not self._held:
             self()
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: the first signal raises, later ones do not disturb the unwinding."""
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.received is None:
-            self.received = signal.Signals(number).name
-            if not self._held:
-                raise KeyboardInterrupt
+        first = self.received is None
+        if first:
+            self.received = signal.Signals(number)
+        if first is not self._noted and not self._held:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -66,8 +88,7 @@ def interruptible(work: str, consequence: str, kind: type[MGEError]) -> Generato
     """Let a signal unwind the block, so that its temporary files go, and become one error.
 
     On its way up the interrupt may become another exception or get lost, so anything that leaves the block after a
-    signal counts as the interrupt. Signals that the caller ignores, as `nohup` does, stay ignored; outside the main
-    thread no handler is set.
+    signal counts as the interrupt.
 
     Args:
         work: what is interrupted: "the export".
@@ -81,18 +102,10 @@ def interruptible(work: str, consequence: str, kind: type[MGEError]) -> Generato
         MGEError: of this kind; a signal came.
     """
     interrupt = Interrupt(consequence)
-    previous = {}
     try:
-        if threading.current_thread() is threading.main_thread():
-            kept = (signal.SIG_IGN, None)  # None: set by other than Python code
-            previous = {number: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) not in kept}
-            for number in previous:
-                signal.signal(number, interrupt.handle)
-        yield interrupt
+        with interrupt:
+            yield interrupt
     except BaseException as error:
-        if not interrupt.requested:
+        if interrupt.received is None:
             raise
-        raise kind(f"{work} was interrupted ({interrupt.received}): {interrupt.consequence}") from error
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        raise kind(f"{work} was interrupted ({interrupt.received.name}): {interrupt.consequence}") from error

@@ -1,19 +1,38 @@
 """What this machine is, as far as it decides which engine runs here: platform, GPUs, driver, libraries.
 
 A machine is plain data, so that choosing can be tested against descriptions of machines that are not at hand.
+Without an NVIDIA driver nothing of CUDA or TensorRT is imported: a bare CPU is described from package metadata alone.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import importlib.util
 import json
+import os
 import platform
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-from mge_runtime.errors import BundleError, InputError
+from mge_runtime.errors import BundleError, InputError, brief
 from mge_runtime.fields import Field, parse_json
 
-__all__ = ["Gpu", "Machine", "this_platform"]
+__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "has_module", "this_platform"]
+
+# Name in a description -> the module, and the distributions that may bring it.
+_LIBRARIES = {
+    "tensorrt": ("tensorrt", ("tensorrt",)),
+    "tensorrt-rtx": ("tensorrt_rtx", ("tensorrt-rtx",)),
+    "onnxruntime": ("onnxruntime", ("onnxruntime-gpu", "onnxruntime")),
+    "cuda-core": ("cuda.core", ("cuda-core",)),
+    "cuda-bindings": ("cuda.bindings", ("cuda-bindings",)),
+}
+_UNKNOWN = "unknown"  # version of a library that was not looked up, or has no metadata and was not imported
+_MODEL = Path("/proc/device-tree/model")  # on boards with a device tree, as a Jetson
 
 
 @dataclass(frozen=True)
@@ -66,7 +85,7 @@ class Machine:
     # "cuda-core". A library that is there but broken has its error in `broken` instead.
     libraries: Mapping[str, str] = field(default_factory=dict[str, str])
     broken: Mapping[str, str] = field(default_factory=dict[str, str])
-    providers: tuple[str, ...] = ()  # ONNX Runtime's execution providers: "CUDAExecutionProvider", ...
+    providers: tuple[str, ...] = ()  # ONNX Runtime's execution providers, where it was imported
     board: str | None = None  # "NVIDIA Jetson AGX Orin Developer Kit", where the device tree says so
 
     @property
@@ -79,23 +98,37 @@ class Machine:
         """Whether this is a Jetson, where CUDA and TensorRT come with JetPack."""
         return self.board is not None and "jetson" in self.board.lower()
 
+    @property
+    def summary(self) -> str:
+        """All of it in one line, for people."""
+        from mge_runtime.files import format_bytes
+
+        parts = [self.board] if self.board else []
+        parts += [self.platform, f"Python {self.python}"]
+        for number, gpu in enumerate(self.gpus):
+            shared = " shared with the CPU" if gpu.integrated else ""
+            model = f"{gpu.name} ({gpu.capability}, {gpu.multiprocessors} multiprocessors)"
+            parts.append(f"cuda:{number} {model}, {format_bytes(gpu.memory)}{shared}")
+        parts += [] if self.gpus else ["no GPU"]
+        parts += [f"driver for CUDA {self.driver_cuda}"] if self.driver_cuda else []
+        parts += [f"{name} {version}" for name, version in self.libraries.items()]
+        parts += [f"{name} broken" for name in self.broken]
+        return ", ".join(parts)
+
     def to_json(self) -> bytes:
         """UTF-8 JSON, the same for equal machines."""
         return (json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     @classmethod
     def from_json(cls, data: bytes, document: str = "machine.json") -> Machine:
-        """Read what `to_json` wrote.
-
-        Args:
-            data: the bytes of the document.
-            document: what to call it in messages.
+        """Read what `to_json` wrote; messages call it `document`.
 
         Raises:
             InputError: no JSON, or a field that is missing, unknown or of the wrong type (named by its path).
         """
         try:
-            fields = parse_json(data, document, "record the machine again with mge-info --machine").members(_FIELDS)
+            root = parse_json(data, document, "record the machine again with mge-info --machine")
+            fields = root.members(tuple(cls.__dataclass_fields__))
             return cls(
                 system=fields["system"].text(),
                 arch=fields["arch"].text(),
@@ -103,8 +136,8 @@ class Machine:
                 gpus=tuple(Gpu.from_field(gpu) for gpu in fields["gpus"].items()),
                 gpu_problem=fields["gpu_problem"].optional(Field.text),
                 driver_cuda=fields["driver_cuda"].optional(Field.text),
-                libraries=_texts(fields["libraries"]),
-                broken=_texts(fields["broken"]),
+                libraries={name: version.text() for name, version in fields["libraries"].table().items()},
+                broken={name: error.text() for name, error in fields["broken"].table().items()},
                 providers=tuple(provider.text() for provider in fields["providers"].items()),
                 board=fields["board"].optional(Field.text),
             )
@@ -112,14 +145,150 @@ class Machine:
             raise InputError(str(error)) from error
 
 
-_FIELDS = tuple(Machine.__dataclass_fields__)
-
-
-def _texts(f: Field) -> dict[str, str]:
-    return {name: value.text() for name, value in f.table().items()}
-
-
 def this_platform() -> tuple[str, str]:
     """The operating system and the architecture of this machine, as targets name them: ("linux", "x86_64")."""
     arch = platform.machine().lower()
     return platform.system().lower(), {"amd64": "x86_64", "arm64": "aarch64"}.get(arch, arch)
+
+
+def describe_machine(
+    imported: Collection[str] | None = None, *, always: bool = False, gpus: bool = True, quick: bool = False
+) -> Machine:
+    """Describe the machine for the Python that runs.
+
+    Args:
+        imported: the libraries to import where there is a GPU, which alone shows whether they work; None: all.
+        always: import them without a GPU too.
+        gpus: whether to ask the driver for GPUs.
+        quick: leave the versions out where there is no GPU: nothing depends on them there, and looking them up takes
+            longer than everything else.
+
+    Returns:
+        The description. What is missing or broken is said in it; nothing is raised.
+    """
+    system, arch = this_platform()
+    libraries = {name: _UNKNOWN for name, (module, _) in _LIBRARIES.items() if has_module(module)}
+    broken: dict[str, str] = {}
+    cuda, problem = _driver_cuda() if gpus else (None, "not asked for")
+    devices: tuple[Gpu, ...] = ()
+    if cuda is not None:
+        devices, problem = _gpus(cuda, libraries, broken)
+    if devices or not quick:
+        libraries |= {name: _version(_LIBRARIES[name][1]) for name in libraries}
+    wanted = [name for name in libraries if imported is None or name in imported] if devices or always else []
+    for name in wanted:
+        try:
+            libraries[name] = str(getattr(_import(name), "__version__", libraries[name]))
+        except Exception as error:  # a broken native library raises what it likes
+            broken[name] = brief(error)
+            del libraries[name]
+    onnxruntime: Any = sys.modules.get("onnxruntime")  # None: not imported
+    return Machine(
+        system=system,
+        arch=arch,
+        python=platform.python_version(),
+        gpus=devices,
+        gpu_problem=problem,
+        driver_cuda=cuda,
+        libraries=libraries,
+        broken=broken,
+        providers=tuple(getattr(onnxruntime, "get_available_providers", tuple)()),
+        board=_board(),
+    )
+
+
+def has_module(name: str) -> bool:
+    """Whether a module could be imported; its parents are, it is not."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # a parent is missing or broken
+        return False
+    # A folder without a module, such as the type stubs of TensorRT leave, has a spec and no origin.
+    return spec is not None and spec.origin is not None
+
+
+def _version(distributions: tuple[str, ...]) -> str:
+    import importlib.metadata  # brings half the email package
+
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return _UNKNOWN
+
+
+def _import(name: str) -> Any:
+    from mge_runtime.backends.onnxruntime import load_onnxruntime
+
+    return load_onnxruntime() if name == "onnxruntime" else importlib.import_module(_LIBRARIES[name][0])
+
+
+def _driver_cuda() -> tuple[str | None, str | None]:
+    """The newest CUDA version that the driver serves, or None and why there is no driver."""
+    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+        version = ctypes.c_int()
+        status = driver.cuDriverGetVersion(ctypes.byref(version))  # needs no cuInit
+    except (OSError, AttributeError):
+        return None, f"no NVIDIA driver is installed ({name} cannot be loaded)"
+    if status != 0:
+        return None, f"the NVIDIA driver does not answer (cuDriverGetVersion: CUDA error {status})"
+    return f"{version.value // 1000}.{version.value % 1000 // 10}", None
+
+
+def _gpus(cuda: str, libraries: dict[str, str], broken: dict[str, str]) -> tuple[tuple[Gpu, ...], str | None]:
+    """Every CUDA device in CUDA's order, or none and why."""
+    install = f'pip install "cuda-core[cu{cuda.partition(".")[0]}]"'
+    if "cuda-core" not in libraries:
+        return (), f"an NVIDIA driver for CUDA {cuda} is here, and cuda-core is not installed: {install}"
+    try:
+        # The package picks its CUDA 12 or 13 half when it is imported, which a type checker cannot follow.
+        core: Any = importlib.import_module("cuda.core")
+        bindings: Any = importlib.import_module("cuda.bindings.driver")
+    except Exception as error:  # cuda-core without bindings, or with those of another CUDA
+        broken["cuda-core"] = brief(error)
+        libraries.pop("cuda-core", None)
+        return (), f"cuda-core cannot be imported ({brief(error)}): {install} --upgrade"
+    try:
+        gpus: list[Gpu] = []
+        for device in core.Device.get_all_devices():
+            major, minor = device.compute_capability
+            status, memory = bindings.cuDeviceTotalMem(device.device_id)
+            if status != bindings.CUresult.CUDA_SUCCESS:
+                raise RuntimeError(f"cuDeviceTotalMem: {status}")
+            properties = device.properties
+            gpus.append(
+                Gpu(
+                    name=device.name,
+                    capability=f"sm{major}{minor}",
+                    memory=int(memory),
+                    multiprocessors=properties.multiprocessor_count,
+                    integrated=bool(properties.integrated),
+                )
+            )
+    except Exception as error:  # CUDAError, or what cuda-core raises where the driver lacks a function
+        return (), f"the NVIDIA driver for CUDA {cuda} is here, and its devices cannot be used: {brief(error)}"
+    return tuple(gpus), None if gpus else f"the NVIDIA driver for CUDA {cuda} is here, and it finds no device"
+
+
+def _board() -> str | None:
+    try:
+        return _MODEL.read_bytes().rstrip(b"\0").decode(errors="replace").strip() or None
+    except OSError:
+        return None
+
+
+def cpu_count() -> int:
+    """Processors this process may use: its affinity, capped by the control group's quota (Linux, version 2)."""
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        count = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no control group, or "max"
+        pass
+    return count

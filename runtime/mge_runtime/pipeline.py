@@ -1,4 +1,4 @@
-"""From pictures to predictions, for one bundle."""
+"""From images to predictions, for one bundle."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from mge_runtime.ahead import batches, map_ahead
-from mge_runtime.backends import Choice, Streams, choose, open_backend
+from mge_runtime.backends import Backend, Choice, Streams, choose, open_backend
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
-from mge_runtime.chain import Chain, ChainResult, ImageResult
+from mge_runtime.chain import Chain, ChainResult, Exit, ImageResult, Stops, resolve_exit
 from mge_runtime.decode import MAX_PIXELS, ImageSource, decode_picture, load_decoders
 from mge_runtime.errors import BackendError, BundleError, InputError
-from mge_runtime.exits import Exit, Stops, resolve_exit
 from mge_runtime.fields import JsonValue
-from mge_runtime.geometry import Viewport, compose_boxes
 from mge_runtime.manifest import Manifest
+from mge_runtime.pool import batches, map_ahead
 from mge_runtime.prediction import Prediction
-from mge_runtime.preprocess import to_frame
+from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mge_runtime.backends.base import Array
 
 __all__ = ["Exit", "Pipeline"]
@@ -40,13 +39,13 @@ _Source = TypeVar("_Source", bound=ImageSource)
 class _Prepared:
     """One image on its way into a batch."""
 
-    frame: Array  # uint8 [S, S, 3]
+    frame: NDArray[np.uint8]  # [S, S, 3]
     viewport: Viewport
     timings_ms: dict[str, float]
 
 
 class Pipeline:
-    """Answers pictures with the chain of one bundle; made by `Pipeline.open`, a context manager.
+    """Predicts images with the chain of one bundle; made by `Pipeline.open`, a context manager.
 
     A pipeline computes in the thread that calls it and is used from one thread at a time (a call from a second one is
     refused); for several threads open one pipeline in each. Only decoding uses threads of its own, in `predict_iter`.
@@ -60,23 +59,19 @@ class Pipeline:
         self,
         bundle: Bundle,
         choice: Choice,
+        backend: Backend,
         *,
-        threads: int | None = None,
-        streams: Streams = 1,
-        graphs: bool = True,
         exit: Exit = "never",
         calibration: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._max_pixels = max_pixels
         self.manifest: Manifest = bundle.manifest
-        # Temperatures and exits.
-        self.calibrated: Calibrated = _calibrated(bundle) if calibration else Calibrated.none(bundle.manifest)
+        self.calibrated: Calibrated = _calibrated(bundle) if calibration else Calibrated()  # temperatures and exits
         self.exit: Exit = exit  # of predictions that name none
         resolve_exit(exit, self.calibrated, self.manifest)
         self.choice: Choice = choice  # the backend and device that run, and why not others
         self._remarked = False
-        backend = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
         self._chain: Chain | None = Chain(bundle, backend)
         self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
         self.max_batch: int | None = self._chain.max_batch  # most frames in one run of the chain; None: no limit
@@ -107,16 +102,16 @@ class Pipeline:
             device: "auto", "cpu" or "cuda:0".
             backend: "auto", "onnxruntime", "tensorrt" or "tensorrt-rtx".
             threads: processors to compute with; None: all that this process may use.
-            streams: pictures (or batches) computed at once by `predict_iter`, sharing the processors. 1 answers one
-                picture soonest; "auto" answers the most pictures a second, at the price of several runs' memory.
+            streams: images (or batches) computed at once by `predict_iter`, sharing the processors. 1 predicts one
+                image soonest; "auto" predicts the most images a second, at the price of several runs' memory.
             graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
             exit: where predictions stop that do not say it themselves: "never" for the whole chain, "calibrated" to
-                stop each picture as soon as its answer is as sure as the calibration asks for, or the number of the
-                segment to stop after, from 1.
+                stop each image as soon as its logits are as confident as the calibration asks for, or the number of
+                the graph to stop after, from 1.
             calibration: whether to use the bundle's calibration; without, it is not even read, so that one which is
                 damaged can be made anew.
             mmap: whether the weights may be mapped from the file. A file that is overwritten in place (`cp`, `scp`)
-                while a run is on may then end the process; outside a run the next one refuses to answer. False loads
+                while a run is on may then end the process; outside a run the next one refuses to predict. False loads
                 them: opening takes up to twice the largest graph's weights more memory, running about none.
             max_pixels: the most that an image may have, as for `decode_picture`.
 
@@ -132,23 +127,13 @@ class Pipeline:
             choice = choose(device, backend, bundle=bundle)
             if choice.command is not None:
                 logging.getLogger("mge_runtime").warning(choice.remark)
-            return cls(
-                bundle,
-                choice,
-                threads=threads,
-                streams=streams,
-                graphs=graphs,
-                exit=exit,
-                calibration=calibration,
-                max_pixels=max_pixels,
-            )
+            opened = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
+            return cls(bundle, choice, opened, exit=exit, calibration=calibration, max_pixels=max_pixels)
 
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -164,50 +149,50 @@ class Pipeline:
                 self._chain = None
 
     def predict(self, source: ImageSource, *, exit: Exit | None = None) -> Prediction:
-        """Answer one picture.
+        """Predict one image.
 
         Args:
-            source: a path, the bytes of a picture file, a binary file object, a Pillow image, or a uint8 RGB array
+            source: a path, the bytes of an image file, a binary file object, a Pillow image, or a uint8 RGB array
                 [H, W, 3].
             exit: as for `open`; None: what was said there.
 
         Raises:
-            InputError: the picture cannot be read.
+            InputError: the image cannot be read.
             BundleError: the file was overwritten in place, or its graphs are not what its manifest says.
-            BackendError: the pipeline is closed or in use, there is no such exit, or a graph failed or put out numbers
-                that are not finite.
+            BackendError: the pipeline is closed or in use, there is no such exit, or a graph failed or an output is
+                not finite.
         """
         return self.predict_batch([source], exit=exit)[0]
 
     def predict_batch(self, sources: Sequence[ImageSource], *, exit: Exit | None = None) -> list[Prediction]:
-        """Answer several pictures in one run of the chain, in their order; in several where they exceed `max_batch`.
+        """Predict several images in one run of the chain, in their order; in several where they exceed `max_batch`.
 
-        With calibrated exits pictures that are done leave the run, the others go on.
+        With calibrated exits images that are done leave the run, the others go on.
 
         Raises:
-            InputError: one of the pictures cannot be read; none is answered then.
+            InputError: one of the images cannot be read; none is predicted then.
             BundleError, BackendError: as for `predict`.
         """
         self._require_open()
         stops = self._stops(self.exit if exit is None else exit)
-        return self._answer([self._prepare(source) for source in sources], stops) if sources else []
+        return self._predict([self._prepare(source) for source in sources], stops) if sources else []
 
     def predict_iter(
         self, sources: Iterable[_Source], *, batch: int = 1, workers: int = 2, exit: Exit | None = None
     ) -> Iterator[tuple[_Source, Prediction | InputError]]:
-        """Answer many pictures, decoding the next ones while the chain computes.
+        """Predict many images, decoding the next ones while the chain computes.
 
         Memory stays flat: at most 2 * `workers` + `batch` frames are decoded ahead; with several streams at most twice
         that many batches are taken. Where the iterator is closed early, no thread is left behind.
 
         Args:
             sources: any number of what `predict` takes.
-            batch: pictures in one run of the chain, at most `max_batch` of them; the last run may hold fewer.
+            batch: images in one run of the chain, at most `max_batch` of them; the last run may hold fewer.
             workers: threads that decode; several streams decode for themselves instead.
             exit: as for `predict`.
 
         Yields:
-            Each source with its prediction or, for a picture that cannot be read, the error, in the order of `sources`.
+            Each source with its prediction or, for an image that cannot be read, the error, in the order of `sources`.
 
         Raises:
             BundleError, BackendError: as for `predict`, or `batch` or `workers` is below 1.
@@ -229,10 +214,10 @@ class Pipeline:
         Args:
             frames: uint8 RGB [B, S, S, 3], C-contiguous.
             exit: as for `open`.
-            outputs: tensors to return beside the answer; default: those that a prediction reports.
+            outputs: tensors to return beside the logits; default: those that a prediction reports.
 
         Returns:
-            Tensors by name, float32, the first axis is the batch; those of stages that did not run are left out. With
+            Tensors by name, float32, the first axis is the batch; those of graphs that did not run are left out. With
             calibrated exits a tensor has one row for each frame that ran so far, in order.
 
         Raises:
@@ -248,13 +233,24 @@ class Pipeline:
             InputError, BackendError: as for `run`.
         """
         size = self.manifest.preprocess.size
-        _require_array(frames, f"a uint8 array [B, {size}, {size}, 3]")
+        if not isinstance(cast(object, frames), np.ndarray):
+            raise InputError(
+                f"cannot run frames of type {type(frames).__name__}; expected a uint8 array [B, {size}, {size}, 3]"
+            )
         if frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3) or not len(frames):
             raise InputError(
                 f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
                 f"expected uint8 [B, {size}, {size}, 3]"
             )
         return self._run(frames, self._stops(exit), outputs)
+
+    def frame(self, source: ImageSource) -> NDArray[np.uint8]:
+        """The frame of one image as `predict` makes it, uint8 RGB [S, S, 3], for `run`.
+
+        Raises:
+            InputError: as for `predict`.
+        """
+        return self._prepare(source).frame
 
     def report(self) -> dict[str, JsonValue]:
         """Memory, graphs and copies of a chain on a GPU, as plain values; empty on a CPU.
@@ -266,7 +262,7 @@ class Pipeline:
 
     def _run(self, frames: Array, stops: Stops, outputs: Collection[str] | None = None) -> ChainResult:
         with self._opened() as chain:
-            return chain.run(frames, segments=stops.segments, outputs=outputs, exits=stops.exits)
+            return chain.run(frames, graphs=stops.graphs, outputs=outputs, exits=stops.exits)
 
     def _stops(self, exit: object) -> Stops:
         stops = resolve_exit(exit, self.calibrated, self.manifest)
@@ -285,31 +281,30 @@ class Pipeline:
         timings = {"decode": (decoded - start) * 1e3, "preprocess": (done - decoded) * 1e3}
         return _Prepared(frame, viewport, timings)
 
-    def _answer(self, prepared: Sequence[_Prepared], stops: Stops) -> list[Prediction]:
-        answers: list[Prediction] = []
-        for group in batches(prepared, self.max_batch or len(prepared)):
-            images = self._run(np.stack([item.frame for item in group]), stops).images()
-            answers += [self._prediction(image, item) for image, item in zip(images, group, strict=True)]
-        return answers
+    def _predict(self, prepared: Sequence[_Prepared], stops: Stops) -> list[Prediction]:
+        if self.max_batch is not None and len(prepared) > self.max_batch:
+            return [found for group in batches(prepared, self.max_batch) for found in self._predict(group, stops)]
+        result = self._run(np.stack([item.frame for item in prepared]), stops)
+        return [self._prediction(image, item) for image, item in zip(result.images(), prepared, strict=True)]
 
     def _prediction(self, image: ImageResult, item: _Prepared) -> Prediction:
-        manifest, tensors = self.manifest, image.tensors
+        manifest = self.manifest
+        tensors: Mapping[str, NDArray[Any]] = image.tensors
         views = [view for view in manifest.views if view.logits in tensors]
-        cuts: list[Array] = [tensors[view.box] for view in views if view.box is not None]
-        boxes = np.array(cuts, np.float32).reshape(-1, 4)
+        crops = [tensors[view.box] for view in views if view.box is not None]
+        boxes = np.array(crops, np.float32).reshape(-1, 4)
         timings = {**item.timings_ms, **image.step_ms}
-        gate: Any = tensors.get(manifest.gate) if manifest.gate is not None else None
-        return Prediction.from_logits(
+        return Prediction(
             tensors[image.answer],
-            class_names=manifest.class_names,
+            manifest.class_names,
             expert_logits=np.stack([tensors[view.logits] for view in views]),
-            gate=gate,
+            gate=tensors.get(manifest.gate or ""),
             boxes=compose_boxes(boxes, item.viewport, manifest.preprocess.size),
             heatmaps=tuple(tensors[view.heatmap] for view in views),
-            size=(item.viewport.width, item.viewport.height),
+            width=item.viewport.width,
+            height=item.viewport.height,
             timings_ms={**timings, "total": sum(timings.values())},
-            temperature=self.calibrated.temperatures[image.answer],
-            calibrated=self.calibrated.fitted,
+            temperature=self.calibrated.temperatures.get(image.answer),
         )
 
     def _iterate(
@@ -321,20 +316,20 @@ class Pipeline:
             for source, item in ready:
                 group.append((source, item))
                 if sum(isinstance(item, _Prepared) for _, item in group) == batch:
-                    yield from self._answer_group(group, stops)
+                    yield from self._predict_group(group, stops)
                     group = []
-            yield from self._answer_group(group, stops)
+            yield from self._predict_group(group, stops)
 
     def _iterate_in_streams(
         self, sources: Iterable[_Source], batch: int, stops: Stops
     ) -> Generator[tuple[_Source, Prediction | InputError]]:
-        def answer(group: list[_Source]) -> list[tuple[_Source, Prediction | InputError]]:
-            return self._answer_group([(source, self._try_prepare(source)) for source in group], stops)
+        def predict(group: list[_Source]) -> list[tuple[_Source, Prediction | InputError]]:
+            return self._predict_group([(source, self._try_prepare(source)) for source in group], stops)
 
         streams = self.streams
-        with closing(map_ahead(answer, batches(sources, batch), threads=streams, ahead=2 * streams)) as answered:
-            for _, answers in answered:
-                yield from answers
+        with closing(map_ahead(predict, batches(sources, batch), threads=streams, ahead=2 * streams)) as done:
+            for _, predictions in done:
+                yield from predictions
 
     def _try_prepare(self, source: ImageSource) -> _Prepared | InputError:
         try:
@@ -343,12 +338,12 @@ class Pipeline:
             # The traceback would keep the decoder's buffers alive for as long as the caller keeps the error.
             return error.with_traceback(None)
 
-    def _answer_group(
+    def _predict_group(
         self, group: list[tuple[_Source, _Prepared | InputError]], stops: Stops
     ) -> list[tuple[_Source, Prediction | InputError]]:
         good = [item for _, item in group if isinstance(item, _Prepared)]
-        answers = iter(self._answer(good, stops) if good else [])
-        return [(source, item if isinstance(item, InputError) else next(answers)) for source, item in group]
+        found = iter(self._predict(good, stops) if good else [])
+        return [(source, item if isinstance(item, InputError) else next(found)) for source, item in group]
 
     @contextmanager
     def _opened(self) -> Generator[Chain]:
@@ -366,15 +361,10 @@ class Pipeline:
         return self._chain
 
 
-def _require_array(frames: object, expected: str) -> None:
-    if not isinstance(frames, np.ndarray):
-        raise InputError(f"cannot run frames of type {type(frames).__name__}; expected {expected}")
-
-
 def _calibrated(bundle: Bundle) -> Calibrated:
     calibration = bundle.calibration()
     if calibration is None:
-        return Calibrated.none(bundle.manifest)
+        return Calibrated()
     try:
         return Calibrated.from_values(calibration.values, bundle.manifest)
     except BundleError as error:

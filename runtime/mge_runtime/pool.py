@@ -1,18 +1,55 @@
-"""Several pipelines for several threads: each thread borrows one for as long as it needs it."""
+"""Threads around pipelines: work done ahead of a loop, and pipelines lent to threads that need one for a while."""
 
 from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mge_runtime.errors import BackendError
-from mge_runtime.pipeline import Pipeline
 
-__all__ = ["PipelinePool"]
+if TYPE_CHECKING:
+    from mge_runtime.pipeline import Pipeline
+
+__all__ = ["PipelinePool", "batches", "map_ahead"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def map_ahead(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
+) -> Generator[tuple[_Item, _Result]]:
+    """Apply a function to items in threads, and yield each item with its result, in order.
+
+    `Executor.map` takes all items at once; here at most `ahead` are taken before the one that is asked for, so that
+    memory stays flat. Where the generator is closed early, or an item or the function raises, no thread is left behind.
+    """
+    pending: deque[tuple[_Item, Future[_Result]]] = deque()
+    remaining = iter(items)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="mge-ahead")
+    try:
+        while True:
+            for item in islice(remaining, ahead - len(pending)):
+                pending.append((item, pool.submit(function, item)))
+            if not pending:
+                return
+            item, future = pending.popleft()
+            yield item, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(items: Iterable[_Item], size: int) -> Generator[list[_Item]]:
+    """Lists of `size` items, the last of what is left."""
+    remaining = iter(items)
+    while group := list(islice(remaining, size)):
+        yield group
 
 
 class PipelinePool:
@@ -48,6 +85,8 @@ class PipelinePool:
             BundleError: as for `Pipeline.open`; those that are open already are closed again.
             BackendError: as for `Pipeline.open`, or `size` is below 1.
         """
+        from mge_runtime.pipeline import Pipeline  # which itself works ahead
+
         if size < 1:
             raise BackendError(f"asked for a pool of {size} pipelines; expected at least 1")
         with ExitStack() as stack:
@@ -81,9 +120,7 @@ class PipelinePool:
     def __enter__(self) -> PipelinePool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
-"""The answer for one image."""
+"""The prediction for one image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -25,87 +26,61 @@ class TopClass(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The answer for one image and how it came about. K counts the experts that ran, C the classes."""
+    """What the chain says of one image and how it came about. K counts the experts that ran, C the classes."""
 
-    class_index: int  # of the likeliest class
-    class_name: str
-    probability: float  # of that class, softmax of `logits` / `temperature`
-    top: tuple[TopClass, ...]  # the five likeliest classes (all, where there are fewer), likeliest first
-    logits: NDArray[np.float32] = field(repr=False)  # [C], the answer
+    logits: NDArray[np.float32] = field(repr=False)  # [C], finite
+    class_names: tuple[str, ...] = field(repr=False)  # of the model, by class index
     expert_logits: NDArray[np.float32] = field(repr=False)  # [K, C], each expert alone
     gate: NDArray[np.float32] | None  # [K], share of each expert, sums to 1; None where the gate did not run
     boxes: NDArray[np.float32]  # [K, 4] (x0, y0, x1, y1), what each expert saw, in pixels of the source image
-    heatmaps: tuple[NDArray[np.float32], ...] = field(
-        repr=False
-    )  # K of [h, w], each expert's attention over what it saw
-    experts_used: int  # K
+    # K of [h, w], each expert's attention over what it saw.
+    heatmaps: tuple[NDArray[np.float32], ...] = field(repr=False)
     width: int  # pixels of the source image, upright
     height: int  # pixels of the source image
-    # Milliseconds for this image: "decode", "preprocess", each stage (a batch's time divided by its size), and "total",
+    # Milliseconds for this image: "decode", "preprocess", each graph (a batch's time divided by its size), and "total",
     # their sum; where decoding overlaps computing the wall time is less.
     timings_ms: Mapping[str, float]
-    class_names: tuple[str, ...] = field(repr=False)  # of the model, by class index
-    temperature: float = 1.0  # of the answer, > 0
-    calibrated: bool = False  # whether that temperature was learned; else `probability` is the model's own, as it is
+    # Of the logits, > 0, as it was learned; None: it was not, and probabilities are the model's own, as they are.
+    temperature: float | None = None
 
-    @classmethod
-    def from_logits(
-        cls,
-        logits: NDArray[Any],
-        *,
-        class_names: tuple[str, ...],
-        expert_logits: NDArray[Any],
-        gate: NDArray[Any] | None,
-        boxes: NDArray[Any],
-        heatmaps: tuple[NDArray[Any], ...],
-        size: tuple[int, int],
-        timings_ms: Mapping[str, float],
-        temperature: float = 1.0,
-        calibrated: bool = False,
-    ) -> Prediction:
-        """Derive class, probability and the likeliest classes.
+    @cached_property
+    def top(self) -> tuple[TopClass, ...]:
+        """The five likeliest classes (all, where there are fewer), likeliest first."""
+        return self.top_k(TOP)
 
-        Args:
-            logits: float32 [C], the answer, finite: `Chain.run` lets nothing else pass.
-            class_names: C names.
-            expert_logits: float32 [K, C].
-            gate: float32 [K] or None.
-            boxes: float32 [K, 4] in pixels of the source image.
-            heatmaps: K arrays [h, w].
-            size: width and height of the source image in pixels.
-            timings_ms: milliseconds by step.
-            temperature: of the answer, > 0; probabilities are the softmax of logits / temperature.
-            calibrated: whether the temperature was learned.
-        """
-        index = int(logits.argmax())
-        top = _likeliest(logits, class_names, TOP, temperature)
-        return cls(
-            class_index=index,
-            class_name=class_names[index],
-            probability=top[0].probability,
-            top=top,
-            logits=logits,
-            expert_logits=expert_logits,
-            gate=gate,
-            boxes=boxes,
-            heatmaps=heatmaps,
-            experts_used=len(expert_logits),
-            width=size[0],
-            height=size[1],
-            timings_ms=timings_ms,
-            class_names=class_names,
-            temperature=temperature,
-            calibrated=calibrated,
-        )
+    @property
+    def class_index(self) -> int:
+        """Of the likeliest class."""
+        return int(self.logits.argmax())
+
+    @property
+    def class_name(self) -> str:
+        """Of the likeliest class."""
+        return self.class_names[self.class_index]
+
+    @property
+    def probability(self) -> float:
+        """Of the likeliest class, in [0, 1]: softmax of `logits` / `temperature`."""
+        return self.top[0].probability
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the temperature was learned."""
+        return self.temperature is not None
+
+    @property
+    def experts_used(self) -> int:
+        """How many experts ran, K."""
+        return len(self.expert_logits)
 
     def top_k(self, k: int) -> tuple[TopClass, ...]:
         """The `k` likeliest classes (all, where there are fewer), likeliest first; ties by class index."""
-        return _likeliest(self.logits, self.class_names, k, self.temperature)
+        return _likeliest(self.logits, self.class_names, k, self.temperature or 1.0)
 
     def to_dict(self, *, top_k: int = TOP) -> dict[str, Any]:
         """Plain values for JSON: everything but logits and heat maps, numbers rounded for reading.
 
-        "calibrated" is about the answer's probabilities; those of single experts are the model's own.
+        "calibrated" is about these probabilities; those of single experts are the model's own.
         """
         return {
             "class_index": self.class_index,

@@ -1,4 +1,4 @@
-"""What `mge-run` prints and writes: text for people, JSON lines, CSV, pictures."""
+"""What `mge-run` prints and writes of its predictions: text for people, JSON lines, CSV, drawn images."""
 
 from __future__ import annotations
 
@@ -10,66 +10,97 @@ import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
-from mge_runtime.cli.common import echo
 from mge_runtime.errors import InputError, OutputError, one_line, printable
-from mge_runtime.files import atomic_path
+from mge_runtime.files import atomic_path, echo
 from mge_runtime.sources import SAVED_SUFFIX, NamedImage
 
 if TYPE_CHECKING:
     from mge_runtime.decode import ImageSource
     from mge_runtime.prediction import Prediction
 
-__all__ = [
-    "CsvTable",
-    "PictureFolder",
-    "csv_table",
-    "is_stdout",
-    "json_error",
-    "json_line",
-    "picture_folder",
-    "text_block",
-    "text_line",
-]
+__all__ = ["CsvTable", "Form", "ImageFolder", "csv_table", "image_folder", "is_stdout", "shown", "shown_error"]
+
+Form: TypeAlias = Literal["line", "block", "json", "nothing"]  # what is printed of an image
 
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
 
 
-def text_line(image: str, prediction: Prediction) -> str:
-    """One image in one line: probability, class, name; the columns line up from line to line."""
-    widest = min(max(map(len, prediction.class_names)), 40)
-    return printable(f"{prediction.probability:6.1%}  {prediction.class_name:<{widest}}  {image}")
+def shown(form: Form, image: str, prediction: Prediction, top_k: int, saved: Path | None) -> str | None:
+    """What is printed of one image.
 
-
-def text_block(image: str, prediction: Prediction, top_k: int, saved: Path | None = None) -> str:
-    """One image in a few lines: the likeliest classes, the gate, what each expert saw, the time."""
-    lines = [image]
-    lines += [f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(top_k)]
+    Args:
+        form: one line (probability, class, name), a block of a few, or a line of JSON.
+        image: its name.
+        prediction: of it.
+        top_k: likeliest classes in a block or in JSON.
+        saved: where it was drawn.
+    """
+    if form == "nothing":
+        return None
+    if form == "json":  # in ASCII, so that every locale can print it
+        record = {"image": _unicode(image), **prediction.to_dict(top_k=top_k)}
+        return json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))})
+    if form == "line":
+        widest = min(max(map(len, prediction.class_names)), 40)  # the columns line up from line to line
+        return printable(f"{prediction.probability:6.1%}  {prediction.class_name:<{widest}}  {image}")
+    lines = [image, *(f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(top_k))]
     for k, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
         share = "" if prediction.gate is None else f"counts {float(prediction.gate[k]):4.0%}, "
         lines.append(f"  expert {k + 1}  {share}saw x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}")
     lines[-1] += f" of {prediction.width} x {prediction.height} pixels"
     lines.append(f"  {prediction.timings_ms['total']:.0f} ms")
-    if saved is not None:
-        lines.append(f"  picture: {saved}")
-    return "\n".join(printable(line) for line in lines)
+    lines += [] if saved is None else [f"  drawn: {saved}"]
+    return "\n".join(map(printable, lines))
 
 
-def json_line(image: str, prediction: Prediction, top_k: int, saved: Path | None = None) -> str:
-    """One image as one line of JSON, in ASCII so that every locale can print it."""
-    record = {"image": _unicode(image), **prediction.to_dict(top_k=top_k)}
-    return json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))})
-
-
-def json_error(image: str, error: InputError) -> str:
-    """An image that could not be answered, and why, as one line of JSON in ASCII."""
-    return json.dumps({"image": _unicode(image), "error": one_line(error)})
+def shown_error(form: Form, image: str, error: InputError) -> str | None:
+    """What standard output gets of an image that could not be read: a line of JSON, or nothing."""
+    return json.dumps({"image": _unicode(image), "error": one_line(error)}) if form == "json" else None
 
 
 def _unicode(name: str) -> str:
     """A file's name as JSON can hold it: bytes that are no UTF-8 become U+FFFD."""
     return name.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+class CsvTable:
+    """Rows of CSV, one for each image; made by `csv_table`.
+
+    Values are written as they are, so that a program reads what was predicted: a name that begins with "=" is no
+    formula here, and a spreadsheet has to be told so ("import as text"). A terminal gets what it can show.
+    """
+
+    def __init__(self, stream: TextIO | _Stdout, experts: int, top_k: int) -> None:
+        self._text = printable if stream.isatty() else str
+        self._writer = csv.writer(stream, lineterminator="\n")
+        self._experts, self._top_k = experts, top_k
+        numbers = range(1, experts + 1)
+        header = ["image", "class_index", "class_name", "probability"]
+        header += [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("class_name", "probability")]
+        header += ["calibrated", "experts_used", *(f"gate_{k}" for k in numbers)]
+        header += [f"box_{k}_{edge}" for k in numbers for edge in ("x0", "y0", "x1", "y1")]
+        self._columns = [*header, "width", "height", "total_ms", "error"]
+        self._write(self._columns)
+
+    def add(self, image: str, prediction: Prediction) -> None:
+        """Write one row; what did not run (gate, later experts) stays empty."""
+        values = prediction.to_dict(top_k=self._top_k)
+        row = [image, values["class_index"], values["class_name"], values["probability"]]
+        row += [top[field] for top in values["top"][1:] for field in ("class_name", "probability")]
+        row += ["yes" if prediction.calibrated else "no"]
+        row += [prediction.experts_used, *(values["gate"] or [""] * self._experts)]
+        row += [edge for box in values["boxes"] for edge in box]
+        row += [""] * (4 * (self._experts - prediction.experts_used))
+        self._write([*row, prediction.width, prediction.height, values["timings_ms"]["total"], ""])
+
+    def add_error(self, image: str, error: InputError) -> None:
+        """Write the row of an image that could not be read: its name and why."""
+        self._write([image, *[""] * (len(self._columns) - 2), one_line(error)])
+
+    def _write(self, row: Iterable[object]) -> None:
+        self._writer.writerow([self._text(value) if isinstance(value, str) else value for value in row])
 
 
 class _Stdout:
@@ -91,45 +122,6 @@ class _Stdout:
         echo(text, nl=False)
 
 
-class CsvTable:
-    """Rows of CSV, one for each image; made by `csv_table`.
-
-    Values are written as they are, so that a program reads what was answered: a name that begins with "=" is no formula
-    here, and a spreadsheet has to be told so ("import as text"). A terminal gets what it can show.
-    """
-
-    def __init__(self, stream: TextIO | _Stdout, experts: int, top_k: int) -> None:
-        self._text = printable if stream.isatty() else str
-        self._writer = csv.writer(stream, lineterminator="\n")
-        self._experts, self._top_k = experts, top_k
-        numbers = range(1, experts + 1)
-        header = ["image", "class_index", "class_name", "probability"]
-        header += [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("class_name", "probability")]
-        header += ["calibrated", "experts_used", *(f"gate_{k}" for k in numbers)]
-        header += [f"box_{k}_{edge}" for k in numbers for edge in ("x0", "y0", "x1", "y1")]
-        self._columns = [*header, "width", "height", "total_ms", "error"]
-        self._write(self._columns)
-
-    def add(self, image: str, prediction: Prediction) -> None:
-        """Write one row; what did not run (gate, later experts) stays empty."""
-        values = prediction.to_dict(top_k=self._top_k)
-        best = values["top"]
-        row = [image, values["class_index"], values["class_name"], values["probability"]]
-        row += [best[rank][field] for rank in range(1, self._top_k) for field in ("class_name", "probability")]
-        missing = self._experts - prediction.experts_used
-        row += ["yes" if prediction.calibrated else "no"]
-        row += [prediction.experts_used, *(values["gate"] or [""] * self._experts)]
-        row += [edge for box in values["boxes"] for edge in box] + [""] * (4 * missing)
-        self._write([*row, prediction.width, prediction.height, values["timings_ms"]["total"], ""])
-
-    def add_error(self, image: str, error: InputError) -> None:
-        """Write the row of an image that could not be answered: its name and why."""
-        self._write([image, *[""] * (len(self._columns) - 2), one_line(error)])
-
-    def _write(self, row: Iterable[object]) -> None:
-        self._writer.writerow([self._text(value) if isinstance(value, str) else value for value in row])
-
-
 def is_stdout(path: Path | None) -> bool:
     """Whether a path given for an output is standard output."""
     return path is not None and str(path) in ("-", "/dev/stdout")
@@ -144,24 +136,21 @@ def csv_table(path: Path | None, experts: int, top_k: int) -> Generator[CsvTable
     """
     if path is None:
         yield None
-        return
-    if is_stdout(path):
+    elif is_stdout(path):
         yield CsvTable(_Stdout(), experts, top_k)
-        return
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
-    ):
-        yield CsvTable(stream, experts, top_k)
+    else:
+        with (
+            atomic_path(path) as temporary,
+            temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
+        ):
+            yield CsvTable(stream, experts, top_k)
 
 
-class PictureFolder:
-    """Gives every image its own picture file `<name>.mge.png` in one folder; made by `picture_folder`."""
+class ImageFolder:
+    """Gives every image a file of its own, `<name>.mge.png`, in one folder; made by `image_folder`."""
 
-    def __init__(self, folder: Path, images: Iterable[NamedImage]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, images: Sequence[NamedImage]) -> None:
         self._paths: dict[NamedImage, Path] = {}
-        images = list(images)
         taken = {os.path.normcase(image.path.resolve()) for image in images if image.path is not None}
         names: set[str] = set()
         last: dict[str, int] = {}  # number given to a stem
@@ -180,25 +169,25 @@ class PictureFolder:
             self._paths[image] = folder / (name + SAVED_SUFFIX)
 
     def save(self, image: NamedImage, source: ImageSource, prediction: Prediction) -> Path:
-        """Draw an answer and write the picture whole.
+        """Draw a prediction and write the file whole.
 
         Raises:
-            InputError: the image has become unreadable since it was answered.
-            OutputError: the picture cannot be written.
+            InputError: the image has become unreadable since it was predicted.
+            OutputError: the file cannot be written.
         """
         from mge_runtime.decode import decode_image
         from mge_runtime.draw import draw_prediction
 
-        picture = draw_prediction(decode_image(source, prediction.width * prediction.height), prediction)
+        drawn = draw_prediction(decode_image(source, prediction.width * prediction.height), prediction)
         path = self._paths[image]
         with atomic_path(path) as temporary:
-            picture.save(temporary, "PNG", compress_level=3)
+            drawn.save(temporary, "PNG", compress_level=3)
         return path
 
 
 @contextmanager
-def picture_folder(folder: Path | None, images: Sequence[NamedImage]) -> Generator[PictureFolder | None, None, None]:
-    """Make the folder for pictures; a new one that stays empty is removed again.
+def image_folder(folder: Path | None, images: Sequence[NamedImage]) -> Generator[ImageFolder | None, None, None]:
+    """Make the folder for drawn images; a new one that stays empty is removed again.
 
     Raises:
         OutputError: it cannot be made or written; said before anything is computed.
@@ -213,10 +202,10 @@ def picture_folder(folder: Path | None, images: Sequence[NamedImage]) -> Generat
             pass
     except OSError as error:
         raise OutputError(
-            f"cannot write pictures to {folder}: {error.strerror}; expected a writable folder, name another place"
+            f"cannot write images to {folder}: {error.strerror}; expected a writable folder, name another place"
         ) from error
     try:
-        yield PictureFolder(folder, images)
+        yield ImageFolder(folder, images)
     finally:
         if not existed:
             with suppress(OSError):

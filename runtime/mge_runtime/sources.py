@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from mge_runtime.errors import InputError
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "MAX_PIXELS",
     "SAVED_SUFFIX",
     "STDIN",
     "VALIDATION_FOLDERS",
@@ -26,13 +28,16 @@ __all__ = [
     "is_url",
     "list_folder",
     "list_labelled",
+    "require_folder",
     "validation_folder",
 ]
 
+_Name = TypeVar("_Name")
 STDIN = "-"
 _STDIN_NAME = "standard input"
-SAVED_SUFFIX = ".mge.png"  # of the pictures that `mge-run --save` draws; in a folder these are no images to answer
+SAVED_SUFFIX = ".mge.png"  # of what `mge-run --save` draws; in a folder these are no images to predict
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
 
 # What counts as an image inside a folder. HEIC is not decoded, but said to be so rather than passed over.
 IMAGE_SUFFIXES = frozenset(
@@ -44,17 +49,17 @@ _HIDDEN_FOLDERS = frozenset({"__MACOSX", "@eaDir"})
 
 
 class _StandardInput(bytes):
-    """The bytes of one picture; decoding errors call them by this name."""
+    """The bytes of one image; decoding errors call them by this name."""
 
     name = _STDIN_NAME
 
 
 @dataclass(frozen=True)
 class NamedImage:
-    """One image to answer."""
+    """One image to predict."""
 
     name: str  # as shown to the user
-    path: Path | None  # None: the bytes of one picture on standard input
+    path: Path | None  # None: the bytes of one image on standard input
 
     def source(self) -> Path | bytes:
         """What `decode_image` takes; reads standard input to its end where that is the image.
@@ -62,7 +67,7 @@ class NamedImage:
         Raises:
             InputError: standard input is closed or cannot be read.
         """
-        return self.path if self.path is not None else _StandardInput(_read_stdin("the bytes of one picture"))
+        return self.path if self.path is not None else _StandardInput(_read_stdin("the bytes of one image"))
 
 
 @dataclass
@@ -87,10 +92,8 @@ class ImageList:
     def remark(self) -> str | None:
         """One line about what was passed over; None where that was nothing."""
         total = sum(self.passed_over.values())
-        return f"passed over {total} file{'s' * (total != 1)}: {self._reasons()}" if total else None
-
-    def _reasons(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.passed_over.items()))
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.passed_over.items()))
+        return f"passed over {total} file{'s' * (total != 1)}: {reasons}" if total else None
 
 
 def find_images(names: Iterable[str], files_from: str | None = None) -> ImageList:
@@ -99,7 +102,7 @@ def find_images(names: Iterable[str], files_from: str | None = None) -> ImageLis
     A file is taken whatever its suffix, and even if it is missing (decoding then says so); a folder is searched by
     `list_folder`. A pattern that the shell left alone (`*`, `?`, `[`, `**`) is expanded here, and sorted as people
     count (2 before 10). `@FILE` names a list of files and folders, one a line, or ended by NUL as `find -print0` does.
-    `-` is one picture's bytes on standard input. An image named twice is taken once.
+    `-` is one image's bytes on standard input. An image named twice is taken once.
 
     Args:
         names: what the user named.
@@ -108,38 +111,28 @@ def find_images(names: Iterable[str], files_from: str | None = None) -> ImageLis
     Returns:
         The images in the order named, and one problem for each name behind which there is nothing.
     """
-    total = ImageList()
+    lists = [] if files_from is None else [files_from]
+    parts = (_gather(names, _expand), _gather(lists, _expand_list))
+    found = _gather(parts, lambda part: part)
     images: dict[str, NamedImage] = {}
+    for image in found.images:
+        images.setdefault(STDIN if image.path is None else os.path.normpath(image.path.absolute()), image)
+    found.images = list(images.values())
+    return found
 
-    def take(expand: Callable[[str], ImageList], name: str) -> None:
+
+def _gather(names: Iterable[_Name], expand: Callable[[_Name], ImageList]) -> ImageList:
+    """What is found behind each name; a problem with one costs no image of the others."""
+    total = ImageList()
+    for name in names:
         try:
             found = expand(name)
         except InputError as problem:
             found = ImageList(problems=[problem])
-        for image in found.images:
-            images.setdefault(STDIN if image.path is None else os.path.normpath(image.path.absolute()), image)
+        total.images += found.images
         total.problems += found.problems
-        total.named += [name] * len(found.problems)
+        total.named += found.named or [str(name)] * len(found.problems)
         total.passed_over += found.passed_over
-
-    def take_list(place: str) -> None:
-        try:
-            paths = _read_list(place)
-        except InputError as problem:
-            total.problems.append(problem)
-            total.named.append(place)
-            return
-        for path in paths:
-            take(_expand_path, path)
-
-    for name in names:
-        if name.startswith("@") and not os.path.lexists(name):
-            take_list(name[1:])
-        else:
-            take(_expand, name)
-    if files_from is not None:
-        take_list(files_from)
-    total.images = list(images.values())
     return total
 
 
@@ -230,9 +223,7 @@ def list_labelled(
             outside of the class folders, or a class is unknown; without `classes` also where there are fewer than two,
             or one has no image.
     """
-    if not is_folder(folder):
-        found = f"{folder} is a file" if os.path.lexists(folder) else f"no folder {folder}"
-        raise InputError(f"{found}; expected a folder with labelled images, {folder}/<class>/*.jpg")
+    require_folder(folder, f"a folder with labelled images, {folder}/<class>/*.jpg")
     passed_over: Counter[str] = Counter()
     try:
         entries, loose = _scan(str(folder), passed_over)
@@ -249,7 +240,9 @@ def list_labelled(
         found = _search(folder / name)
         paths = sorted(image.path for image in found.whole() if image.path is not None)
         for path in paths or [folder / name]:
-            _require_text(path)
+            shown = os.fsencode(path).decode(errors="backslashreplace")
+            if shown != str(path):
+                raise InputError(f"the name of {shown} is no text in UTF-8; expected one that is: rename it")
         if not paths and classes is None:
             raise InputError(
                 f"the class folder {folder / name} holds no image; expected at least one: add some, or remove it"
@@ -285,23 +278,28 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112
 
 
+def require_folder(folder: Path, expected: str) -> None:
+    """Refuse what is no folder; `expected` says what it should be, and which option names it.
+
+    Raises:
+        InputError: it is missing or no folder.
+    """
+    if not is_folder(folder):
+        found = f"{folder} is a file" if os.path.lexists(folder) else f"no folder {folder}"
+        raise InputError(f"{found}; expected {expected}")
+
+
 def is_url(name: str) -> bool:
     """Whether this is an address on the net, or an embedded picture, rather than a path."""
     return re.match(r"(https?|ftp|s3|gs|file|data):", name, re.IGNORECASE) is not None
 
 
-def _require_text(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        raise InputError(f"the name of {shown} is no text in UTF-8; expected one that is: rename it") from None
-
-
 def _expand(name: str) -> ImageList:
     if name == STDIN:
-        _require_stdin("the bytes of one picture")
+        _require_stdin("the bytes of one image")
         return ImageList([NamedImage(_STDIN_NAME, None)])
+    if name.startswith("@") and not os.path.lexists(name):
+        return _gather([name[1:]], _expand_list)
     if glob.has_magic(name) and not os.path.lexists(name) and not is_url(name):
         return _match(name)
     return _expand_path(name)
@@ -312,18 +310,21 @@ def _expand_path(name: str) -> ImageList:
     return list_folder(path) if is_folder(path) else ImageList([NamedImage(name, path)])
 
 
+def _expand_list(place: str) -> ImageList:
+    return _gather(_read_list(place), _expand_path)
+
+
 def _match(pattern: str) -> ImageList:
     """Expand a pattern; like the shell it may match folders, which are searched unless the pattern itself goes deep."""
-    found = ImageList()
-    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
-    for path in map(Path, sorted(matches, key=_natural)):
+
+    def expand(name: str) -> ImageList:
+        path = Path(name)
         if not is_folder(path):
-            found.images.append(NamedImage(str(path), path))
-        elif "**" not in pattern:
-            inside = _search(path)
-            found.images += inside.images
-            found.problems += inside.problems
-            found.passed_over += inside.passed_over
+            return ImageList([NamedImage(str(path), path)])
+        return ImageList() if "**" in pattern else _search(path)
+
+    matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob refuses absolute patterns
+    found = _gather(sorted(matches, key=_natural), expand)
     if not found.images and not found.problems:
         raise InputError(f"no image matches {pattern}; expected a pattern such as 'photos/*.jpg', check the path")
     return found

@@ -1,21 +1,12 @@
 """benchmarks/calibration.py on the tiny chain."""
 
-import importlib.util
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-
-@pytest.fixture(scope="module")
-def main():
-    path = Path(__file__).parents[2] / "benchmarks" / "calibration.py"
-    spec = importlib.util.spec_from_file_location("mge_benchmark_calibration", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+from benchmarks.calibration import main
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +20,7 @@ def parts(labelled, tmp_path_factory):
     return folders
 
 
-def test_thresholds_are_held_to_other_images(main, tiny_path, parts):
+def test_thresholds_are_held_to_other_images(tiny_path, parts):
     names = ("--data", "--exit-data", "--test-data")
     options = [str(word) for pair in zip(names, parts, strict=True) for word in pair]
     done = CliRunner().invoke(main, [str(tiny_path), *options, "--epsilon", "0.2"])
@@ -39,13 +30,13 @@ def test_thresholds_are_held_to_other_images(main, tiny_path, parts):
     assert len(re.findall(r"NLL [\d.]+ -> [\d.]+ ", done.output)) == 3
 
 
-def test_halves_of_a_folder_are_counted(main, tiny_path, parts):
+def test_halves_of_a_folder_are_counted(tiny_path, parts):
     options = ["--data", str(parts[0]), "--exit-data", str(parts[1]), "--halves", "4", "--epsilon", "0.2"]
     done = CliRunner().invoke(main, [str(tiny_path), *options])
     assert done.exit_code == 0, done.output
     assert "4 random halves, 40 images for thresholds and 40 for the test" in done.output
 
 
-def test_one_of_both_is_asked_for(main, tiny_path, parts):
+def test_one_of_both_is_asked_for(tiny_path, parts):
     done = CliRunner().invoke(main, [str(tiny_path), "--data", str(parts[0]), "--exit-data", str(parts[1])])
     assert done.exit_code == 2

@@ -1,4 +1,4 @@
-"""The promise of early exits, on answers whose true risk is known."""
+"""The guarantee of early exits, on logits whose true risk is known, and the temperatures they rest on."""
 
 import math
 
@@ -6,8 +6,21 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from mge_calibration.exits import NEVER, certify, count_disagreements, fewest_images, stops, upper_bound
-from mge_calibration.path import propose_path
+from mge_calibration.collect import ChainLogits
+from mge_calibration.exits import (
+    NEVER,
+    apply_exits,
+    certify,
+    count_disagreements,
+    fewest_images,
+    learn_exits,
+    propose_path,
+    stops,
+    upper_bound,
+)
+from mge_calibration.images import LabeledImage
+from mge_calibration.quality import learn_temperatures
+from mge_runtime.calibrated import Promise, confidence
 
 COSTS = (1.0, 2.0, 4.0)
 CLASSES = 10
@@ -30,7 +43,7 @@ def test_299_images_without_a_disagreement_are_the_least():
 
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(0.01, 0.05), (0.03, 0.05), (0.1, 0.2), (0.5, 0.5)])
-def test_the_least_is_the_least_for_other_promises(epsilon, delta):
+def test_the_least_is_the_least_for_other_guarantees(epsilon, delta):
     least = fewest_images(epsilon, delta)
     assert (1 - epsilon) ** least <= delta < (1 - epsilon) ** (least - 1)
 
@@ -116,7 +129,7 @@ EPSILON, DELTA = 0.03, 0.05
 MARGIN = 2000 * DELTA + 3 * math.sqrt(2000 * DELTA * (1 - DELTA))
 
 
-def test_the_promise_holds_over_many_draws(draws):
+def test_the_guarantee_holds_over_many_draws(draws):
     counts, risk, cost = draws
     kept = certify(counts, 600, EPSILON, DELTA)
     violations = int((risk[kept] > EPSILON).sum())
@@ -125,13 +138,13 @@ def test_the_promise_holds_over_many_draws(draws):
     assert cost[kept].mean() < 0.75
 
 
-def test_the_promise_fails_for_a_rule_without_the_bound(draws):
+def test_the_guarantee_fails_for_a_rule_without_the_bound(draws):
     counts, risk, _ = draws
     kept = np.logical_and.accumulate(counts / 600 <= EPSILON, axis=1).sum(1)
     assert (risk[kept] > EPSILON).sum() > 2 * MARGIN
 
 
-def test_the_promise_fails_for_the_best_of_many_tested_each_alone():
+def test_the_guarantee_fails_for_the_best_of_many_tested_each_alone():
     # Candidates that do not follow from one another: with the bound but without the sequence, one of fifty passes by
     # chance alone.
     rng = np.random.default_rng(6)
@@ -139,3 +152,92 @@ def test_the_promise_fails_for_the_best_of_many_tested_each_alone():
     alone = (upper_bound(counts, 600, DELTA) <= EPSILON).any(1).sum()
     assert alone > 2 * MARGIN
     assert (certify(counts, 600, EPSILON, DELTA) > 0).sum() <= MARGIN
+
+
+SAME = {"mean_logits_1": 1.0, "mean_logits_2": 1.0, "logits": 1.0}
+
+
+def make_answers(count, seed, *, noise=(1.0, 0.3)):
+    """ChainLogits of two experts, which are the last one's with noise."""
+    rng = np.random.default_rng(seed)
+    last = rng.normal(0, 4, (count, 6))
+    labels = np.where(rng.random(count) < 0.9, last.argmax(1), rng.integers(6, size=count))
+    early = [last + rng.normal(0, scale, last.shape) for scale in noise]
+    logits = {name: v.astype(np.float32) for name, v in zip(SAME, (*early, last), strict=True)}
+    images = tuple(LabeledImage(str(i), None, int(label), str(i)) for i, label in enumerate(labels))
+    return ChainLogits(images, labels, logits)
+
+
+@pytest.fixture(scope="module")
+def answers():
+    return make_answers(500, 0), make_answers(1000, 1)
+
+
+def test_exits_are_what_their_figures_say(answers):
+    outcome = learn_exits(*answers, SAME, COSTS, Promise(0.02, 0.05), seed=0)
+    tested = answers[1]
+    sure = np.column_stack([confidence(tested.logits[n], 1.0) for n in ("mean_logits_1", "mean_logits_2")])
+    stopped = stops(sure, list(outcome.thresholds.values()))
+    classes = np.column_stack([v.argmax(1) for v in tested.logits.values()])
+    got = classes[np.arange(1000), stopped]
+    assert 0 < outcome.disagreements == (got != classes[:, 2]).sum()
+    assert outcome.bound <= 0.02
+    assert binom.cdf(outcome.disagreements, 1000, outcome.bound) == pytest.approx(0.05)
+    assert list(outcome.stopped.values()) == np.bincount(stopped, minlength=3).tolist()
+    assert outcome.mean_cost == pytest.approx(np.array(COSTS)[stopped].mean())
+    assert outcome.mean_cost_share == pytest.approx(outcome.mean_cost / 4)
+    assert outcome.mean_cost_share < 0.6
+    assert outcome.accuracy == pytest.approx((got == tested.labels).mean())
+    assert outcome.accuracy_full == pytest.approx((classes[:, 2] == tested.labels).mean())
+    assert outcome.accuracy_change.value == pytest.approx(outcome.accuracy - outcome.accuracy_full)
+    applied = apply_exits(tested, SAME, outcome.thresholds)
+    assert [part.tolist() for part in applied] == [stopped.tolist(), got.tolist()]
+
+
+def test_a_larger_epsilon_saves_more(answers):
+    costs = [learn_exits(*answers, SAME, COSTS, Promise(e, 0.05), seed=0).mean_cost_share for e in (0.005, 0.02, 0.1)]
+    assert costs[0] > costs[1] > costs[2]
+
+
+def test_thresholds_are_chosen_from_a_path_that_the_tested_images_do_not_shape(answers):
+    proposing, tested = answers
+    final = proposing.logits["logits"].argmax(1)
+    early = [proposing.logits[name] for name in ("mean_logits_1", "mean_logits_2")]
+    sure = np.column_stack([confidence(logits, 1.0) for logits in early])
+    differs = np.column_stack([logits.argmax(1) != final for logits in early])
+    path = {tuple(None if np.isinf(t) else t for t in row) for row in propose_path(sure, differs, COSTS, 6)}
+    found = set()
+    for seed in range(6):
+        some = tested.take(np.random.default_rng(seed).permutation(1000)[:700])
+        found.add(tuple(learn_exits(proposing, some, SAME, COSTS, Promise(0.02, 0.05), seed=0).thresholds.values()))
+    assert len(found) > 1
+    assert found <= path
+
+
+def test_too_few_images_are_said_so(answers):
+    reason = learn_exits(answers[0], answers[1].take(np.arange(298)), SAME, COSTS, Promise(0.01, 0.05), seed=0)
+    assert "too few images for the guarantee: 298" in reason
+    assert "at least 299" in reason
+
+
+def test_experts_that_never_agree_get_no_exits():
+    proposing, testing = (make_answers(400, seed, noise=(60, 60)) for seed in (2, 3))
+    reason = learn_exits(proposing, testing, SAME, COSTS, Promise(0.01, 0.05), seed=0)
+    assert "no exit keeps the guarantee" in reason
+    assert "400 images" in reason
+
+
+def test_a_chain_with_a_single_answer_has_nowhere_to_stop(answers):
+    one = [ChainLogits(a.images, a.labels, {"logits": a.logits["logits"]}) for a in answers]
+    assert "single graph" in learn_exits(*one, SAME, COSTS, Promise(0.5, 0.5), seed=0)
+
+
+def test_temperatures_are_judged_on_the_other_images(answers):
+    fitted, judged = answers
+    outcome = learn_temperatures(fitted, judged, seed=0)["mean_logits_1"]
+    again = learn_temperatures(judged, judged, seed=0)["mean_logits_1"]
+    assert outcome.fit.temperature == learn_temperatures(fitted, fitted, seed=0)["mean_logits_1"].fit.temperature
+    assert outcome.before == again.before
+    assert outcome.fit != again.fit
+    assert again.after.nll.value < outcome.after.nll.value < outcome.before.nll.value
+    assert sum(count for _, _, count in outcome.after.bins) == 1000

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mge_calibration.int8.ranges import BINS, METHODS, STRIDE, Magnitudes, pick_range
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 
 
 def magnitudes(values):

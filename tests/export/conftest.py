@@ -8,11 +8,12 @@ from click.testing import CliRunner
 
 from mge.checkpoint import load_checkpoint, save_checkpoint
 from mge_export.cli import main
+from mge_export.experts import build_graphs
 from mge_export.export import export_bundle
 from mge_export.images import find_verify_images
 from mge_export.precision import Precision
-from mge_export.stages import build_stages
 from mge_runtime.bundle import Bundle
+from mge_runtime.extract import extract_bundle
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,7 @@ def photographs(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="session", params=[Precision.FP32, Precision.FP16], ids=["fp32", "fp16"])
 def exported(request, tiny, photographs, tmp_path_factory):
-    """A model of two experts, exported: model, stages, bundle and the ONNX files that came out of it."""
+    """A model of two experts, exported: model, typed modules, bundle and the ONNX files that came out of it."""
     folder = tmp_path_factory.mktemp("exported")
     model = tiny.make_model()
     frames = tiny.load_frames(photographs, model.config.preprocess)
@@ -43,19 +44,19 @@ def exported(request, tiny, photographs, tmp_path_factory):
     lines = []
     result = export_bundle(model, folder / "mge.plan", request.param, images, say=lines.append)
     with Bundle.open(result.path) as bundle:
-        bundle.extract(folder)
-    stages = build_stages(model, request.param)
+        extract_bundle(bundle, folder)
+    experts = build_graphs(model, request.param)
     return SimpleNamespace(
         model=model,
         precision=request.param,
-        stages=stages,
+        experts=experts,
         result=result,
         path=result.path,
         folder=folder / "onnx",
         lines=lines,
         images=images,
         graphs={
-            s.spec.name: onnx.load(folder / "onnx" / f"{s.spec.name}.onnx", load_external_data=False) for s in stages
+            s.spec.name: onnx.load(folder / "onnx" / f"{s.spec.name}.onnx", load_external_data=False) for s in experts
         },
         frames=frames,
     )
@@ -98,7 +99,7 @@ def quantised(tiny, photographs, checkpoint, export_int8, tmp_path_factory):
     with Bundle.open(path) as bundle:
         manifest = bundle.manifest
         bundle.extract(folder)
-    names = [stage.name for stage in manifest.stages]
+    names = [graph.name for graph in manifest.graphs]
     graphs = {name: onnx.load(folder / "onnx" / f"{name}.onnx").graph for name in names}
     model = load_checkpoint(checkpoint)
     frames = tiny.load_frames(photographs, model.config.preprocess)

@@ -8,17 +8,17 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mge_calibration.folder import list_labelled, short_digest
+from mge_calibration.images import int8_digests, list_labeled, short_digest
+from mge_calibration.int8.graph import Int8Options
 from mge_calibration.int8.images import MIN_IMAGES, read_calibration_images
-from mge_calibration.int8.stage import Int8Options
-from mge_calibration.parts import int8_digests
 from mge_export.cli import main
 from mge_export.int8 import Int8Request
 from mge_runtime.errors import ExportError, InputError
-from mge_runtime.spec import Preprocess
+from mge_runtime.manifest import Preprocess
 
 
-def test_images_are_recorded_so_that_they_are_found_again(tmp_path):
+@pytest.mark.parametrize("hold_out", [0, 1])  # what an export is verified on is found again, too
+def test_images_are_recorded_so_that_they_are_found_again(tmp_path, hold_out):
     random = np.random.default_rng(0)
     for number in range(6):
         place = tmp_path / "ab"[number % 2]
@@ -26,10 +26,11 @@ def test_images_are_recorded_so_that_they_are_found_again(tmp_path):
         Image.fromarray(random.integers(0, 255, (40, 40, 3), np.uint8)).save(place / f"{number}.png")
     (tmp_path / "a" / "broken.png").write_bytes(b"no picture")
     preprocess = Preprocess(size=32, resize=36, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    images = read_calibration_images(tmp_path, preprocess, limit=0, seed=0, few=True)
+    images = read_calibration_images(tmp_path, preprocess, limit=0, seed=0, few=True, hold_out=hold_out)
+    assert len(images.held_out) == hold_out
     plan = {"type": "int8", "calibration": Int8Request(images, Int8Options()).to_dict()}
-    found = int8_digests(SimpleNamespace(precision={"ingest": {"type": "fp32"}, "expert_1": plan}))
-    listed = list_labelled(tmp_path, ("a", "b"))[1]
+    found = int8_digests(SimpleNamespace(precision={"expert_2": {"type": "fp32"}, "expert_1": plan}))
+    listed = list_labeled(tmp_path, ("a", "b"))[1]
     assert found == {short_digest(image.sha256) for image in listed if "broken" not in image.name}
     assert len(found) == 6
 
@@ -80,15 +81,32 @@ def test_too_few_images_are_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("count", "damaged", "ranges", "held"), [(100, 0, 99, 1), (101, 0, 100, 1), (115, 0, 100, 15), (115, 5, 100, 10),
+    (120, 0, 104, 16)],
+)  # fmt: skip
+def test_a_folder_just_large_enough_serves_ranges_and_verification(tiny, tmp_path, count, damaged, ranges, held):
+    save_pictures(tmp_path, count)
+    preprocess = tiny.make_model().config.preprocess
+    read = lambda: read_calibration_images(tmp_path, preprocess, limit=256, seed=0, hold_out=16)  # noqa: E731
+    held_before = set(read().held_out)
+    others = [path for path in sorted(tmp_path.iterdir()) if path not in held_before]
+    for path in others[:damaged]:
+        path.write_bytes(b"no picture")
+    found = read()
+    assert (len(found.frames), len(found.held_out)) == (ranges, held)
+    assert len(found.digests) == ranges + held
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--int8"], "--int8 learns ranges from photographs and none were named: add --calib-data DIR"),
         (["--calib-data", "{few}"], "--calib-data is for --int8, which was not asked for"),
         (
             ["--int8", "--calib-data", "{nowhere}"],
-            "nowhere; expected one of images such as .jpg: name another with --calib-data",
+            "nowhere; expected a folder of images to calibrate on: name one with --calib-data",
         ),
-        (["--int8", "--calib-data", "{file}"], "1.png is a file, expected a folder of images"),
+        (["--int8", "--calib-data", "{file}"], "1.png is a file; expected a folder of images"),
         (["--int8", "--calib-data", "{empty}"], "empty"),
         (
             ["--int8", "--calib-data", "{few}"],
@@ -118,9 +136,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(checkpoint, tmp_path, argu
     assert list(out.iterdir()) == []
 
 
-def test_int8_is_verified_on_images_that_set_no_ranges(checkpoint, tmp_path, monkeypatch):
-    save_pictures(tmp_path, 14)
-    (tmp_path / "copy.png").write_bytes((tmp_path / "3.png").read_bytes())
+@pytest.mark.parametrize(("copied", "count"), [("2", 2), ("8", 3)])  # by the seed 1, 8 and 13 are held out
+def test_int8_is_verified_on_images_that_set_no_ranges(checkpoint, tmp_path, monkeypatch, copied, count):
+    save_pictures(tmp_path, 15)
+    (tmp_path / "1.png").write_bytes((tmp_path / f"{copied}.png").read_bytes())
     seen = []
 
     def export(_model, _path, _precision, images, *, int8, **_):
@@ -134,10 +153,7 @@ def test_int8_is_verified_on_images_that_set_no_ranges(checkpoint, tmp_path, mon
     ((images, ranges),) = seen
     assert images.photographs
     assert images.source == f"{images.count} images in {tmp_path.name} that set no ranges"
-    assert (len(ranges.frames), images.count) in [
-        (12, 3),
-        (12, 2),
-    ]  # 2 where a copy of an image that set ranges fell out
+    assert (len(ranges.frames), images.count) == (12, count)
     frames = np.concatenate(list(images.batches()))
     assert not any(np.array_equal(frame, other) for frame in frames for other in ranges.frames)
 

@@ -14,10 +14,11 @@ import torch
 from click.testing import CliRunner
 
 from mge.checkpoint import save_checkpoint
-from mge_export import export, parity
+from mge_export import export, runners
 from mge_export.cli import main
-from mge_runtime.bundle import Bundle, StageModel, writer
+from mge_runtime.bundle import Bundle, GraphModel, writer
 from mge_runtime.errors import OutputError
+from mge_runtime.files import check_output
 
 
 @pytest.fixture
@@ -56,30 +57,26 @@ def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
     assert leftovers(checkpoint.parent) == {"best.pt", "classes.txt", "mge.plan"}
     assert f"mge-run --engine {bundle}" in result.stdout
     assert "MB" in result.stdout
-    assert "warning: verified on generated pictures only" in result.stderr
+    assert "warning: verified on generated images only" in result.stderr
     assert "weights rounded only" in result.stderr
-    assert "the finished bundle opens and answers as verified" in result.stderr
+    assert "the finished bundle opens and predicts as verified" in result.stderr
     with Bundle.open(bundle) as opened:
         manifest = opened.manifest
     assert manifest.class_names == ("wren", "robin", "tit", "finch", "dove")
     assert manifest.preprocess.size == 64
-    assert manifest.answer == "answer_1"
+    assert manifest.answer == "logits"
     assert manifest.gate is None
     assert manifest.precision["expert_1"]["type"] == "fp16"
     assert manifest.checkpoint_sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
 
 
 def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypatch):
-    original = parity.torch_runner
-
-    def wrong_runner(stages, watches):
-        run = original(stages, watches)
-        return lambda spec, tensors: {name: value * 1.5 for name, value in run(spec, tensors).items()}
-
-    monkeypatch.setattr(parity, "torch_runner", wrong_runner)
+    run = runners.TypedRun.__call__
+    wrong = lambda self, tensors: {name: value * 1.5 for name, value in run(self, tensors).items()}  # noqa: E731
+    monkeypatch.setattr(runners.TypedRun, "__call__", wrong)
     arguments = ["--ckpt", checkpoint, "--verify-images", 2]
     result = invoke(*arguments)
-    assert refused(result, "out of tolerance", "torch ingest: image_1", "--allow-mismatch")
+    assert refused(result, "out of tolerance", "torch expert_1: logits_1", "--allow-mismatch")
     assert leftovers(checkpoint.parent) == {"best.pt"}
     result = invoke(*arguments, "--allow-mismatch")
     assert result.exit_code == 0
@@ -91,7 +88,7 @@ def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypa
 
 def other_weights(model):
     data = np.frombuffer(model.weights.read_bytes(), np.float32)
-    return StageModel(model.graph, (data * 1.01).astype(np.float32).tobytes())
+    return GraphModel(model.graph, (data * 1.01).astype(np.float32).tobytes())
 
 
 def other_types(model):
@@ -100,21 +97,20 @@ def other_types(model):
     for node in graph.graph.node:
         if node.op_type == "Conv":
             node.op_type = "NoSuchOperator"
-    return StageModel(graph.SerializeToString(), model.weights)
+    return GraphModel(graph.SerializeToString(), model.weights)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(other_weights, "answers otherwise than its graphs did: "), (other_types, "cannot be run: ONNX Runtime")],
+    [(other_weights, "computes otherwise than its graphs did: "), (other_types, "cannot be run: ONNX Runtime")],
 )
 def test_a_bundle_that_is_not_what_was_verified_is_never_published(checkpoint, monkeypatch, change, words):
-    original = export._stage_model
+    original = export.write_bundle
 
-    def changed(stage, folder):
-        model = original(stage, folder)
-        return change(model) if stage.has_trunk else model
+    def changed(path, manifest, models, **options):
+        return original(path, manifest, {name: change(model) for name, model in models.items()}, **options)
 
-    monkeypatch.setattr(export, "_stage_model", changed)
+    monkeypatch.setattr(export, "write_bundle", changed)
     (checkpoint.parent / "mge.plan").write_bytes(b"the old one")
     result = invoke("--ckpt", checkpoint, "--verify-images", 5, "--allow-mismatch")
     assert refused(result, words, "no bundle was written")
@@ -173,9 +169,9 @@ def test_writing_is_tried_not_asked_for(monkeypatch, tmp_path):
     """Root may write anywhere, says the system; it cannot in /proc."""
     monkeypatch.setattr(os, "access", lambda *_: True)
     with pytest.raises(OutputError, match=r"cannot write /proc/mge\.plan: .*name another place"):
-        export.check_output(Path("/proc/mge.plan"))
+        check_output(Path("/proc/mge.plan"))
     (tmp_path / "mge.plan").write_bytes(b"the old one")
-    export.check_output(tmp_path / "mge.plan")
+    check_output(tmp_path / "mge.plan")
     assert leftovers(tmp_path) == {"mge.plan"}
     assert (tmp_path / "mge.plan").read_bytes() == b"the old one"
 
@@ -185,7 +181,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OutputError, match="File too large"):
-            export.check_output(tmp_path / "mge.plan")
+            check_output(tmp_path / "mge.plan")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from mge.model import GlobalHead
 from mge_export.dual_head import DualHead
-from mge_runtime.backends.ort import load_onnxruntime
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.errors import ExportError
 
 onnxruntime = load_onnxruntime()

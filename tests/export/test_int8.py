@@ -8,19 +8,20 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mge_calibration.int8.agreement import Agreement
+from mge_calibration.int8.graph import Agreement, Int8Options
 from mge_calibration.int8.images import CalibrationImages, read_calibration_images
-from mge_calibration.int8.stage import Int8Options
+from mge_calibration.int8.insert import find_layers
+from mge_export.experts import build_graphs
 from mge_export.export import export_bundle
 from mge_export.graph import export_graph
 from mge_export.images import find_verify_images, generated_images
-from mge_export.int8 import Int8Request, check_quantization, is_trunk_weight, quantize_graphs
+from mge_export.int8 import Int8Request, check_quantization, is_backbone_weight, quantize_graphs
 from mge_export.precision import Precision
-from mge_export.stages import build_stages
+from mge_runtime.backends.onnxruntime import integer_entries, load_onnxruntime
 from mge_runtime.errors import ExportError
 from mge_runtime.pipeline import Pipeline
 
-TRUNKS = ("expert_1", "expert_2", "gate")
+GRAPHS = ("expert_1", "expert_2")
 CODING = {"QuantizeLinear", "DequantizeLinear"}
 
 
@@ -41,8 +42,8 @@ def walk(graph, start, stop):
     return list(seen.values())
 
 
-def is_trunk_convolution(graph):
-    """A convolution of the trunk: its weight is one, or is decoded from one."""
+def is_backbone_convolution(graph):
+    """A convolution of the backbone: its weight is one, or is decoded from one."""
     made = producers(graph)
 
     def judge(node):
@@ -51,7 +52,7 @@ def is_trunk_convolution(graph):
         weight = node.input[1]
         if weight in made:
             weight = made[weight].input[0].removesuffix("_quantized")
-        return is_trunk_weight(weight)
+        return is_backbone_weight(weight)
 
     return judge
 
@@ -67,23 +68,23 @@ def quantised_convolutions(graph):
 
 
 def is_residual_sum(graph):
-    """A sum of two terms that the trunk's convolutions make, with nothing but activations and pooling between."""
-    made, trunk = producers(graph), is_trunk_convolution(graph)
+    """A sum of two terms that the backbone's convolutions make, with nothing but activations and pooling between."""
+    made, backbone = producers(graph), is_backbone_convolution(graph)
     between = {"Add", "Cast", "Clip", "MaxPool", "Relu", "QuantizeLinear", "DequantizeLinear"}
 
-    def from_trunk(tensor):
+    def from_backbone(tensor):
         node = made.get(tensor)
         if node is None or node.op_type == "Conv":
-            return node is not None and trunk(node)
+            return node is not None and backbone(node)
         terms = node.input if node.op_type == "Add" else node.input[:1]  # beside it are limits, scales, zero points
-        return node.op_type in between and all(map(from_trunk, terms))
+        return node.op_type in between and all(map(from_backbone, terms))
 
-    return lambda node: node.op_type == "Add" and all(map(from_trunk, node.input))
+    return lambda node: node.op_type == "Add" and all(map(from_backbone, node.input))
 
 
 def reached(graph, start):
-    """Names of all nodes that a tensor's values flow to, up to the trunk's convolutions."""
-    trunk, readers = is_trunk_convolution(graph), {}
+    """Names of all nodes that a tensor's values flow to, up to the backbone's convolutions."""
+    backbone, readers = is_backbone_convolution(graph), {}
     for node in graph.node:
         if node.op_type not in ("Shape", "Size"):  # sizes are no values
             for name in node.input:
@@ -93,21 +94,21 @@ def reached(graph, start):
         for node in readers.get(todo.pop(), []):
             if node.name not in seen:
                 seen.add(node.name)
-                todo += [] if trunk(node) else node.output
+                todo += [] if backbone(node) else node.output
     return seen
 
 
 def quantised_behind(graph, output):
-    """Q and DQ nodes between an output and the trunk's last layers, which may read what was quantised."""
-    trunk, residual = is_trunk_convolution(graph), is_residual_sum(graph)
-    behind = walk(graph, output, lambda node: trunk(node) or residual(node))
-    assert any(trunk(node) or residual(node) for node in behind)
+    """Q and DQ nodes between an output and the backbone's last layers, which may read what was quantised."""
+    backbone, residual = is_backbone_convolution(graph), is_residual_sum(graph)
+    behind = walk(graph, output, lambda node: backbone(node) or residual(node))
+    assert any(backbone(node) or residual(node) for node in behind)
     return [node.name for node in behind if node.op_type in CODING]
 
 
 def quantised_pixels(graph):
-    """Q and DQ nodes on a way from the image to its crop that does not lead through the trunk."""
-    pixels, crop = reached(graph, "image_1"), producers(graph)["image_2"].name
+    """Q and DQ nodes on a way from the image to its crop that does not lead through the backbone."""
+    pixels, crop = reached(graph, "frame"), producers(graph)["image_2"].name
     found = [node for node in graph.node if node.op_type in CODING and node.name in pixels]
     return [node.name for node in found if crop in reached(graph, node.output[0])]
 
@@ -124,12 +125,12 @@ def quantised_sums(graph):
 def test_the_picture_and_what_is_cut_from_it_pass_no_quantisation(quantised):
     graph = quantised.graphs["expert_1"]
     outputs = [tensor.name for tensor in graph.output]
-    assert outputs == ["logits_1", "answer_1", "heatmap_1", "box_1", "image_2"]
+    assert outputs == ["logits_1", "heatmap_1", "box_1", "image_2", "mean_logits_1"]
     assert {name: quantised_behind(graph, name) for name in outputs} == {name: [] for name in outputs}
     assert quantised_pixels(graph) == []
-    pixels = reached(graph, "image_1")
+    pixels = reached(graph, "frame")
     assert producers(graph)["image_2"].name in pixels
-    # The trunk itself reads the image through a pair, so the walk does meet some.
+    # The backbone itself reads the image through a pair, so the walk does meet some.
     assert {node.op_type for node in graph.node if node.name in pixels} >= CODING
 
 
@@ -155,7 +156,7 @@ def with_pair(model, name, index):
 
 def test_a_pair_before_any_sum_of_heads_and_crop_is_found(quantised):
     model = onnx.load(quantised.folder / "expert_1.onnx")
-    residual, pixels = is_residual_sum(model.graph), reached(model.graph, "image_1")
+    residual, pixels = is_residual_sum(model.graph), reached(model.graph, "frame")
     nodes = quantised_nodes(model.graph)
     check_quantization("expert_1", model, nodes)
     sums = [node.name for node in model.graph.node if node.op_type == "Add" and not residual(node)]
@@ -171,21 +172,22 @@ def test_a_pair_before_any_sum_of_heads_and_crop_is_found(quantised):
             check_quantization("expert_1", spoiled, nodes)
 
 
-@pytest.mark.parametrize("stage", TRUNKS)
-def test_trunks_alone_are_quantised(quantised, stage):
-    graph = quantised.graphs[stage]
-    plan = quantised.manifest.precision[stage]
-    trunk = is_trunk_convolution(graph)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_backbones_alone_are_quantised(quantised, name):
+    graph, plan = quantised.graphs[name], quantised.manifest.precision[name]
+    outputs = {tensor.name for tensor in graph.output}
+    backbone = is_backbone_convolution(graph)
     found = quantised_convolutions(graph)
     assert len(found) == plan["quantized"]["convolutions"] > 0
-    assert all(trunk(node) for node in found)
-    left = [node for node in graph.node if trunk(node) and node not in found]
+    assert all(backbone(node) for node in found)
+    left = [node for node in graph.node if backbone(node) and node not in found]
     sums = sum(name.startswith("add ") for name in plan["quantized"]["left_float"])
     assert len(left) == len(plan["quantized"]["left_float"]) - sums
-    assert len(found) + len(left) == 14  # of resnet10t: three of the stem, two of each block, the shortcuts'
+    # Of resnet10t: three of the stem, two of each block, the shortcuts'; the last graph has the gate's, too.
+    assert len(found) + len(left) == (14 if "gate" not in outputs else 28)
     assert len(quantised_sums(graph)) == plan["quantized"]["adds"]
-    others = [node for node in graph.node if node.op_type == "Conv" and not trunk(node)]
-    assert len(others) == (stage != "gate")  # the part convolution
+    others = [node for node in graph.node if node.op_type == "Conv" and not backbone(node)]
+    assert len(others) == 1  # the part convolution
     for node in graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             zero = next(t for t in graph.initializer if t.name == node.input[2])
@@ -195,19 +197,18 @@ def test_trunks_alone_are_quantised(quantised, stage):
 
 def test_the_manifest_tells_how_it_was_learned(quantised, photographs):
     manifest = quantised.manifest
-    for stage in TRUNKS:
-        plan = manifest.precision[stage]
+    for graph in GRAPHS:
+        plan = manifest.precision[graph]
         assert plan["type"] == "int8"
         assert plan["operators"]["Conv"].keys() == {"float16"}
         sha256 = plan["calibration"]["sha256"]
         assert len(sha256) == 64
         # Each is what was given, and none is the default.
         expected = {
-            "method": "percentile", "max_drop": 0.3, "min_box_iou": 0.25, "seed": 3, "crops": "quantised", "images": 9,
+            "method": "percentile", "max_drop": 0.3, "min_box_iou": 0.25, "seed": 3, "images": 9,
         }  # fmt: skip
         assert {key: plan["calibration"].get(key) for key in expected} == expected
         assert photographs.name not in json.dumps(plan["calibration"])
-    assert manifest.precision["ingest"]["type"] == manifest.precision["mixture"]["type"] == "fp32"
     assert any("expert_2: " in line and " layers in INT8" in line for line in quantised.lines)
 
 
@@ -235,14 +236,14 @@ def test_twice_the_same_folder_gives_the_same_bytes(quantised, export_int8, phot
 
 
 def test_a_graph_that_is_not_what_was_quantised_is_refused(quantised):
-    model = onnx.load(quantised.folder / "gate.onnx")
+    model = onnx.load(quantised.folder / "expert_2.onnx")
     nodes = quantised_nodes(model.graph)
 
     def refused(message, nodes=nodes, model=model):
-        with pytest.raises(ExportError, match=rf"gate: {message}"):
-            check_quantization("gate", model, nodes)
+        with pytest.raises(ExportError, match=rf"expert_2: {message}"):
+            check_quantization("expert_2", model, nodes)
 
-    check_quantization("gate", model, nodes)
+    check_quantization("expert_2", model, nodes)
     refused("no node 'other' in the graph; expected it", {*nodes, "other"})
     for node in nodes:
         refused(rf"(Conv|Add) '{node}' reads a DequantizeLinear at inputs \[0, 1\]; expected \[\]", nodes - {node})
@@ -256,7 +257,7 @@ def test_a_graph_that_is_not_what_was_quantised_is_refused(quantised):
     put_out = with_pair(model, gemm, 0)
     next(node for node in put_out.graph.node if node.name == gemm).input[0] = "gate"
     put_out.graph.output.append(onnx.ValueInfoProto(name="decoded"))
-    refused("a DequantizeLinear puts out 'decoded'; expected none", model=put_out)
+    refused("a DequantizeLinear makes the output 'decoded'; expected none", model=put_out)
 
 
 def test_int8_without_images_is_a_defect_of_the_caller(tiny, tmp_path):
@@ -269,7 +270,7 @@ def test_int8_without_images_is_a_defect_of_the_caller(tiny, tmp_path):
         export_bundle(model, tmp_path / "x.plan", Precision.FP16, images, int8=request)
 
 
-def test_a_stage_whose_box_moves_too_far_stays_in_half_and_says_so(tiny, photographs, tmp_path, monkeypatch):
+def test_a_graph_whose_box_moves_too_far_stays_in_half_and_says_so(tiny, photographs, tmp_path, monkeypatch):
     model = tiny.make_model()
     tiny.center_heads(model, tiny.load_frames(photographs, model.config.preprocess))
     calibration = read_calibration_images(photographs, model.config.preprocess, limit=0, seed=0, few=True)
@@ -280,7 +281,7 @@ def test_a_stage_whose_box_moves_too_far_stays_in_half_and_says_so(tiny, photogr
     result = export_bundle(model, path, Precision.INT8, images, int8=request, allow_mismatch=True, say=lambda _: None)
     kinds = {name: plan["type"] for name, plan in result.manifest.precision.items()}
     assert kinds["expert_1"] == "fp16"
-    assert kinds["expert_2"] == kinds["gate"] == "int8"
+    assert kinds["expert_2"] == "int8"
     assert result.manifest.precision["expert_1"]["quantized"]["convolutions"] == 0
     with Pipeline.open(path, device="cpu") as pipeline:
         found = pipeline.run(tiny.load_frames(photographs, model.config.preprocess))
@@ -289,9 +290,31 @@ def test_a_stage_whose_box_moves_too_far_stays_in_half_and_says_so(tiny, photogr
 
 def test_an_export_in_which_nothing_can_be_quantised_says_so(tiny, photographs, monkeypatch):
     model = tiny.make_model(experts=1)
-    stages = build_stages(model, Precision.INT8)
-    graphs = {stage.spec.name: export_graph(stage) for stage in stages}
+    graphs = [export_graph(graph) for graph in build_graphs(model, Precision.INT8)]
     images = read_calibration_images(photographs, model.config.preprocess, limit=2, seed=0, few=True)
     monkeypatch.setattr(Agreement, "within", lambda *_: False)
-    with pytest.raises(ExportError, match=r"no stage .* --max-drop 0.5 points and --min-box-iou 0.9; .*--fp16"):
-        quantize_graphs(stages, graphs, "answer_1", Int8Request(images, Int8Options()), lambda _: None)
+    with pytest.raises(ExportError, match=r"no graph .* --max-drop 0.5 points and --min-box-iou 0.9; .*--fp16"):
+        quantize_graphs(graphs, Int8Request(images, Int8Options()), lambda _: None)
+
+
+def test_layers_of_the_expert_and_of_the_gate_are_told_apart(tiny):
+    model = export_graph(build_graphs(tiny.make_model(), Precision.INT8)[1]).model
+    names = [layer.name for layer in find_layers(model, is_backbone_weight)]
+    assert len(names) == len(set(names))
+    assert {"conv1.0", "gate.conv1.0"} <= set(names)
+
+
+def test_the_chain_in_one_graph_answers_bit_for_bit_as_the_runtime(quantised):
+    onnxruntime = load_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    for key, value in integer_entries().items():
+        options.add_session_config_entry(key, value)
+    chain = onnxruntime.InferenceSession(quantised.folder / "chain.onnx", options, providers=["CPUExecutionProvider"])
+    names = [tensor.name for tensor in chain.get_outputs()]
+    answered = dict(zip(names, chain.run(names, {"frame": quantised.frames}), strict=True))
+    with Pipeline.open(quantised.path, device="cpu", threads=1) as pipeline:
+        for name, tensor in pipeline.run(quantised.frames).items():
+            if name in answered:
+                np.testing.assert_array_equal(answered[name], tensor, err_msg=name)
+    assert [entry.version for entry in onnx.load(quantised.folder / "chain.onnx").opset_import] == [19]

@@ -1,6 +1,6 @@
 """The method as its paper and published description state it: one image at a time, by loops, slices and autograd.
 
-Nothing here calls mge's own attention, heads or mixture; only the trunks and the weights are shared.
+Nothing here calls mge's own attention, heads or mixture; only the backbones and the weights are shared.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 @dataclass
-class Answer:
+class Expected:
     """One image."""
 
     images: list = field(default_factory=list)  # [3, S, S], what each expert saw
@@ -44,37 +44,37 @@ def crop_of(image, box, size):
 
 
 def run(model, images, labels=None):
-    """Answer normalised images [B, 3, S, S]; a list of `Answer`."""
+    """Predict normalized images [B, 3, S, S]; a list of `Expected`."""
     return [run_one(model, image, None if labels is None else int(labels[i])) for i, image in enumerate(images)]
 
 
 def run_one(model, image, label=None):
     config = model.config
-    answer = Answer()
+    expected = Expected()
     seen = image
     for k, expert in enumerate(model.experts):
-        answer.images.append(seen)
+        expected.images.append(seen)
         with torch.no_grad():
-            c4, c5 = expert.trunk(seen[None])
+            c4, c5 = expert.backbone(seen[None])
             pooled = torch.stack([channel.mean() for channel in c5[0]])
             parts = F.conv2d(c4, expert.part_conv.weight, expert.part_conv.bias, padding=1).relu().amax((2, 3))[0]
             halves = [10 * vector / vector.norm() for vector in (pooled, parts)]
-            answer.global_logits.append(expert.global_head.fc(pooled))
-            answer.part_logits.append(expert.part_head(parts))
-            answer.logits.append(expert.concat_head(torch.cat(halves)))
+            expected.global_logits.append(expert.global_head.fc(pooled))
+            expected.part_logits.append(expert.part_head(parts))
+            expected.logits.append(expert.concat_head(torch.cat(halves)))
         heatmap = attention_of(model, k, c5, label)
-        answer.heatmaps.append(heatmap)
+        expected.heatmaps.append(heatmap)
         if k + 1 < config.experts:
             box = box_of(heatmap, config.image_size, config.box_thresholds[k])
-            answer.boxes.append(box)
+            expected.boxes.append(box)
             seen = crop_of(seen, box, config.image_size)
     with torch.no_grad():
-        c5 = model.gate.trunk(image[None])[-1]
+        c5 = model.gate.backbone(image[None])[-1]
         scores = model.gate.output(model.gate.hidden(c5[0].mean((1, 2))))
     exponentials = torch.exp(scores - scores.max())
-    answer.gate = exponentials / exponentials.sum()
-    answer.mixture = sum(weight * logits for weight, logits in zip(answer.gate, answer.logits, strict=True))
-    return answer
+    expected.gate = exponentials / exponentials.sum()
+    expected.mixture = sum(weight * logits for weight, logits in zip(expected.gate, expected.logits, strict=True))
+    return expected
 
 
 def attention_of(model, k, c5, label):

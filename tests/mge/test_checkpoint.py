@@ -4,7 +4,6 @@ import builtins
 import io
 import os
 import pickle
-import random
 import socket
 import warnings
 import zipfile
@@ -17,10 +16,10 @@ import torchvision
 from safetensors.torch import save_file
 
 from mge.archive import read_archive
+from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
-from mge.config import MGEConfig
-from mge.labels import read_labels
-from mge.model import MGENet, create_trunk
+from mge.config import MGEConfig, read_labels
+from mge.model import MGENet
 from mge_runtime.errors import CheckpointError, OutputError
 
 CONFIG = MGEConfig(
@@ -59,7 +58,7 @@ def names_in(folder):
 
 
 def refused(path, message, **options):
-    """Hold that a file is refused by one line that names it."""
+    """Check that a file is refused by one line that names it."""
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(path, **options)
     assert str(path) in str(caught.value)
@@ -98,24 +97,6 @@ def test_one_model_one_file(tmp_path, model, saved):
     assert names_in(tmp_path) == ["other-name.pt"]
 
 
-def test_views_are_saved_without_what_they_look_at(tmp_path, model):
-    whole = torch.zeros(1000, 8)
-    moved = MGENet(CONFIG)
-    moved.load_state_dict(model.state_dict())
-    bias = moved.gate.hidden.bias
-    bias.data = whole[500].copy_(bias.data)
-    save_checkpoint(tmp_path / "a.pt", moved)
-    save_checkpoint(tmp_path / "b.pt", model)
-    assert (tmp_path / "a.pt").stat().st_size == (tmp_path / "b.pt").stat().st_size
-
-
-def test_state_that_could_not_be_read_back_is_refused_before_it_is_written(tmp_path, model):
-    path = tmp_path / "last.pt"
-    with pytest.raises(TypeError, match=r"training\['loader'\]\[1\] is a Random"):
-        save_checkpoint(path, model, training={"loader": [0, random.Random(0)]})
-    assert names_in(tmp_path) == []
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path, model, monkeypatch):
     path = tmp_path / "best.pt"
     path.write_bytes(b"old")
@@ -141,7 +122,7 @@ def test_options_replace_what_our_file_holds(tmp_path, saved):
     assert load_checkpoint(path).config.box_thresholds == (0.3, 0.45)
     larger = load_checkpoint(path, image_size=128).config
     assert (larger.image_size, larger.resize) == (128, 144)  # the margin around the crop stays in proportion
-    with pytest.raises(CheckpointError, match=r"image size 100 .* multiple of 16"):
+    with pytest.raises(CheckpointError, match=r"image_size is 100; expected a multiple of 16"):
         load_checkpoint(path, image_size=100)
     with pytest.raises(CheckpointError, match=r"box_thresholds is \(1\.5, 1\.5\)"):
         load_checkpoint(path, box_threshold=1.5)
@@ -177,8 +158,8 @@ def test_labels_are_read(tmp_path, content, names):
         (b"", "hold no names"),
         (b"\n\n", "hold no names"),
         (b"a\n\nb\n", "no name on line 2"),
-        (b"a\nb\na\n", "name 'a' on lines 1 and 3"),
-        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"a\nb\na\n", "name 'a' more than once"),
+        (b"\xff\xfe\x00", "cannot read the labels .*utf-8"),
     ],
 )
 def test_labels_that_are_none(tmp_path, saved, content, message):
@@ -309,7 +290,7 @@ def test_a_weight_that_holds_no_plain_numbers(tmp_path, saved, make, kind):
     content, path = content_of(saved), tmp_path / "best.pt"
     content["model"]["gate.output.bias"] = make(torch.zeros(3))
     torch.save(content, path)
-    refused(path, f"'gate.output.bias' is a tensor of kind {kind}; expected plain numbers")
+    refused(path, f"'gate.output.bias' is .*{kind}.*; expected plain numbers")
 
 
 @pytest.mark.parametrize("scheme", ["hf-hub:a/b", "hf_hub:a/b", "local-dir:/tmp", "https://a/b", "timm/resnet18"])
@@ -319,9 +300,9 @@ def test_nothing_is_fetched_for_a_checkpoint(tmp_path, saved, scheme, monkeypatc
     content, path = content_of(saved), tmp_path / "best.pt"
     content["config"]["arch"] = scheme
     torch.save(content, path)
-    refused(path, r"arch is '.*'; expected the name of a CNN in timm itself .* nothing is fetched")
+    refused(path, r"arch is '.*'; expected a CNN of timm itself, nothing is fetched")
     with pytest.raises(CheckpointError, match="nothing is fetched"):
-        create_trunk(scheme)  # what `mge-train --arch` asks
+        create_backbone(scheme)  # what `mge-train --arch` asks
     assert asked == []
 
 
@@ -351,7 +332,7 @@ def test_code_in_a_file_does_not_run(tmp_path, how, form):
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     refused(path, r"did not write, so it was not opened|Python object [\w.]+, which could run code")
     assert not witness.exists()
-    # The file is one that runs: otherwise nothing would be held above.
+    # The file is one that runs: otherwise nothing would be shown above.
     if form.startswith("pickle"):
         result = pickle.loads(path.read_bytes())["training"]
     else:
@@ -375,9 +356,9 @@ def test_archives_of_others(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")
     refused(path, "a ZIP of 1 other files")
-    for name in ("trunk.safetensors", "trunk.pt"):
+    for name in ("backbone.safetensors", "backbone.pt"):
         save_file({"conv1.weight": torch.zeros(2, 2)}, tmp_path / name)
-        refused(tmp_path / name, 'safetensors file with tensors such as "conv1.weight"; mge-train --init')
+        refused(tmp_path / name, "safetensors file, which mge-train --init")
 
 
 def test_a_real_torchscript_archive(tmp_path):
@@ -388,18 +369,14 @@ def test_a_real_torchscript_archive(tmp_path):
     refused(path, "TorchScript archive")
 
 
-@pytest.mark.parametrize(
-    ("arch", "message"),
-    [("resnet50", "ResNet-50 with 1000 classes"), ("resnet34", "ResNet-34"), ("resnet18", "ResNet-18")],
-)
 @pytest.mark.parametrize("nest", [None, "state_dict", "model"])
-def test_state_dicts_of_others(tmp_path, arch, message, nest):
+def test_state_dicts_of_others(tmp_path, nest):
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in getattr(torchvision.models, arch)().state_dict().items()}
+        shapes = {name: tensor.shape for name, tensor in torchvision.models.resnet50().state_dict().items()}
     state = {f"module.{name}": torch.zeros((1,) * len(shape)).expand(shape) for name, shape in shapes.items()}
     path = tmp_path / "resnet.pth"
     torch.save(state if nest is None else {nest: state, "epoch": 3}, path)
-    refused(path, f"looks like a bare {message}.*mge-train --init")
+    refused(path, "looks like a bare ResNet, .*mge-train --init")
 
 
 def test_contents_of_others(tmp_path):
@@ -427,9 +404,9 @@ def set_weight(name, value):
         (lambda c: c.update(version=2), "format version 2; this mge reads up to version 1, upgrade"),
         (lambda c: c.update(version="1"), "format version '1'"),
         (lambda c: c.update(version=True), "format version True"),
-        (lambda c: c.pop("config"), "no 'config'"),
-        (lambda c: c.pop("model"), "no 'model'"),
-        (lambda c: c.update(training=[1]), "'training' is a list"),
+        (lambda c: c.pop("config"), "no dict 'config'"),
+        (lambda c: c.pop("model"), "no dict 'model'"),
+        (lambda c: c.update(training=[1]), "no dict 'training'"),
         (lambda c: c["config"].pop("classes"), "'classes' is missing"),
         (lambda c: c["config"].update(colour="red"), "unknown field 'colour'"),
         (lambda c: c["config"].update(arch="resnet9000"), "arch is 'resnet9000'"),

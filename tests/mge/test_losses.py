@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mge.config import MGEConfig
 from mge.model import MGENet
-from mge.training.losses import diversity, loss_terms
+from mge.training.recipe import diversity, loss_terms
 
 
 def by_hand(logits, previous, labels, *, renormalize):
@@ -41,7 +41,7 @@ def test_diversity_is_one_for_equal_experts_and_trains_only_the_later_one():
     assert previous.grad is None
 
 
-def test_diversity_survives_a_certain_answer():
+def test_diversity_survives_certainty():
     certain = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
     for form in ("code", "paper"):
         diversity(certain, torch.tensor([[0.0, 300.0, -300.0]]), torch.tensor([0]), form).backward()
@@ -70,7 +70,7 @@ def test_terms_are_the_papers_ten_entropies_and_two_diversities(step):
 def trained_by(model, term):
     model.zero_grad()
     term.backward(retain_graph=True)
-    return {name.split(".trunk.")[0] + (".trunk" if ".trunk." in name else "")
+    return {name.split(".backbone.")[0] + (".backbone" if ".backbone." in name else "")
             for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}  # fmt: skip
 
 
@@ -78,11 +78,11 @@ def test_each_term_trains_what_the_paper_says(step):
     model, output, labels = step
     terms = loss_terms(output, labels)
     assert trained_by(model, terms["global_2"]) == {
-        "experts.1.trunk", "experts.1.global_head.fc.weight", "experts.1.global_head.fc.bias"
+        "experts.1.backbone", "experts.1.global_head.fc.weight", "experts.1.global_head.fc.bias"
     }  # fmt: skip
     assert trained_by(model, terms["part_1"]) == {
         f"experts.0.{name}.{kind}" for name in ("part_conv", "part_head") for kind in ("weight", "bias")
     }
     assert trained_by(model, terms["concat_3"]) == {"experts.2.concat_head.weight", "experts.2.concat_head.bias"}
-    gate_only = {"gate.trunk"} | {f"gate.{name}.{kind}" for name in ("hidden", "output") for kind in ("weight", "bias")}
-    assert trained_by(model, terms["mixture"]) == gate_only
+    layers = {f"gate.{name}.{kind}" for name in ("hidden", "output") for kind in ("weight", "bias")}
+    assert trained_by(model, terms["mixture"]) == {"gate.backbone"} | layers

@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -13,11 +15,11 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 
+from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint, read_checkpoint
 from mge.cli.evaluate import main as evaluate
 from mge.cli.field_guide import main as field_guide
 from mge.cli.train import main as train
-from mge.model import create_trunk
 
 TINY = ["--arch", "test_resnet", "--image-size", "64", "--batch-size", "4", "--epochs", "1", "--accelerator", "cpu",
         "--workers", "0"]  # fmt: skip
@@ -117,8 +119,8 @@ def test_a_model_is_fine_tuned_for_other_classes(trained, data, tmp_path):
     for split in ("train", "val"):
         shutil.copytree(data / split, tmp_path / "data" / split)
         shutil.copytree(data / split / "b", tmp_path / "data" / split / "c")
-    rates = ["--trunk-lr", "1e-12", "--head-lr", "1e-12", "--weight-decay", "0", "--batch-size", "4", "--epochs", "1"]
-    here = ["--accelerator", "cpu", "--workers", "0"]
+    rates = ["--backbone-lr", "1e-12", "--head-lr", "1e-12", "--weight-decay", "0"]
+    here = ["--batch-size", "4", "--epochs", "1", "--accelerator", "cpu", "--workers", "0"]
     for name, folder, said in (
         ("other", tmp_path / "data", "heads anew for 3 classes (it knows 2)"),
         ("same", data, "all weights from"),
@@ -157,10 +159,10 @@ def test_two_trainings_never_share_a_folder(data, tmp_path):
 @pytest.mark.timeout(100)
 def test_a_pipe_is_no_checkpoint(data, tmp_path):
     os.mkfifo(tmp_path / "pipe")
+    start = ["--data", data, "--out", tmp_path / "x"]
     for option in ("--resume", "--init"):
-        assert "is no regular file" in fails(train, "--data", data, "--out", tmp_path / "x", option, tmp_path / "pipe")
-        assert "is a directory" in fails(train, "--data", data, "--out", tmp_path / "x", option, tmp_path)
-    assert "is no regular file" in fails(train, "--data", data, "--out", tmp_path / "x", "--init", "/dev/zero")
+        assert "is a pipe, a socket or a device" in fails(train, *start, option, tmp_path / "pipe")
+        assert "is a directory" in fails(train, *start, option, tmp_path)
 
 
 def test_the_table_of_a_checkpoint(trained, data, tmp_path):
@@ -169,12 +171,12 @@ def test_the_table_of_a_checkpoint(trained, data, tmp_path):
     text = CliRunner().invoke(evaluate, arguments).output
     for name in ("expert 1 global", "expert 2 parts", "expert 3", "average", "mixture", "gate %", "crop area %"):
         assert name in text
-    file = tmp_path / "answers.npz"
+    file = tmp_path / "predictions.npz"
     result = json.loads(CliRunner().invoke(evaluate, [*arguments, "--json", "--predictions", str(file)]).output)
     assert result["images"] == 6
     assert sum(result["gate"]) == pytest.approx(1, abs=1e-5)
-    with np.load(file) as answers:
-        right = answers["logits/mixture"].argmax(1) == answers["labels"]
+    with np.load(file) as stored:
+        right = stored["logits/mixture"].argmax(1) == stored["labels"]
     assert result["heads"][-1]["top1"] == pytest.approx(right.mean())
 
 
@@ -193,22 +195,22 @@ def test_a_single_expert_has_no_mixture(data, tmp_path):
     ]
 
 
-def test_every_trunk_starts_from_the_file(data, tmp_path):
+def test_every_backbone_starts_from_the_file(data, tmp_path):
     torch.manual_seed(5)
-    trunk, _, _ = create_trunk("test_resnet")
+    backbone, _, _ = create_backbone("test_resnet")
     save_file(
-        {name: tensor.half().contiguous() for name, tensor in trunk.state_dict().items()}, tmp_path / "w.safetensors"
+        {name: tensor.half().contiguous() for name, tensor in backbone.state_dict().items()}, tmp_path / "w.safetensors"
     )
     done = CliRunner().invoke(
         train,
         ["--data", str(data), "--out", str(tmp_path / "run"), "--init", str(tmp_path / "w.safetensors"), *TINY,
-         "--trunk-lr", "0", "--weight-decay", "0"],
+         "--backbone-lr", "0", "--weight-decay", "0"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     state = load_checkpoint(tmp_path / "run/best.pt").state_dict()
-    first = next(name for name, _ in trunk.named_parameters())
+    first = next(name for name, _ in backbone.named_parameters())
     for place in ("experts.0", "experts.1", "experts.2", "gate"):
-        assert torch.equal(state[f"{place}.trunk.{first}"], trunk.state_dict()[first].half().float())
+        assert torch.equal(state[f"{place}.backbone.{first}"], backbone.state_dict()[first].half().float())
 
 
 def test_bad_input_gets_one_line(data, tmp_path):
@@ -216,7 +218,7 @@ def test_bad_input_gets_one_line(data, tmp_path):
     save_file({"conv.weight": torch.zeros(3)}, weights)
     start = ["--data", data, "--out", tmp_path / "x", *TINY, "--init"]
     assert "weights of another architecture" in fails(train, *start, weights)
-    assert "does not exist" in fails(train, *start, tmp_path / "absent.safetensors")
+    assert "is no file" in fails(train, *start, tmp_path / "absent.safetensors")
     weights.write_text("not weights")
     assert "not a safetensors file" in fails(train, *start, weights)
     start.append("none")
@@ -226,15 +228,61 @@ def test_bad_input_gets_one_line(data, tmp_path):
     (tmp_path / "spoiled/train/._x.jpg").touch()
     assert "New Folder holds no image" in fails(train, *start, "--data", tmp_path / "spoiled")
     assert "arch is 'nonsense'" in fails(train, *start, "--arch", "nonsense")
-    assert "expected a trunk with features" in fails(train, *start, "--arch", "vit_tiny_patch16_224")
+    assert "expected features at 16 and 32" in fails(train, *start, "--arch", "vit_tiny_patch16_224")
     assert "resize is 40" in fails(train, *start, "--resize", "40")
     (tmp_path / "file").touch()
     assert "cannot make folder" in fails(train, *start, "--out", tmp_path / "file/run")
     assert "does not exist" in fails(train, "--data", data, "--accelerator", "cpu", "--resume", tmp_path / "absent.pt")
     assert "cannot train with --accelerator tpux" in fails(train, *start, "--accelerator", "tpux")
     assert "cannot train with --accelerator cpu --devices abc" in fails(train, *start, "--devices", "abc")
+    assert "expected at most 1e-05 megapixels" in fails(train, *start, "--max-pixels", "10")
     assert "image_size is 50" in fails(train, *start, "--image-size", "50")
     assert not (tmp_path / "x/best.pt").exists()
+
+
+WITHOUT_TORCH = """
+import json, sys
+sys.modules |= dict.fromkeys(["torch", "torchvision", "timm", "lightning"])  # importing them fails
+from click.testing import CliRunner
+from mge.cli.train import main as train
+from mge_export.cli import main as export
+lines = json.loads(sys.argv[1])
+print(json.dumps([CliRunner().invoke({"train": train, "export": export}[line[0]], line[1:]).stderr for line in lines]))
+"""
+
+
+def test_bad_options_are_refused_before_pytorch_is_loaded(trained, data, tmp_path):
+    content = torch.load(trained[0] / "last.pt")
+    content["training"]["options"]["epochs"] = content["training"]["command"]["epochs"] = 3
+    torch.save(content, tmp_path / "last.pt")
+    (tmp_path / "text.pt").write_text("text")
+    start = ["train", "--data", data, "--out", tmp_path / "x", *TINY, "--init", "none"]
+    resume = ["train", "--resume", tmp_path / "last.pt"]
+    best, thresholds = (
+        trained[0] / "best.pt",
+        ["--box-threshold", "0.1", "--box-threshold", "0.2", "--box-threshold", "0.3"],
+    )
+    expected = {
+        "arch is 'hf-hub:x/y'; expected a CNN of timm itself": [*start, "--arch", "hf-hub:x/y"],
+        "resize is 40; expected at least image_size": [*start, "--resize", "40"],
+        "image_size is 50; expected a multiple of 16": [*start, "--image-size", "50"],
+        "box_thresholds is (0.1, 0.2, 0.3); expected 2": [*start, *thresholds],
+        "text.pt is a text file": [*start, "--init", tmp_path / "text.pt"],
+        "epochs = 3 (now 2); expected no fewer": [*resume, "--epochs", "2"],
+        "with --head-lr 0.01, now it is 0.5": [*resume, "--head-lr", "0.5"],
+        "holds a model but no training state": ["train", "--resume", best],
+        "data folder has 2 others": [*resume, "--data", tmp_path / "other"],
+        "no folder": ["export", "--ckpt", best, "-o", tmp_path / "none/x.plan"],
+        "--verify-images 0 takes all images": ["export", "--ckpt", best, "--verify-images", "0"],
+    }
+    shutil.copytree(data, tmp_path / "other")
+    for split in ("train", "val"):
+        (tmp_path / "other" / split / "b").rename(tmp_path / "other" / split / "c")
+    lines = json.dumps([[str(word) for word in words] for words in expected.values()])
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, lines], capture_output=True, text=True, check=True)
+    for message, said in zip(expected, json.loads(done.stdout), strict=True):
+        assert message in said.strip().splitlines()[-1]
+        assert said.startswith(("error: ", "Usage: "))
 
 
 def test_a_finished_run_is_not_overwritten_by_mistake(trained, data):

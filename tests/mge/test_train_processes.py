@@ -75,7 +75,7 @@ def test_torchrun_trains_once_with_all_its_processes(data, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("16 training and 2 validation images") == 1
     training = read_checkpoint(last).training
-    assert (training["options"]["devices"], training["progress"]["epoch"]) == (2, 1)
+    assert (training["processes"], training["progress"]["epoch"]) == (2, 1)
 
 
 @pytest.mark.slow

@@ -1,11 +1,12 @@
 """The loop on a tiny network and drawn squares: resuming, interrupting, stopping at nonsense."""
 
 import csv
+import multiprocessing
 import os
+import pickle
 import re
 import signal
 from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -21,19 +23,15 @@ from torch.utils.data import Dataset
 
 from mge.checkpoint import load_checkpoint, read_checkpoint
 from mge.config import MGEConfig
-from mge.data.folder import FolderDataset, TrainingDataset, random_crop
-from mge.data.loading import batches, make_loader
-from mge.data.sampling import EpochSampler
+from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader, random_crop
+from mge.data.splits import training_splits
 from mge.model import MGENet
-from mge.training.layout import to_training_layout
-from mge.training.loop import Trainer, within_noise
-from mge.training.optim import make_optimizer, make_schedule
-from mge.training.options import TrainOptions
-from mge.training.record import Board, Meter
-from mge.training.splits import training_splits
+from mge.training.loop import Progress, Trainer, within_noise
+from mge.training.recipe import TrainOptions, make_optimizer, make_schedule, to_training_layout
+from mge.training.record import Meter
 from mge_runtime.errors import InputError, TrainingError
 
-COLOURS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
+COLORS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +39,12 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("squares")
     random = np.random.default_rng(0)
     for split, count in (("train", 9), ("val", 3)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = random.integers(0, 255, (72, 80, 3), dtype=np.uint8)
                 top, left = random.integers(0, 40, 2)
-                pixels[top : top + 32, left : left + 32] = colour
+                pixels[top : top + 32, left : left + 32] = color
                 Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
     return folder
 
@@ -186,13 +184,16 @@ def test_the_optimizer_s_state_goes_to_where_the_weights_are(make):
     assert momentum.dtype == torch.float64
 
 
-def test_an_epoch_that_was_not_saved_appears_once_in_tensorboard(tmp_path):
-    for first, values in ((1, (0.1, 0.2, 0.3)), (3, (0.4, 0.5))):  # the third epoch is trained again
-        with Board(tmp_path, first) as board:
-            for epoch, value in enumerate(values, first):
-                board.write({"epoch": epoch, "loss/total": value})
-    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/total")
-    assert [(event.step, round(event.value, 3)) for event in events] == [(1, 0.1), (2, 0.2), (3, 0.4), (4, 0.5)]
+def test_an_epoch_that_was_not_saved_appears_once_in_tensorboard(make):
+    one = make(epochs=1)
+    one.fit()
+    last = one.folder / "last.pt"
+    saved = last.read_bytes()
+    for _ in range(2):  # the second epoch is trained again
+        last.write_bytes(saved)
+        make(epochs=2, model=load_checkpoint(last)).fit(last)
+    events = EventAccumulator(str(one.folder / "tensorboard")).Reload().Scalars("loss/total")
+    assert [event.step for event in events] == [1, 2]
 
 
 def test_ctrl_c_is_as_before_after_training(make):
@@ -201,7 +202,9 @@ def test_ctrl_c_is_as_before_after_training(make):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_what_a_run_leaves(make):
+def test_what_a_run_leaves(make, monkeypatch):
+    drawn, draw = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), draw(self, *a, **k)))
     trainer = make()
     progress = trainer.fit()
     names = {path.name for path in trainer.folder.iterdir()}
@@ -215,6 +218,13 @@ def test_what_a_run_leaves(make):
     )
     with Image.open(trainer.folder / "curves.png") as image:
         assert image.size[0] > 600
+    panels = drawn[-1].axes
+    assert panels[-1].get_title().startswith("learning rate")
+    for axes in panels:
+        assert axes.get_legend().get_window_extent().x0 >= axes.get_window_extent().x1, "it covers the curves"
+        assert all(tick == round(tick) for tick in axes.get_xticks()), "there are no half epochs"
+        looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines]
+        assert len(set(looks)) == len(looks) > 1
     accuracies = [float(row["top1/mixture"]) for row in rows]
     best = max(i for i in range(3) if within_noise(accuracies[i], max(accuracies[:i], default=-1), 6))
     stored = load_checkpoint(trainer.folder / "best.pt").config.box_thresholds
@@ -259,13 +269,28 @@ def test_workers_live_on_and_batches_for_a_gpu_are_pinned():
         def __getitem__(self, index):
             return os.getpid()
 
-    loader = make_loader(Process(), 2, workers=1)
+    loader = make_loader(Process(), 2, workers=1, persistent=True)
     first, second = (next(batches(loader)) for _ in range(2))
     assert first.tolist() == second.tolist() != [os.getpid()] * 2
     assert [make_loader(Process(), 2, workers=0, device=torch.device(name)).pin_memory for name in ("cpu", "cuda")] == [
         False,
         True,
     ]
+
+
+def test_only_the_workers_of_training_outlive_an_epoch(make):
+    trainer = make("run", epochs=1, workers=1)
+    before = {process.pid for process in multiprocessing.active_children()}
+    trainer.fit()
+    assert len({process.pid for process in multiprocessing.active_children()} - before) == 1
+
+
+def test_a_second_fit_adds_no_hooks_and_a_model_in_its_layout_can_be_pickled():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, stride=2))
+    for _ in range(2):
+        to_training_layout(model, torch.device("cpu"))
+    (layer,) = pickle.loads(pickle.dumps(model))
+    assert (len(layer._forward_pre_hooks), len(layer._forward_hooks)) == (1, 1)
 
 
 def test_compiled_backbones_learn_the_same(make, monkeypatch):
@@ -279,7 +304,7 @@ def test_compiled_backbones_learn_the_same(make, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", traced)
     plain, faster = (make(str(flag), epochs=1, compile=flag) for flag in (False, True))
     first, second = plain.fit().history[0], faster.fit().history[0]
-    assert compiled == [*(expert.trunk for expert in faster.model.experts), faster.model.gate.trunk]
+    assert compiled == [*(expert.backbone for expert in faster.model.experts), faster.model.gate.backbone]
     assert second["loss/total"] == pytest.approx(first["loss/total"], rel=1e-3)
     assert load_checkpoint(faster.folder / "last.pt").state_dict().keys() == plain.model.state_dict().keys()
 
@@ -308,8 +333,8 @@ def test_a_finished_run_may_grow(make, schedule, capsys):
     assert grown.options.epochs == 2
     progress = grown.fit(grown.folder / "last.pt")
     assert "2 epochs instead of 1" in capsys.readouterr().out
-    assert [progress.history[1][key] for key in ("lr/trunk", "lr/heads")] == pytest.approx(
-        [whole.history[1][key] for key in ("lr/trunk", "lr/heads")], rel=1e-12
+    assert [progress.history[1][key] for key in ("lr/backbone", "lr/heads")] == pytest.approx(
+        [whole.history[1][key] for key in ("lr/backbone", "lr/heads")], rel=1e-12
     )
     if schedule == "step":
         assert losses(progress) == losses(whole)
@@ -368,13 +393,30 @@ def test_other_options_do_not_resume(make):
     trainer = make("run", epochs=1, head_lr=0.5)
     with pytest.raises(TrainingError, match=r"trained with head_lr = 0\.01 \(now 0\.5\); expected"):
         trainer.fit(trainer.folder / "last.pt")
-    two = make("run", epochs=1)
-    names = ("setup", "strategy", "device", "is_global_zero")
-    two.fabric = SimpleNamespace(world_size=2, **{name: getattr(two.fabric, name) for name in names})
-    with pytest.raises(TrainingError, match=r"trained with devices = 1 \(now 2\)"):
-        two.fit(two.folder / "last.pt")
     with pytest.raises(TrainingError, match="holds a model but no training state"):
         trainer.fit(trainer.folder / "best.pt")
+
+
+def test_another_number_of_processes_goes_on_at_the_same_images(make, capsys):
+    stopped = make(epochs=2, batch_size=2, kind=StopsInTheSecondEpoch)
+    last = stopped.folder / "last.pt"
+    assert stopped.fit().step == 2
+    content = torch.load(last)
+    content["training"]["processes"] = 3
+    torch.save(content, last)
+    first = []
+
+    class Watched(Trainer):
+        def _step(self, wrapped, optimizer, images, labels, progress):
+            first.append((progress.epoch, progress.step))
+            super()._step(wrapped, optimizer, images, labels, progress)
+
+    make(epochs=2, batch_size=2, kind=Watched, model=load_checkpoint(last)).fit(last)
+    assert first[0] == (1, 6)
+    assert "1 processes instead of 3: " in capsys.readouterr().out
+    progress = Progress(step=5, sums={"part": 15.0})
+    progress.move(10)
+    assert (progress.step, progress.sums["part"]) == (10, pytest.approx(30.0))
 
 
 def test_the_latest_epoch_within_noise_is_kept():
@@ -392,13 +434,13 @@ def test_weights_ruined_by_the_last_step_do_not_become_the_best(make):
     assert not (trainer.folder / "best.pt").exists()
 
 
-def test_rates_of_trunks_and_heads_fall_tenfold_every_thirty_epochs():
+def test_rates_of_backbones_and_heads_fall_tenfold_every_thirty_epochs():
     model = MGENet(MGEConfig("test_resnet", ("a", "b"), image_size=64, resize=64))
     options = TrainOptions()
     optimizer = make_optimizer(model, options)
-    trunks, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
-    assert trunks == {id(p) for name, p in model.named_parameters() if ".trunk." in name}
-    assert others == {id(p) for name, p in model.named_parameters() if ".trunk." not in name}
+    backbones, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    assert backbones == {id(p) for name, p in model.named_parameters() if ".backbone." in name}
+    assert others == {id(p) for name, p in model.named_parameters() if ".backbone." not in name}
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4]
     assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
     schedule = make_schedule(optimizer, options, steps_per_epoch=2)
@@ -449,6 +491,29 @@ def test_without_val_a_tenth_is_held_out(data, tmp_path):
     assert (len(train), len(val)) == (16, 2)
     assert not {path for path, _ in train} & {path for path, _ in val}
     assert training_splits(tmp_path, seed=0)[2] == val
+    assert training_splits(tmp_path, seed=1)[2] != val
+
+
+def test_images_stay_held_out_where_others_are_removed(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for number in range(20):
+            (tmp_path / f"train/{name}/{number}.png").touch()
+    _, train, val = training_splits(tmp_path, seed=0)
+    assert len(val) == 4
+    for path, _ in train[::9]:
+        path.unlink()
+    assert training_splits(tmp_path, seed=0)[2] == val
+
+
+def test_classes_that_unicode_calls_one_are_refused(tmp_path):
+    for name in ("caf\u00e9", "cafe\u0301", "tea"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0.png").touch()
+        (tmp_path / "train" / name / "1.png").touch()
+    with pytest.raises(InputError, match=r"two class folders named .*'cafe\\u0301', 'caf\\xe9'.*merge them") as error:
+        training_splits(tmp_path, seed=0)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_images_is_refused(tmp_path):

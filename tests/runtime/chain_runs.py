@@ -1,16 +1,17 @@
 """What tests of executors share: frames for the tiny chain, everything that it puts out, and how runs are compared."""
 
 import numpy as np
+import pytest
 
-from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.backends.ort_segment import open_segments
-from mge_runtime.device import DeviceExecutor
+from mge_runtime.backends.onnxruntime import load_onnxruntime
+from mge_runtime.backends.onnxruntime_cuda import OrtGraph
+from mge_runtime.device.executor import DeviceExecutor
 
 onnxruntime = load_onnxruntime()
 
 EVERY = {
-    "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
-    "image_1", "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
+    "mean_logits_1", "mean_logits_2", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
+    "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
 }  # fmt: skip
 
 
@@ -34,11 +35,25 @@ def same(found, expected):
         np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def need_sessions(device):
+    """Skip a test where ONNX Runtime has no sessions on this device."""
+    if device.kind == "cuda":
+        onnxruntime.preload_dlls()
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+
+
+def open_graphs(bundle, device, stream, *, ort=onnxruntime, graphs=True):
+    """The graphs of a bundle as units, one after the other."""
+    for graph in bundle.manifest.graphs:
+        yield OrtGraph(ort, bundle, graph, device, stream, graphs=graphs)
+
+
 def open_capturable(bundle, device, **options):
     """The chain on a device that lets everything be captured, as CUDA does."""
 
     def open_units(device, stream):
-        for unit in open_segments(onnxruntime, bundle, device, stream):
+        for unit in open_graphs(bundle, device, stream):
             prepare = unit.prepare
 
             def capturable(addresses, stream, prepare=prepare):

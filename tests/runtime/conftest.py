@@ -77,14 +77,6 @@ def device(request):
     assert (found.allocated, found.allocated_host) == (0, 0), "memory was left behind"
 
 
-@pytest.fixture(scope="session")
-def trunked(tiny, tmp_path_factory):
-    """A bundle whose stages have trunks, as the bench cuts them."""
-    path = tmp_path_factory.mktemp("trunked") / "mge.plan"
-    tiny.write_trunked_bundle(path)
-    return path
-
-
 @pytest.fixture
 def bundle(bundle_path):
     """The tiny bundle, open."""
@@ -96,7 +88,7 @@ def bundle(bundle_path):
 
 @pytest.fixture(scope="session")
 def expected(bundle_path):
-    """The tiny chain on the CPU, stage by stage: what others must answer, too."""
+    """The tiny chain on the CPU, graph by graph: what others must answer, too."""
     from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
     from mge_runtime.bundle import Bundle
     from mge_runtime.chain import Chain
@@ -116,7 +108,7 @@ def copy(bundle_path, tmp_path):
 @pytest.fixture(scope="session")
 def on_cpu(bundle_path):
     """The tiny bundle on the CPU, as the self-check takes it."""
-    from mge_runtime.selfcheck.subject import open_subject
+    from mge_runtime.selfcheck import open_subject
 
     return open_subject(bundle_path, "cpu", threads=1)
 
@@ -124,6 +116,6 @@ def on_cpu(bundle_path):
 @pytest.fixture(scope="session")
 def frames(on_cpu):
     """The frames that a self-check without pictures draws."""
-    from mge_runtime.selfcheck.pictures import drawn_frames
+    from mge_runtime.selfcheck import drawn_frames
 
     return drawn_frames(on_cpu.manifest.preprocess).frames

@@ -9,8 +9,8 @@ from mge_runtime.backends import choose
 from mge_runtime.bundle import Bundle, add_engine, write_bundle
 from mge_runtime.errors import BackendError
 from mge_runtime.machine import Gpu, Machine
-from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.engines import EngineDetails
+from mge_runtime.trt.target import BatchRange
 
 FOLDER = Path(__file__).with_name("machines")
 NO_PLAN = b"no engine: whoever deserialises this fails"
@@ -32,7 +32,7 @@ class Engine:
     target: str
     version: str
     gpu: Gpu | None = None
-    left_out: tuple[str, ...] = ()  # stages
+    left_out: tuple[str, ...] = ()  # graphs
 
 
 FOR_RTX = Engine("tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64", "1.7.1.116")
@@ -51,16 +51,16 @@ def details(engine):
 
 def write_with_engines(tiny, path, *engines, operators=None):
     """Write a tiny bundle that holds bytes in place of these engines; return its path."""
-    graphs = tiny.make_stages()
+    graphs = tiny.make_graphs()
     manifest = tiny.make_manifest(graphs)
     if operators is not None:
-        plans = {stage: {**plan, "type": "fp16", "operators": operators} for stage, plan in manifest.precision.items()}
+        plans = {graph: {**plan, "type": "fp16", "operators": operators} for graph, plan in manifest.precision.items()}
         manifest = replace(manifest, precision=plans)
     write_bundle(path, manifest, {g.spec.name: g.model() for g in graphs})
     with Bundle.open(path) as bundle:
-        digest, stages = bundle.manifest_sha256, [s.name for s in bundle.manifest.stages]
+        digest, graphs = bundle.manifest_sha256, [s.name for s in bundle.manifest.graphs]
     for engine in engines:
-        plans = {stage: NO_PLAN for stage in stages if stage not in engine.left_out}
+        plans = {graph: NO_PLAN for graph in graphs if graph not in engine.left_out}
         add_engine(path, engine.target, plans, details(engine).to_dict(), manifest_sha256=digest)
     return path
 

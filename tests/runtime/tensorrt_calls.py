@@ -21,7 +21,7 @@ RUNNING = (
     *("Runtime", "ICudaEngine", "IExecutionContext", "ILogger", "IRuntimeConfig"),
     *("DataType", "ExecutionContextAllocationStrategy", "TensorIOMode", "LayerInformationFormat", "IHostMemory"),
 )
-# The runtime's own, of the same name: `Manifest.precision`, `hashlib`'s `update`.
+# The runtime's own, of the same name: `Manifest.precision`, `Counter.update`.
 OURS = {("ILayer", "precision"), ("ITimingCache", "update")}
 # Used where they are there: 10.3 has no runtime configuration, TensorRT-RTX needs it.
 GUARDED = {
@@ -30,8 +30,7 @@ GUARDED = {
 }
 SOURCES = (
     *(ROOT / "runtime/mge_runtime/trt").glob("*.py"),
-    *(ROOT / "runtime/mge_runtime/backends").glob("*t*rt*.py"),
-    *(ROOT / "runtime/mge_runtime/backends").glob("trt*.py"),
+    ROOT / "runtime/mge_runtime/backends/tensorrt.py",
 )
 
 

@@ -1,18 +1,15 @@
 import subprocess
 import sys
 import types
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mge_runtime.backends import StageRunner
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import preload_libraries
-from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.bundle import Bundle, write_bundle
+from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain
-from mge_runtime.errors import BackendError, BundleError
+from mge_runtime.errors import BackendError
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +25,19 @@ def frames(count, seed=0):
 
 
 def by_hand(bundle, folder, batch):
-    """The chain as anyone would run the extracted files: every stage once its inputs are there."""
+    """The chain as anyone would run the extracted files: every graph once its inputs are there."""
     onnxruntime = load_onnxruntime()
     bundle.extract(folder)
-    tensors, todo = {"frame": batch}, list(bundle.manifest.stages)
+    tensors, todo = {"frame": batch}, list(bundle.manifest.graphs)
     while todo:
-        stage = next(s for s in todo if all(t.name in tensors for t in s.inputs))
+        graph = next(s for s in todo if all(t.name in tensors for t in s.inputs))
         session = onnxruntime.InferenceSession(
-            folder / "onnx" / f"{stage.name}.onnx", providers=["CPUExecutionProvider"]
+            folder / "onnx" / f"{graph.name}.onnx", providers=["CPUExecutionProvider"]
         )
         names = [node.name for node in session.get_outputs()]
-        values = session.run(names, {t.name: tensors[t.name] for t in stage.inputs})
+        values = session.run(names, {t.name: tensors[t.name] for t in graph.inputs})
         tensors.update(zip(names, values, strict=True))
-        todo.remove(stage)
+        todo.remove(graph)
     return tensors
 
 
@@ -76,9 +73,11 @@ def test_onnx_runtime_writes_to_the_terminal_only_where_it_is_asked_to(bundle_pa
         "import sys, numpy as np\n"
         "from mge_runtime import BackendError, Bundle\n"
         "from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend\n"
-        "with Bundle.open(sys.argv[1]) as bundle: stages = OnnxRuntimeBackend(threads=1).open_stages(bundle)\n"
-        "rows = {f'logits_{k}': np.zeros((k, 5), np.float32) for k in (1, 2, 3)}\n"
-        "try: stages['mixture'].run({'gate': np.zeros((1, 3), np.float32), **rows})\n"
+        "with Bundle.open(sys.argv[1]) as bundle: chain = OnnxRuntimeBackend(threads=1).open_chain(bundle)\n"
+        "last, rows = bundle.manifest.graphs[-1], {'frame': np.zeros((1, 32, 32, 3), np.uint8)}\n"
+        "rows |= {t.name: np.zeros((n, *t.shape[1:]), np.float32) for n, t in enumerate(last.inputs) if n != 1}\n"
+        "rows['image_3'] = np.zeros((1, 3, 32, 32), np.float32)\n"
+        "try: chain._run(last, rows)\n"
         "except BackendError as error: print(error)\n"
     )
     monkeypatch.delenv("MGE_VERBOSE", raising=False)
@@ -86,7 +85,7 @@ def test_onnx_runtime_writes_to_the_terminal_only_where_it_is_asked_to(bundle_pa
         monkeypatch.setenv("MGE_VERBOSE", verbose)
     subprocess.run([sys.executable, "-c", code, bundle_path], check=True)
     output, errors = capfd.readouterr()
-    assert "ONNX Runtime failed in stage" in output
+    assert "ONNX Runtime failed in graph" in output
     assert ("[E:onnxruntime" in errors) == heard, errors
     assert heard or errors == ""
 
@@ -103,7 +102,7 @@ def test_every_tensor_equals_the_extracted_files(chain, bundle_path, tmp_path):
     batch = frames(3)
     with Bundle.open(bundle_path) as bundle:
         expected = by_hand(bundle, tmp_path, batch)
-        names = [t.name for stage in bundle.manifest.stages for t in stage.outputs]
+        names = [t.name for graph in bundle.manifest.graphs for t in graph.outputs]
     found = chain.run(batch, outputs=names)
     assert found.answer == "logits"
     assert set(found.tensors) == set(names)
@@ -118,80 +117,38 @@ def test_only_what_is_asked_for_is_kept(chain):
         *(f"logits_{k}" for k in (1, 2, 3)), *(f"heatmap_{k}" for k in (1, 2, 3)), "box_1", "box_2", "gate", "logits"
     }  # fmt: skip
     assert set(chain.run(frames(1), outputs=["image_2"]).tensors) == {"image_2", "logits"}
-    with pytest.raises(BackendError, match="no stage puts out a tensor 'nothing'"):
+    with pytest.raises(BackendError, match="no graph has an output 'nothing'"):
         chain.run(frames(1), outputs=["nothing"])
 
 
-def test_segments_stop_where_they_are_told(chain):
-    whole = chain.run(frames(2), outputs=["answer_1", "answer_2", "logits_1"]).tensors
-    first = chain.run(frames(2), segments=1)
-    assert list(first.stage_ms) == ["ingest", "expert_1"]
-    assert first.answer == "answer_1"
-    assert set(first.tensors) == {"answer_1", "logits_1", "heatmap_1", "box_1"}
-    np.testing.assert_array_equal(first.tensors["answer_1"], whole["logits_1"])
-    second = chain.run(frames(2), segments=2)
-    np.testing.assert_array_equal(second.tensors["answer_2"], whole["answer_2"])
-    assert list(chain.run(frames(2), segments=3).stage_ms)[-2:] == ["gate", "mixture"]
+def test_the_chain_stops_where_it_is_told(chain):
+    whole = chain.run(frames(2), outputs=["mean_logits_1", "mean_logits_2", "logits_1"]).tensors
+    first = chain.run(frames(2), graphs=1)
+    assert list(first.step_ms) == ["expert_1"]
+    assert first.answer == "mean_logits_1"
+    assert set(first.tensors) == {"mean_logits_1", "logits_1", "heatmap_1", "box_1"}
+    np.testing.assert_array_equal(first.tensors["mean_logits_1"], whole["logits_1"])
+    second = chain.run(frames(2), graphs=2)
+    np.testing.assert_array_equal(second.tensors["mean_logits_2"], whole["mean_logits_2"])
+    assert list(chain.run(frames(2), graphs=3).step_ms) == ["expert_1", "expert_2", "expert_3"]
     for wrong in (0, 4, -1):
         with pytest.raises(BackendError, match="from 1 to 3"):
-            chain.run(frames(1), segments=wrong)
+            chain.run(frames(1), graphs=wrong)
 
 
-class _Boxed:
-    """A buffer that only its backend can read."""
-
-    def __init__(self, array):
-        self.array = array
-
-
-class _DeviceBackend(OnnxRuntimeBackend):
-    """Keeps tensors in buffers of its own, as a GPU does; records what moves and what is alive."""
-
-    def __init__(self):
-        super().__init__(threads=1)
-        self.uploads, self.downloads, self.alive, self.waits = [], [], {}, 0
-
-    def open_stages(self, bundle):
-        backend = self
-
-        class Runner(StageRunner):
-            def __init__(self, name, inner):
-                self.name, self.inner = name, inner
-
-            def run(self, inputs):
-                backend.alive[self.name] = set(inputs)
-                outputs = self.inner.run({name: buffer.array for name, buffer in inputs.items()})
-                return {name: _Boxed(array) for name, array in outputs.items()}
-
-            def close(self):
-                self.inner.close()
-
-        return {name: Runner(name, inner) for name, inner in super().open_stages(bundle).items()}
-
-    def upload(self, array):
-        self.uploads.append(array.shape)
-        return _Boxed(array)
-
-    def download(self, buffer):
-        self.downloads.append(buffer.array.shape)
-        return buffer.array
-
-    def synchronize(self):
-        self.waits += 1
-
-
-def test_tensors_stay_in_the_backends_buffers_and_go_when_they_are_done(chain, bundle_path):
-    backend = _DeviceBackend()
+def test_tensors_go_when_they_are_done(bundle_path, monkeypatch):
     with Bundle.open(bundle_path) as bundle:
-        device_chain = Chain(bundle, backend)
-    found = device_chain.run(frames(2))
-    np.testing.assert_array_equal(found.tensors["logits"], chain.run(frames(2)).tensors["logits"])
-    assert backend.uploads == [(2, 32, 32, 3)]
-    assert len(backend.downloads) == len(found.tensors)
-    assert "frame" not in backend.alive["expert_1"]
-    assert "image_2" in backend.alive["expert_2"]
-    assert not backend.alive["expert_3"] & {"image_2", "answer_1"}
-    assert not backend.alive["mixture"] & {"image_1", "image_3", "answer_2"}
+        executor = OnnxRuntimeBackend(threads=1).open_chain(bundle)
+    alive, run = {}, executor._run
+    monkeypatch.setattr(
+        executor, "_run", lambda graph, known: (alive.update({graph.name: set(known)}), run(graph, known))[1]
+    )
+    executor.run(frames(2), 3, ())
+    assert alive == {
+        "expert_1": {"frame"},
+        "expert_2": {"frame", "image_2", "mean_logits_1", "logits_1"},
+        "expert_3": {"frame", "image_3", "logits_1", "logits_2"},
+    }
 
 
 def test_a_batch_answers_as_its_images_do(chain):
@@ -199,65 +156,3 @@ def test_a_batch_answers_as_its_images_do(chain):
     together = chain.run(batch).tensors["logits"]
     alone = np.concatenate([chain.run(batch[i : i + 1]).tensors["logits"] for i in range(4)])
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
-
-
-def test_a_stage_that_fails_is_named(chain):
-    with pytest.raises(BackendError, match="failed in stage ingest"):
-        chain.run(frames(1).astype(np.float32))
-
-
-def test_a_stage_that_cannot_be_opened_is_named(tiny, tmp_path):
-    graphs = tiny.make_stages()
-    models = {g.spec.name: g.model() for g in graphs}
-    models["gate"] = replace(models["gate"], graph=models["gate"].graph.replace(b"Softmax", b"Softmix"))
-    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
-    with (
-        Bundle.open(tmp_path / "mge.plan") as bundle,
-        pytest.raises(BackendError, match=r"cannot open stage gate: .*Soft"),
-    ):
-        Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def test_a_graph_with_another_border_is_refused(tiny, tmp_path):
-    graphs = tiny.make_stages()
-    models = {g.spec.name: g.model() for g in graphs}
-    models["expert_3"] = replace(models["expert_3"], graph=models["expert_3"].graph.replace(b"answer_3", b"answer_9"))
-    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
-    with Bundle.open(tmp_path / "mge.plan") as bundle, pytest.raises(BundleError, match="the manifest says"):
-        Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def test_damaged_weights_never_answer(bundle_path, tmp_path):
-    path = tmp_path / "mge.plan"
-    path.write_bytes(bundle_path.read_bytes())
-    with Bundle.open(path) as bundle:
-        offset = bundle.region("onnx/expert_2.weights").offset
-    with path.open("r+b") as stream:
-        stream.seek(offset + 100)
-        stream.write(b"\x55")
-    with Bundle.open(path) as bundle, pytest.raises(BundleError, match=r"onnx/expert_2\.weights do not match"):
-        Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def test_a_bundle_replaced_while_it_opens_is_refused(bundle_path, tmp_path, monkeypatch):
-    path = tmp_path / "mge.plan"
-    path.write_bytes(bundle_path.read_bytes())
-    other = tmp_path / "other.plan"
-    other.write_bytes(bundle_path.read_bytes())
-    with Bundle.open(path) as bundle:
-        read = bundle.read
-        monkeypatch.setattr(
-            bundle, "read", lambda name: (other.replace(path) if other.exists() else None, read(name))[1]
-        )
-        with pytest.raises(BundleError, match="replaced while it was being opened"):
-            Chain(bundle, OnnxRuntimeBackend(threads=1))
-
-
-def test_the_runtime_computes_after_the_file_is_gone(bundle_path, tmp_path):
-    path = tmp_path / "mge.plan"
-    path.write_bytes(bundle_path.read_bytes())
-    with Bundle.open(path) as bundle:
-        chain = Chain(bundle, OnnxRuntimeBackend(threads=1))
-    before = chain.run(frames(2)).tensors["logits"]
-    path.unlink()
-    np.testing.assert_array_equal(chain.run(frames(2)).tensors["logits"], before)

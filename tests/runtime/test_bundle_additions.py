@@ -3,22 +3,18 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from mge_runtime.bundle import Bundle, StageModel, add_calibration, add_engine, write_bundle, writer
-from mge_runtime.bundle.archive import ArchiveWriter
-from mge_runtime.bundle.layout import stage_graph, stage_weights
+from mge_runtime.bundle import Bundle, GraphModel, add_calibration, add_engine, write_bundle, writer
+from mge_runtime.bundle.archive import ArchiveWriter, graph_entry, weights_entry
 from mge_runtime.errors import BuildError, BundleError
 from mge_runtime.files import lock
-from mge_runtime.trt import keep
-from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt import build
 from mge_runtime.trt.engines import EngineDetails
-from mge_runtime.trt.request import TargetRequest
-from mge_runtime.trt.target import Target
+from mge_runtime.trt.target import BatchRange, Target, TargetRequest
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
 zip_entries = importlib.util.module_from_spec(spec)
@@ -33,9 +29,9 @@ def test_engines_and_calibration_are_added_beside_an_unchanged_model(copy, bundl
         assert bundle.calibration() is None
         assert bundle.targets == ()
     add_calibration(copy, {"temperature": 1.5})
-    add_engine(copy, TARGET, {"gate": b"engine " * 2000, "mixture": b"m"}, {"fp16": True}, manifest_sha256=digest)
-    add_engine(copy, "tensorrt-rtx-1.7-sm86-linux-x86_64", {"gate": b"g"}, {}, manifest_sha256=digest)
-    add_engine(copy, TARGET, {"gate": b"newer"}, {"fp16": False}, manifest_sha256=digest)
+    add_engine(copy, TARGET, {"expert_3": b"engine " * 2000, "expert_1": b"m"}, {"fp16": True}, manifest_sha256=digest)
+    add_engine(copy, "tensorrt-rtx-1.7-sm86-linux-x86_64", {"expert_3": b"g"}, {}, manifest_sha256=digest)
+    add_engine(copy, TARGET, {"expert_3": b"newer"}, {"fp16": False}, manifest_sha256=digest)
     add_calibration(copy, {"temperature": 1.25})
     with Bundle.open(copy) as bundle:
         assert bundle.manifest_sha256 == digest
@@ -43,9 +39,9 @@ def test_engines_and_calibration_are_added_beside_an_unchanged_model(copy, bundl
         assert bundle.targets == (TARGET, "tensorrt-rtx-1.7-sm86-linux-x86_64")
         engine = bundle.engine(TARGET)
         assert engine.details == {"fp16": False}
-        assert list(engine.plans) == ["gate"]
-        assert bundle.read(f"engines/{TARGET}/gate.plan") == b"newer"
-        assert bundle.region(f"engines/{TARGET}/gate.plan").offset % 4096 == 0
+        assert list(engine.plans) == ["expert_3"]
+        assert bundle.read(f"engines/{TARGET}/expert_3.plan") == b"newer"
+        assert bundle.entry(f"engines/{TARGET}/expert_3.plan").offset % 4096 == 0
         bundle.verify()
         with pytest.raises(BundleError, match="no engine for cpu"):
             bundle.engine("cpu")
@@ -58,11 +54,11 @@ def test_additions_of_another_manifest_are_refused(copy, tiny, tmp_path):
     with Bundle.open(tmp_path / "other.plan") as other:
         digest = other.manifest_sha256
     with pytest.raises(BundleError, match="by now: build them again"):
-        add_engine(copy, TARGET, {"gate": b"g"}, {}, manifest_sha256=digest)
+        add_engine(copy, TARGET, {"expert_3": b"g"}, {}, manifest_sha256=digest)
     with Bundle.open(copy) as bundle:
         right = bundle.manifest_sha256
     add_calibration(copy, {"temperature": 1.5})
-    add_engine(copy, TARGET, {"gate": b"g"}, {}, manifest_sha256=right)
+    add_engine(copy, TARGET, {"expert_3": b"g"}, {}, manifest_sha256=right)
     contents = zip_entries.read_entries(copy)
     for name in ("calibration.json", f"engines/{TARGET}/engine.json"):
         zip_entries.write_entries(
@@ -75,13 +71,13 @@ def test_additions_of_another_manifest_are_refused(copy, tiny, tmp_path):
             bundle.calibration() if name == "calibration.json" else bundle.engine(TARGET)
 
 
-def test_unknown_stages_and_odd_targets_are_refused(copy):
+def test_unknown_graphs_and_odd_targets_are_refused(copy):
     with Bundle.open(copy) as bundle:
         digest = bundle.manifest_sha256
-    with pytest.raises(BundleError, match="no such stage"):
+    with pytest.raises(BundleError, match="no such graph"):
         add_engine(copy, TARGET, {"expert_9": b""}, {}, manifest_sha256=digest)
     with pytest.raises(BundleError, match="target is called"):
-        add_engine(copy, "../up", {"gate": b""}, {}, manifest_sha256=digest)
+        add_engine(copy, "../up", {"expert_3": b""}, {}, manifest_sha256=digest)
 
 
 def test_two_that_add_at_once_both_succeed(copy):
@@ -89,7 +85,7 @@ def test_two_that_add_at_once_both_succeed(copy):
         digest = bundle.manifest_sha256
     targets = [f"tensorrt-10.{n}-sm87-linux-aarch64" for n in range(6)]
     threads = [
-        threading.Thread(target=add_engine, args=(copy, t, {"gate": b"g"}, {}), kwargs={"manifest_sha256": digest})
+        threading.Thread(target=add_engine, args=(copy, t, {"expert_3": b"g"}, {}), kwargs={"manifest_sha256": digest})
         for t in targets
     ]
     for thread in threads:
@@ -152,7 +148,7 @@ def test_an_old_model_never_replaces_a_newer_one_that_came_while_it_was_copied(c
     monkeypatch.setattr(ArchiveWriter, "finish", late)
     additions = (
         lambda: add_calibration(copy, {"temperature": 1.5}),
-        lambda: add_engine(copy, TARGET, {"gate": b"g"}, {}, manifest_sha256=digest),
+        lambda: add_engine(copy, TARGET, {"expert_3": b"g"}, {}, manifest_sha256=digest),
     )
     original = copy.read_bytes()
     for add in additions:
@@ -194,17 +190,17 @@ def test_engines_are_added_to_a_bundle_that_is_not_published_yet(copy, tmp_path)
         for target in (TARGET, "tensorrt-rtx-1.7-sm86-linux-x86_64"):
             with Bundle.open(unpublished) as bundle:
                 digest = bundle.manifest_sha256
-            add_engine(unpublished, target, {"gate": b"g"}, {}, manifest_sha256=digest)
+            add_engine(unpublished, target, {"expert_3": b"g"}, {}, manifest_sha256=digest)
         # It stays locked, so that nobody takes it for what a dead process left.
         with unpublished.open("rb") as file, pytest.raises(BlockingIOError):
             lock(file.fileno(), None)
 
     with Bundle.open(copy) as bundle:
         models = {
-            s.name: StageModel(
-                *(bundle.read(n) for n in (stage_graph(s.name), stage_weights(s.name)) if n in bundle.sizes)
+            s.name: GraphModel(
+                *(bundle.read(n) for n in (graph_entry(s.name), weights_entry(s.name)) if n in bundle.sizes)
             )
-            for s in bundle.manifest.stages
+            for s in bundle.manifest.graphs
         }
         (tmp_path / "out").mkdir()
         write_bundle(tmp_path / "out" / "mge.plan", bundle.manifest, models, check=check)
@@ -216,25 +212,22 @@ def test_engines_are_added_to_a_bundle_that_is_not_published_yet(copy, tmp_path)
 # `mge-build --into-bundle` with engines that take no time to build.
 BUILD = """
 import sys
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from mge_runtime.cli.build import main
-from mge_runtime.trt import keep
-from mge_runtime.trt.batch import BatchRange
+from mge_runtime.trt import build
+from mge_runtime.trt.target import BatchRange
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import Target
 
-@contextmanager
-def build_engines(bundle, vendor, target, **options):
+def build_engines(bundle, vendor, target, folder, **options):
     plan = Path(sys.argv[1]).with_name("gate.engine")
     plan.write_bytes(b"an engine")
-    yield keep.NewEngines(target, {"gate": plan}, EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge"))
+    return build.NewEngines(target, {"expert_3": plan}, EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge"))
 
-class vendor: name, version = "tensorrt-rtx", "1.7"
-keep._vendor = lambda name, log: vendor
-keep.ahead_of_time = lambda vendor, capabilities: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")]
-keep.check_target = lambda manifest, target: None
-keep.build_engines = build_engines
+build.load_vendor = lambda name: SimpleNamespace(name=name, version="1.7", messages=SimpleNamespace())
+build.ahead_of_time = lambda vendor, capabilities: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")]
+build.build_engines = build_engines
 main([sys.argv[1], "--target", "rtx:sm86", "--into-bundle"])
 """
 CALIBRATE = """
@@ -260,11 +253,14 @@ def test_whoever_waits_for_another_process_says_so_and_can_be_stopped(copy, prog
     with copy.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with subprocess.Popen([sys.executable, "-c", program, copy], stderr=subprocess.PIPE, text=True) as process:
+            guard = threading.Timer(60, process.kill)  # one that says nothing would wait for ever
+            guard.start()
             lines = []
             for line in process.stderr:
                 lines.append(line)
                 if line.startswith("waiting for another process that writes "):
                     process.send_signal(number)
+            guard.cancel()
             assert process.wait(20) == 1
     assert lines[-1].startswith("error: ")
     assert f"was interrupted ({number.name})" in lines[-1]
@@ -280,18 +276,17 @@ def test_a_build_whose_progress_stops_it_while_it_waits_is_an_error_of_ours(copy
     plan = copy.with_name("gate.engine")
     plan.write_bytes(b"an engine")
     details = EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge")
-    vendor = SimpleNamespace(name="tensorrt-rtx", version="1.7")
-    monkeypatch.setattr(keep, "_vendor", lambda _name, _log: vendor)
-    monkeypatch.setattr(keep, "ahead_of_time", lambda *_: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")])
-    monkeypatch.setattr(keep, "check_target", lambda *_: None)
-    built = keep.NewEngines(Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64"), {"gate": plan}, details)
-    monkeypatch.setattr(keep, "build_engines", lambda *_, **__: nullcontext(built))
+    vendor = SimpleNamespace(name="tensorrt-rtx", version="1.7", messages=SimpleNamespace())
+    monkeypatch.setattr(build, "load_vendor", lambda _: vendor)
+    monkeypatch.setattr(build, "ahead_of_time", lambda *_: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")])
+    built = build.NewEngines(Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64"), {"expert_3": plan}, details)
+    monkeypatch.setattr(build, "build_engines", lambda *_, **__: built)
     before = copy.read_bytes()
     requests = [TargetRequest.parse("rtx:sm86")]
     with copy.open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(BuildError, match="stopped while waiting for another process"):
-            keep.build_targets(copy, requests, into_bundle=True, progress=lambda *_: False)
+            build.build_targets(copy, requests, into_bundle=True, progress=lambda *_: False)
     assert [record.getMessage().isprintable() for record in caplog.records] == [True]
     assert copy.read_bytes() == before
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from mge_runtime.bundle import Bundle, add_engine
-from mge_runtime.bundle.archive import ArchiveError, ArchiveWriter, read_directory
+from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
@@ -107,7 +107,7 @@ def test_a_flipped_byte_anywhere(copy, bundle_path):
     points = {p for header in headers for p in header} | set(directory) | set(range(0, len(whole), 61))
     with Bundle.open(bundle_path) as bundle:
         for name in bundle.sizes:
-            region = bundle.region(name)
+            region = bundle.entry(name)
             points |= {region.offset, region.offset + region.size - 1}
     stream = copy.open("r+b")
     with stream:
@@ -125,31 +125,31 @@ def test_a_flipped_byte_anywhere(copy, bundle_path):
     open_and_read_all(copy)
 
 
-def spoil_gate(path):
+def spoil_weights(path):
     with Bundle.open(path) as bundle:
-        offset = bundle.region("onnx/gate.weights").offset
+        offset = bundle.entry("onnx/expert_3.weights").offset
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(b"\x7f")
 
 
 def test_only_what_is_opened_is_hashed(copy):
-    spoil_gate(copy)
+    spoil_weights(copy)
     with Bundle.open(copy) as bundle:
         bundle.read("onnx/expert_1.onnx")
         bundle.verify(["onnx/expert_1.weights"])
-        with pytest.raises(BundleError, match=r"onnx/gate\.weights do not match their hash"):
-            bundle.verify(["onnx/gate.weights"])
+        with pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match their hash"):
+            bundle.verify(["onnx/expert_3.weights"])
         with pytest.raises(BundleError, match="do not match"):
-            bundle.read("onnx/gate.weights")
+            bundle.read("onnx/expert_3.weights")
 
 
 def test_a_damaged_entry_is_the_reason_even_where_the_opening_failed_first(copy):
-    spoil_gate(copy)
+    spoil_weights(copy)
     with (
         Bundle.open(copy) as bundle,
         pytest.raises(BundleError, match="do not match"),
-        bundle.verifying(["onnx/gate.weights"]),
+        bundle.verifying(["onnx/expert_3.weights"]),
     ):
         raise RuntimeError("a session that cannot open")
 
@@ -173,7 +173,7 @@ def test_foreign_files_are_named(tmp_path):
         "PyTorch checkpoint": [_zip({"best/data.pkl": b"x", "best/version": b"3"}), pickle.dumps({"a": 1}, 2)],
         "some other ZIP": [_zip({"word/document.xml": b"x"})],
         "safetensors": [safetensors],
-        "picture": [picture],
+        "image": [picture],
         "JSON or text": [b'{"a": 1}', b"  [1]"],
         "no file that mge knows": [b"hello world" * 20, bytes(5000)],
     }
@@ -187,15 +187,17 @@ def test_foreign_files_are_named(tmp_path):
 def test_a_damaged_engine_is_refused(copy, tmp_path):
     with Bundle.open(copy) as bundle:
         digest = bundle.manifest_sha256
-    add_engine(copy, TARGET, {"gate": b"good"}, {}, manifest_sha256=digest)
+    add_engine(copy, TARGET, {"expert_3": b"good"}, {}, manifest_sha256=digest)
     zip_entries.write_entries(
-        tmp_path / "swapped.plan", {**zip_entries.read_entries(copy), f"engines/{TARGET}/gate.plan": b"evil"}
+        tmp_path / "swapped.plan", {**zip_entries.read_entries(copy), f"engines/{TARGET}/expert_3.plan": b"evil"}
     )
     with Bundle.open(tmp_path / "swapped.plan") as bundle:
-        for use in (lambda: bundle.read(f"engines/{TARGET}/gate.plan"), lambda: bundle.extract(tmp_path / "out")):
-            with pytest.raises(BundleError, match=r"gate\.plan has [0-9a-f]{8} as CRC-32, .*engine\.json says"):
+        for use in (lambda: bundle.read(f"engines/{TARGET}/expert_3.plan"), lambda: bundle.extract(tmp_path / "out")):
+            with pytest.raises(
+                BundleError, match=r"expert_3\.plan has 4 bytes with the CRC-32 \w+, .*engine\.json says 4 and"
+            ):
                 use()
-    assert not (tmp_path / "out" / "engines" / TARGET / "gate.plan").exists()
+    assert not (tmp_path / "out" / "engines" / TARGET / "expert_3.plan").exists()
 
 
 # --- malice -------------------------------------------------------------------------------------------------------
@@ -218,12 +220,12 @@ def test_names_that_lead_elsewhere_are_refused(bundle_path, tmp_path, name):
 def test_a_missing_and_a_surplus_model_entry_are_refused(bundle_path, tmp_path):
     contents = zip_entries.read_entries(bundle_path)
     path = tmp_path / "mge.plan"
-    zip_entries.write_entries(path, {name: data for name, data in contents.items() if name != "onnx/gate.weights"})
-    assert "onnx/gate.weights" in error_of(path)
+    zip_entries.write_entries(path, {name: data for name, data in contents.items() if name != "onnx/expert_3.weights"})
+    assert "onnx/expert_3.weights" in error_of(path)
     zip_entries.write_entries(path, {**contents, "onnx/other.onnx": b"x"})
     assert "onnx/other.onnx" in error_of(path)
-    zip_entries.write_entries(path, {**contents, "onnx/gate.weights": b"longer than before"})
-    assert "18 bytes" in error_of(path)
+    zip_entries.write_entries(path, {**contents, "onnx/expert_3.weights": b"longer than before"})
+    assert "has 18 bytes with the CRC-32" in error_of(path)
     zip_entries.write_entries(path, {name: data for name, data in contents.items() if name != "manifest.json"})
     assert "holds no manifest.json" in error_of(path)
 
@@ -231,9 +233,9 @@ def test_a_missing_and_a_surplus_model_entry_are_refused(bundle_path, tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        (b'"schema_version": 1', b'"schema_version": 2', "the bundle has schema version 2"),
+        (b'"schema_version": 2', b'"schema_version": 3', "the bundle has schema version 3"),
         (b'"resize"', b'"resise"', "preprocess.resize"),
-        (b'"answer": "', b'"answer": "no_', "no_"),
+        (b'"logits": "mean', b'"logits": "no_mean', "no_mean"),
     ],
 )
 def test_what_is_wrong_with_the_manifest_is_said_with_the_file(bundle_path, tmp_path, before, after, message):
@@ -245,12 +247,13 @@ def test_what_is_wrong_with_the_manifest_is_said_with_the_file(bundle_path, tmp_
     assert message in error_of(path)
 
 
-def test_sizes_beyond_the_file_are_refused(bundle_path):
-    whole = bytearray(bundle_path.read_bytes())
-    with zipfile.ZipFile(bundle_path) as archive:
+def test_sizes_beyond_the_file_are_refused(copy):
+    whole = bytearray(copy.read_bytes())
+    with zipfile.ZipFile(copy) as archive:
         directory = archive.start_dir
-    for field in (20, 24, 42):  # both sizes, header offset
+    # Both sizes, header offset; in the end record: size and start of the directory, length of a comment.
+    for field in (directory + 20, directory + 24, directory + 42, len(whole) - 10, len(whole) - 6, len(whole) - 2):
         broken = whole.copy()
-        broken[directory + field : directory + field + 4] = b"\xff\xff\xff\x7f"
-        with pytest.raises(ArchiveError):
-            read_directory(memoryview(broken))
+        broken[field : field + 2] = b"\xff\x7f"
+        copy.write_bytes(broken)
+        assert "cut short or damaged" in error_of(copy)

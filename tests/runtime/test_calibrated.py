@@ -10,8 +10,8 @@ from mge_runtime.calibrated import Calibrated, ExitPoint, Promise, RunsOn, confi
 from mge_runtime.errors import BackendError, BundleError
 
 VALUES = {
-    "temperatures": {"answer_1": 1.31, "answer_2": 1, "logits": 1.07},
-    "exits": {"epsilon": 0.01, "delta": 0.05, "thresholds": {"answer_1": 0.93, "answer_2": 0.88}},
+    "temperatures": {"mean_logits_1": 1.31, "mean_logits_2": 1, "logits": 1.07},
+    "exits": {"epsilon": 0.01, "delta": 0.05, "thresholds": {"mean_logits_1": 0.93, "mean_logits_2": 0.88}},
     "data": {"temperatures": {"images": 500, "sha256": "0" * 64}, "exits": {"images": 2000, "sha256": "1" * 64}},
     "seed": 0,
     "made_by": "mge 0.1.0",
@@ -21,7 +21,7 @@ VALUES = {
 
 @pytest.fixture(scope="module")
 def manifest(tiny):
-    return tiny.make_manifest(tiny.make_stages())
+    return tiny.make_manifest(tiny.make_graphs())
 
 
 def changed(path, value):
@@ -39,39 +39,39 @@ def changed(path, value):
 
 def test_values_are_read(manifest):
     found = Calibrated.from_values(json.loads(json.dumps(VALUES)), manifest)
-    assert found.temperatures == {"answer_1": 1.31, "answer_2": 1.0, "logits": 1.07}
-    assert found.exits == {"answer_1": 0.93, "answer_2": 0.88}
+    assert found.temperatures == {"mean_logits_1": 1.31, "mean_logits_2": 1.0, "logits": 1.07}
+    assert found.exits == {"mean_logits_1": 0.93, "mean_logits_2": 0.88}
     assert found.promise == Promise(0.01, 0.05)
     assert found.images == {"temperatures": 500, "exits": 2000}
-    assert found.fitted
     assert found.has_exits
-    assert found.exit_points(manifest) == (ExitPoint(1, "answer_1", 1.31, 0.93), ExitPoint(2, "answer_2", 1.0, 0.88))
+    assert found.exit_points(manifest) == (
+        ExitPoint(1, "mean_logits_1", 1.31, 0.93),
+        ExitPoint(2, "mean_logits_2", 1.0, 0.88),
+    )
 
 
-def test_without_a_calibration_temperatures_are_one_and_nothing_stops(manifest):
-    found = Calibrated.none(manifest)
-    assert found.temperatures == {"answer_1": 1.0, "answer_2": 1.0, "logits": 1.0}
-    assert (found.exits, found.fitted, found.has_exits) == (None, False, False)
+def test_without_a_calibration_nothing_stops(manifest):
+    found = Calibrated()
+    assert not found.has_exits
     with pytest.raises(BackendError, match=r"^asked for calibrated exits, but .* no calibration; .*mge-calibrate"):
         found.exit_points(manifest)
 
 
 @pytest.mark.parametrize(
     "exits", [None, ..., {"epsilon": 0.01, "delta": 0.05, "thresholds": {}},
-              {"epsilon": 0.01, "delta": 0.05, "thresholds": {"answer_1": None, "answer_2": None}}]
+              {"epsilon": 0.01, "delta": 0.05, "thresholds": {"mean_logits_1": None, "mean_logits_2": None}}]
 )  # fmt: skip
 def test_a_calibration_without_exits_says_so(manifest, exits):
     found = Calibrated.from_values(changed("exits", exits), manifest)
-    assert found.fitted
     assert not found.has_exits
     with pytest.raises(BackendError, match=r"found none that keep its promise; .*more images"):
         found.exit_points(manifest)
 
 
 def test_an_answer_that_is_null_or_missing_stops_nothing(manifest):
-    for thresholds in ({"answer_1": None, "answer_2": 0.5}, {"answer_2": 0.5}):
+    for thresholds in ({"mean_logits_1": None, "mean_logits_2": 0.5}, {"mean_logits_2": 0.5}):
         found = Calibrated.from_values(changed("exits.thresholds", thresholds), manifest)
-        assert [point.segments for point in found.exit_points(manifest)] == [2]
+        assert [point.graphs for point in found.exit_points(manifest)] == [2]
 
 
 def test_what_the_data_do_not_tell_stays_out(manifest):
@@ -85,19 +85,23 @@ def test_what_the_data_do_not_tell_stays_out(manifest):
         ("temperatures", ..., r"temperatures is null; expected an object"),
         ("temperatures.logits", ..., r"temperatures\.logits is null; expected this field, which is missing"),
         ("temperatures.logits", 0, r"temperatures\.logits is 0; expected a number from 0\.001 to 1000"),
-        ("temperatures.answer_1", -1.5, r"temperatures\.answer_1 is -1\.5; expected a number from 0\.001 to 1000"),
-        ("temperatures.answer_1", True, r"temperatures\.answer_1 is true; expected a finite number"),
+        (
+            "temperatures.mean_logits_1",
+            -1.5,
+            r"temperatures\.mean_logits_1 is -1\.5; expected a number from 0\.001 to 1000",
+        ),
+        ("temperatures.mean_logits_1", True, r"temperatures\.mean_logits_1 is true; expected a finite number"),
         ("temperatures.logits", 5e-324, r"temperatures\.logits is 5e-324; expected a number from 0\.001 to 1000"),
         ("temperatures.logits", 1.7e308, r"temperatures\.logits is 1\.7e\+308; expected a number from 0\.001 to 1000"),
-        ("temperatures.answer_9", 1.0, r"temperatures\.answer_9 is 1\.0; expected no field of this name"),
+        ("temperatures.mean_logits_9", 1.0, r"temperatures\.mean_logits_9 is 1\.0; expected no field of this name"),
         ("exits", 3, r"exits is 3; expected an object"),
         ("exits.delta", ..., r"exits\.delta is null; expected this field, which is missing"),
         ("exits.epsilon", 0, r"exits\.epsilon is 0; expected a number between 0 and 1"),
         ("exits.delta", 1.0, r"exits\.delta is 1\.0; expected a number between 0 and 1"),
-        ("exits.thresholds.answer_1", 1.01, r"answer_1 is 1\.01; expected a confidence from 0 to 1, or null"),
-        ("exits.thresholds.answer_1", -0.1, r"answer_1 is -0\.1; expected a confidence from 0 to 1, or null"),
-        ("exits.thresholds.answer_2", "high", r"answer_2 is \"high\"; expected a finite number"),
-        ("exits.thresholds.logits", 0.5, r"logits is 0\.5; expected thresholds of answer_1, answer_2 alone"),
+        ("exits.thresholds.mean_logits_1", 1.01, r"mean_logits_1 is 1\.01; expected a confidence from 0 to 1, or null"),
+        ("exits.thresholds.mean_logits_1", -0.1, r"mean_logits_1 is -0\.1; expected a confidence from 0 to 1, or null"),
+        ("exits.thresholds.mean_logits_2", "high", r"mean_logits_2 is \"high\"; expected a finite number"),
+        ("exits.thresholds.logits", 0.5, r"logits is 0\.5; expected thresholds of mean_logits_1, mean_logits_2 alone"),
         ("runs_on", "cpu", r"runs_on is \"cpu\"; expected an object"),
         ("runs_on", {"backend": "onnxruntime"}, r"runs_on\.device is null; expected this field, which is missing"),
         ("data.exits.images", 1.5, r"data\.exits\.images is 1\.5; expected a whole number"),
@@ -149,8 +153,8 @@ def test_the_confidence_of_a_row_does_not_depend_on_the_others():
 def test_an_image_stops_at_its_threshold_and_never_where_its_answer_is_not_finite():
     logits = np.array([[2, 0], [1, 0], [np.nan, 0], [np.inf, 0], [np.inf, np.inf], [0, 0], [2, -np.inf]], np.float32)
     threshold = float(confidence(logits, 1.5)[1])
-    found = ExitPoint(1, "answer_1", 1.5, threshold).stops(logits)
+    found = ExitPoint(1, "mean_logits_1", 1.5, threshold).stops(logits)
     assert found.tolist() == [True, True, False, False, False, False, False]
-    above = ExitPoint(1, "answer_1", 1.5, float(np.nextafter(threshold, 1))).stops(logits)
+    above = ExitPoint(1, "mean_logits_1", 1.5, float(np.nextafter(threshold, 1))).stops(logits)
     assert above.tolist() == [True, False, False, False, False, False, False]
     assert np.isnan(confidence(logits[[2, 3, 4, 6]], 1.5)).all()  # no row that `Prediction` refuses has a confidence

@@ -11,10 +11,8 @@ from onnx import TensorProto, helper
 
 from mge_runtime import BackendError, BundleError, Pipeline
 from mge_runtime.backends.base import Backend
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, _Sessions, load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.backends.staged import StagedExecutor
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.calibrated import ExitPoint
 from mge_runtime.chain import Chain
@@ -45,7 +43,7 @@ class OnHost(Backend):
         return open_ort_chain(onnxruntime, bundle, HostDevice())
 
 
-BACKENDS = {"staged": lambda: OnnxRuntimeBackend(threads=1), "device": OnHost}
+BACKENDS = {"host": lambda: OnnxRuntimeBackend(threads=1), "device": OnHost}
 
 
 def open_chain(path, backend, **options):
@@ -70,7 +68,7 @@ def test_a_bundle_overwritten_in_place_is_refused_before_it_runs(copy, other, fr
 
 
 def test_one_that_is_overwritten_during_a_run_is_not_answered_from(copy, other, frames, monkeypatch):
-    run = StagedExecutor.run
+    run = _Sessions.run
 
     def late(*args):
         result = run(*args)
@@ -78,24 +76,40 @@ def test_one_that_is_overwritten_during_a_run_is_not_answered_from(copy, other, 
         return result
 
     with Pipeline.open(copy, device="cpu", threads=1) as pipeline:
-        monkeypatch.setattr(StagedExecutor, "run", late)
+        monkeypatch.setattr(_Sessions, "run", late)
         with pytest.raises(BundleError, match="was overwritten"):
             pipeline.predict(frames[0])
 
 
-def test_one_that_is_overwritten_while_it_opens_is_refused(copy, other, monkeypatch):
-    read = Bundle.read
+@pytest.mark.parametrize("how", ["rename", "in place"])
+def test_one_that_is_replaced_while_it_opens_is_refused(copy, other, tmp_path, monkeypatch, how):
+    read, aside = Bundle.read, tmp_path / "aside.plan"
+    aside.write_bytes(other.read_bytes())
 
     def late(bundle, name):
         data = read(bundle, name)
-        if name == "onnx/mixture.onnx":  # the last
-            with copy.open("r+b") as stream:
-                stream.write(other.read_bytes())
+        if name == "onnx/expert_3.onnx":  # the last
+            if how == "rename":
+                aside.replace(copy)
+            else:
+                with copy.open("r+b") as stream:
+                    stream.write(other.read_bytes())
         return data
 
     monkeypatch.setattr(Bundle, "read", late)
     with pytest.raises(BundleError, match=r"replaced while it was being opened|do not match their hash"):
         Pipeline.open(copy, device="cpu", threads=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_damaged_weights_are_refused(copy, backend):
+    with Bundle.open(copy) as bundle:
+        offset = bundle.entry("onnx/expert_2.weights").offset
+    with copy.open("r+b") as stream:
+        stream.seek(offset + 100)
+        stream.write(b"\x55")
+    with pytest.raises(BundleError, match=r"onnx/expert_2\.weights do not match"):
+        open_chain(copy, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,7 +159,7 @@ def test_no_descriptor_is_left_open(bundle_path):
 
 def rewrite(tiny, path, output, *nodes, initializers=()):
     """Write a tiny bundle one of whose outputs passes through further nodes, from "was" to its name."""
-    graphs = tiny.make_stages()
+    graphs = tiny.make_graphs()
     (graph,) = (g for g in graphs if output in {tensor.name for tensor in g.spec.outputs})
     for node in graph.nodes:
         node.output[:] = ["was" if name == output else name for name in node.output]
@@ -165,7 +179,7 @@ def poison(tiny, path, output, value):
 @pytest.mark.parametrize(
     ("graph", "output"),
     [("expert_1", "heatmap_1"), ("expert_2", "box_2"), ("expert_3", "heatmap_3"), ("expert_2", "logits_2"),
-     ("gate", "gate"), ("mixture", "logits")],
+     ("expert_3", "gate"), ("expert_3", "logits")],
 )  # fmt: skip
 def test_an_output_that_is_not_finite_is_named_with_its_graph(tiny, tmp_path, frames, graph, output, value, backend):
     poison(tiny, tmp_path / "mge.plan", output, value)
@@ -179,7 +193,7 @@ def test_an_output_that_is_not_finite_is_named_with_its_graph(tiny, tmp_path, fr
 def test_images_that_stop_early_are_checked_too(tiny, tmp_path, frames, backend):
     poison(tiny, tmp_path / "mge.plan", "heatmap_1", np.nan)
     chain = open_chain(tmp_path / "mge.plan", backend)
-    for options in ({"exits": [ExitPoint(1, "answer_1", 1.0, 0.0)]}, {"segments": 1}, {"outputs": []}):
+    for options in ({"exits": [ExitPoint(1, "mean_logits_1", 1.0, 0.0)]}, {"graphs": 1}, {"outputs": []}):
         with pytest.raises(BackendError, match="the output heatmap_1 of the graph expert_1"):
             chain.run(frames, **options)
     chain.close()
@@ -196,22 +210,45 @@ def test_a_graph_that_does_not_keep_its_shape_is_refused(tiny, tmp_path, frames)
         path = tmp_path / f"{number}.plan"
         rewrite(tiny, path, "logits", node)
         with pytest.raises(BundleError, match=r"logits.*the manifest says"):
-            open_chain(path, "staged").run(frames)
+            open_chain(path, "host").run(frames)
 
 
-@pytest.mark.parametrize(("dtype", "shape"), [("float32", (7,)), ("float32", (5, 1)), ("float16", (5,))])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("was", "is_now", "kind", "message"),
+    [
+        (b"Softmax", b"Softmix", BackendError, "cannot open graph expert_3: .*Soft"),
+        (b"heatmap_3", b"heatmap_9", BundleError, "the output 'heatmap_3' as none .*; the manifest says float32"),
+    ],
+)
+def test_a_graph_that_is_not_what_it_should_be_is_named(tiny, tmp_path, was, is_now, kind, message, backend):
+    graphs = tiny.make_graphs()
+    models = {g.spec.name: g.model() for g in graphs}
+    models["expert_3"] = replace(models["expert_3"], graph=models["expert_3"].graph.replace(was, is_now))
+    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
+    with pytest.raises(kind, match=message):
+        open_chain(tmp_path / "mge.plan", backend)
+
+
+def test_a_graph_that_fails_is_named(copy, frames):
+    chain = open_chain(copy, "host")
+    with pytest.raises(BackendError, match="failed in graph expert_1"):
+        chain.run(frames.astype(np.float32))
+    chain.close()
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [("float32", (3, 32, 7)), ("float32", (3, 32)), ("float16", (3, 32, 32))])
 def test_the_borders_of_graphs_are_compared_with_the_manifest_when_they_open(tiny, tmp_path, dtype, shape):
-    graphs = tiny.make_stages()
-    manifest = tiny.make_manifest(graphs)
-    expert = manifest.stage("expert_3")
-    outputs = tuple(
-        replace(tensor, dtype=dtype, shape=("batch", *shape)) if tensor.name == "answer_3" else tensor
-        for tensor in expert.outputs
-    )
-    stages = tuple(replace(expert, outputs=outputs) if stage is expert else stage for stage in manifest.stages)
-    write_bundle(
-        tmp_path / "mge.plan", replace(manifest, stages=stages), {graph.spec.name: graph.model() for graph in graphs}
-    )
+    made = tiny.make_graphs()
+    manifest = tiny.make_manifest(made)
+
+    def told(tensors):
+        wrong = {"dtype": dtype, "shape": ("batch", *shape)}
+        return tuple(replace(tensor, **wrong) if tensor.name == "image_3" else tensor for tensor in tensors)
+
+    graphs = tuple(replace(g, inputs=told(g.inputs), outputs=told(g.outputs)) for g in manifest.graphs)
+    models = {graph.spec.name: graph.model() for graph in made}
+    write_bundle(tmp_path / "mge.plan", replace(manifest, graphs=graphs), models)
     for backend in BACKENDS:
-        with pytest.raises(BundleError, match=r"has answer_3 as tensor\(float\) .*; the manifest says"):
+        with pytest.raises(BundleError, match=r"has the output 'image_3' as float32 .*; the manifest says"):
             open_chain(tmp_path / "mge.plan", backend)

@@ -3,10 +3,12 @@
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
-from mge_runtime.backends import BACKENDS, Choice, choose, open_backend
+import mge_runtime.backends
+from mge_runtime.backends import BACKENDS, Choice, open_backend
 from mge_runtime.errors import BackendError
 from mge_runtime.machine import Gpu, Machine
 
@@ -22,11 +24,17 @@ def gpu(capability="sm86"):
 
 
 @pytest.fixture
+def choose(bundle):
+    """Choose for a bundle without engines."""
+    return partial(mge_runtime.backends.choose, bundle=bundle)
+
+
+@pytest.fixture
 def bare():
     return machine(gpu_problem="no NVIDIA driver is installed", libraries={"onnxruntime": "1.31.1"})
 
 
-def test_auto_takes_the_cpu_and_says_why_not_the_others(bare):
+def test_auto_takes_the_cpu_and_says_why_not_the_others(choose, bare):
     choice = choose(machine=bare)
     assert (choice.backend, choice.device) == ("onnxruntime", "cpu")
     assert (choice.engines, choice.command, choice.gpu) == (None, None, None)
@@ -52,12 +60,12 @@ def test_auto_takes_the_cpu_and_says_why_not_the_others(bare):
         ("auto", "openvino", r"the backend is 'openvino'; expected"),
     ],
 )  # fmt: skip
-def test_what_cannot_run_is_refused_with_the_reason(bare, device, backend, named):
+def test_what_cannot_run_is_refused_with_the_reason(choose, bare, device, backend, named):
     with pytest.raises(BackendError, match=named):
         choose(device, backend, machine=bare)
 
 
-def test_a_gpu_that_is_not_there_is_named():
+def test_a_gpu_that_is_not_there_is_named(choose):
     two = machine(gpu(), gpu(), libraries={**CUDA, "onnxruntime": "1.31.1"}, providers=("CUDAExecutionProvider",))
     assert choose("cuda:1", machine=two).gpu == two.gpus[1]
     with pytest.raises(BackendError, match=r"no such GPU; expected cuda:0 to cuda:1"):
@@ -74,7 +82,7 @@ def test_a_gpu_that_is_not_there_is_named():
         ({"libraries": {**CUDA, "onnxruntime": "1.31.1"}}, "onnxruntime 1.31.1 here is the build for CPUs"),
     ],
 )
-def test_what_onnxruntime_on_cuda_lacks_is_said(values, reason):
+def test_what_onnxruntime_on_cuda_lacks_is_said(choose, values, reason):
     found = machine(gpu(), driver_cuda="12.6", **values)
     with pytest.raises(BackendError, match=re.escape(reason)):
         choose("cuda:0", "onnxruntime", machine=found)
@@ -90,13 +98,13 @@ def test_what_onnxruntime_on_cuda_lacks_is_said(values, reason):
         ("11.99.1", None),
     ],
 )
-def test_the_version_of_tensorrt_counts(version, reason):
+def test_the_version_of_tensorrt_counts(choose, version, reason):
     found = machine(gpu("sm90"), libraries={**CUDA, "tensorrt": version})
     with pytest.raises(BackendError, match=re.escape(reason or "no engines are ready for NVIDIA Test (sm90)")):
         choose("cuda:0", "tensorrt", machine=found)
 
 
-def test_a_broken_library_is_passed_over_with_its_error():
+def test_a_broken_library_is_passed_over_with_its_error(choose):
     found = machine(
         gpu("sm90"),
         libraries={**CUDA, "onnxruntime": "1.31.1"},
@@ -108,16 +116,18 @@ def test_a_broken_library_is_passed_over_with_its_error():
     assert "tensorrt cannot be imported (libnvinfer.so.10: cannot open" in choice.passed_over[0].reason
 
 
-def test_a_missing_onnxruntime_is_said_with_its_command():
-    with pytest.raises(BackendError, match=r'onnxruntime is not installed: pip install "mge\[cpu\]".*install it: pip'):
+def test_a_missing_onnxruntime_is_said_with_its_command(choose):
+    with pytest.raises(BackendError, match=r'onnxruntime is not installed: pip install "mge\[cpu\]"\)$'):
         choose(machine=machine(gpu_problem="none"))
 
 
-def test_a_gpu_has_one_stream_and_tensorrt_needs_its_bundle():
-    with pytest.raises(BackendError, match="asked for 2 streams on cuda:0; expected 1: open one pipeline per thread"):
-        open_backend(Choice("onnxruntime", "cuda:0", "", ()), streams=2)
-    with pytest.raises(BackendError, match="tensorrt on cuda:0 was to be opened without a bundle"):
-        open_backend(Choice("tensorrt", "cuda:0", "", ()))
+def test_a_gpu_has_one_stream_and_tensorrt_needs_engines(bundle):
+    for backend, options, message in (
+        ("onnxruntime", {"streams": 2}, "asked for 2 streams on cuda:0; expected 1: open one pipeline per thread"),
+        ("tensorrt", {}, "tensorrt on cuda:0 names no GPU or no engines"),
+    ):
+        with pytest.raises(BackendError, match=message):
+            open_backend(Choice(backend, "cuda:0", "", (), machine=machine(gpu())), bundle, **options)
 
 
 def test_choosing_for_the_cpu_asks_no_driver_and_imports_no_library():
@@ -125,7 +135,7 @@ def test_choosing_for_the_cpu_asks_no_driver_and_imports_no_library():
         "import sys, ctypes\n"
         "from mge_runtime.backends import choose\n"
         "ctypes.CDLL = None\n"
-        "print(choose('cpu'))\n"
+        "print(choose('cpu', bundle=None))\n"
         "print([name for name in ('onnxruntime', 'tensorrt_rtx', 'cuda.core', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

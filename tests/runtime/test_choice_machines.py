@@ -10,9 +10,8 @@ from click.testing import CliRunner
 
 from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.cli.build import main as build
-from mge_runtime.machine_probe import describe_machine
-from mge_runtime.trt.cache import store_engines
-from mge_runtime.trt.found import find_engines
+from mge_runtime.machine import describe_machine
+from mge_runtime.trt.engines import find_engines, store_engines
 from mge_runtime.trt.target import Target
 
 place = Path(__file__).with_name("recorded_machines.py")
@@ -128,7 +127,7 @@ RTX3060_TENSORRT = with_version(machines.RTX3060, "tensorrt", "10.13.3.9")
         ),
         (machines.ORIN, machines.FOR_THOR, "is for sm110, this GPU is Orin (sm87)"),
         (machines.ORIN, replace(machines.FOR_ORIN, gpu=None), "does not say which GPU it was built on"),
-        (machines.ORIN, replace(machines.FOR_ORIN, left_out=("gate",)), "has no engine for the stage gate"),
+        (machines.ORIN, replace(machines.FOR_ORIN, left_out=("expert_3",)), "has no engine for the graph expert_3"),
         (machines.RTX3060, machines.FOR_WINDOWS, "is for windows x86_64, this machine is linux x86_64"),
         (machines.RTX4090, machines.FOR_RTX, "is for linux x86_64, this machine is windows x86_64"),
         (
@@ -188,54 +187,30 @@ def test_engines_that_are_ready_go_before_engines_to_build(make):
 
 
 @pytest.mark.parametrize(
-    ("machine", "backend", "line"),
+    ("machine", "backend", "reason"),
     [
-        (
-            machines.ORIN,
-            "tensorrt-rtx",
-            "(tensorrt-rtx on cuda:0: TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does); "
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is Orin (sm87), linux aarch64; "
-            "build for it with full TensorRT: mge-build mge.plan (on this device)",
-        ),
-        (
-            machines.THOR,
-            "tensorrt-rtx",
-            "(tensorrt-rtx on cuda:0: TensorRT-RTX does not serve sm110 (Jetson Thor); full TensorRT does); "
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is NVIDIA Thor (sm110), linux aarch64; "
-            "build for it with full TensorRT: mge-build mge.plan (on this device)",
-        ),
-        (
-            machines.H100_ORT,
-            "tensorrt-rtx",
-            "(tensorrt-rtx on cuda:0: TensorRT-RTX does not serve sm90 (Hopper); full TensorRT does); "
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is NVIDIA H100 80GB HBM3 (sm90), linux x86_64; "
-            "build for it with full TensorRT: mge-build mge.plan (on this device)",
-        ),
+        (machines.ORIN, "tensorrt-rtx", "TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does"),
+        (machines.THOR, "tensorrt-rtx", "TensorRT-RTX does not serve sm110 (Jetson Thor); full TensorRT does"),
+        (machines.H100_ORT, "tensorrt-rtx", "TensorRT-RTX does not serve sm90 (Hopper); full TensorRT does"),
         (
             machines.RTX3060,
             "tensorrt",
-            "(tensorrt on cuda:0: tensorrt is not installed: "
-            'pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)); '
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is NVIDIA GeForce RTX 3060 (sm86), linux x86_64; "
-            "then build for it: mge-build mge.plan (on this device)",
+            'tensorrt is not installed: pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)',
         ),
         (
             replace(machines.ORIN, libraries={"cuda-core": "1.2.2"}),
             "tensorrt",
-            "(tensorrt on cuda:0: tensorrt is not installed: TensorRT comes with JetPack: "
-            "sudo apt install nvidia-jetpack, in an environment with --system-site-packages); "
-            "the bundle has engines for tensorrt-rtx-1.7-sm86-sm89-sm120-linux-x86_64; "
-            "this device is Orin (sm87), linux aarch64; then build for it: mge-build mge.plan (on this device)",
+            "tensorrt is not installed: TensorRT comes with JetPack: sudo apt install nvidia-jetpack, "
+            "in an environment with --system-site-packages",
         ),
     ],
 )
-def test_who_insists_reads_what_was_found_what_is_here_and_what_to_do(make, machine, backend, line):
-    start = f"nothing can run device 'auto' and backend '{backend}' "
-    assert refusal(make(machines.FOR_RTX), machine, backend=backend) == start + line
+def test_who_insists_reads_what_was_found_what_is_here_and_what_to_do(make, machine, backend, reason):
+    assert refusal(make(machines.FOR_RTX), machine, backend=backend) == (
+        f"nothing can run device 'auto' and backend '{backend}' ({backend} on cuda:0: {reason}); "
+        f"the bundle has engines for {machines.FOR_RTX.target}; this device is {machine.gpus[0]}, {machine.platform}; "
+        "leave device and backend at auto, which takes what runs here"
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,7 +241,7 @@ def test_the_cache_counts_on_this_machine_alone(make, monkeypatch, tmp_path):
     path = make(replace(machines.FOR_ORIN, version="10.7.0"))
     (tmp_path / "plan").write_bytes(machines.NO_PLAN)
     with Bundle.open(path) as bundle:
-        plans = {stage.name: tmp_path / "plan" for stage in bundle.manifest.stages}
+        plans = {graph.name: tmp_path / "plan" for graph in bundle.manifest.graphs}
         store_engines(
             bundle.manifest_sha256,
             Target.parse(machines.FOR_ORIN.target),
@@ -287,11 +262,11 @@ def test_engines_nobody_here_can_read_are_passed_over(make):
     with Bundle.open(path) as bundle:
         digest = bundle.manifest_sha256
     add_engine(
-        path, "tensorrt-rtx-1.7-sm86-linux-x86_64", {"gate": machines.NO_PLAN}, {"note": 1}, manifest_sha256=digest
+        path, "tensorrt-rtx-1.7-sm86-linux-x86_64", {"expert_3": machines.NO_PLAN}, {"note": 1}, manifest_sha256=digest
     )
-    add_engine(path, "tensorrt-rtx-of-tomorrow", {"gate": machines.NO_PLAN}, {}, manifest_sha256=digest)
+    add_engine(path, "tensorrt-rtx-of-tomorrow", {"expert_3": machines.NO_PLAN}, {}, manifest_sha256=digest)
     assert chosen(path, machines.RTX3060).engines.description.target == machines.FOR_RTX.target
     choice = chosen(path, with_version(machines.RTX3060, "tensorrt-rtx", "1.8.0.1"))
     assert choice.engines is None
     assert "cannot be read: " in choice.remark
-    assert "is no target that this version of mge knows" in choice.remark
+    assert "which is no target" in choice.remark

@@ -14,10 +14,10 @@ from mge_runtime.backends import choose, open_backend
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.errors import BackendError, BuildError, BundleError
 from mge_runtime.pipeline import Pipeline
+from mge_runtime.trt.build import build_targets, native_library
 from mge_runtime.trt.builder import BuildOptions
-from mge_runtime.trt.keep import build_targets, native_library
-from mge_runtime.trt.request import TargetRequest
-from mge_runtime.trt.vendor import LIBRARIES, Messages, Vendor
+from mge_runtime.trt.target import TargetRequest
+from mge_runtime.trt.vendor import Messages, Vendor
 
 place = Path(__file__).with_name("recorded_machines.py")
 spec = importlib.util.spec_from_file_location("mge_tests_recorded_machines", place)
@@ -89,15 +89,15 @@ def test_opening_asks_the_library_for_its_version_before_it_reads_an_engine(make
 def test_a_damaged_engine_is_no_engine(make):
     path = make(machines.FOR_RTX)
     with Bundle.open(path) as bundle:
-        offset = bundle.region(f"engines/{machines.FOR_RTX.target}/gate.plan").offset
+        offset = bundle.entry(f"engines/{machines.FOR_RTX.target}/expert_3.plan").offset
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(b"X")
     with Bundle.open(path) as bundle:
         engines = choose(bundle=bundle, machine=machines.RTX3060).engines
-        assert bytes(engines.plan("ingest")) == machines.NO_PLAN
-        with pytest.raises(BundleError, match=r"gate\.plan do not match"):
-            engines.plan("gate")
+        assert bytes(engines.plan("expert_1")) == machines.NO_PLAN
+        with pytest.raises(BundleError, match=r"expert_3\.plan do not match"):
+            engines.plan("expert_3")
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_where_nothing_can_build_one_line_says_why(machine, backend, line):
     assert ("mge[rtx]" in str(caught.value)) == (backend == "tensorrt-rtx" and machine.gpus[0].name != "Orin")
 
 
-def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it():
-    choice = choose(machine=replace(machines.ORIN, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.23.2"}))
+def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it(make):
+    choice = chosen(make(), replace(machines.ORIN, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.23.2"}))
     (reason,) = (other.reason for other in choice.passed_over if other.backend == "onnxruntime")
     assert (choice.device, reason) == ("cpu", "onnxruntime-gpu has no wheel for the GPU of a Jetson")
 
@@ -157,7 +157,7 @@ def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it():
 @pytest.mark.parametrize("machine", [machines.ORIN, machines.THOR, machines.RTX3060], ids=lambda m: m.gpus[0].name)
 def test_opening_builds_nothing_and_says_once_what_would(make, machine, monkeypatch, caplog):
     """It runs what is ready; nothing of a builder is even imported."""
-    for module in ("trt.build", "trt.builder", "trt.keep"):
+    for module in ("trt.build", "trt.builder"):
         monkeypatch.setitem(sys.modules, f"mge_runtime.{module}", None)
     path = make()
     monkeypatch.setattr("mge_runtime.pipeline.choose", partial(choose, machine=machine))
@@ -185,10 +185,10 @@ def test_scratch_memory_is_bounded_where_cpu_and_gpu_share_it(make, machine, opt
     """Up to the library's own builder, which stops here: full TensorRT cannot be installed."""
     monkeypatch.setenv("MGE_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "meminfo").write_text("MemTotal: 64000000 kB\nMemFree: 1 kB\nMemAvailable: 4000000 kB\n")
-    monkeypatch.setattr("mge_runtime.machine_probe._MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr("mge_runtime.trt.build._MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr("mge_runtime.trt.build.CudaDevice", lambda _: SimpleNamespace(activate=lambda: None))
-    vendor = Vendor(LIBRARIES["tensorrt"], machine.libraries["tensorrt"], None, None, Messages())
-    monkeypatch.setattr("mge_runtime.trt.keep.load_vendor", lambda _: vendor)
+    vendor = Vendor("tensorrt", machine.libraries["tensorrt"], None, None, Messages())
+    monkeypatch.setattr("mge_runtime.trt.build.load_vendor", lambda _: vendor)
     given, said = [], []
 
     def stop(*_, options, **__):
@@ -226,10 +226,11 @@ def test_a_gpu_that_is_not_used_is_remarked(make):
 def test_int8_is_not_left_to_a_library_that_nobody_has_seen_answer_it(make, tiny, tmp_path):
     with Bundle.open(make()) as bundle:
         assert str(choose(bundle=bundle, machine=machines.H100_ORT)) == "onnxruntime on cuda:0"
-    graphs = tiny.make_stages()
+    graphs = tiny.make_graphs()
     manifest = tiny.make_manifest(graphs)
     manifest = replace(manifest, precision={**manifest.precision, "expert_1": {"type": "int8"}})
-    write_bundle(tmp_path / "int8.plan", manifest, {g.spec.name: g.model() for g in graphs})
+    models = {g.spec.name: replace(g.model(), cpu=g.model().graph) for g in graphs}
+    write_bundle(tmp_path / "int8.plan", manifest, models)
     with Bundle.open(tmp_path / "int8.plan") as bundle:
         choice = choose(bundle=bundle, machine=machines.H100_ORT)
         assert str(choice) == "onnxruntime on cpu"

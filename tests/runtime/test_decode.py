@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the same RGB pixels everywhere, or one clear line."""
+"""Every kind of image becomes the same RGB pixels everywhere, or one clear line."""
 
 import io
 import os
@@ -23,9 +23,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: list[bytes], extra: bytes = b"") -> bytes:
-    """Write a PNG by hand; colour: 0 grey, 2 RGB, 3 palette, 4 grey + alpha, 6 RGB + alpha."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+def png(width: int, height: int, depth: int, color: int, rows: list[bytes], extra: bytes = b"") -> bytes:
+    """Write a PNG by hand; color: 0 gray, 2 RGB, 3 palette, 4 gray + alpha, 6 RGB + alpha."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
     return b"\x89PNG\r\n\x1a\n" + header + extra + data + chunk(b"IEND", b"")
 
@@ -37,7 +37,7 @@ def saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def pixels(data: bytes) -> list[list[int]]:
-    """Decode a picture of one row."""
+    """Decode a image of one row."""
     decoded = decode_image(data)
     assert decoded.dtype == np.uint8
     assert decoded.shape[0] == 1
@@ -46,57 +46,34 @@ def pixels(data: bytes) -> list[list[int]]:
     return decoded[0].tolist()
 
 
-def test_rgb_png():
-    assert pixels(png(2, 1, 8, 2, [bytes([1, 2, 3, 250, 251, 252])])) == [[1, 2, 3], [250, 251, 252]]
-
-
-def test_grey_png():
-    assert pixels(png(3, 1, 8, 0, [bytes([0, 77, 255])])) == [[0, 0, 0], [77, 77, 77], [255, 255, 255]]
-
-
-def test_one_bit_png():
-    assert pixels(png(3, 1, 1, 0, [bytes([0b10100000])])) == [[255] * 3, [0] * 3, [255] * 3]
-
-
-def test_grey_with_alpha_is_composited_on_white():
-    # 100 at alpha 51: (100 * 51 + 255 * 204) / 255 = 224
-    assert pixels(png(3, 1, 8, 4, [bytes([100, 255, 100, 51, 100, 0])])) == [[100] * 3, [224] * 3, [255] * 3]
-
-
-def test_rgba_is_composited_on_white():
-    # alpha 128: 0 -> 255 * 127 / 255 = 127; 255 stays; 200 -> (200 * 128 + 255 * 127) / 255 = 227.4
-    row = bytes([10, 20, 30, 255, 0, 255, 200, 128, 10, 20, 30, 0])
-    assert pixels(png(3, 1, 8, 6, [row])) == [[10, 20, 30], [127, 255, 227], [255, 255, 255]]
-
-
 PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 200, 0, 0, 0, 90]))
-
-
-def test_palette_png():
-    assert pixels(png(3, 1, 8, 3, [bytes([2, 0, 1])], PALETTE)) == [[0, 0, 90], [255, 0, 0], [0, 200, 0]]
-
-
-def test_palette_png_with_transparency():
-    extra = PALETTE + chunk(b"tRNS", bytes([0, 51]))  # red gone, green at 51, blue opaque
-    assert pixels(png(3, 1, 8, 3, [bytes([2, 0, 1])], extra)) == [[0, 0, 90], [255, 255, 255], [204, 244, 204]]
-
-
-def test_transparent_colour_of_rgb_and_grey():
-    rgb = png(2, 1, 8, 2, [bytes([1, 2, 3, 4, 5, 6])], chunk(b"tRNS", struct.pack(">3H", 1, 2, 3)))
-    assert pixels(rgb) == [[255, 255, 255], [4, 5, 6]]
-    grey = png(2, 1, 8, 0, [bytes([7, 8])], chunk(b"tRNS", struct.pack(">H", 7)))
-    assert pixels(grey) == [[255] * 3, [8] * 3]
-    deep = png(2, 1, 16, 0, [struct.pack(">2H", 1000, 25700)], chunk(b"tRNS", struct.pack(">H", 1000)))
-    assert pixels(deep) == [[255] * 3, [100] * 3]
-
-
+FADED = PALETTE + chunk(b"tRNS", bytes([0, 51]))  # red gone, green at 51, blue opaque
 # 16 bits: value / 257, rounded. 128 / 257 = 0.498, 129 / 257 = 0.502, 32768 / 257 = 127.502
 SIXTEEN = [0, 128, 129, 25700, 32768, 65535]
 EIGHT = [[value] * 3 for value in (0, 0, 1, 100, 128, 255)]
+# Of a PNG: bits, color type, one row, what it becomes, further chunks.
+ROWS = {
+    "rgb": (8, 2, bytes([1, 2, 3, 250, 251, 252]), [[1, 2, 3], [250, 251, 252]]),
+    "gray": (8, 0, bytes([0, 77, 255]), [[0] * 3, [77] * 3, [255] * 3]),
+    # 100 at alpha 51: (100 * 51 + 255 * 204) / 255 = 224
+    "gray, alpha": (8, 4, bytes([100, 255, 100, 51, 100, 0]), [[100] * 3, [224] * 3, [255] * 3]),
+    # alpha 128: 0 -> 255 * 127 / 255 = 127; 255 stays; 200 -> (200 * 128 + 255 * 127) / 255 = 227.4
+    "rgba": (8, 6, bytes([10, 20, 30, 255, 0, 255, 200, 128]), [[10, 20, 30], [127, 255, 227]]),
+    "palette": (8, 3, bytes([2, 0, 1]), [[0, 0, 90], [255, 0, 0], [0, 200, 0]], PALETTE),
+    "palette, alpha": (8, 3, bytes([2, 0, 1]), [[0, 0, 90], [255, 255, 255], [204, 244, 204]], FADED),
+    "rgb, key": (8, 2, bytes([1, 2, 3, 4, 5, 6]), [[255] * 3, [4, 5, 6]], chunk(b"tRNS", bytes([0, 1, 0, 2, 0, 3]))),
+    "gray, key": (8, 0, bytes([7, 8]), [[255] * 3, [8] * 3], chunk(b"tRNS", bytes([0, 7]))),
+    "gray 16, key": (16, 0, bytes([0, 7, 100, 100]), [[255] * 3, [100] * 3], chunk(b"tRNS", bytes([0, 7]))),
+    "gray 16": (16, 0, struct.pack(">6H", *SIXTEEN), EIGHT),
+    # Pillow keeps the high byte.
+    "rgb 16": (16, 2, struct.pack(">6H", 0, 25700, 65535, 0x100, 0x7FFF, 0x8000), [[0, 100, 255], [1, 127, 128]]),
+    "rgba 16": (16, 6, struct.pack(">8H", 0, 25700, 65535, 65535, 0, 0, 0, 0), [[0, 100, 255], [255] * 3]),
+}
 
 
-def test_sixteen_bit_grey_png_is_scaled_not_clipped():
-    assert pixels(png(6, 1, 16, 0, [struct.pack(">6H", *SIXTEEN)])) == EIGHT
+@pytest.mark.parametrize(("bits", "kind", "row", "expected", "extra"), [(*c, b"")[:5] for c in ROWS.values()], ids=ROWS)
+def test_png_of_every_kind(bits, kind, row, expected, extra):
+    assert pixels(png(len(expected), 1, bits, kind, [row], extra)) == expected
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -118,18 +95,8 @@ def test_sixteen_bit_tiff_where_zero_is_white():
 def test_mode_i_within_16_bits_and_beyond():
     assert decode_image(Image.fromarray(np.array([SIXTEEN], np.int32)))[0].tolist() == EIGHT
     for values, found in (([0, 70000], "0 to 70000"), ([-1, 5], "-1 to 5")):
-        with pytest.raises(InputError, match=f"grey values run from {found}; expected 0 to 65535"):
+        with pytest.raises(InputError, match=f"gray values run from {found}; expected 0 to 65535"):
             decode_image(Image.fromarray(np.array([values], np.int32)))
-
-
-def test_sixteen_bit_rgb_keeps_the_high_byte():
-    row = struct.pack(">6H", 0, 25700, 65535, 0x0100, 0x7FFF, 0x8000)
-    assert pixels(png(2, 1, 16, 2, [row])) == [[0, 100, 255], [1, 127, 128]]
-
-
-def test_sixteen_bit_rgba_is_composited_on_white():
-    row = struct.pack(">8H", 0, 25700, 65535, 65535, 0, 0, 0, 0)
-    assert pixels(png(2, 1, 16, 6, [row])) == [[0, 100, 255], [255, 255, 255]]
 
 
 def test_float_is_refused():
@@ -165,7 +132,7 @@ def test_rarer_modes_of_pillow_decode(mode):
     assert decode_image(Image.new(mode, (3, 2))).shape == (2, 3, 3)
 
 
-# A 2 x 3 picture (three rows of two) stored under each orientation, and the upright one: letters are grey levels.
+# A 2 x 3 image (three rows of two) stored under each orientation, and the upright one: letters are gray levels.
 UPRIGHT = np.array([[10, 20], [30, 40], [50, 60]], np.uint8)
 STORED = {
     1: [[10, 20], [30, 40], [50, 60]],
@@ -194,11 +161,11 @@ def test_orientation_is_applied_once(orientation, kind):
 
 
 def test_orientation_of_a_jpeg():
-    picture = np.zeros((16, 32, 3), np.uint8)
-    picture[:, :16] = 255  # left half white; stored with orientation 6: upright after a turn to the right, so top white
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:, :16] = 255  # left half white; stored with orientation 6: upright after a turn to the right, so top white
     exif = Image.Exif()
     exif[0x0112] = 6
-    decoded = decode_image(saved(Image.fromarray(picture), "JPEG", exif=exif, quality=95))
+    decoded = decode_image(saved(Image.fromarray(image), "JPEG", exif=exif, quality=95))
     assert decoded.shape == (32, 16, 3)
     assert decoded[:16].min() > 240
     assert decoded[16:].max() < 15
@@ -206,7 +173,7 @@ def test_orientation_of_a_jpeg():
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_first_frame_of_an_animation(kind):
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert (decode_image(data) == [255, 0, 0]).all()
@@ -244,7 +211,7 @@ def test_arrays_pass_through():
 @pytest.mark.parametrize(
     "array",
     [np.zeros((4, 4, 3), np.float32), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), NOISE[:0]],
-    ids=["float", "grey", "rgba", "empty"],
+    ids=["float", "gray", "rgba", "empty"],
 )
 def test_other_arrays_are_refused(array):
     with pytest.raises(InputError, match=r"expected uint8 RGB \[H, W, 3\]"):
@@ -285,21 +252,21 @@ def test_missing_folder_and_unreadable(tmp_path):
     ("data", "found"),
     [
         (b"", "it is empty (0 bytes)"),
-        (b"I am no picture.\n", "it is a text file"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is an HEIC picture, convert it to JPEG"),
+        (b"I am no image.\n", "it is a text file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is an HEIC image, convert it to JPEG"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "it is a video"),
         (b"%PDF-1.7\n", "it is a PDF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is PostScript"),
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "it is an SVG drawing"),
-        (bytes(range(200)), "it is no known picture"),
+        (bytes(range(200)), "it is no known image"),
         (b"RIFF\0\0\0\0AVI LIST", "it is an AVI video"),
-        (b"RIFF\0\0\0\0XYZ LIST", "it is a RIFF file of another kind"),
+        (b"RIFF\0\0\0\0XYZ LIST", "its header is damaged, cut short"),
         (b"8BPS\0\1", "it is a Photoshop file"),
         (b"\x89PNG\r\n\x1a\n", "its header is damaged, cut short"),
     ],
     ids=["empty", "text", "heic", "video", "pdf", "eps", "svg", "bytes", "avi", "riff", "psd", "header"],
 )
-def test_what_is_no_picture(tmp_path, data, found):
+def test_what_is_no_image(tmp_path, data, found):
     path = tmp_path / "photo.jpg"
     path.write_bytes(data)
     message = refusal(path)
@@ -310,16 +277,16 @@ def test_what_is_no_picture(tmp_path, data, found):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF"])
 @pytest.mark.parametrize("part", [0.3, 0.9])
-def test_truncated_pictures_are_refused_whole(kind, part):
+def test_truncated_images_are_refused_whole(kind, part):
     data = saved(Image.fromarray(NOISE), kind)
     decode_image(data)
-    assert "cannot decode the picture of" in refusal(data[: int(len(data) * part)])
+    assert "cannot decode the image of" in refusal(data[: int(len(data) * part)])
 
 
 def test_a_flipped_byte_in_a_png_is_found():
     data = bytearray(saved(Image.fromarray(NOISE), "PNG"))
     data[len(data) // 2] ^= 0x55
-    assert "expected a whole, undamaged picture" in refusal(bytes(data))
+    assert "expected a whole, undamaged image" in refusal(bytes(data))
 
 
 def test_zero_size():
@@ -351,7 +318,7 @@ def test_a_bomb_is_refused_before_decoding(monkeypatch):
     assert "30000 x 30000 pixels" in refusal(data)
 
 
-def test_a_large_picture_below_the_limit_does_not_warn(monkeypatch):
+def test_a_large_image_below_the_limit_does_not_warn(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # Pillow warns above this, raises above twice this
     with warnings.catch_warnings():
         warnings.simplefilter("error")

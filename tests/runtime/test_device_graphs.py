@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import onnx
 import pytest
 
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.backends.ort_segment import open_segments
 from mge_runtime.bundle import Bundle, write_bundle
-from mge_runtime.device import Graph
+from mge_runtime.device.base import Graph
 from mge_runtime.device.host import HostDevice
-from mge_runtime.device.unit import Addresses
+from mge_runtime.device.program import Addresses
 from mge_runtime.errors import BackendError
 
 onnxruntime = load_onnxruntime()
@@ -29,7 +28,7 @@ EVERY, frames, same = runs.EVERY, runs.frames, runs.same
 
 def test_the_hand_made_chain_asks_for_fp32_alone(tiny):
     """What the tests marked `gpu` compare must not differ by more than the order of FP32 sums."""
-    for graph in tiny.make_stages():
+    for graph in tiny.make_graphs():
         model = onnx.shape_inference.infer_shapes(onnx.load_from_string(graph.model().graph), strict_mode=True)
         kinds = {t.name: t.type.tensor_type.elem_type for t in (*model.graph.value_info, *model.graph.input)}
         kinds |= {t.name: t.data_type for t in model.graph.initializer}
@@ -75,7 +74,7 @@ def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected
     device.log.clear()
     chain.run(frames(2), 1, EVERY)
     chain.run(frames(1), 3, EVERY)
-    assert device.log == [], "another batch size or number of segments is another program"
+    assert device.log == [], "another batch size or number of graphs is another program"
     chain.close()
     assert device.log == ["close"]
 
@@ -87,7 +86,7 @@ def test_a_refused_capture_is_asked_for_once_and_its_reason_kept(bundle, expecte
         same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
     assert device.log == ["capture"]
     assert chain.report()["programs"] == [
-        {"batch": 2, "segments": 3, "graph": False, "why": "the host has no graphs", "runs": 4}
+        {"batch": 2, "graphs": 3, "graph": False, "why": "the host has no graphs", "runs": 4}
     ]
     chain.close()
 
@@ -192,6 +191,36 @@ def test_opening_closing_and_a_failed_run_wait_for_another_pipelines_first_run(p
     opening.result(30).close()
 
 
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        pytest.param(lambda chain: chain.run(frames(2), 3, EVERY), id="a larger buffer for more outputs"),
+        pytest.param(lambda chain: chain._space.close(), id="what it frees"),
+    ],
+)
+def test_a_settled_run_that_allocates_waits_for_another_pipelines_first_run(pair, allocate):
+    (_, settled), gate, start = pair
+    for _ in range(2):
+        settled.run(frames(2), 3, {"logits"})
+    device, gate.stops = settled._device, True
+    before = device.allocated + device.allocated_host
+    log = []
+    for name in ("_allocate", "_allocate_host"):
+        method = getattr(device, name)
+        setattr(device, name, lambda size, method=method: log.append(size) or method(size))
+    running = start(0, 2)
+    assert gate.inside.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        allocating = pool.submit(allocate, settled)
+        done, early = wait([allocating], 0.3).done, list(log)
+        gate.let_on.set()
+        allocating.result(30)
+    assert not early
+    assert not done
+    assert device.allocated + device.allocated_host != before
+    running.result(30)
+
+
 def test_a_first_run_that_fails_gives_its_turn_back(pair, expected):
     (first, second), gate, start = pair
     gate.fails = True
@@ -261,18 +290,18 @@ CAPTURED_NHWC, CAPTURED_NCHW, PLAIN_NHWC, PLAIN_NCHW = (True, True), (False, Tru
     ],
 )
 def test_fp16_opens_with_tensor_cores_in_the_best_layout_that_works(tiny, tmp_path, kind, graphs, refused, ways):
-    stages = tiny.make_stages()
-    manifest = tiny.make_manifest(stages)
-    precision = {**manifest.precision, "expert_2": {"type": kind}, "mixture": {}}  # a plan may say nothing of a stage
-    models = {g.spec.name: g.model() for g in stages}
+    made = tiny.make_graphs()
+    manifest = tiny.make_manifest(made)
+    precision = {**manifest.precision, "expert_2": {"type": kind}, "expert_3": {}}  # a plan may say nothing of a graph
+    models = {g.spec.name: replace(g.model(), cpu=g.model().graph if kind == "int8" else None) for g in made}
     write_bundle(tmp_path / "mge.plan", replace(manifest, precision=precision), models)
     ort, device = _Opening(lambda *way: way in refused), HostDevice()
     device.kind = "cuda"
     with Bundle.open(tmp_path / "mge.plan") as opened:
-        first, second, third = open_segments(ort, opened, device, device.create_stream(), graphs=graphs)
+        first, second, third = runs.open_graphs(opened, device, device.create_stream(), ort=ort, graphs=graphs)
     half = kind != "fp32"
     tried = [way for way in ort.tried if way[2] == half] if half else ort.tried[: len(ways)]
-    assert tried == [(*way, half) for way in ways], "the second segment alone has tensor cores"
+    assert tried == [(*way, half) for way in ways], "the second graph alone has tensor cores"
     assert first.opened["tensor_cores"] is third.opened["tensor_cores"] is False
     names = [f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a graph" for nhwc, capture in ways]
     assert (second.opened["way"], second.opened["tensor_cores"]) == (names[-1], half)
@@ -281,28 +310,28 @@ def test_fp16_opens_with_tensor_cores_in_the_best_layout_that_works(tiny, tmp_pa
     assert (second.why_plain is None) == ways[-1][1]
 
 
-def test_a_segment_that_opens_in_no_way_says_why(bundle):
+def test_a_graph_that_opens_in_no_way_says_why(bundle):
     device = HostDevice()
     device.kind = "cuda"
-    with pytest.raises(BackendError, match=r"cannot open segment 1 \(ingest, expert_1\): all compute graph nodes have"):
-        list(open_segments(_Opening(lambda *_: True), bundle, device, device.create_stream()))
+    with pytest.raises(BackendError, match=r"cannot open graph expert_1: all compute graph nodes have"):
+        list(runs.open_graphs(bundle, device, device.create_stream(), ort=_Opening(lambda *_: True)))
 
 
 def test_where_cuda_does_not_load_one_session_is_tried(tiny, tmp_path):
-    stages = tiny.make_stages()
-    manifest = replace(tiny.make_manifest(stages), precision={g.spec.name: {"type": "fp16"} for g in stages})
-    write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in stages})
+    graphs = tiny.make_graphs()
+    manifest = replace(tiny.make_manifest(graphs), precision={g.spec.name: {"type": "fp16"} for g in graphs})
+    write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
     ort, device = _Opening(lambda *_: False, ["CPUExecutionProvider"]), HostDevice()
     device.kind = "cuda"
     with Bundle.open(tmp_path / "mge.plan") as opened, pytest.raises(BackendError, match="cannot use CUDAExecution"):
-        next(open_segments(ort, opened, device, device.create_stream()))
+        next(runs.open_graphs(opened, device, device.create_stream(), ort=ort))
     assert len(ort.tried) == 1
 
 
-def test_each_launch_whose_capture_fails_runs_again_without_and_the_segment_says_so(bundle):
+def test_each_launch_whose_capture_fails_runs_again_without_and_the_unit_says_so(bundle):
     device = HostDevice()
     device.kind = "cuda"
-    segment = next(open_segments(_Opening(lambda *_: False), bundle, device, device.create_stream()))
+    unit = next(runs.open_graphs(bundle, device, device.create_stream(), ort=_Opening(lambda *_: False)))
     ids = []
 
     def run_with_iobinding(_binding, options):
@@ -311,32 +340,31 @@ def test_each_launch_whose_capture_fails_runs_again_without_and_the_segment_says
             raise RuntimeError("operation not permitted when stream is capturing")
 
     binding = SimpleNamespace(bind_input=lambda *_: None, bind_output=lambda *_: None)
-    segment.session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=run_with_iobinding)
-    tensors = dict.fromkeys([t.name for t in (*segment.inputs, *segment.outputs)], 0)
-    launches = [segment.prepare(Addresses(batch, tensors, 0, 0), None) for batch in (1, 2, 3)]
+    unit.session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=run_with_iobinding)
+    tensors = dict.fromkeys([t.name for t in (*unit.spec.inputs, *unit.spec.outputs)], 0)
+    launches = [unit.prepare(Addresses(batch, tensors, 0, 0), None) for batch in (1, 2, 3)]
     broken = {"1", "2"}
     for launch in launches:
         launch.enqueue(None)
         launch.enqueue(None)
     assert ids == ["1", "-1", "-1", "2", "-1", "-1", "3", "3"]
     assert [launch.has_graph for launch in launches] == [False, False, True]
-    assert not segment.prepare(Addresses(4, tensors, 0, 0), None).has_graph
-    assert segment.opened["way"] == "NCHW without a graph"
-    assert "stream is capturing" in segment.opened["refused"]["NCHW with a graph"]
+    assert not unit.prepare(Addresses(4, tensors, 0, 0), None).has_graph
+    assert unit.opened["way"] == "NCHW without a graph"
+    assert "stream is capturing" in unit.opened["refused"]["NCHW with a graph"]
 
 
 def test_what_units_say_of_themselves_is_in_the_report(bundle):
     chain = open_ort_chain(onnxruntime, bundle, HostDevice())
     assert chain.report()["opened"] == {}
     chain._units[1].opened = {"way": "NHWC with a graph"}
-    assert chain.report()["opened"] == {"segment 2 (expert_2)": {"way": "NHWC with a graph"}}
+    assert chain.report()["opened"] == {"expert_2": {"way": "NHWC with a graph"}}
     chain.close()
 
 
 @pytest.mark.gpu
 def test_graphs_of_onnx_runtime_run_on_the_gpu(cuda, bundle):
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+    runs.need_sessions(cuda)
     chain = open_ort_chain(onnxruntime, bundle, cuda)
     plain = open_ort_chain(onnxruntime, bundle, cuda, graphs=False)
     for seed in range(4):

@@ -1,18 +1,16 @@
-"""Memory, copies, streams and events of every device; plan and arena, which are arithmetic over them."""
+"""Memory, copies, streams and events of every device, and where the tensors of a chain lie."""
 
 import gc
+import itertools
 import weakref
 
 import numpy as np
 import pytest
 
-from mge_runtime.bundle import Bundle
-from mge_runtime.device import Arena, BorrowedMemory, TensorPlan
-from mge_runtime.device.base import CaptureRefusedError
+from mge_runtime.device.base import CaptureRefusedError, OwnedMemory
+from mge_runtime.device.executor import Space
 from mge_runtime.device.host import HostDevice
-from mge_runtime.device.memory import OwnedMemory
 from mge_runtime.errors import BackendError
-from mge_runtime.manifest import FRAME
 
 
 def test_owned_memory_is_freed_once(device):
@@ -30,9 +28,7 @@ def test_borrowed_memory_never_frees_and_keeps_its_owner_alive():
     freed = []
     owner = OwnedMemory(4096, 100, lambda: freed.append(True))
     part = owner.borrow(10, 20)
-    assert isinstance(part, BorrowedMemory)
     assert (part.address, part.size) == (4106, 20)
-    assert owner.borrow(10).size == 90
     assert not hasattr(part, "close")
     alive = weakref.ref(owner)
     del owner
@@ -45,58 +41,46 @@ def test_borrowed_memory_never_frees_and_keeps_its_owner_alive():
     assert freed == [True]
 
 
-@pytest.mark.parametrize(("offset", "size"), [(90, 20), (-1, 5), (101, None), (0, 101)])
+@pytest.mark.parametrize(("offset", "size"), [(90, 20), (-1, 5), (0, 101)])
 def test_a_part_beyond_the_end_is_refused(offset, size):
     with pytest.raises(BackendError, match="of 100 bytes"):
         OwnedMemory(0, 100, lambda: None).borrow(offset, size)
 
 
-def test_a_copy_on_the_device_moves_its_bytes_alone_and_is_counted(device):
-    sent = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
-    memory, buffer, stream = device.allocate(2000), device.allocate_host(1000), device.create_stream()
-    buffer.array[:] = sent
-    device.upload(memory, buffer, 1000, stream)
-    device.upload(memory.borrow(1000), buffer, 1000, stream)
-    device.copy_device(memory.borrow(1100, 50), memory.borrow(300, 60), 50, stream)
-    device.download(buffer, 0, memory.borrow(1000), 1000, stream)
-    stream.synchronize()
-    sent[100:150] = sent[300:350]
-    np.testing.assert_array_equal(buffer.array, sent)
-    assert (device.counters.on_device, device.counters.on_device_bytes) == (1, 50)
-    for target, source in ((memory.borrow(0, 49), memory), (memory, memory.borrow(0, 49))):
-        with pytest.raises(BackendError, match=r"asked to copy 50 bytes between pieces of .*49"):
-            device.copy_device(target, source, 50, stream)
-    for owned in (memory, buffer, stream):
-        owned.close()
-
-
-def test_what_goes_up_comes_down_and_is_counted(device):
+def test_copies_move_their_bytes_alone_and_are_counted(device):
     sent = np.random.default_rng(0).integers(0, 256, 1000, np.uint8)
     memory, out, back, stream = (
-        device.allocate(2000), device.allocate_host(1000), device.allocate_host(600), device.create_stream()
+        device.allocate(2000), device.allocate_host(1000), device.allocate_host(1100), device.create_stream()
     )  # fmt: skip
     out.array[:] = sent
-    device.upload(memory.borrow(512), out, 1000, stream)
-    device.download(back, 100, memory.borrow(512 + 300), 500, stream)
+    device.upload(memory.borrow(512, 1488), out, 1000, stream)
+    device.copy_device(memory.borrow(812, 50), memory.borrow(1012, 60), 50, stream)
+    device.download(back, 100, memory.borrow(512, 1000), 1000, stream)
     stream.synchronize()
-    np.testing.assert_array_equal(back.array[100:], sent[300:800])
-    counters = device.counters
-    assert (counters.host_to_device, counters.host_to_device_bytes) == (1, 1000)
-    assert (counters.device_to_host, counters.device_to_host_bytes) == (1, 500)
+    sent[300:350] = sent[500:550]
+    np.testing.assert_array_equal(back.array[100:], sent)
+    assert device.copies == {
+        "host_to_device": 1, "host_to_device_bytes": 1000, "device_to_host": 1, "device_to_host_bytes": 1000,
+        "on_device": 1, "on_device_bytes": 50,
+    }  # fmt: skip
     for used in (memory, out, back, stream):
         used.close()
-    out.close()
     with pytest.raises(BackendError, match="after it was released"):
         _ = out.array
 
 
 def test_a_copy_that_does_not_fit_is_refused(device):
     memory, buffer, stream = device.allocate(100), device.allocate_host(100), device.create_stream()
-    with pytest.raises(BackendError, match="asked to copy 101 bytes"):
-        device.upload(memory, buffer, 101, stream)
-    with pytest.raises(BackendError, match="asked to copy 100 bytes between pieces of 99"):
-        device.download(buffer, 1, memory, 100, stream)
-    assert device.counters.host_to_device == device.counters.device_to_host == 0
+    part = memory.borrow(0, 99)
+    for copy in (
+        lambda: device.upload(part, buffer, 100, stream),
+        lambda: device.download(buffer, 1, memory, 100, stream),
+        lambda: device.copy_device(part, memory, 100, stream),
+        lambda: device.copy_device(memory, part, 100, stream),
+    ):
+        with pytest.raises(BackendError, match=r"asked to copy 100 bytes between pieces of .*99"):
+            copy()
+    assert not any(device.copies.values())
     for used in (memory, buffer, stream):
         used.close()
 
@@ -148,27 +132,23 @@ def test_memory_that_is_not_there_is_one_line(cuda):
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 8])
-def test_every_tensor_has_an_aligned_place_of_its_own(bundle_path, max_batch):
-    with Bundle.open(bundle_path) as bundle:
-        manifest = bundle.manifest
-    plan = TensorPlan(manifest, max_batch)
-    assert set(plan.places) == {FRAME, *(t.name for stage in manifest.stages for t in stage.outputs)}
-    end = 0
-    for place in sorted(plan.places.values(), key=lambda place: place.offset):
-        assert place.offset % 256 == 0
-        assert place.offset >= end, "two tensors overlap"
-        assert place.size(max_batch) == np.zeros(place.shape(max_batch), place.spec.dtype).nbytes
-        end = place.offset + place.size(max_batch)
-    assert end <= plan.size < end + 256
-
-
-def test_an_arena_is_as_large_as_the_largest_unit(device):
-    arena = Arena(device, [1000, 0, 300, 700])
-    assert (arena.shared, arena.unshared) == (1024, 1024 + 512 + 768)
-    assert device.allocated == 1024
-    assert arena.address % 256 == 0
-    arena.close()
-    arena.close()
-    none = Arena(device, [0, 0])
-    assert (none.shared, none.unshared, none.address) == (0, 0, 0)
-    none.close()
+def test_every_tensor_and_the_scratch_memory_have_aligned_places_of_their_own(bundle, max_batch):
+    device, graphs = HostDevice(), bundle.manifest.graphs
+    space = Space(device, bundle.manifest, max_batch, 512)
+    specs = {t.name: t for graph in graphs for t in (*graph.inputs, *graph.outputs)}
+    assert set(space.places) == set(specs)
+    told = space.addresses(max_batch)
+    parts = [space.rows(name, 0, max_batch) for name in sorted(specs, key=told.tensors.get)]
+    assert [part.address for part in parts] == sorted(told.tensors.values())
+    assert [part.size for part in parts] == [
+        np.zeros((max_batch, *specs[name].shape[1:]), specs[name].dtype).nbytes
+        for name in sorted(specs, key=told.tensors.get)
+    ]
+    ends = [(part.address, part.size) for part in parts] + [(told.scratch, told.scratch_bytes)]
+    for (address, size), (after, _) in itertools.pairwise(ends):
+        assert after % 256 == 0
+        assert address + size <= after, "two places overlap"
+    assert ends[-1][0] + 512 - ends[0][0] == device.allocated
+    space.close()
+    space.close()
+    assert (device.allocated, device.allocated_host) == (0, 0)

@@ -1,10 +1,12 @@
-"""TensorRT on a GPU: engines built on it, run on the device layer, held against ONNX Runtime on the CPU.
+"""TensorRT on a GPU: engines built on it, run on the device layer, checked against ONNX Runtime on the CPU.
 
 Nobody has run these yet: they need an NVIDIA GPU, and `tensorrt` or `tensorrt_rtx`. Memory, copies and two pipelines at
 once are checked by `test_gpu_selfcheck.py`.
 """
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +21,10 @@ from mge_runtime.trt.vendor import load_vendor
 
 pytestmark = pytest.mark.gpu
 
-EVERY = {
-    "answer_1", "answer_2", "answer_3", "box_1", "box_2", "gate", "heatmap_1", "heatmap_2", "heatmap_3",
-    "image_1", "image_2", "image_3", "logits", "logits_1", "logits_2", "logits_3",
-}  # fmt: skip
+spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
+runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runs)
+EVERY, frames = runs.EVERY, runs.frames
 
 
 @pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
@@ -46,10 +48,6 @@ def ready(request, no_gpu, bundle_path, tmp_path_factory):
 def expected(bundle_path):
     with Pipeline.open(bundle_path, device="cpu", threads=1) as pipeline:
         yield lambda frames: pipeline.run(frames, outputs=EVERY)
-
-
-def frames(count, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), np.uint8)
 
 
 @pytest.mark.parametrize("batch", [1, 8])

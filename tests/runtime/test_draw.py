@@ -1,6 +1,5 @@
-"""The picture of an answer shows what the prediction says, whatever the photograph's shape."""
+"""A drawn prediction shows what it says, whatever the photograph's shape."""
 
-import importlib.util
 import shutil
 from pathlib import Path
 
@@ -9,16 +8,13 @@ import pytest
 from PIL import Image
 
 from mge_runtime import fonts
-from mge_runtime.decode import decode_image
-from mge_runtime.draw import draw_prediction
-from mge_runtime.plot import Canvas, blend_heatmap, expert_colour, fitted, shortened
+from mge_runtime.draw import Canvas, blend_heatmap, draw_prediction, expert_color, fitted, shortened
 from mge_runtime.prediction import Prediction
 
-SHARED = Path(__file__).parents[3] / "shared"
 NAMES = tuple(f"Extraordinarily-Long-Name-Of-A-Class-{index:03}" for index in range(7))
 
 
-def answer(image, experts=3, gate=True, boxes=None, names=NAMES):
+def prediction_of(image, experts=3, gate=True, boxes=None, names=NAMES):
     """Make a prediction with nested boxes and a heat map with one peak."""
     rng = np.random.default_rng(experts)
     height, width = image.shape[:2]
@@ -26,19 +22,20 @@ def answer(image, experts=3, gate=True, boxes=None, names=NAMES):
     first = np.array([(width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2])
     shrink = 0.12 * side * np.array([1, 1, -1, -1])
     boxes = np.stack([first + k * shrink for k in range(experts)]) if boxes is None else np.asarray(boxes)
-    return Prediction.from_logits(
+    return Prediction(
         rng.normal(size=len(names)).astype(np.float32),
         class_names=names,
         expert_logits=rng.normal(size=(experts, len(names))).astype(np.float32),
         gate=rng.dirichlet(np.ones(experts)).astype(np.float32) if gate else None,
         boxes=boxes.astype(np.float32),
         heatmaps=tuple(rng.random((7, 7), np.float32) for _ in range(experts)),
-        size=(width, height),
+        width=width,
+        height=height,
         timings_ms={"total": 1.0},
     )
 
 
-def grey(height, width):
+def gray(height, width):
     return np.full((height, width, 3), 128, np.uint8)
 
 
@@ -53,42 +50,39 @@ def count(picture, colour):
         ((600, 400), (1005, 848)),  # portrait: everything beside
         ((500, 500), (1272, 848)),
         ((40, 600), (872, None)),  # a strip: everything below
-        ((600, 20), (499, 848)),
         ((1, 1), (1272, 848)),
-        ((1, 900), (872, None)),
         ((900, 1), (473, 848)),
     ],
 )
 def test_every_shape_gives_a_slide(shape, size):
-    image = grey(*shape)
+    image = gray(*shape)
     before = image.copy()
-    picture = draw_prediction(image, answer(image))
+    picture = draw_prediction(image, prediction_of(image))
     np.testing.assert_array_equal(image, before)
     assert picture.mode == "RGB"
     assert picture.width == size[0]
     assert size[1] is None or abs(picture.height - size[1]) <= 20
     for k in range(3):  # the gate's bar and two frames of each expert, at least
-        assert count(picture, expert_colour(k)) > 1000
+        assert count(picture, expert_color(k)) > 1000
 
 
-@pytest.mark.parametrize("experts", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("shape", [(400, 600), (600, 600), (50, 600)])
+@pytest.mark.parametrize(("experts", "shape"), [(1, (400, 600)), (2, (50, 600)), (4, (400, 600)), (6, (600, 600))])
 def test_any_number_of_experts(experts, shape):
-    image = grey(*shape)
-    picture = draw_prediction(image, answer(image, experts, gate=experts > 1))
+    image = gray(*shape)
+    picture = draw_prediction(image, prediction_of(image, experts, gate=experts > 1))
     for k in range(experts):
-        assert count(picture, expert_colour(k)) > 500
+        assert count(picture, expert_color(k)) > 500
     for k in range(experts, 6):
-        assert count(picture, expert_colour(k)) == 0
+        assert count(picture, expert_color(k)) == 0
 
 
 def test_boxes_lie_where_the_prediction_says():
-    image = grey(400, 400)  # drawn twice as large, at (24, 24)
+    image = gray(400, 400)  # drawn twice as large, at (24, 24)
     picture = np.asarray(
-        draw_prediction(image, answer(image, boxes=[[0, 0, 400, 400], [100, 50, 300, 200], [150] * 4]))
+        draw_prediction(image, prediction_of(image, boxes=[[0, 0, 400, 400], [100, 50, 300, 200], [150] * 4]))
     )
     photo = picture[24:824, 24:824]
-    orange = (photo == expert_colour(1)).all(-1)
+    orange = (photo == expert_color(1)).all(-1)
     orange[:100] = False  # the label, above the box
     columns, rows = np.flatnonzero(orange.any(0)), np.flatnonzero(orange.sum(1) > 200)
     assert abs(columns[0] - 200) <= 1
@@ -99,21 +93,21 @@ def test_boxes_lie_where_the_prediction_says():
 
 
 def test_equal_boxes_all_show():
-    image = grey(400, 400)
-    boxes = [[0, 0, 400, 400], [100, 100, 300, 300], [100, 100, 300, 300]]
-    photo = np.asarray(draw_prediction(image, answer(image, boxes=boxes)))[24:824, 24:824]
+    image = gray(400, 400)
+    boxes = [[0, 0, 400, 400], *[[100, 100, 300, 300]] * 2]
+    photo = np.asarray(draw_prediction(image, prediction_of(image, boxes=boxes)))[24:824, 24:824]
     line = photo[400, 190:230]  # across the left edge
     for k in (1, 2):
-        assert (line == expert_colour(k)).all(-1).sum() >= 2
+        assert (line == expert_color(k)).all(-1).sum() >= 2
 
 
 def test_bars_are_as_long_as_their_shares():
-    image = grey(600, 300)
-    prediction = answer(image)
+    image = gray(600, 300)
+    prediction = prediction_of(image)
     picture = np.asarray(draw_prediction(image, prediction))
     column = picture[:, 24 + 400 + 24 :]
     for k, share in enumerate(prediction.gate):
-        longest = (column[: column.shape[0] // 2] == expert_colour(k)).all(-1).sum(1).max()
+        longest = (column[: column.shape[0] // 2] == expert_color(k)).all(-1).sum(1).max()
         assert longest == pytest.approx((400 - 84 - 64) * share, abs=1)
 
 
@@ -142,48 +136,24 @@ def test_text_is_shortened_in_the_middle():
 
 
 def test_no_text_runs_out_of_its_column():
-    image = grey(600, 300)
+    image = gray(600, 300)
     names = tuple(f"{'W' * 60} {index}" for index in range(5))
-    picture = np.asarray(draw_prediction(image, answer(image, names=names)))
+    picture = np.asarray(draw_prediction(image, prediction_of(image, names=names)))
     assert (picture[:, -24:] == 255).all()
     assert (picture[:, 424:448] == 255).all()  # between photograph and column
 
 
-def test_fitted_keeps_the_longer_side():
-    assert fitted(grey(10, 1000), 800).size == (800, 8)
-    assert fitted(grey(1, 5000), 800).size == (800, 1)
-    assert fitted(grey(3, 2), 800).size == (533, 800)
-
-
-def test_a_tag_stays_inside_the_picture():
+def test_a_tag_stays_inside_the_image():
     canvas = Canvas.blank(30, 12)  # smaller than the tag
     canvas.tag(np.array([0, 0, 30, 12]), "expert 2", (230, 159, 0), corner=1)
     assert canvas.image.size == (30, 12)
 
 
-def photographs():
-    found = importlib.util.find_spec("skimage")
-    assert found is not None
-    assert found.origin is not None
-    shipped = Path(found.origin).parent / "data"
-    paths = [shipped / name for name in ("coffee.png", "astronaut.png", "rocket.jpg")]
-    if SHARED.is_dir():
-        groceries = sorted((SHARED / "data" / "groceries" / "test").rglob("*.jpg"))[::180]
-        assert groceries, "../shared is there without data/groceries/test"
-        paths += groceries
-    return paths
-
-
-def test_real_photographs_stay_recognisable():
-    for path in photographs():
-        image = decode_image(path)
-        prediction = answer(image)
-        picture = np.asarray(draw_prediction(image, prediction))
-        scaled = np.asarray(fitted(image, 800)).astype(int)
-        photo = picture[24 : 24 + scaled.shape[0], 24 : 24 + scaled.shape[1]].astype(int)
-        untouched = (np.abs(photo - scaled).max(-1) == 0).mean()
-        assert untouched > 0.9, path
-        assert untouched < 1, path
+def test_the_photograph_stays_as_it_is_but_for_boxes():
+    image = np.random.default_rng(0).integers(0, 256, (400, 600, 3), np.uint8)
+    drawn, scaled = np.asarray(draw_prediction(image, prediction_of(image))), np.asarray(fitted(image, 800))
+    untouched = (drawn[24 : 24 + scaled.shape[0], 24 : 24 + scaled.shape[1]] == scaled).all(-1).mean()
+    assert 0.9 < untouched < 1
 
 
 @pytest.fixture
@@ -204,7 +174,7 @@ def installed(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("installed")
 def test_names_of_other_scripts_are_drawn_with_a_font_of_the_system():
-    image = grey(200, 300)
+    image = gray(200, 300)
     pictures = {}
     for text in ("Певчий дрозд", "Grünspecht", "κίσσα", "\U0010ffff" * 8):
         canvas = Canvas.blank(400, 40)
@@ -215,7 +185,7 @@ def test_names_of_other_scripts_are_drawn_with_a_font_of_the_system():
     for letters in ("дрозд", "ü", "ά"):  # no letter is the box of those that are missing
         font = fonts.font_for(letters, 20)
         assert bytes(font.getmask("\U0010ffff")) not in {bytes(font.getmask(letter)) for letter in letters}
-    draw_prediction(image, answer(image, names=("Певчий дрозд", "line\nbreak\x1b", "猫", "\u202e", "e")))
+    draw_prediction(image, prediction_of(image, names=("Певчий дрозд", "line\nbreak\x1b", "猫", "\u202e", "e")))
     assert fonts.font_for("plain", 15) is fonts._load(None, 15)
 
 

@@ -1,26 +1,18 @@
-"""Early exits in the executors: who leaves after which segment, on the host and on a device."""
+"""Early exits in the executors: who leaves after which graph, on the host and on a device."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mge_runtime.backends.base import Span, split
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.backends.ort import load_onnxruntime
-from mge_runtime.backends.ort_segment import open_segments
-from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.calibrated import ExitPoint, confidence
-from mge_runtime.chain import Chain
-from mge_runtime.device import DeviceExecutor
+from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.host import HostDevice
-from mge_runtime.device.rows import Rows
-from mge_runtime.device.space import Space
 from mge_runtime.errors import BackendError
-from mge_runtime.spec import SegmentSpec
 
 onnxruntime = load_onnxruntime()
 
@@ -29,21 +21,21 @@ runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runs)
 EVERY, frames = runs.EVERY, runs.shuffled_frames
 
-TEMPERATURES = {"answer_1": 2.0, "answer_2": 1.5, "logits": 0.8}
+TEMPERATURES = {"mean_logits_1": 2.0, "mean_logits_2": 1.5, "logits": 0.8}
 NONE, ALL = 1.0, 0.0  # thresholds
 
 
 @pytest.fixture(scope="module")
 def some(expected):
-    """Thresholds such that of eight frames four leave after the first segment, two after the second."""
+    """Thresholds such that of eight frames four leave after the first graph, two after the second."""
     tensors = expected.run(frames(8), outputs=EVERY).tensors
-    first, second = (confidence(tensors[answer], TEMPERATURES[answer]) for answer in ("answer_1", "answer_2"))
+    first, second = (confidence(tensors[answer], TEMPERATURES[answer]) for answer in ("mean_logits_1", "mean_logits_2"))
     threshold = float(np.sort(first)[3:5].mean())
-    return {"answer_1": threshold, "answer_2": float(np.sort(second[first < threshold])[1:3].mean())}
+    return {"mean_logits_1": threshold, "mean_logits_2": float(np.sort(second[first < threshold])[1:3].mean())}
 
 
 def points(first, second):
-    pairs = (("answer_1", first), ("answer_2", second))
+    pairs = (("mean_logits_1", first), ("mean_logits_2", second))
     return tuple(
         ExitPoint(number, answer, TEMPERATURES[answer], threshold)
         for number, (answer, threshold) in enumerate(pairs, 1)
@@ -52,8 +44,8 @@ def points(first, second):
 
 
 def rules(some):
-    """None, some, all of the images leave after each segment; and chains with one exit alone."""
-    first, second = some["answer_1"], some["answer_2"]
+    """None, some, all of the images leave after each graph; and chains with one exit alone."""
+    first, second = some["mean_logits_1"], some["mean_logits_2"]
     return [
         points(a, b)
         for a in (None, NONE, first, ALL)
@@ -69,18 +61,18 @@ def wanted(expected, batch, exits):
         ran = 3
         for point in reversed(exits):
             if confidence(full[point.answer], point.temperature) >= point.threshold:
-                ran = point.segments
+                ran = point.graphs
         images.append((ran, full))
     return images
 
 
 def check(result, manifest, images):
     """Rows are those of the images that ran, in order; nothing is there of what did not run."""
-    assert result.segments_run.tolist() == [ran for ran, _ in images]
+    assert result.graphs_run.tolist() == [ran for ran, _ in images]
     made = set()
-    for number, segment in enumerate(manifest.segments):
+    for number, graph in enumerate(manifest.graphs):
         ran = [full for count, full in images if count > number]
-        names = {t.name for name in segment.stages for t in manifest.stage(name).outputs}
+        names = {t.name for t in graph.outputs}
         for name in names & EVERY if ran else ():
             made.add(name)
             np.testing.assert_allclose(
@@ -91,22 +83,19 @@ def check(result, manifest, images):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_stages_on_the_host_let_images_leave(expected, bundle, some, batch):
+def test_graphs_on_the_host_let_images_leave(expected, bundle, some, batch):
     ends = set()
     for exits in rules(some):
         result = expected._executor.run(frames(batch), 3, EVERY, exits)
         check(result, bundle.manifest, wanted(expected, frames(batch), exits))
-        ends.add(tuple(sorted(set(result.segments_run.tolist()))))
+        ends.add(tuple(sorted(set(result.graphs_run.tolist()))))
     assert ends >= {(1,), (2,), (3,)}
-    assert batch < 8 or (1, 2, 3) in ends, "a batch whose images end after every segment"
+    assert batch < 8 or (1, 2, 3) in ends, "a batch whose images end after every graph"
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_device_lets_the_same_images_leave(device, expected, bundle, some, batch):
-    if device.kind == "cuda":
-        onnxruntime.preload_dlls()
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
+    runs.need_sessions(device)
     chain = open_ort_chain(onnxruntime, bundle, device)
     for exits in rules(some):
         for seed in (0, 7):
@@ -120,7 +109,7 @@ def test_a_large_batch_that_shrinks_needs_few_batch_sizes(expected, bundle, some
     chain._min_batch = 3  # as engines that were built for no less
     sizes = set()
     for seed in range(6):
-        for exits in (points(some["answer_1"], some["answer_2"]), points(some["answer_1"], None)):
+        for exits in (points(some["mean_logits_1"], some["mean_logits_2"]), points(some["mean_logits_1"], None)):
             result = chain.run(frames(19, seed), 3, EVERY, exits)
             check(result, bundle.manifest, wanted(expected, frames(19, seed), exits))
             sizes |= {program["batch"] for program in chain.report()["programs"]}
@@ -140,26 +129,21 @@ def test_rows_that_are_computed_for_those_that_still_run(bundle, running, batch,
     chain.close()
 
 
-def test_between_two_segments_an_answer_visits_the_host_and_nothing_else(bundle, some):
+def test_between_two_graphs_what_is_wanted_visits_the_host_and_nothing_else(bundle, some):
     device = HostDevice()
     chain = open_ort_chain(onnxruntime, bundle, device)
-    calls, counters = [], device.counters
-    download = device._download
-    device._download = lambda target, source, size, stream: (calls.append(size), download(target, source, size, stream))
-    exits = points(some["answer_1"], some["answer_2"])
-    result = chain.run(frames(8), 3, {"answer_1", "answer_2", "logits", "box_1", "image_2"}, exits)
-    ran = [int(np.count_nonzero(result.segments_run > number)) for number in range(3)]
+    calls, copies, download = [], device.copies, device.download
+    device.download = lambda *args: (calls.append(args[3]), download(*args))
+    exits = points(some["mean_logits_1"], some["mean_logits_2"])
+    result = chain.run(frames(8), 3, {"mean_logits_1", "mean_logits_2", "logits", "box_1", "image_2"}, exits)
+    ran = [int(np.count_nonzero(result.graphs_run > number)) for number in range(3)]
     assert 8 == ran[0] > ran[1] > ran[2] > 0
-    row = {"answer_1": 20, "answer_2": 20, "logits": 20, "box_1": 16, "image_2": 3 * 32 * 32 * 4}
-    assert calls[:2] == [ran[0] * 20, ran[1] * 20], "the answers of those that still run"
-    made = {"answer_1": ran[0], "answer_2": ran[1], "box_1": ran[0], "image_2": ran[0], "logits": ran[2]}
-    assert calls[2:] == [made[name] * row[name] for name in sorted(made)], "then each result once"
-    assert (counters.host_to_device, counters.host_to_device_bytes) == (1, 8 * 32 * 32 * 3)
-    assert chain.report()["row_copies"] == {
-        "on_device": counters.on_device,
-        "on_device_bytes": counters.on_device_bytes,
-    }
-    assert counters.on_device > 0
+    row = {"mean_logits_1": 20, "mean_logits_2": 20, "logits": 20, "box_1": 16, "image_2": 3 * 32 * 32 * 4}
+    made = (("box_1", 0), ("image_2", 0), ("mean_logits_1", 0), ("mean_logits_2", 1), ("logits", 2))
+    assert calls == [ran[number] * row[name] for name, number in made], "each result once, when it is made"
+    assert (copies["host_to_device"], copies["host_to_device_bytes"]) == (1, 8 * 32 * 32 * 3)
+    assert chain.report()["row_copies"] == {key: copies[key] for key in ("on_device", "on_device_bytes")}
+    assert copies["on_device"] > 0
     chain.close()
     assert (device.allocated, device.allocated_host) == (0, 0)
 
@@ -167,46 +151,43 @@ def test_between_two_segments_an_answer_visits_the_host_and_nothing_else(bundle,
 def test_without_exits_a_run_is_one_program_and_copies_as_before(bundle):
     device = HostDevice()
     chain = open_ort_chain(onnxruntime, bundle, device)
-    memory = device.allocated
     result = chain.run(frames(8), 3, {"logits"})
-    assert [(p["batch"], p["segments"], "after" in p) for p in chain.report()["programs"]] == [(8, 3, False)]
+    assert [(p["batch"], p["graphs"], "after" in p) for p in chain.report()["programs"]] == [(8, 3, False)]
     assert list(result.times_ms) == ["upload", "chain", "download", "host"]
-    assert (device.counters.device_to_host, device.counters.on_device) == (1, 0)
-    assert device.allocated >= memory
-    assert chain._space._spare is None
+    assert (device.copies["device_to_host"], device.copies["on_device"]) == (1, 0)
     chain.run(frames(8), 3, {"logits"}, points(None, 0.9))
-    assert {(p["batch"], p.get("after", 0), p["segments"]) for p in chain.report()["programs"]} >= {
+    assert {(p["batch"], p.get("after", 0), p["graphs"]) for p in chain.report()["programs"]} >= {
         (8, 0, 3),
         (8, 0, 2),
     }
     chain.close()
 
 
-def test_steps_are_named_and_belong_to_segments(bundle, expected):
+def test_steps_are_named_and_belong_to_graphs(bundle, expected):
     chain = open_ort_chain(onnxruntime, bundle, HostDevice())
-    every = {"segment_1": 0, "segment_2": 1, "segment_3": 2}
+    every = {"graph_1": 0, "graph_2": 1, "graph_3": 2}
     for exits, steps, ran in (
-        (points(NONE, NONE), every, ["segment_1", "segment_2", "segment_3"]),
-        (points(ALL, NONE), every, ["segment_1"]),
-        (points(None, NONE), {"segments_1_to_2": 0, "segment_3": 2}, ["segments_1_to_2", "segment_3"]),
-        (points(NONE, None), {"segment_1": 0, "segments_2_to_3": 1}, ["segment_1", "segments_2_to_3"]),
+        (points(NONE, NONE), every, ["graph_1", "graph_2", "graph_3"]),
+        (points(ALL, NONE), every, ["graph_1"]),
+        (points(None, NONE), {"graphs_1_to_2": 0, "graph_3": 2}, ["graphs_1_to_2", "graph_3"]),
+        (points(NONE, None), {"graph_1": 0, "graphs_2_to_3": 1}, ["graph_1", "graphs_2_to_3"]),
     ):
-        result = chain.run(frames(3), 3, {"answer_1", "answer_2", "logits"}, exits)
-        assert result.step_segments == steps
+        result = chain.run(frames(3), 3, {"mean_logits_1", "mean_logits_2", "logits"}, exits)
+        assert result.step_graphs == steps
         assert list(result.times_ms) == ["upload", *ran, "download", "host"]
         assert all(ms >= 0 for ms in result.times_ms.values())
-    result = expected._executor.run(frames(3), 3, {"answer_1"}, points(NONE, ALL))
-    assert result.step_segments == {"ingest": 0, "expert_1": 0, "expert_2": 1}
-    assert list(result.times_ms) == ["ingest", "expert_1", "expert_2"]
+    result = expected._executor.run(frames(3), 3, {"mean_logits_1"}, points(NONE, ALL))
+    assert result.step_graphs == {"expert_1": 0, "expert_2": 1, "expert_3": 2}
+    assert list(result.times_ms) == ["expert_1", "expert_2"]
     chain.close()
 
 
-def test_a_segment_that_fails_for_those_that_are_left_is_named_and_the_next_run_works(
+def test_a_graph_that_fails_for_those_that_are_left_is_named_and_the_next_run_works(
     bundle, expected, some, monkeypatch
 ):
     device = HostDevice()
     chain = open_ort_chain(onnxruntime, bundle, device)
-    exits = points(some["answer_1"], some["answer_2"])
+    exits = points(some["mean_logits_1"], some["mean_logits_2"])
     chain.run(frames(8), 3, EVERY, exits)
     unit = chain._units[1]
     session = unit.session
@@ -216,7 +197,7 @@ def test_a_segment_that_fails_for_those_that_are_left_is_named_and_the_next_run_
             raise RuntimeError("the kernel failed")
 
     monkeypatch.setattr(unit, "session", Failing())
-    with pytest.raises(BackendError, match=r"failed in segment 2 \(expert_2\)"):
+    with pytest.raises(BackendError, match=r"failed in graph expert_2"):
         chain.run(frames(8), 3, EVERY, exits)
     monkeypatch.setattr(unit, "session", session)
     check(chain.run(frames(8), 3, EVERY, exits), bundle.manifest, wanted(expected, frames(8), exits))
@@ -227,59 +208,42 @@ def test_a_unit_is_prepared_once_for_each_batch_size_whatever_programs_it_is_in(
     seen = []
 
     def open_units(device, stream):
-        for unit in open_segments(onnxruntime, bundle, device, stream):
+        for number, unit in enumerate(runs.open_graphs(bundle, device, stream)):
             prepare = unit.prepare
-            unit.prepare = lambda a, s, p=prepare, u=unit: (seen.append((u.segment, a.batch)), p(a, s))[1]
+            unit.prepare = lambda a, s, p=prepare, n=number: (seen.append((n, a.batch)), p(a, s))[1]
             yield unit
 
     chain = DeviceExecutor(bundle.manifest, HostDevice(), open_units)
-    exits = points(some["answer_1"], None)
+    exits = points(some["mean_logits_1"], None)
     for _ in range(2):
         check(chain.run(frames(8), 3, EVERY, exits), bundle.manifest, wanted(expected, frames(8), exits))
-    left = int(np.count_nonzero(chain.run(frames(8), 3, EVERY, exits).segments_run > 1))
+    left = int(np.count_nonzero(chain.run(frames(8), 3, EVERY, exits).graphs_run > 1))
     assert seen == [(0, 8), (1, left), (2, left)]
     check(chain.run(frames(8), 3, EVERY), bundle.manifest, wanted(expected, frames(8), ()))
     assert seen[3:] == [(1, 8), (2, 8)], "the whole chain has the first unit ready"
     chain.close()
 
 
-def test_an_answer_that_no_stage_reads_decides_too(tiny, tmp_path, expected):
-    """All experts in one segment, the gate in the next: the exit saves the gate's trunk alone."""
-    graphs = tiny.make_stages()
-    stages = ("ingest", "expert_1", "expert_2", "expert_3"), ("gate", "mixture")
-    segments = tuple(SegmentSpec(*pair) for pair in zip(stages, ("answer_3", "logits"), strict=True))
-    manifest = replace(tiny.make_manifest(graphs), segments=segments)
-    write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
-    full = expected.run(frames(8), outputs=EVERY).tensors
-    sure = confidence(full["answer_3"], 3.0)
-    point = ExitPoint(1, "answer_3", 3.0, float(np.sort(sure)[4:6].mean()))
-    with Bundle.open(tmp_path / "mge.plan") as other:
-        on_device = open_ort_chain(onnxruntime, other, HostDevice())
-        on_host = Chain(other, OnnxRuntimeBackend(threads=1))
-        for run in (on_device.run, on_host._executor.run):
-            result = run(frames(8), 2, {"answer_3", "logits"}, (point,))
-            assert result.segments_run.tolist() == [1 if row >= point.threshold else 2 for row in sure]
-            goes_on = sure < point.threshold
-            np.testing.assert_allclose(result.tensors["logits"], full["logits"][goes_on], rtol=1e-4, atol=1e-5)
-            # Nobody asked for the answer itself here; it is looked at all the same.
-            assert set(run(frames(8), 2, {"logits"}, (point,)).tensors) == {"logits"}
-        on_device.close()
-        on_host.close()
+def test_logits_that_no_graph_reads_decide_too(bundle, expected, some):
+    """The last graph reads each expert's own: what the second exit looks at is no input of anything."""
+    assert "mean_logits_2" not in {tensor.name for graph in bundle.manifest.graphs for tensor in graph.inputs}
+    chain = open_ort_chain(onnxruntime, bundle, HostDevice())
+    exits = points(None, some["mean_logits_2"])
+    for run in (chain.run, expected._executor.run):
+        # Nobody asked for the logits themselves here; they are looked at all the same.
+        assert set(run(frames(8), 3, {"logits"}, exits).tensors) == {"logits"}
+        check(run(frames(8), 3, EVERY, exits), bundle.manifest, wanted(expected, frames(8), exits))
+    chain.close()
 
 
-def test_rows_that_leave_change_places_with_those_that_stay(bundle):
+def test_rows_that_go_on_fill_those_that_are_left(bundle):
     device = HostDevice()
-    space, stream = Space(device, bundle.manifest, 6), device.create_stream()
-    rows = Rows(6, {"answer_1"})
-    rows.add(["answer_1", "image_2"])
-    rows.leave(np.array([True, False, True, False, False, True]), ["answer_1", "image_2"], device, space, stream)
-    assert rows.running.tolist() == [3, 1, 4]
-    assert rows.images("answer_1").tolist() == [3, 1, 4, 0, 2, 5]
-    assert device.counters.on_device == 2 * 3 + 2, "two rows: changed where they are kept, else copied"
-    rows.add(["answer_2"])
-    assert rows.made == ["answer_1"]
-    space.close()
-    assert (device.allocated, device.allocated_host) == (0, 0)
+    chain = open_ort_chain(onnxruntime, bundle, device)
+    chain.run(frames(6), 1, {"logits_1"})
+    stops = np.array([True, False, True, False, False, True])
+    assert chain._move_together(np.arange(6), stops, {"mean_logits_1", "image_2"}).tolist() == [3, 1, 4]
+    assert device.copies["on_device"] == 4, "two rows of each"
+    chain.close()
 
 
 def test_a_chain_is_cut_behind_its_exits_but_not_at_its_end():

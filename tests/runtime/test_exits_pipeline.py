@@ -19,7 +19,7 @@ runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runs)
 frames = runs.shuffled_frames
 
-TEMPERATURES = {"answer_1": 2.0, "answer_2": 1.5, "logits": 0.8}
+TEMPERATURES = {"mean_logits_1": 2.0, "mean_logits_2": 1.5, "logits": 0.8}
 
 
 def calibrate(path, exits, temperatures=TEMPERATURES):
@@ -31,11 +31,11 @@ def calibrate(path, exits, temperatures=TEMPERATURES):
 
 
 def thresholds(path, photos):
-    """Such that of the photos some leave after each segment."""
+    """Such that of the photos some leave after each graph."""
     with Pipeline.open(path, device="cpu", threads=1) as pipeline:
         first = sorted(confidence(pipeline.predict(p, exit=1).logits, 2.0) for p in photos)
         second = sorted(confidence(pipeline.predict(p, exit=2).logits, 1.5) for p in photos)
-    return {"answer_1": float(np.mean(first[4:6])), "answer_2": float(np.mean(second[3:5]))}
+    return {"mean_logits_1": float(np.mean(first[4:6])), "mean_logits_2": float(np.mean(second[3:5]))}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def same(found, expected):
     assert list(found.timings_ms) == list(expected.timings_ms)
 
 
-def test_a_prediction_that_stops_early_is_that_of_its_segment(path, photos):
+def test_a_prediction_that_stops_early_is_that_of_its_graph(path, photos):
     with Pipeline.open(path, device="cpu", threads=1) as pipeline:
         found = [pipeline.predict(photo, exit="calibrated") for photo in photos]
         used = [prediction.experts_used for prediction in found]
@@ -86,10 +86,9 @@ def test_a_prediction_that_stops_early_is_that_of_its_segment(path, photos):
             assert prediction.boxes.shape == (experts, 4)
             assert len(prediction.heatmaps) == experts
             assert (prediction.gate is None) == (experts < 3)
-            steps = ["decode", "preprocess", "ingest", *(f"expert_{k + 1}" for k in range(experts))]
-            steps += ["gate", "mixture"] if experts == 3 else []
+            steps = ["decode", "preprocess", *(f"expert_{k + 1}" for k in range(experts))]
             assert list(prediction.timings_ms) == [*steps, "total"]
-            answer = ("answer_1", "answer_2", "logits")[experts - 1]
+            answer = ("mean_logits_1", "mean_logits_2", "logits")[experts - 1]
             assert prediction.temperature == TEMPERATURES[answer]
             json.dumps(prediction.to_dict())
 
@@ -142,20 +141,20 @@ def test_the_exit_said_when_opening_holds_until_a_call_says_another(path, photos
 def test_frames_that_are_ready_run_with_exits_too(path):
     with Pipeline.open(path, device="cpu", threads=1) as pipeline:
         tensors = pipeline.run(frames(8), exit="calibrated")
-        full = pipeline.run(frames(8), outputs=["answer_1", "answer_2"])
-    goes_on = confidence(full["answer_1"], 2.0) < pipeline.calibrated.exits["answer_1"]
-    np.testing.assert_allclose(tensors["answer_1"], full["answer_1"], rtol=1e-5)
-    np.testing.assert_allclose(tensors["answer_2"], full["answer_2"][goes_on], rtol=1e-4, atol=1e-5)
+        full = pipeline.run(frames(8), outputs=["mean_logits_1", "mean_logits_2"])
+    goes_on = confidence(full["mean_logits_1"], 2.0) < pipeline.calibrated.exits["mean_logits_1"]
+    np.testing.assert_allclose(tensors["mean_logits_1"], full["mean_logits_1"], rtol=1e-5)
+    np.testing.assert_allclose(tensors["mean_logits_2"], full["mean_logits_2"][goes_on], rtol=1e-4, atol=1e-5)
 
 
 def test_probabilities_are_those_of_the_temperature_and_logits_stay_raw(copy, photos):
     with Pipeline.open(copy, device="cpu", threads=1) as pipeline:
         plain = {exit: pipeline.predict(photos[0], exit=exit) for exit in (1, 2, "never")}
-    assert all(not p.calibrated and p.temperature == 1.0 for p in plain.values())
+    assert all(not p.calibrated and p.temperature is None for p in plain.values())
     assert plain[1].probability == pytest.approx(float(softmax(plain[1].logits).max()))
     calibrate(copy, None)
     with Pipeline.open(copy, device="cpu", threads=1) as pipeline:
-        for exit, answer in ((1, "answer_1"), (2, "answer_2"), ("never", "logits")):
+        for exit, answer in ((1, "mean_logits_1"), (2, "mean_logits_2"), ("never", "logits")):
             found = pipeline.predict(photos[0], exit=exit)
             assert found.calibrated
             np.testing.assert_array_equal(found.logits, plain[exit].logits)
@@ -176,7 +175,7 @@ def test_calibrated_exits_that_are_not_there_are_one_line(copy, photos):
     for prepare, message in (
         (lambda: None, "no calibration; learn them with `mge-calibrate"),
         (lambda: calibrate(copy, None), "found none that keep its promise"),
-        (lambda: calibrate(copy, {"answer_1": None, "answer_2": None}), "found none that keep its promise"),
+        (lambda: calibrate(copy, {"mean_logits_1": None, "mean_logits_2": None}), "found none that keep its promise"),
     ):
         prepare()
         with pytest.raises(BackendError, match=message) as caught:
@@ -194,8 +193,10 @@ def test_calibrated_exits_that_are_not_there_are_one_line(copy, photos):
 
 
 def test_a_calibration_that_cannot_be_read_names_the_file_and_can_be_passed_over(copy, photos):
-    calibrate(copy, None, {"answer_1": 1.0, "answer_2": -1.0, "logits": 1.0})
-    with pytest.raises(BundleError, match=r"mge\.plan: calibration\.json: temperatures\.answer_2 is -1\.0; expected"):
+    calibrate(copy, None, {"mean_logits_1": 1.0, "mean_logits_2": -1.0, "logits": 1.0})
+    with pytest.raises(
+        BundleError, match=r"mge\.plan: calibration\.json: temperatures\.mean_logits_2 is -1\.0; expected"
+    ):
         Pipeline.open(copy, device="cpu")
     with Pipeline.open(copy, device="cpu", threads=1, calibration=False) as pipeline:
         assert not pipeline.predict(photos[0]).calibrated

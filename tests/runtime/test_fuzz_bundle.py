@@ -23,8 +23,8 @@ from mge_runtime.bundle import Bundle, add_calibration, add_engine
 from mge_runtime.cli.info import describe
 from mge_runtime.cli.info_text import info_lines
 from mge_runtime.machine import Machine
-from mge_runtime.trt.batch import BatchRange
 from mge_runtime.trt.engines import EngineDetails
+from mge_runtime.trt.target import BatchRange
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
 zip_entries = importlib.util.module_from_spec(spec)
@@ -59,14 +59,14 @@ def entries(bundle_path, tmp_path_factory):
     path.write_bytes(bundle_path.read_bytes())
     with Bundle.open(path) as bundle:
         manifest, digest = bundle.manifest, bundle.manifest_sha256
-    answers = [segment.answer for segment in manifest.segments]
+    answers = [graph.logits for graph in manifest.graphs]
     thresholds = dict.fromkeys(answers[:-1], 0.5)
     exits = {"epsilon": 0.01, "delta": 0.05, "thresholds": thresholds}
     add_calibration(path, {"temperatures": dict.fromkeys(answers, 1.5), "exits": exits, "runs_on": None, "data": {}})
     details = EngineDetails(
         "10.3.0.30", MACHINE.gpus[0], BatchRange(1, 1, 8), {"gate": {"type": "fp32"}}, {"workspace": 1}, "mge"
     )
-    plans = {stage.name: b"engine" for stage in manifest.stages}
+    plans = {graph.name: b"engine" for graph in manifest.graphs}
     add_engine(path, TARGET, plans, details.to_dict(), manifest_sha256=digest)
     return Entries(zip_entries.read_entries(path))
 
@@ -88,7 +88,10 @@ def look(path):
             bundle.verify()
         facts = describe(bundle, MACHINE)
         json.dumps(facts, allow_nan=False).encode()
-        assert all(line.isprintable() for line in info_lines(facts))
+        for everything in (False, True):
+            assert all(
+                line.isprintable() for line in info_lines(facts, bundle.manifest, MACHINE, everything=everything)
+            )
         assert len(bundle.sha256) == 64
 
 

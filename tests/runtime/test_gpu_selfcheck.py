@@ -12,13 +12,11 @@ import pytest
 from mge_runtime.backends import choose
 from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError
-from mge_runtime.selfcheck.pictures import drawn_frames
-from mge_runtime.selfcheck.run import all_checks
-from mge_runtime.selfcheck.subject import open_subject
+from mge_runtime.selfcheck import all_checks, drawn_frames, open_subject
 
 pytestmark = pytest.mark.gpu
 
-NAMES = [name for name, _ in all_checks(np.empty(0, np.uint8))]
+NAMES = list(all_checks(np.empty(0, np.uint8)))
 
 
 @pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx", "onnxruntime"])
@@ -40,8 +38,7 @@ def subject(request, no_gpu, bundle_path, tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_selfcheck(subject, name):
-    checks = dict(all_checks(drawn_frames(subject.manifest.preprocess).frames))
-    check = checks[name](subject)
+    check = all_checks(drawn_frames(subject.manifest.preprocess).frames)[name](subject)
     if check.outcome == "not run":
         pytest.skip(check.found)
     assert check.outcome == "passed", check

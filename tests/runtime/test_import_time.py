@@ -21,7 +21,7 @@ def test_importing_the_runtime_loads_nothing_heavy():
     assert not modules & {*HEAVY, "numpy", "PIL", "onnxruntime", "click"}
 
 
-@pytest.mark.parametrize("command", ["info", "run"])
+@pytest.mark.parametrize("command", ["bench", "build", "info", "run"])
 def test_help_loads_nothing_heavy(command):
     code = (
         f"from mge_runtime.cli.{command} import main\n"

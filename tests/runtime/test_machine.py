@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mge_runtime import machine_probe
-from mge_runtime.backends.ort import load_onnxruntime
+import mge_runtime.machine
+from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.errors import InputError
-from mge_runtime.machine import Gpu, Machine
-from mge_runtime.machine_probe import describe_machine
+from mge_runtime.machine import Gpu, Machine, describe_machine
 
 RECORDED = sorted(Path(__file__).with_name("machines").glob("*.json"))
 ORIN = Machine(
@@ -26,13 +25,6 @@ def test_recorded_machines_are_what_is_printed(path):
     machine = Machine.from_json(path.read_bytes(), path.name)
     assert machine.to_json() == path.read_bytes()
     assert bool(machine.gpus) == (machine.gpu_problem is None)
-
-
-def test_the_readme_says_which_were_recorded():
-    readme = RECORDED[0].with_name("README.md").read_text()
-    assert len(RECORDED) >= 10
-    assert "| `bare-cpu-x86_64.json` | yes" in readme
-    assert "| all others | **no**" in readme
 
 
 @pytest.mark.parametrize(
@@ -66,7 +58,7 @@ def test_what_is_no_json_is_no_machine():
 def test_describing_a_machine_without_gpu_imports_no_library():
     code = (
         "import sys, time; start = time.process_time()\n"
-        "from mge_runtime.machine_probe import describe_machine\n"
+        "from mge_runtime.machine import describe_machine\n"
         "machine = describe_machine()\n"
         "print(time.process_time() - start, len(machine.gpus))\n"
         "print([name for name in ('onnxruntime', 'tensorrt_rtx', 'cuda.core', 'numpy') if name in sys.modules])"
@@ -89,10 +81,8 @@ def test_versions_from_metadata_are_those_of_the_modules():
 
 def test_where_no_driver_is_it_says_so():
     machine = describe_machine()
-    if machine.gpus:
-        pytest.skip("this machine has a GPU")
-    assert machine.gpu_problem
-    assert (machine.driver_cuda is None) == ("no NVIDIA driver is installed" in machine.gpu_problem)
+    assert bool(machine.gpus) != bool(machine.gpu_problem)
+    assert (machine.driver_cuda is None) == ("no NVIDIA driver is installed" in (machine.gpu_problem or ""))
     assert describe_machine(gpus=False).gpu_problem == "not asked for"
 
 
@@ -101,7 +91,7 @@ def test_a_folder_of_type_stubs_is_no_library(tmp_path, monkeypatch):
     (tmp_path / "mge_test_stubs").mkdir()
     (tmp_path / "mge_test_stubs" / "__init__.pyi").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(machine_probe._LIBRARIES, "stubs", ("mge_test_stubs", ()))
+    monkeypatch.setitem(mge_runtime.machine._LIBRARIES, "stubs", ("mge_test_stubs", ()))
     assert "stubs" not in describe_machine().libraries
     (tmp_path / "mge_test_stubs" / "__init__.py").touch()
     importlib.invalidate_caches()
@@ -113,7 +103,7 @@ def test_a_library_that_cannot_be_imported_is_broken(tmp_path, monkeypatch):
     (tmp_path / "mge_test_sound.py").write_text("__version__ = '2.5'")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("broken", "sound"):
-        monkeypatch.setitem(machine_probe._LIBRARIES, name, (f"mge_test_{name}", ()))
+        monkeypatch.setitem(mge_runtime.machine._LIBRARIES, name, (f"mge_test_{name}", ()))
     names = ("broken", "sound")
     assert {name: describe_machine().libraries[name] for name in names} == {"broken": "unknown", "sound": "unknown"}
     machine = describe_machine(names, always=True)
@@ -123,7 +113,7 @@ def test_a_library_that_cannot_be_imported_is_broken(tmp_path, monkeypatch):
 
 
 def test_the_board_is_what_the_device_tree_says(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine_probe, "_MODEL", tmp_path / "model")
+    monkeypatch.setattr(mge_runtime.machine, "_MODEL", tmp_path / "model")
     assert describe_machine().board is None
     (tmp_path / "model").write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
     machine = describe_machine()

@@ -4,13 +4,12 @@ from dataclasses import replace
 import pytest
 
 from mge_runtime.errors import BundleError
-from mge_runtime.manifest import SCHEMA_VERSION, Entry, Manifest
-from mge_runtime.spec import SegmentSpec, TensorSpec, ViewSpec
+from mge_runtime.manifest import SCHEMA_VERSION, Entry, Manifest, TensorSpec, ViewSpec
 
 
 @pytest.fixture
 def manifest(tiny):
-    return tiny.make_manifest(tiny.make_stages()).with_entries({"onnx/gate.onnx": Entry("0" * 64, 7, "0" * 8)})
+    return tiny.make_manifest(tiny.make_graphs()).with_entries({"onnx/expert_3.onnx": Entry("0" * 64, 7, "0" * 8)})
 
 
 def edited(manifest, path, value):
@@ -28,14 +27,14 @@ def edited(manifest, path, value):
 
 def test_comes_back_equal(manifest):
     full = replace(
-        manifest, checkpoint_sha256="ab" * 32, parity={"stages": {"gate": {"abs": 1e-6}}}, class_names=tuple("äöü日x")
+        manifest, checkpoint_sha256="ab" * 32, parity={"graphs": {"gate": {"abs": 1e-6}}}, class_names=tuple("äöü日x")
     )
     assert Manifest.from_json(full.to_json()) == full
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
 def test_equal_manifests_have_equal_bytes(manifest, tiny):
-    again = tiny.make_manifest(tiny.make_stages()).with_entries(manifest.entries)
+    again = tiny.make_manifest(tiny.make_graphs()).with_entries(manifest.entries)
     assert again.to_json() == manifest.to_json()
 
 
@@ -44,17 +43,17 @@ def test_equal_manifests_have_equal_bytes(manifest, tiny):
     [
         (("class_names", 2), 7, r"class_names\[2\] is 7; expected a text"),
         (("class_names",), [], "class_names"),
-        (("stages", 1, "outputs", 0, "shape", 1), "many", r"stages\[1\]\.outputs\[0\]\.shape\[1\]"),
-        (("stages", 1, "outputs", 0, "shape"), [1, 5], r"stages\[1\]\.outputs\[0\]\.shape"),
-        (("stages", 1, "outputs", 0, "shape", 1), True, r"shape\[1\] is true"),
+        (("graphs", 1, "outputs", 0, "shape", 1), "many", r"graphs\[1\]\.outputs\[0\]\.shape\[1\]"),
+        (("graphs", 1, "outputs", 0, "shape"), [1, 5], r"graphs\[1\]\.outputs\[0\]\.shape"),
+        (("graphs", 1, "outputs", 0, "shape", 1), True, r"shape\[1\] is true"),
         (("preprocess", "size"), 0, r"preprocess\.size"),
         (("preprocess", "resize"), 8, r"preprocess\.resize is 8; expected a whole number from 32"),
         (("preprocess", "mean"), [0.5, 0.5], r"preprocess\.mean"),
         (("preprocess", "mean", 0), "0.5", r"preprocess\.mean\[0\]"),
         (("views", 0, "box"), 3, r"views\[0\]\.box"),
-        (("entries", "onnx/gate.onnx", "sha256"), "xyz", r"sha256"),
-        (("entries", "onnx/gate.onnx", "crc32"), "12345", r"crc32 is \"12345\"; expected the 8 hexadecimal digits"),
-        (("entries", "onnx/gate.onnx", "size"), -1, r"entries\.onnx/gate\.onnx\.size"),
+        (("entries", "onnx/expert_3.onnx", "sha256"), "xyz", r"sha256"),
+        (("entries", "onnx/expert_3.onnx", "crc32"), "12345", r"crc32 is \"12345\"; expected 8 hexadecimal digits"),
+        (("entries", "onnx/expert_3.onnx", "size"), -1, r"entries\.onnx/expert_3\.onnx\.size"),
         (("tools",), [], "tools is "),
         (("gate",), KeyError, "gate"),
         (("extra",), 1, "extra is 1; expected no field of this name"),
@@ -69,8 +68,8 @@ def test_equal_manifests_have_equal_bytes(manifest, tiny):
         (("preprocess", "resize"), 32768, r"preprocess\.resize is 32768; expected a whole number from 32 to 128"),
         (("preprocess", "std", 0), 0, r"preprocess\.std\[0\] is 0; expected a number from 1e-06 to 1000"),
         (("preprocess", "mean", 1), -1e300, r"preprocess\.mean\[1\] is -1e\+300; expected a number from -1000 to 1000"),
-        (("stages", 1, "outputs", 0, "shape"), ["batch", 2**20, 2**20], r"outputs\[0\]\.shape .*at most 268435456 el"),
-        (("stages",), [{}] * 257, "expected at most 256 stages"),
+        (("graphs", 1, "outputs", 0, "shape"), ["batch", 2**20, 2**20], r"outputs\[0\]\.shape .*at most 268435456 el"),
+        (("graphs",), [{}] * 257, "expected at most 256 graphs"),
         (("tools", "\x1b[2J"), 3, r"manifest\.json: 'tools\.\\x1b\[2J' is 3; expected a text"),
     ],
 )
@@ -79,9 +78,10 @@ def test_a_wrong_field_is_named_by_its_path(manifest, path, value, named):
         Manifest.from_json(edited(manifest, path, value))
 
 
-def test_a_newer_schema_is_named_even_if_all_else_changed():
-    data = json.dumps({"schema_version": SCHEMA_VERSION + 1, "anything": {}}).encode()
-    with pytest.raises(BundleError, match=rf"schema version {SCHEMA_VERSION + 1}.*pip install --upgrade mge"):
+@pytest.mark.parametrize("version", [SCHEMA_VERSION - 1, SCHEMA_VERSION + 1])
+def test_another_schema_is_named_even_if_all_else_changed(version):
+    data = json.dumps({"schema_version": version, "anything": {}}).encode()
+    with pytest.raises(BundleError, match=rf"schema version {version}.*pip install --upgrade mge.*export again"):
         Manifest.from_json(data)
 
 
@@ -117,25 +117,32 @@ def test_what_is_no_json_object_is_refused(data):
         Manifest.from_json(data)
 
 
-def _changed(manifest, stage, role, tensor, **changes):
-    tensors = getattr(stage, role)
+def _changed(manifest, graph, role, tensor, **changes):
+    tensors = getattr(graph, role)
     tensors = tuple(replace(t, **changes) if t.name == tensor else t for t in tensors)
-    stages = tuple(replace(s, **{role: tensors}) if s is stage else s for s in manifest.stages)
-    return replace(manifest, stages=stages)
+    graphs = tuple(replace(s, **{role: tensors}) if s is graph else s for s in manifest.graphs)
+    return replace(manifest, graphs=graphs)
 
 
 def test_chains_that_do_not_fit_are_refused(manifest):
-    first, *rest = manifest.segments
-    expert_2 = manifest.stage("expert_2")
+    first, *rest = manifest.graphs
+    expert_2 = manifest.graph("expert_2")
     wrong = {
-        "which nothing before it puts out": replace(manifest, segments=(*rest, first)),
-        "every stage once": replace(manifest, segments=(first,)),
-        "a second time": _changed(manifest, expert_2, "outputs", "heatmap_2", name="heatmap_1"),
-        "an answer is tensor 'gate'": replace(
-            manifest, segments=(*manifest.segments[:-1], replace(rest[-1], answer="gate"))
+        "'image_2', no output of one before it": replace(manifest, graphs=(*rest, first)),
+        "at least one, and names that differ": replace(manifest, graphs=(*manifest.graphs, first)),
+        "expected at least one, ": replace(manifest, graphs=()),
+        "gmacs are of": replace(manifest, gmacs={"expert_1": 1.0}),
+        "called 'chain'": replace(manifest, graphs=(replace(first, name="chain"), *rest)),
+        "an output of expert_2 and of a graph before it": _changed(
+            manifest, expert_2, "outputs", "heatmap_2", name="heatmap_1"
         ),
-        "answer is tensor 'logits'": replace(manifest, segments=(SegmentSpec(first.stages, "logits"), *rest)),
-        "takes in 'image_2' as float16": _changed(manifest, expert_2, "inputs", "image_2", dtype="float16"),
+        "the logits after expert_3 is tensor 'gate'": replace(
+            manifest, graphs=(*manifest.graphs[:-1], replace(rest[-1], logits="gate"))
+        ),
+        "the logits after expert_1 is tensor 'logits'": replace(
+            manifest, graphs=(replace(first, logits="logits"), *rest)
+        ),
+        "the input 'image_2' as float16": _changed(manifest, expert_2, "inputs", "image_2", dtype="float16"),
         "of type 'float64'": _changed(manifest, expert_2, "outputs", "box_2", dtype="float64"),
         "the gate is tensor": replace(manifest, gate="logits_1"),
         "the box of view 2": replace(
@@ -146,9 +153,8 @@ def test_chains_that_do_not_fit_are_refused(manifest):
         ),
         "there is no view": replace(manifest, views=(), gate=None),
         "called '../evil'": replace(
-            manifest, stages=(replace(manifest.stages[0], name="../evil"), *manifest.stages[1:])
+            manifest, graphs=(replace(manifest.graphs[0], name="../evil"), *manifest.graphs[1:])
         ),
-        "the same name": replace(manifest, stages=(*manifest.stages, manifest.stages[0])),
     }
     for message, broken in wrong.items():
         with pytest.raises(BundleError, match=message):
@@ -158,24 +164,24 @@ def test_chains_that_do_not_fit_are_refused(manifest):
 
 
 def test_the_frame_must_have_the_size_of_the_preprocessing(manifest):
-    stages = list(manifest.stages)
-    stages[0] = replace(stages[0], inputs=(TensorSpec("frame", "uint8", ("batch", 16, 16, 3)),))
-    with pytest.raises(BundleError, match="ingest takes in 'frame'"):
-        replace(manifest, stages=tuple(stages)).check()
+    graphs = list(manifest.graphs)
+    graphs[0] = replace(graphs[0], inputs=(TensorSpec("frame", "uint8", ("batch", 16, 16, 3)),))
+    with pytest.raises(BundleError, match="expert_1 has the input 'frame'"):
+        replace(manifest, graphs=tuple(graphs)).check()
 
 
-def test_a_stage_is_found_by_name(manifest):
-    assert manifest.stage("gate").name == "gate"
+def test_a_graph_is_found_by_name(manifest):
+    assert manifest.graph("expert_2").name == "expert_2"
     with pytest.raises(KeyError):
-        manifest.stage("nothing")
+        manifest.graph("nothing")
     assert manifest.answer == "logits"
 
 
-def test_one_quantised_stage_makes_a_bundle_int8(manifest):
+def test_one_quantised_graph_makes_a_bundle_int8(manifest):
     assert not manifest.is_int8
     half = {name: {**plan, "type": "fp16"} for name, plan in manifest.precision.items()}
     assert not replace(manifest, precision=half).is_int8
     mixed = replace(manifest, precision={**half, "expert_2": {"type": "int8"}})
     assert mixed.is_int8
     assert Manifest.from_json(mixed.to_json()).is_int8
-    assert not replace(manifest, precision={"gate": {"attested": "a plan without a type"}}).is_int8
+    assert not replace(manifest, precision={"expert_3": {"attested": "a plan without a type"}}).is_int8

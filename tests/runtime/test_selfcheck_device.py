@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 
 from mge_runtime.bundle import Bundle
-from mge_runtime.device import Graph
+from mge_runtime.compare import TOLERANCES
+from mge_runtime.device.base import Graph
 from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
-from mge_runtime.selfcheck.answers import check_batches, check_graphs, check_parity
-from mge_runtime.selfcheck.compare import compared_tensors
-from mge_runtime.selfcheck.copies import check_copies, check_graph_copies
-from mge_runtime.selfcheck.memory import HOST_LIMIT, check_memory, host_memory
-from mge_runtime.selfcheck.together import check_together
+from mge_runtime.selfcheck import (
+    check_batches,
+    check_copies,
+    check_graphs,
+    check_memory,
+    check_parity,
+    check_together,
+    drawn_frames,
+)
+from mge_runtime.selfcheck.memory import HOST_LIMIT, host_memory
+from mge_runtime.selfcheck.outputs import compared_tensors
 
 spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
 runs = importlib.util.module_from_spec(spec)
@@ -31,9 +38,9 @@ def unchanged(tensors, _):
 class GraphDevice(HostDevice):
     """The host with graphs: a launch does again what was enqueued; `stale` ones do nothing."""
 
-    def __init__(self, *, nodes=None, refusal=None, stale=False):
+    def __init__(self, *, refusal=None, stale=False):
         super().__init__()
-        self.nodes, self.refusal, self.stale = nodes, refusal, stale
+        self.refusal, self.stale = refusal, stale
 
     def capture(self, stream, enqueue):
         if self.refusal:
@@ -41,7 +48,7 @@ class GraphDevice(HostDevice):
         device = self
 
         class Replay(Graph):
-            nodes = device.nodes
+            nodes = None
 
             def launch(self, stream):  # noqa: ARG002
                 if not device.stale:
@@ -64,7 +71,7 @@ class OnDevice:
 
     def run(self, frames, *, outputs=None):
         outputs = compared_tensors(self.manifest) if outputs is None else outputs
-        tensors = self.chain.run(frames, len(self.manifest.segments), set(outputs)).tensors
+        tensors = self.chain.run(frames, len(self.manifest.graphs), set(outputs)).tensors
         return self.change(dict(tensors), frames)
 
     def report(self):
@@ -93,12 +100,12 @@ def failed(check, text):
     return True
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
+# --- outputs ------------------------------------------------------------------------------------------------------
 
 
 def test_a_device_that_answers_as_the_cpu_passes(on_device, frames):
-    subject = on_device(nodes={"kernel": 12, "copy_device_to_device": 1})
-    for check in (check_parity, check_batches, check_graphs, check_copies, check_graph_copies, check_together):
+    subject = on_device()
+    for check in (check_parity, check_batches, check_graphs, check_copies, check_together):
         result = check(subject, frames)
         assert result.outcome == "passed", result
         assert result.found
@@ -125,8 +132,8 @@ def shifted(name, row, by):
         ("logits_1", 0.1, "logits_1 differs by"),
         ("gate", [0.01, -0.01, 0], "gate differs by"),
         ("gate", np.nan, "gate holds numbers that are not finite"),
-        ("box_1", [4, 4, 0, 0], "box_1: median IoU"),
-        ("box_2", [4, 4, 0, 0], "box_2: median IoU"),
+        ("box_1", [4, 4, 0, 0], "box_1: median box IoU"),
+        ("box_2", [4, 4, 0, 0], "box_2: median box IoU"),
     ],
 )
 def test_answers_that_differ_from_the_cpu_fail(on_device, frames, name, by, said):
@@ -194,28 +201,6 @@ def test_one_copy_too_many_fails(on_device, frames):
     assert failed(check_copies(on_device(opened=Detour), frames), "run 1 copied host_to_device 1, ")
 
 
-@pytest.mark.parametrize(
-    ("nodes", "outcome", "said"),
-    [
-        ({"kernel": 9}, "passed", "9 nodes, no copies"),
-        ({"kernel": 9, "copy_device_to_host": 1}, "failed", "copy_device_to_host 1"),
-        ({"copy_host_to_device": 2, "copy_unknown_to_device": 1}, "failed", "copy_host_to_device 2"),
-        ({"kernel": 9, "copy_unknown_to_device": 1}, "not run", "copy_unknown_to_device 1"),
-        ({"kernel": 9, "memcpy_batch": 1}, "not run", "memcpy_batch 1"),
-        (None, "not run", "cuda-core 1.1"),
-    ],
-)
-def test_copies_inside_a_graph_are_counted(on_device, frames, nodes, outcome, said):
-    check = check_graph_copies(on_device(nodes=nodes), frames)
-    assert check.outcome == outcome
-    assert said in check.found
-
-
-def test_without_a_graph_its_copies_are_not_known(on_device, frames):
-    check = check_graph_copies(on_device(refusal=True), frames)
-    assert (check.outcome, "the host has no graphs" in check.found) == ("not run", True)
-
-
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -256,24 +241,26 @@ def test_a_leak_on_the_device_fails(on_device, frames):
         return devices[-1][0].allocated if devices else 0
 
     assert failed(
-        check_memory(on_device(opened=Leaking), frames, 40, meters=[("device", used, 0)]), "device memory grew"
+        check_memory(on_device(opened=Leaking), frames, 40, meters={"device": (used, 0)}), "device memory grew"
     )
 
 
 def test_what_others_take_for_a_while_is_no_growth_and_what_nobody_tells_is_not_run(on_cpu, frames):
     values = iter([100, 900, 100, 900] * 100)
-    assert check_memory(on_cpu, frames, 20, meters=[("device", lambda: next(values), 0)]).numbers["device_growth"] == 0
-    assert check_memory(on_cpu, frames, 2, meters=[("host", lambda: None, 0)]).outcome == "not run"
+    assert check_memory(on_cpu, frames, 20, meters={"device": (lambda: next(values), 0)}).numbers["device_growth"] == 0
+    assert check_memory(on_cpu, frames, 2, meters={"host": (lambda: None, 0)}).outcome == "not run"
 
 
 def test_a_heap_that_settles_once_is_no_leak_and_one_that_grows_each_time_is(on_cpu, frames):
     samples = 21  # a period
-    settling = iter([0] * 10 + [500] * (2 * samples))
-    check = check_memory(on_cpu, frames, 20, meters=[("host", lambda: next(settling), 100)])
-    assert (check.outcome, check.numbers["host_growth"], check.numbers["periods"]) == ("passed", 0, 2)
-    growing = iter(range(0, 50 * 3 * samples, 50))
-    check = check_memory(on_cpu, frames, 20, meters=[("host", lambda: next(growing), 400)])
-    assert (check.outcome, check.numbers["host_growth"], check.numbers["periods"]) == ("failed", 500, 3)
+    settling = iter([0] * 11 + [500] * (2 * samples))  # the first is asked whether the meter tells anything
+    check = check_memory(on_cpu, frames, 20, meters={"host": (lambda: next(settling), 100)})
+    assert (check.outcome, check.numbers["host_growth"]) == ("passed", 0)
+    assert len(check.numbers["host_series"]) == 2 * samples
+    growing = iter(range(0, 50 * (3 * samples + 1), 50))
+    check = check_memory(on_cpu, frames, 20, meters={"host": (lambda: next(growing), 400)})
+    assert (check.outcome, check.numbers["host_growth"]) == ("failed", 500)
+    assert len(check.numbers["host_series"]) == 3 * samples
 
 
 # --- two pipelines ------------------------------------------------------------------------------------------------
@@ -293,9 +280,26 @@ def test_pipelines_that_share_their_answers_fail(on_device, frames):
 
 def test_a_pipeline_that_fails_beside_another_is_said(on_device, frames):
     def refused(tensors, _):
-        if threading.current_thread().name.endswith("-1"):
+        if threading.current_thread().name.endswith("_1"):
             raise BackendError("in use by another thread")
         return tensors
 
-    assert failed(check_together(on_device(refused), frames), "in use by another thread")
+    with pytest.raises(BackendError, match="in use by another thread"):
+        check_together(on_device(refused), frames)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mge-selfcheck")]
+
+
+# --- how outputs are compared -------------------------------------------------------------------------------------
+
+
+def test_the_tolerances_are_those_of_the_precision(on_cpu):
+    half = {name: {"type": "fp16"} for name in on_cpu.manifest.precision}
+    for plan, precision in ((half, "fp16"), ({**half, "expert_1": {"type": "int8"}}, "int8")):
+        assert replace(on_cpu, manifest=replace(on_cpu.manifest, precision=plan)).precision == precision
+    assert on_cpu.tolerances is TOLERANCES["fp32"]
+
+
+def test_drawn_images_are_the_same_every_time_and_differ(on_cpu):
+    first, second = (drawn_frames(on_cpu.manifest.preprocess).frames for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert len({frame.tobytes() for frame in first}) == len(first)

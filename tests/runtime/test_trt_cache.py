@@ -1,5 +1,4 @@
 import json
-import os
 import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,14 +7,10 @@ from pathlib import Path
 import pytest
 
 from mge_runtime.bundle import EngineDescription
-from mge_runtime.cache import cache_folder
 from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.machine import Gpu
-from mge_runtime.trt.batch import BatchRange
-from mge_runtime.trt.cache import cached_engines, store_engines, timing_cache_path
-from mge_runtime.trt.engines import EngineDetails
-from mge_runtime.trt.target import Target
-from mge_runtime.trt.timing import TimingCache
+from mge_runtime.trt.engines import EngineDetails, cache_folder, cached_engines, store_engines
+from mge_runtime.trt.target import BatchRange, Target
 
 MANIFEST = "a" * 64
 ORIN = Gpu("Orin", "sm87", 32 << 30, 16, integrated=True)
@@ -39,36 +34,37 @@ def store(tmp_path, content, gpu=ORIN, manifest=MANIFEST):
     return store_engines(manifest, TARGET, gpu, {"gate": plan}, details(gpu))
 
 
-def test_what_is_stored_is_found_again(tmp_path):
-    store(tmp_path, b"engine")
-    (found,) = cached_engines(MANIFEST)
-    assert bytes(found.plan("gate")) == b"engine"
-    assert found.details == details()
-    assert found.target == TARGET
-    assert cached_engines("b" * 64) == []
-
-
-def test_every_device_has_its_own_and_a_new_one_replaces_the_old(tmp_path, cache):
+def test_what_is_stored_is_found_each_device_has_its_own_and_a_new_one_replaces_the_old(tmp_path, cache):
     store(tmp_path, b"one")
     store(tmp_path, b"two")
+    (found,) = cached_engines(MANIFEST)
+    assert (bytes(found.plan("gate")), found.details, found.target) == (b"two", details(), TARGET)
     store(tmp_path, b"nano", NANO)
-    assert {bytes(found.plan("gate")) for found in cached_engines(MANIFEST)} == {b"two", b"nano"}
+    assert [bytes(found.plan("gate")) for found in cached_engines(MANIFEST)] == [b"nano", b"two"]  # the newest first
     assert len([path for path in cache.rglob("*") if path.is_dir()]) == 4  # engines, the manifest, two devices
-    assert bytes(cached_engines(MANIFEST)[0].plan("gate")) == b"nano"  # the newest first
-    assert timing_cache_path(TARGET, ORIN) != timing_cache_path(TARGET, NANO)
+    assert len(list(cache.rglob("*.plan"))) == 2
+    assert cached_engines("b" * 64) == []
 
 
 def test_damage_is_told_when_the_engine_is_read(tmp_path, cache):
     found = store(tmp_path, b"engine")
-    (plan,) = cache.rglob("gate.plan")
+    (plan,) = cache.rglob("gate-*.plan")
     plan.write_bytes(b"engins")
-    with pytest.raises(BundleError, match=r"gate.plan was damaged after it was built; delete the folder and run mge-b"):
+    with pytest.raises(BundleError, match=r"gate-\w+.plan: it was damaged after it was built; run mge-build again"):
         found.plan("gate")
     plan.unlink()
-    with pytest.raises(BundleError, match=r"cannot read .*gate.plan: "):
+    with pytest.raises(BundleError, match=r"cannot read .*gate-\w+.plan: .*; run mge-build again"):
         found.plan("gate")
-    with pytest.raises(BundleError, match=r"was damaged after it was built|cannot read"):
-        found.plan("mixture")
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path, cache):
+    store(tmp_path, b"engine")
+    (folder,) = {path.parent for path in cache.rglob("*.plan")}
+    for name in (".part", "gate-0123456789abcdef.plan"):
+        (folder / name).write_bytes(b"half an eng")
+    assert bytes(cached_engines(MANIFEST)[0].plan("gate")) == b"engine"
+    store(tmp_path, b"again")
+    assert len(list(folder.iterdir())) == 3, "engine.json, the plan, the lock"
 
 
 @pytest.mark.parametrize("text", ["", "{}", json.dumps({"manifest_sha256": "b" * 64})])
@@ -81,9 +77,7 @@ def test_a_description_that_cannot_be_read_is_passed_over(tmp_path, cache, text)
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, cache):
     cache.write_text("a file is in the way")
-    with pytest.raises(
-        OutputError, match=r"cannot keep the engines in .*: .*set MGE_CACHE_DIR to one, or build with --into"
-    ):
+    with pytest.raises(OutputError, match=r"cannot keep the engines in .*: .*set MGE_CACHE_DIR to one, or build with"):
         store(tmp_path, b"engine")
 
 
@@ -96,23 +90,19 @@ def test_the_cache_lies_where_the_user_or_the_system_says(monkeypatch, tmp_path)
     monkeypatch.setenv("HOME", "/home/bird")
     assert str(cache_folder()) == "/home/bird/.cache/mge"
 
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "tensorrt-10.3-sm87-linux-aarch64",
-        "tensorrt-rtx-1.7-sm86-sm120-linux-x86_64",
-        "tensorrt-11.4-sm90-windows-x86_64",
-    ],
-)
-def test_target_names_are_read_as_they_are_written(name):
-    assert Target.parse(name).name == str(Target.parse(name)) == name
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    assert cache_folder().parent == Path(tempfile.gettempdir())
 
 
-@pytest.mark.parametrize("name", ["tensorrt-10.3-linux-x86_64", "openvino-1.0-sm86-linux-x86_64", "tensorrt-10.3-sm87"])
-def test_what_names_no_target_is_refused(name):
-    with pytest.raises(BundleError, match=f"the bundle has engines for '{name}', which is no target"):
-        Target.parse(name)
+def test_target_names_are_read_as_they_are_written():
+    for name in ("tensorrt-10.3-sm87-linux-aarch64", "tensorrt-rtx-1.7-sm86-sm120-windows-x86_64"):
+        assert Target.parse(name).name == str(Target.parse(name)) == name
+    for name in ("tensorrt-10.3-linux-x86_64", "openvino-1.0-sm86-linux-x86_64", "tensorrt-10.3-sm87"):
+        with pytest.raises(BundleError, match=f"the bundle has engines for '{name}', which is no target"):
+            Target.parse(name)
 
 
 def test_many_that_store_at_once_all_succeed_and_engines_are_found_all_the_while(tmp_path):
@@ -140,54 +130,9 @@ def test_many_that_store_at_once_all_succeed_and_engines_are_found_all_the_while
     assert bytes(cached_engines(MANIFEST)[0].plan("gate")) == b"again"
 
 
-def test_a_user_without_a_home_has_a_cache_too(monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("MGE_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("pathlib.Path.home", homeless)
-    assert cache_folder().parent == Path(tempfile.gettempdir())
-    assert cached_engines(MANIFEST) == []
-
-
-def test_a_timing_cache_is_read_and_added_to(tmp_path):
-    said = []
-    path = tmp_path / "deep" / "orin.cache"
-    first = TimingCache(path, named=False, say=said.append)
-    first.store(b"measured")
-    first.store(b"")  # TensorRT gave nothing back
-    assert TimingCache(path, named=True, say=said.append).content == b"measured"
-    assert said == []
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_timing_cache_is_a_file(tmp_path):
-    """A pipe would wait for a writer, /dev/zero never end."""
-    os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(
-            OutputError, match=r"cannot use the timing cache .*: it is no regular file; name another file"
-        ):
-            TimingCache(place, named=True, say=print)
-
-
-def test_a_timing_cache_that_cannot_be_used_stops_only_whoever_named_it(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    path, said = tmp_path / "file" / "orin.cache", []
-    default = TimingCache(path, named=False, say=said.append)
-    default.store(b"measured")
-    assert len(said) == 1
-    assert said[0].startswith("no timing cache, the next build measures anew: ")
-    with pytest.raises(OutputError, match=r"cannot use the timing cache .*orin.cache: .*; name another file"):
-        TimingCache(path, named=True, say=said.append)
-
-
 @pytest.mark.parametrize("batch", [[1, 1, 5000], [0, 1, 2], [2, 1, 8], [1, 8], "8"])
 def test_a_batch_range_of_another_version_is_told_with_its_target(batch):
     facts = details().to_dict() | {"batch": batch}
     description = EngineDescription(MANIFEST, TARGET.name, {}, facts)
-    with pytest.raises(
-        BundleError, match=r"engines/tensorrt-10.3-sm87-linux-aarch64/engine.json: details.batch.* build them"
-    ):
+    with pytest.raises(BundleError, match=rf"engines/{TARGET}/engine.json: details.batch.* build them again"):
         EngineDetails.from_description(description)

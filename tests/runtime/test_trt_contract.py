@@ -1,17 +1,50 @@
-"""Every name of TensorRT that the runtime uses exists in the modules that can be installed without a GPU."""
+"""Every name of TensorRT that the runtime uses exists in the modules that can be installed without a GPU.
 
-import importlib
+An engine cannot even be deserialized without a driver, so nothing that runs one is called here.
+"""
+
+import ast
 import importlib.util
 from pathlib import Path
 
 import pytest
 
+import mge_runtime.backends.tensorrt
+from mge_runtime.backends.tensorrt import DTYPES, TensorRTBackend
+from mge_runtime.bundle import Bundle
+from mge_runtime.errors import BackendError
+from mge_runtime.manifest import DTYPES as CHAIN_DTYPES
+from mge_runtime.trt.target import RTX_CAPABILITIES
+from mge_runtime.trt.vendor import load_vendor
+
 spec = importlib.util.spec_from_file_location("tensorrt_calls", Path(__file__).with_name("tensorrt_calls.py"))
 calls = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(calls)
 
+# What is reached by name, so that a type checker does not see it, and full TensorRT has not.
+RTX_ALONE = {
+    "BuilderFlag": "REQUIRE_USER_ALLOCATION",
+    "CudaGraphStrategy": "DISABLED",
+    "DynamicShapesKernelSpecializationStrategy": "EAGER",
+    "IBuilderConfig": "num_compute_capabilities set_compute_capability",
+    "IExecutionContext": "is_stream_capturable",
+    "IRuntimeConfig": "create_runtime_cache set_runtime_cache cuda_graph_strategy "
+    "dynamic_shapes_kernel_specialization_strategy",
+}
 
-def exists(module, kind, name):
+
+@pytest.fixture(scope="module")
+def rtx():
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
+
+
+@pytest.fixture(scope="module")
+def lean():
+    """Full TensorRT's runtime without the builder, of the newest version."""
+    return pytest.importorskip("tensorrt_lean")
+
+
+def has(module, kind, name):
     return hasattr(getattr(module, kind, None), name)
 
 
@@ -31,27 +64,52 @@ def test_the_collection_sees_what_is_used():
     assert len(used) > 50
 
 
-@pytest.mark.parametrize("kind", calls.BUILDING + calls.RUNNING)
-def test_tensorrt_rtx_has_it(kind):
-    module = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
-    assert [name for k, name in calls.used_calls((kind,)) if not exists(module, k, name)] == []
+def test_tensorrt_rtx_has_it(rtx):
+    assert [call for call in calls.used_calls(calls.BUILDING + calls.RUNNING) if not has(rtx, *call)] == []
 
 
-@pytest.mark.parametrize("kind", calls.RUNNING)
-def test_tensorrt_11_has_it(kind):
-    # The lean runtime is full TensorRT's runtime without the builder, of the newest version.
-    module = importlib.import_module("tensorrt_lean")
-    assert int(module.__version__.split(".")[0]) >= 11
-    assert [name for k, name in calls.used_calls((kind,)) if not exists(module, k, name)] == []
+def test_tensorrt_11_has_it(lean):
+    assert int(lean.__version__.split(".")[0]) >= 11
+    assert [call for call in calls.used_calls(calls.RUNNING) if not has(lean, *call)] == []
 
 
-def test_what_is_named_by_text_exists_too():
-    """Enumerations and RTX's own calls are reached by name; a type checker does not see those."""
-    module = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
-    from mge_runtime.trt.target import RTX_CAPABILITIES
+@pytest.mark.parametrize(("kind", "names"), RTX_ALONE.items())
+def test_what_is_asked_of_tensorrt_rtx_alone(rtx, lean, kind, names):
+    for name in names.split():
+        assert has(rtx, kind, name)
+        assert not has(lean, kind, name), "full TensorRT has it too now: use it there"
 
-    members = set(module.ComputeCapability.__members__)
+
+def test_tensorrt_rtx_serves_the_capabilities_that_we_name(rtx):
+    members = set(rtx.ComputeCapability.__members__)
     assert {name.upper() for name in RTX_CAPABILITIES} == members - {"NONE", "CURRENT"}
-    assert "REQUIRE_USER_ALLOCATION" in module.BuilderFlag.__members__
-    for name in ("num_compute_capabilities", "set_compute_capability"):
-        assert hasattr(module.IBuilderConfig, name)
+
+
+def test_a_runtime_configuration_has_what_is_set(rtx):
+    tree = ast.parse(Path(mge_runtime.backends.tensorrt.__file__).read_text())
+    asked = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "config"}
+    assert asked > set(RTX_ALONE["IRuntimeConfig"].split())
+    assert asked <= set(dir(rtx.IRuntimeConfig))
+
+
+@pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt_lean"])
+def test_names_of_types_places_and_directions(name):
+    module = pytest.importorskip(name)
+    assert set(DTYPES) == set(CHAIN_DTYPES)
+    for expected in DTYPES.values():
+        assert getattr(module.DataType, expected).name == expected
+    assert module.TensorLocation.DEVICE.name == "DEVICE"
+    assert {mode.name for mode in (module.TensorIOMode.INPUT, module.TensorIOMode.OUTPUT)} == {"INPUT", "OUTPUT"}
+    assert [len(module.Dims([1, 2, 3])), module.Dims([1, 2, 3])[1]] == [3, 2]
+
+
+@pytest.mark.usefixtures("rtx")
+def test_without_a_gpu_opening_is_refused_before_an_engine_is_read(bundle_path):
+    class Unread:
+        def plan(self, graph):
+            pytest.fail(f"the engine of {graph} was read")
+
+    backend = TensorRTBackend(load_vendor("tensorrt-rtx"), Unread(), 99)
+    assert (backend.name, backend.device, backend.streams) == ("tensorrt-rtx", "cuda:99", 1)
+    with Bundle.open(bundle_path) as bundle, pytest.raises(BackendError, match=r"^cuda:99 cannot be opened"):
+        backend.open_chain(bundle)

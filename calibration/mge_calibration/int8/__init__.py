@@ -1,1 +1,1 @@
-"""INT8 learned from images: where a trunk is quantised, with which ranges, and which layers better stay float."""
+"""INT8 learned from images: where a backbone is quantized, with which ranges, and which layers better stay float."""

@@ -1,4 +1,4 @@
-"""Quantise a chain of stages, each on what the quantised ones before it really put out."""
+"""Quantize a chain of graphs, each on what the quantized ones before it really compute."""
 
 from __future__ import annotations
 
@@ -6,105 +6,133 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from mge_calibration.int8.agreement import Agreement, relative_error
-from mge_calibration.int8.follow import FloatChain, small
-from mge_calibration.int8.sessions import Run, Tensors, default_workers, open_graph, run_all
-from mge_calibration.int8.stage import Int8Options, Judge, QuantizedStage, quantize_stage
-from mge_runtime.spec import StageSpec
+from mge_calibration.int8.graph import Agreement, Int8Options, Judge, QuantizedGraph, quantize_graph, relative_error
+from mge_calibration.int8.ranges import Run, Tensors, open_graph, run_all
+from mge_runtime.compare import box_iou, frame_boxes
+from mge_runtime.manifest import GraphSpec
 
 __all__ = ["quantize_chain"]
 
-# A later expert still has to be quantised, and its own box must not then fall below the limit. Measured on photographs
+# A later expert still has to be quantized, and its own box must not then fall below the limit. Measured on photographs
 # with EfficientNet-Lite0: that costs the median IoU up to 0.005, and 122 images leave it a standard error of 0.01.
 _HEADROOM = 0.01
 
 
 def quantize_chain(
-    stages: Sequence[StageSpec],
+    graphs: Sequence[GraphSpec],
     models: Mapping[str, onnx.ModelProto],
-    trunk_weight: Callable[[str], bool],
+    backbone_weight: Callable[[str], bool],
     frames: np.ndarray,
-    answer: str,
     options: Int8Options,
     say: Callable[[str], None] = lambda _: None,
-) -> dict[str, QuantizedStage]:
-    """Quantise the trunks of a chain.
+) -> dict[str, QuantizedGraph]:
+    """Quantize the backbones of a chain.
 
-    A stage without a trunk is run as it is. Expert k so sees the crops that quantised experts make of the images, which
-    are not quite those of the float model (`options.float_crops` calibrates on the latter).
-
-    Each stage is judged by what it does to the chain: the stages before it quantised, those after it still in floats,
-    its answer and boxes against the float chain's. So after the last stage the limits hold for the chain as it will
-    run (not with `options.float_crops`). A box needs more than its own expert: a crop that moved by a pixel is another
-    image to the next expert, whose box then moves further.
+    Expert k sees the crops that quantized experts make of the images, which are not quite those of the float model.
+    Each graph is judged by what it does to the chain: the graphs before it quantized, those after it still in floats,
+    logits and boxes against the float chain's. So after the last graph the limits hold for the chain as it will run. A
+    box needs more than its own expert: a crop that moved by a pixel is another image to the next expert, whose box then
+    moves further.
 
     Args:
-        stages: in the order they run.
-        models: by stage name, with their weights; left as they are.
-        trunk_weight: whether an initialiser is a convolution's weight in a trunk.
+        graphs: in the order they run, each with a backbone.
+        models: by graph name, with their weights; left as they are.
+        backbone_weight: whether an initializer is a convolution's weight in a backbone.
         frames: uint8 [N, S, S, 3], the chain's input.
-        answer: the tensor that the whole chain answers with.
         options: how.
         say: shows progress.
 
     Returns:
-        By name, the stages that have a trunk.
+        The quantized graphs by name.
     """
-    chain = FloatChain(stages, models, answer, frames)
+    chain = _FloatChain(graphs, models, frames)
     tensors: Tensors = dict(chain.input)
-    done: dict[str, QuantizedStage] = {}
-    for index, stage in enumerate(stages):
-        if not any(node.op_type == "Conv" for node in models[stage.name].graph.node):
-            tensors |= chain.run(stage, tensors)
-            continue
-        judge = _judge(chain, stage, tensors, options)
-        result = quantize_stage(models[stage.name], trunk_weight, tensors, judge, options)
-        done[stage.name] = result
-        say(_line(stage.name, result))
+    done: dict[str, QuantizedGraph] = {}
+    for index, graph in enumerate(graphs):
+        judge = _judge(chain, index, tensors, options)
+        result = done[graph.name] = quantize_graph(models[graph.name], backbone_weight, tensors, judge, options)
+        say(_line(graph.name, result))
         # Images are large and only the next experts want them.
-        wanted = {tensor.name for later in stages[index + 1 :] for tensor in later.inputs}
-        made = chain.run(stage, tensors) if options.float_crops else _run(result.model, stage, tensors)
+        wanted = {tensor.name for later in graphs[index + 1 :] for tensor in later.inputs}
+        made = run_all(open_graph(result.model), {tensor.name: tensors[tensor.name] for tensor in graph.inputs})
         tensors = {name: value for name, value in (tensors | made).items() if value.ndim < 4 or name in wanted}
     layers = sum(len(result.layers) for result in done.values())
     left = sum(len(result.left) for result in done.values())
     if layers < left:
         say(
             f"hint: {layers} of {layers + left} layers are in INT8, which saves little; boxes that may move further "
-            "(--min-box-iou) or more answers that may change (--max-drop) let more in"
+            "(--min-box-iou) or more classes that may change (--max-drop) let more in"
         )
     return done
 
 
-def _judge(chain: FloatChain, stage: StageSpec, tensors: Tensors, options: Int8Options) -> Judge:
-    """Judge variants of a stage.
+class _FloatChain:
+    """A chain in floats, and what it makes of the calibration images: the reference."""
+
+    def __init__(
+        self, graphs: Sequence[GraphSpec], models: Mapping[str, onnx.ModelProto], frames: NDArray[np.uint8]
+    ) -> None:
+        self.graphs = graphs
+        self._size = frames.shape[2]
+        self._runs: list[Run] = [open_graph(models[graph.name]) for graph in graphs]
+        self._boxes = _boxes(graphs)
+        self.input = {graphs[0].inputs[0].name: frames}
+        # Images are large, and every one can be made again.
+        self._reference = run_all(lambda batch: _small(self.finish(batch, 0)), self.input)
+
+    def run(self, index: int, tensors: Mapping[str, np.ndarray]) -> Tensors:
+        """One graph over all images; its outputs but for images."""
+        inputs = {tensor.name: tensors[tensor.name] for tensor in self.graphs[index].inputs}
+        return run_all(lambda batch: _small(self._runs[index](batch)), inputs)
+
+    def finish(self, tensors: Mapping[str, np.ndarray], start: int) -> Tensors:
+        """Run the graphs from number `start` on for one batch; return the tensors, with those that follow."""
+        known = dict(tensors)
+        for run in self._runs[start:]:
+            known |= run(known)
+        return known
+
+    def changed_classes(self, found: Mapping[str, np.ndarray]) -> int:
+        """Images whose class is not the float chain's."""
+        logits = self.graphs[-1].logits
+        return int((found[logits].argmax(1) != self._reference[logits].argmax(1)).sum())
+
+    def median_iou(self, found: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Median over images of each box's IoU with the float chain's, both in pixels of the frame."""
+        ours, theirs = (frame_boxes([t[name] for name in self._boxes], self._size) for t in (found, self._reference))
+        return {name: float(np.median(iou)) for name, iou in zip(self._boxes, box_iou(ours, theirs), strict=True)}
+
+
+def _judge(chain: _FloatChain, index: int, tensors: Tensors, options: Int8Options) -> Judge:
+    """Judge variants of a graph.
 
     Args:
         chain: in floats.
-        stage: whose variants.
-        tensors: what the stages before it put out, over all images.
+        index: of the graph.
+        tensors: what the graphs before it made of all images.
         options: the limits.
 
     Returns:
         Run of a variant -> its agreement, and whether it is within the limits.
     """
-    outputs = [tensor.name for tensor in stage.outputs]
-    boxes = chain.boxes_moved_by(stage)
+    boxes = _boxes(chain.graphs[index:])  # that move with the graph
     least = {name: _least(options.min_box_iou, later) for later, name in enumerate(boxes)}
-    later = {t.name for other in chain.stages for t in other.outputs} - tensors.keys()
-    known = tensors | chain.reference(later - set(outputs))  # float results of what the stage does not change, too
-    own = small(chain.run(stage, tensors))
+    own = chain.run(index, tensors)
 
     def judge(run: Run) -> tuple[Agreement, bool]:
-        found = run_all(
-            lambda batch: small(chain.finish(dict(batch) | run(batch), outputs)), known, workers=default_workers()
-        )
-        changed = chain.changed_classes(found)
+        found = run_all(lambda batch: _small(chain.finish(dict(batch) | run(batch), index + 1)), tensors)
         error = relative_error({name: found[name] for name in own}, own)
-        agreement = Agreement(len(found[outputs[0]]), changed, chain.median_iou(found, boxes), error)
+        ious = {name: iou for name, iou in chain.median_iou(found).items() if name in boxes}
+        agreement = Agreement(len(found[chain.graphs[-1].logits]), chain.changed_classes(found), ious, error)
         return agreement, agreement.within(options.max_drop, least)
 
     return judge
+
+
+def _boxes(graphs: Sequence[GraphSpec]) -> list[str]:
+    return [tensor.name for graph in graphs for tensor in graph.outputs if tensor.name.startswith("box_")]
 
 
 def _least(min_box_iou: float, later: int) -> float:
@@ -112,16 +140,16 @@ def _least(min_box_iou: float, later: int) -> float:
     return min_box_iou + min(_HEADROOM * later, (1 - min_box_iou) / 2) if min_box_iou else 0.0
 
 
-def _run(model: onnx.ModelProto, stage: StageSpec, tensors: Tensors) -> Tensors:
-    inputs = {tensor.name: tensors[tensor.name] for tensor in stage.inputs}
-    return run_all(open_graph(model), inputs, workers=default_workers())
+def _small(tensors: Mapping[str, np.ndarray]) -> Tensors:
+    """All but the images."""
+    return {name: value for name, value in tensors.items() if value.ndim < 4}
 
 
-def _line(stage: str, result: QuantizedStage) -> str:
+def _line(graph: str, result: QuantizedGraph) -> str:
     total, found = len(result.layers) + len(result.left), result.agreement
     text = (
-        f"{stage}: {len(result.layers)} of {total} layers in INT8; the chain answers {100 * found.same_class:.1f} % "
-        f"the same ({100 * result.all_layers.same_class:.1f} % with all)"
+        f"{graph}: {len(result.layers)} of {total} layers in INT8; the chain has the same class on "
+        f"{100 * found.same_class:.1f} % ({100 * result.all_layers.same_class:.1f} % with all)"
     )
     if found.box_iou:
         text += "; box IoU: " + ", ".join(f"{name} {iou:.3f}" for name, iou in found.box_iou.items())

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from mge_calibration.folder import short_digest
-from mge_runtime.decode import decode_image
+from mge_calibration.images import short_digest
+from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
+from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import is_folder, list_folder
-from mge_runtime.spec import Preprocess
+from mge_runtime.sources import list_folder, require_folder
 
-__all__ = ["MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
+__all__ = ["CALIBRATION_FOLDER", "MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
 
 MIN_IMAGES = 100
+CALIBRATION_FOLDER = "a folder of images to calibrate on: name one with --calib-data"  # of an error
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CalibrationImages:
     frames: np.ndarray  # uint8 [N, S, S, 3], in the order drawn: the first few are a random draw, too
     sha256: str  # over names within the folder and bytes of the images taken, as the folder sorts them
     source: str  # for people
-    digests: tuple[str, ...] = ()  # of each file, sorted: by these `mge-calibrate` keeps them away from exits
+    digests: tuple[str, ...] = ()  # of each file, `held_out` too, sorted: `mge-calibrate` keeps them away from exits
     held_out: tuple[Path, ...] = ()  # images of the same folder that set no ranges, to verify on
 
 
@@ -42,6 +42,7 @@ def read_calibration_images(
     few: bool = False,
     hold_out: int = 0,
     say: Callable[[str], None] = lambda _: None,
+    max_pixels: int = MAX_PIXELS,
 ) -> CalibrationImages:
     """Read images of a folder in an order drawn by seed from its sorted list; labels are of no use here.
 
@@ -51,38 +52,43 @@ def read_calibration_images(
         limit: the most to take; 0: all.
         seed: of the order, and so of the draw where the folder has more than `limit`.
         few: take fewer than `MIN_IMAGES`, too; a quarter of the images at most is then held out.
-        hold_out: how many to keep from the ranges, the last of the order; copies of images that set ranges are dropped.
+        hold_out: how many to keep from the ranges, the last of the order: fewer, but one, where else fewer than
+            `MIN_IMAGES` were left; copies of images that set ranges are dropped.
         say: is told of each image that cannot be read; it is left out.
+        max_pixels: as for `decode_image`.
 
     Raises:
         InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
     """
-    if not is_folder(folder):
-        kind = "a file" if os.path.lexists(folder) else "nothing"
-        raise InputError(f"{folder} is {kind}; expected a folder of images to calibrate on: name one with --calib-data")
+    require_folder(folder, CALIBRATION_FOLDER)
     found = list_folder(folder)
-    images = found.whole()
+    paths = [image.path for image in found.whole() if image.path is not None]
     if remark := found.remark():
         say(f"{folder}: {remark}")
-    order: list[int] = np.random.default_rng(seed).permutation(len(images)).tolist()
-    held = order[len(order) - min(hold_out, len(order) // 4 if few else len(order)) :]
-    chosen = order[: len(order) - len(held)][: limit or None]
+    order: list[int] = np.random.default_rng(seed).permutation(len(paths)).tolist()
+    spare = min(hold_out, len(order) // 4 if few else len(order))
     size = preprocess.size
-    frames = np.empty((len(chosen), size, size, 3), np.uint8)
+    frames = np.empty((min(limit or len(order), len(order)), size, size, 3), np.uint8)
     hashes: dict[int, bytes] = {}
-    for index in chosen:
-        source = images[index].source()
+    tried = 0
+    for index in order[: limit or None]:
+        left = len(order) - tried
+        if left <= spare and (few or left == 1 or len(hashes) >= MIN_IMAGES):
+            break
+        tried += 1
+        path = paths[index]
         try:
-            frame = to_frame(decode_image(source), preprocess)[0]
-            content = source if isinstance(source, bytes) else source.read_bytes()
+            frame = to_frame(decode_image(path, max_pixels), preprocess)[0]
+            content = hashlib.sha256(path.read_bytes()).digest()
         except (InputError, OSError) as problem:
             say(f"left out of the calibration: {problem}")
             continue
         frames[len(hashes)] = frame
-        name = source.relative_to(folder).as_posix() if isinstance(source, Path) else ""
-        hashes[index] = name.encode(errors="surrogateescape") + b"\0" + hashlib.sha256(content).digest()
+        name = path.relative_to(folder).as_posix()
+        hashes[index] = name.encode(errors="surrogateescape") + b"\0" + content
+    held = order[max(tried, len(order) - spare) :]
     count = len(hashes)
-    if not count or (count < MIN_IMAGES and not few):
+    if not count or (count + bool(held) < MIN_IMAGES and not few):
         raise InputError(
             f"{folder} gave {count} images to calibrate on{', beside those held out to verify on' if held else ''}; "
             f"expected at least {MIN_IMAGES}, since fewer do not show how far activations go: name a folder with more"
@@ -90,19 +96,21 @@ def read_calibration_images(
             + (", or add --force-few-images" if count else "")
         )
     digest = hashlib.sha256(b"".join(hashes[index] for index in sorted(hashes)))
-    text = f"{count} of {len(images)} images in {folder.resolve().name}"
-    digests = tuple(sorted(short_digest(entry[-digest.digest_size :].hex()) for entry in hashes.values()))
+    text = f"{count} of {len(paths)} images in {folder.resolve().name}"
     contents = {entry[-digest.digest_size :] for entry in hashes.values()}
-    held_out: list[Path] = []
-    for path in (path for index in held if (path := images[index].path) is not None):
+    held_out: dict[Path, bytes] = {}
+    for path in (paths[index] for index in held):
         try:
-            if hashlib.sha256(path.read_bytes()).digest() not in contents:
-                held_out.append(path)
+            content = hashlib.sha256(path.read_bytes()).digest()
         except OSError as problem:
             say(f"left out of the images to verify on: {problem}")
+            continue
+        if content not in contents:
+            held_out[path] = content
     if hold_out and not held_out:
         raise InputError(
             f"{folder} has no image left to verify on beside {count} that set ranges; expected at least one: "
             "name a folder with more, or others with --verify-data"
         )
+    digests = tuple(sorted(short_digest(content.hex()) for content in contents.union(held_out.values())))
     return CalibrationImages(frames[:count], digest.hexdigest(), text, digests, tuple(held_out))

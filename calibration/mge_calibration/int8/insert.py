@@ -1,21 +1,70 @@
-"""Write QuantizeLinear and DequantizeLinear around chosen layers of a graph, as TensorRT takes them."""
+"""Which layers of a graph can be quantized, and the Q/DQ nodes around them as TensorRT takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from mge_calibration.int8.ranges import LEVELS
-from mge_calibration.int8.sites import Layer
-from mge_runtime.bundle.cpu_graph import POSITIVE_ZERO, SIGNED_ZERO
+__all__ = ["LEVELS", "Layer", "find_layers", "insert_quantization", "positive_bound", "quantize_weight"]
 
-__all__ = ["OPSET", "insert_quantization", "quantize_weight"]
-
-# DequantizeLinear puts out FP16 from opset 19 on; TensorRT 10.3 of JetPack 6 knows up to 20.
+LEVELS = 127  # magnitudes that symmetric INT8 tells apart, beside zero
+# DequantizeLinear makes FP16 from opset 19 on; TensorRT 10.3 of JetPack 6 knows up to 20.
 OPSET = 19
+_ZERO = "zero_point"  # of every quantized activation
+# Between a convolution and a residual sum: operators that work on each value by itself, or choose among values.
+_BETWEEN = frozenset({"Add", "Cast", "Clip", "HardSwish", "LeakyRelu", "MaxPool", "Mul", "Relu", "Sigmoid"})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operator that may be quantized."""
+
+    name: str  # as people know it: the weight's name without ".weight"; of a sum "add" and the layer before it
+    node: str  # ONNX node name
+    operator: str  # "Conv" or "Add"
+    activations: tuple[str, ...]  # tensors that it reads and that get a range: one of a Conv, two of an Add
+    weight: str | None  # initializer of a Conv
+
+
+def find_layers(model: onnx.ModelProto, backbone_weight: Callable[[str], bool]) -> tuple[Layer, ...]:
+    """List what of a graph may be quantized, in the order of its nodes.
+
+    A sum is a residual one if both of its terms come from the backbone's convolutions through nothing but activations
+    and pooling. So neither biases nor anything of heads, attention or crop is among them.
+
+    Args:
+        model: a graph, every node named.
+        backbone_weight: whether an initializer is a convolution's weight in the backbone.
+    """
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    producers = {output: node for node in graph.node for output in node.output}
+    made_by_backbone: dict[str, bool] = {}  # tensor -> whether it is made by the backbone's convolutions
+
+    def from_backbone(tensor: str) -> bool:
+        if tensor not in made_by_backbone:
+            made_by_backbone[tensor] = False  # a graph has no cycles; this bounds a damaged one
+            node = producers.get(tensor)
+            if node is not None and node.op_type == "Conv":
+                made_by_backbone[tensor] = backbone_weight(node.input[1])
+            elif node is not None and node.op_type in _BETWEEN:
+                terms = [name for name in node.input if name and name not in constants]
+                made_by_backbone[tensor] = bool(terms) and all(from_backbone(name) for name in terms)
+        return made_by_backbone[tensor]
+
+    layers: list[Layer] = []
+    for node in graph.node:
+        if node.op_type == "Conv" and node.input[1] in constants and backbone_weight(node.input[1]):
+            weight = node.input[1]
+            layers.append(Layer(_short(weight), node.name, "Conv", (node.input[0],), weight))
+        elif node.op_type == "Add" and not constants & set(node.input) and all(map(from_backbone, node.input)):
+            name = f"add after {layers[-1].name}"
+            layers.append(Layer(name, node.name, "Add", tuple(dict.fromkeys(node.input)), None))
+    return tuple(layers)
 
 
 def insert_quantization(
@@ -24,10 +73,10 @@ def insert_quantization(
     ranges: Mapping[str, float],
     means: Mapping[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
-    """Quantise layers: each reads its activations through one Q/DQ pair a tensor, its weight through a DQ.
+    """Quantize layers: each reads its activations through one Q/DQ pair a tensor, its weight through a DQ.
 
     Everything is symmetric int8 with a zero point of 0, weights by output channel; scales have the type of the weights,
-    so that what stays float stays in that type. Only the chosen layers read the dequantised tensors: whatever else
+    so that what stays float stays in that type. Only the chosen layers read the dequantized tensors: whatever else
     reads the same tensor, as the crop reads the image, still reads the original. Biases stay float.
 
     With `means`, the bias of a convolution takes up what rounding its weight adds to its sums on average: the missing
@@ -35,7 +84,7 @@ def insert_quantization(
     Weight Equalization and Bias Correction", ICCV 2019, section 4.2; here the means are measured).
 
     Args:
-        model: a stage with its weights; left as it is.
+        model: a graph with its weights; left as it is.
         layers: of `find_layers`.
         ranges: tensor name -> magnitude of code 127, for every activation of the layers.
         means: tensor name -> mean of each channel, [C], of the same; None: biases stay as they are.
@@ -44,8 +93,10 @@ def insert_quantization(
         Another model, with its weights; the same nodes in the same order, and the new ones before their readers.
     """
     chosen = {layer.node: layer for layer in layers}
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
     if not chosen:
-        return _copy(model)
+        return result
     graph = model.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}
     producers = {output: node for node in graph.node for output in node.output}
@@ -60,12 +111,11 @@ def insert_quantization(
         scale, coded, result = f"{tensor}_scale", f"{tensor}_quantized", f"{tensor}_dequantized"
         if result not in written:
             written.add(result)
-            bound = _positive_bound(tensor, producers, constants)
-            zero = SIGNED_ZERO if bound is None else POSITIVE_ZERO
-            added[zero] = numpy_helper.from_array(np.zeros((), np.int8), zero)
+            bound = positive_bound(tensor, producers, constants)
+            added[_ZERO] = numpy_helper.from_array(np.zeros((), np.int8), _ZERO)
             added[scale] = numpy_helper.from_array(_scale(ranges[tensor], bound, kind), scale)
-            nodes.append(_pair_node("QuantizeLinear", tensor, scale, zero, coded))
-            nodes.append(_pair_node("DequantizeLinear", coded, scale, zero, result))
+            nodes.append(_pair_node("QuantizeLinear", tensor, scale, _ZERO, coded))
+            nodes.append(_pair_node("DequantizeLinear", coded, scale, _ZERO, result))
         return result
 
     def weight(name: str) -> str:
@@ -90,18 +140,16 @@ def insert_quantization(
                 name = f"{layer.weight}_bias"
                 bias = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 else np.zeros((), kind)
                 values = numpy_helper.to_array(constants[layer.weight])
-                lost = _lost(values, means[layer.activations[0]], _groups(node))
+                groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+                lost = _lost(values, means[layer.activations[0]], groups)
                 added[name] = numpy_helper.from_array((bias + lost).astype(kind), name)
                 inputs[2:] = [name]
         changed = onnx.NodeProto()
         changed.CopyFrom(node)
-        del changed.input[:]
-        changed.input.extend(inputs)
+        changed.input[:] = inputs
         nodes.append(changed)
     read = {name for node in nodes for name in node.input}
     initializers = [tensor for tensor in graph.initializer if tensor.name in read]
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
     for field, parts in (("node", nodes), ("initializer", [*initializers, *added.values()])):
         result.graph.ClearField(field)
         getattr(result.graph, field).extend(parts)
@@ -136,14 +184,16 @@ def _lost(weight: np.ndarray, mean: np.ndarray, groups: int) -> np.ndarray:
     return (missing * inputs).sum(1)
 
 
-def _groups(node: onnx.NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-
-
-def _positive_bound(
+def positive_bound(
     tensor: str, producers: Mapping[str, onnx.NodeProto], constants: Mapping[str, onnx.TensorProto]
 ) -> float | None:
-    """The largest value that a ReLU or a clip from 0 on lets pass; None: the tensor may be negative."""
+    """The largest value that a ReLU or a clip from 0 on lets pass; None: the tensor may be negative.
+
+    Args:
+        tensor: its name.
+        producers: of the graph's tensors.
+        constants: its initializers.
+    """
     node = producers.get(tensor)
     if node is not None and node.op_type == "Relu":
         return float("inf")
@@ -173,7 +223,6 @@ def _pair_node(
     return node
 
 
-def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    return result
+def _short(weight: str) -> str:
+    """`expert.backbone.layers.conv1.weight` -> `conv1`, `gate.backbone.layers.conv1.weight` -> `gate.conv1`."""
+    return weight.removesuffix(".weight").removeprefix("expert.").replace("backbone.layers.", "", 1)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mge_runtime.backends.base import Backend, Buffer, StageRunner, Streams
+from mge_runtime.backends.base import Backend, Streams
 from mge_runtime.backends.choice import BACKENDS, Candidate, Choice, choose
 from mge_runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
 
-__all__ = ["BACKENDS", "Backend", "Buffer", "Candidate", "Choice", "StageRunner", "Streams", "choose", "open_backend"]
+__all__ = ["BACKENDS", "Backend", "Candidate", "Choice", "Streams", "choose", "open_backend"]
 
 
 def open_backend(
     choice: Choice,
-    bundle: Bundle | None = None,
+    bundle: Bundle,
     *,
     threads: int | None = None,
     streams: Streams = 1,
@@ -27,7 +27,7 @@ def open_backend(
 
     Args:
         choice: what `choose` returned.
-        bundle: what it was made for, open; the TensorRT backends need it.
+        bundle: what it was made for, open.
         threads: processors to compute with on the CPU; None: all that this process may use.
         streams: runs of the chain that may be in flight at once; they share the processors. A GPU has one.
         graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
@@ -45,23 +45,22 @@ def open_backend(
         from mge_runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 
         return OnnxRuntimeCudaBackend(choice.device_index, graphs=graphs)
-    if bundle is None:
-        raise BackendError(f"{choice} was to be opened without a bundle; expected the one it was chosen for")
     return _open_tensorrt(choice, bundle, graphs)
 
 
 def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool) -> Backend:
-    from mge_runtime.trt.fit import build_command, why_not
+    from mge_runtime.trt.engines import why_not
+    from mge_runtime.trt.target import build_command
     from mge_runtime.trt.vendor import load_vendor
 
-    vendor, machine, engines = load_vendor(choice.backend), choice.machine, choice.engines
-    if machine is None or choice.gpu is None or engines is None:
-        raise BackendError(f"{choice} names no machine or no engines; expected what `choose` returned")
-    # Package metadata chose the engines; the library itself has the last word, before anything is deserialised.
+    machine, gpu, engines = choice.machine, choice.gpu, choice.engines
+    if gpu is None or engines is None:
+        raise BackendError(f"{choice} names no GPU or no engines; expected what `choose` returned")
+    vendor = load_vendor(choice.backend)
+    # Package metadata chose the engines; the library itself has the last word, before anything is deserialized.
     here = replace(machine, libraries={**machine.libraries, vendor.name: vendor.version})
-    built = engines.description.plans
-    if problem := why_not(engines.target, engines.details, built, here, choice.gpu, bundle.manifest):
-        command = build_command(choice.backend, machine, choice.gpu, bundle.path)
+    if problem := why_not(engines, here, gpu, bundle.manifest):
+        command = build_command(choice.backend, machine, gpu, bundle.path)
         raise BackendError(f"{engines.target} {engines.place} {problem}; build again: {command}")
     from mge_runtime.backends.tensorrt import TensorRTBackend
 

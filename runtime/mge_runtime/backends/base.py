@@ -1,8 +1,7 @@
 """The seam between the chain and whatever computes it.
 
 A backend opens the chain of a bundle as an `Executor`, which runs it on a batch: frames in, the wanted tensors out,
-both on the host. What lies between is the executor's own: `mge_runtime.backends.staged` runs stage after stage on the
-host, `mge_runtime.device` runs segments on a device, where no tensor visits the host on the way.
+both on the host. What lies between is the executor's own.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from mge_runtime.errors import BundleError
 from mge_runtime.fields import JsonValue
 
 if TYPE_CHECKING:
@@ -20,72 +20,48 @@ if TYPE_CHECKING:
 
     from mge_runtime.bundle import Bundle
     from mge_runtime.calibrated import ExitPoint
+    from mge_runtime.manifest import GraphSpec
 
     Array: TypeAlias = NDArray[np.generic]
 
-__all__ = ["Backend", "Buffer", "Executor", "ExecutorResult", "Span", "StageRunner", "Streams", "split"]
+__all__ = ["Backend", "Executor", "ExecutorResult", "Found", "Span", "Streams", "check_tensors", "split"]
 
-Buffer: TypeAlias = Any  # what one backend keeps a tensor in; nobody else looks inside
 Streams: TypeAlias = "int | Literal['auto']"  # runs in flight at once; "auto": as many as give the most images a second
-
-
-class StageRunner(ABC):
-    """One stage, ready to run. It is used from as many threads at a time as its backend has streams."""
-
-    @abstractmethod
-    def run(self, inputs: Mapping[str, Buffer]) -> Mapping[str, Buffer]:
-        """Run the stage.
-
-        Args:
-            inputs: a buffer for each of the stage's inputs, by tensor name; others are ignored. The first axis of all
-                is the batch.
-
-        Returns:
-            A buffer for each of the stage's outputs, valid until it is dropped.
-
-        Raises:
-            BackendError: the stage failed.
-        """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Release what the stage holds; it is not run again."""
+Found: TypeAlias = "Mapping[str, tuple[str, Sequence[object]]]"  # by name: NumPy's name of its type, and its shape
 
 
 @dataclass(frozen=True)
 class ExecutorResult:
-    """What one run put out.
+    """The outputs of one run.
 
-    Images may stop early, so a tensor has one row for each image that ran the segment which put it out, in the order of
-    the frames; rows that did not run are absent. Without exits that is every image.
+    Images may stop early, so a tensor has one row for each image that ran the graph it is an output of, in the order
+    of the frames; rows that did not run are absent. Without exits that is every image.
     """
 
     tensors: Mapping[str, Array]  # by name, on the host
     times_ms: Mapping[str, float]  # milliseconds for all images together, by step, in the order of the steps
-    segments_run: NDArray[np.intp]  # [B]: how many segments each image ran; the last of them answers it
-    # The segment, from 0, with which a step begins: images that stopped before it took no part. A step that is missing
-    # here was for every image.
-    step_segments: Mapping[str, int]
+    graphs_run: NDArray[np.intp]  # [B]: how many graphs each image ran; its logits are the last one's
+    step_graphs: Mapping[
+        str, int
+    ]  # the graph, from 0, with which a step begins: images that stopped before had no part
 
 
 @dataclass(frozen=True)
 class Span:
-    """Segments that run without a look at their answers."""
+    """Graphs that run without a look at their logits."""
 
-    first: int  # segment, from 0
-    last: int  # one after the last segment
+    first: int  # graph, from 0
+    last: int  # one after the last graph
     point: ExitPoint | None  # what is asked after them; None: the run ends there
 
 
-def split(segments: int, exits: Sequence[ExitPoint]) -> list[Span]:
-    """Cut the first segments of a chain behind each exit point, except at their end, where the run stops anyway.
+def split(graphs: int, exits: Sequence[ExitPoint]) -> list[Span]:
+    """Cut the first `graphs` graphs of a chain behind each exit point, except at their end, where the run stops anyway.
 
-    Args:
-        segments: how many there are to run.
-        exits: in any order, at most one for each segment.
+    The exits come in any order, at most one for each graph.
     """
-    points = sorted((point for point in exits if point.segments < segments), key=lambda point: point.segments)
-    cuts = [0, *(point.segments for point in points), segments]
+    points = sorted((point for point in exits if point.graphs < graphs), key=lambda point: point.graphs)
+    cuts = [0, *(point.graphs for point in points), graphs]
     return [Span(*ends) for ends in zip(cuts[:-1], cuts[1:], [*points, None], strict=True)]
 
 
@@ -96,18 +72,18 @@ class Executor(ABC):
 
     @abstractmethod
     def run(
-        self, frames: Array, segments: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
+        self, frames: Array, graphs: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
     ) -> ExecutorResult:
         """Run the chain on a batch.
 
         Args:
             frames: uint8 RGB [B, S, S, 3].
-            segments: run this many, from the first on; at least 1.
-            outputs: names of the tensors to return; those of stages that run for no image are left out.
-            exits: where images that are sure enough leave the batch; the others go on.
+            graphs: run this many, from the first on; at least 1.
+            outputs: names of the tensors to return; those of graphs that run for no image are left out.
+            exits: where images that are confident enough leave the batch; the others go on.
 
         Raises:
-            BackendError: a stage failed, or the batch is too large.
+            BackendError: a graph failed, or the batch is too large.
         """
 
     @abstractmethod
@@ -130,9 +106,33 @@ class Backend(ABC):
 
     @abstractmethod
     def open_chain(self, bundle: Bundle) -> Executor:
-        """Open every stage; each entry that is used is checked before this returns.
+        """Open every graph; each entry that is used is checked before this returns.
 
         Raises:
             BundleError: an entry is damaged.
-            BackendError: the backend cannot run a stage.
+            BackendError: the backend cannot run a graph.
         """
+
+
+def check_tensors(graph: GraphSpec, inputs: Found, outputs: Found, advice: str) -> None:
+    """Check what a library says of the inputs and outputs of a graph that it opened.
+
+    Args:
+        graph: as the manifest has it.
+        inputs: as the library has them; axes that are no numbers get their size when the graph runs.
+        outputs: the same.
+        advice: what to do where they differ.
+
+    Raises:
+        BundleError: a name, a type or a shape differs.
+    """
+    for role, found, tensors in (("input", inputs, graph.inputs), ("output", outputs, graph.outputs)):
+        expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        for name in sorted(found.keys() | expected.keys()):
+            (kind, shape), (dtype, wanted) = found.get(name, ("none", ())), expected.get(name, ("none", ()))
+            sizes = [pair for pair in zip(shape[1:], wanted[1:], strict=False) if isinstance(pair[0], int)]
+            if kind != dtype or len(shape) != len(wanted) or any(size != axis for size, axis in sizes):
+                raise BundleError(
+                    f"the graph {graph.name} has the {role} {name!r} as {kind} {list(shape)}; the manifest says "
+                    f"{dtype} {list(wanted)}: {advice}"
+                )

@@ -7,12 +7,11 @@ it is decided from descriptions: of the machine, and of the engines.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from mge_runtime.backends.candidates import Candidate, candidates
 from mge_runtime.errors import BackendError
 from mge_runtime.machine import Gpu, Machine
 
@@ -24,7 +23,19 @@ __all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_name"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # best first
 _CUDA = re.compile(r"cuda|(?:cuda:)?(\d{1,4})", re.ASCII)
-_AUTO = "leave device and backend at auto, which takes what runs here"
+_CUDA_PROVIDER = "CUDAExecutionProvider"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the chain."""
+
+    backend: str
+    device: str  # "cpu" or "cuda:0"
+    available: bool
+    reason: str  # why it can or cannot run here
+    engines: EngineSet | None = None  # that fit, for the TensorRT backends
+    command: str | None = None  # that builds engines for it, where these are all that is missing
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Choice:
     reason: str
     passed_over: tuple[Candidate, ...]  # better ones that cannot run here or have no engines ready, best first
     engines: EngineSet | None = None  # that run, for the TensorRT backends
-    machine: Machine | None = field(default=None, repr=False)  # what it was made for
+    machine: Machine = field(kw_only=True, repr=False)  # what it was made for
 
     def __str__(self) -> str:
         """For example "onnxruntime on cpu"."""
@@ -45,12 +56,10 @@ class Choice:
     @property
     def remark(self) -> str | None:
         """Why a GPU that is here is not used, or not by TensorRT; None: it is, or there is none."""
-        if self.machine is None or not (self.machine.gpus or self.machine.driver_cuda):
-            return None
-        if self.backend != "onnxruntime":
+        if not (self.machine.gpus or self.machine.driver_cuda):
             return None
         better = [c for c in self.passed_over if c.device != "cpu"]
-        return f"running with {self}; not with {_grouped(better)}" if better else None
+        return f"running with {self}; not with {_grouped(better)}" if self.backend == "onnxruntime" and better else None
 
     @property
     def command(self) -> str | None:
@@ -65,15 +74,14 @@ class Choice:
     @property
     def gpu(self) -> Gpu | None:
         """The GPU that runs; None on the CPU."""
-        gpus = () if self.machine is None or self.device == "cpu" else self.machine.gpus
-        return gpus[self.device_index] if self.device_index < len(gpus) else None
+        return _gpu(self.machine, self.device)
 
 
 def choose(
     device: str = "auto",
     backend: str = "auto",
     *,
-    bundle: Bundle | None = None,
+    bundle: Bundle,
     machine: Machine | None = None,
     cache: bool | None = None,
 ) -> Choice:
@@ -82,7 +90,7 @@ def choose(
     Args:
         device: "auto" (the first GPU, or the CPU), "cpu" or "cuda:0" (any index; "cuda" and "0" are the same).
         backend: "auto", "tensorrt", "tensorrt-rtx" or "onnxruntime".
-        bundle: what is to run: its engines and its precision count; None: no engine is there.
+        bundle: what is to run, open: its engines and its precision count.
         machine: where; None: on this machine.
         cache: whether the engines in this machine's cache count; None: where `machine` is None.
 
@@ -92,16 +100,15 @@ def choose(
     device = device_name(device)
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"the backend is {backend!r}; expected auto, {', '.join(BACKENDS)}")
-    cuda = "cuda:0" if device in ("auto", "cpu") else device
     cache = machine is None if cache is None else cache
     machine = _this_machine(device, backend) if machine is None else machine
-    every = candidates(machine, _index(cuda), bundle, cache=cache)
+    every = _candidates(machine, "cuda:0" if device in ("auto", "cpu") else device, bundle, cache=cache)
     wanted = [c for c in every if backend in ("auto", c.backend) and device in ("auto", c.device)]
     best = next((c for c in wanted if c.available), None)
     if best is None:
         raise BackendError(_refusal(device, backend, wanted, machine, bundle))
     better = tuple(wanted[: wanted.index(best)])
-    return Choice(best.backend, best.device, best.reason, better, best.engines, machine)
+    return Choice(best.backend, best.device, best.reason, better, best.engines, machine=machine)
 
 
 def device_name(text: str) -> str:
@@ -118,7 +125,7 @@ def device_name(text: str) -> str:
 
 
 def _this_machine(device: str, backend: str) -> Machine:
-    from mge_runtime.machine_probe import describe_machine
+    from mge_runtime.machine import describe_machine
 
     if device == "cpu":
         return describe_machine((), gpus=False, quick=True)
@@ -129,34 +136,109 @@ def _index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
-def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle | None) -> str:
+def _gpu(machine: Machine, device: str) -> Gpu | None:
+    return next(iter(machine.gpus[_index(device) :]), None) if device != "cpu" else None
+
+
+def _candidates(machine: Machine, device: str, bundle: Bundle, *, cache: bool) -> list[Candidate]:
+    """Every way to run on one GPU of a machine and on its CPU, in the order of preference."""
+    gpu = _gpu(machine, device)
+    problem = _gpu_missing(machine) if gpu is None else _cuda_core_missing(machine)
+    if gpu is None or problem is not None:
+        gpus = [Candidate(name, device, False, str(problem)) for name in BACKENDS]
+    else:
+        gpus = [*_tensorrt(machine, gpu, device, bundle, cache=cache), _onnxruntime_cuda(machine, device, bundle)]
+    missing = _onnxruntime_missing(machine, "cpu")
+    reason = "runs anywhere; nothing faster is available here" if missing is None else missing
+    return [*gpus, Candidate("onnxruntime", "cpu", missing is None, reason)]
+
+
+def _gpu_missing(machine: Machine) -> str:
+    if not machine.gpus:
+        return machine.gpu_problem or "this machine has no NVIDIA GPU"
+    last = len(machine.gpus) - 1
+    return f"this machine has no such GPU; expected cuda:0{f' to cuda:{last}' if last else ''}"
+
+
+def _cuda_core_missing(machine: Machine) -> str | None:
+    install = f'pip install "cuda-core[cu{(machine.driver_cuda or "13").partition(".")[0]}]"'
+    if (error := machine.broken.get("cuda-core")) is not None:
+        return f"cuda-core cannot be imported ({error}): {install} --upgrade"
+    return None if "cuda-core" in machine.libraries else f"cuda-core is not installed: {install}"
+
+
+def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache: bool) -> Iterator[Candidate]:
+    """Both libraries, with engines that fit or with what would build them, unless it cannot build the model.
+
+    Opening builds nothing: it would take minutes, and on a Jetson most of the memory, where somebody waits.
+    """
+    from mge_runtime.trt.engines import find_engines
+    from mge_runtime.trt.target import build_command, rtx_refusal
+    from mge_runtime.trt.vendor import library_refusal
+
+    found = find_engines(bundle, machine, gpu, cache=cache)
+    for name in ("tensorrt", "tensorrt-rtx"):
+        theirs = [engines for engines in found if engines.backend == name]
+        refusal = library_refusal(name, machine, gpu)
+        fitting = next((f.engines for f in theirs if f.engines is not None and f.problem is None), None)
+        if refusal is None and fitting is not None:
+            reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
+            yield Candidate(name, device, True, reason, fitting)
+            continue
+        if refusal is None and name == "tensorrt-rtx":
+            refusal = rtx_refusal(gpu, bundle.manifest)
+        if refusal is not None:
+            yield Candidate(name, device, False, refusal)
+            continue
+        command = build_command(name, machine, gpu, bundle.path)
+        why = "; ".join(f"{engines} {engines.problem}" for engines in theirs) or "the bundle has none"
+        reason = f"no engines are ready for {gpu} ({why}); build them: {command}"
+        yield Candidate(name, device, False, reason, command=command)
+
+
+def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle) -> Candidate:
+    has_cuda, missing = _CUDA_PROVIDER in machine.providers, _onnxruntime_missing(machine, "gpu")
+    version = machine.libraries.get("onnxruntime")
+    if machine.is_jetson and not has_cuda:
+        reason = "onnxruntime-gpu has no wheel for the GPU of a Jetson"
+    elif missing is not None:
+        reason = missing
+    elif not has_cuda:
+        install = 'pip uninstall onnxruntime, then pip install "mge[gpu]"'
+        reason = f"onnxruntime {version} here is the build for CPUs: {install}"
+    elif bundle.manifest.is_int8:
+        # On the CPU its optimizer changed every output of such graphs, which have variants of their own there.
+        reason = "INT8 has not been checked with ONNX Runtime on CUDA: use TensorRT, or a bundle in FP16"
+    else:
+        return Candidate("onnxruntime", device, True, f"runs the ONNX graphs with onnxruntime {version} on CUDA")
+    return Candidate("onnxruntime", device, False, reason)
+
+
+def _onnxruntime_missing(machine: Machine, extra: str) -> str | None:
+    if (error := machine.broken.get("onnxruntime")) is not None:
+        return f'onnxruntime cannot be imported ({error}); install it again: pip install "mge[{extra}]"'
+    if "onnxruntime" not in machine.libraries:
+        return f'the module onnxruntime is not installed: pip install "mge[{extra}]"'
+    return None
+
+
+def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle) -> str:
+    """What was asked for, why not, what is here, what to do."""
     reasons = _grouped(wanted) or f"{backend} runs on NVIDIA GPUs alone"
-    asked = f"nothing can run device {device!r} and backend {backend!r} ({reasons})"
-    index = _index(device)
-    gpu = machine.gpus[index] if device != "cpu" and index < len(machine.gpus) else None
-    if gpu is None:
-        cpu = device in ("auto", "cpu") and backend in ("auto", "onnxruntime")
-        return f"{asked}; " + ('install it: pip install "mge[cpu]"' if cpu else _AUTO)
-    here = f"this device is {gpu}, {machine.platform}"
-    if bundle is None or not backend.startswith("tensorrt"):
-        return f"{asked}; {here}; {_AUTO}"
-    found = f"engines for {', '.join(bundle.targets)}" if bundle.targets else "no engines"
-    if any(c.command is not None for c in wanted):  # which the reasons name
-        return f"{asked}; the bundle has {found}; {here}"
-    return f"{asked}; the bundle has {found}; {here}; {_build_advice(backend, machine, gpu, bundle)}"
+    parts = [f"nothing can run device {device!r} and backend {backend!r} ({reasons})"]
+    gpu = _gpu(machine, device)
+    if gpu is not None and backend.startswith("tensorrt"):
+        parts.append(
+            f"the bundle has engines for {', '.join(bundle.targets)}" if bundle.targets else "the bundle has no engines"
+        )
+    if gpu is not None:
+        parts.append(f"this device is {gpu}, {machine.platform}")
+    if (device, backend) != ("auto", "auto") and all(c.command is None for c in wanted):  # else the reasons name it
+        parts.append("leave device and backend at auto, which takes what runs here")
+    return "; ".join(parts)
 
 
 def _grouped(candidates: Sequence[Candidate]) -> str:
     """Each candidate with its reason; what several share is said once."""
     shared = groupby(candidates, lambda c: (c.device, c.reason))
     return "; ".join(f"{', '.join(c.backend for c in same)} on {on}: {why}" for (on, why), same in shared)
-
-
-def _build_advice(backend: str, machine: Machine, gpu: Gpu, bundle: Bundle) -> str:
-    from mge_runtime.trt.fit import build_command, rtx_refusal
-
-    if backend == "tensorrt-rtx" and rtx_refusal(gpu, None) is not None:
-        return f"build for it with full TensorRT: {build_command('tensorrt', machine, gpu, bundle.path)}"
-    if backend == "tensorrt-rtx" and rtx_refusal(gpu, bundle.manifest) is not None:
-        return _AUTO
-    return f"then build for it: {build_command(backend, machine, gpu, bundle.path)}"

@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU: each segment one session, on one stream, over memory of the device layer.
+"""ONNX Runtime on an NVIDIA GPU: each graph one session, on one stream, over memory of the device layer.
 
 Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
 has not.
@@ -6,24 +6,36 @@ has not.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from contextlib import ExitStack, redirect_stdout, suppress
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mge_runtime.backends.base import Backend, Executor
-from mge_runtime.backends.ort import import_onnxruntime, weights_checked
-from mge_runtime.errors import BackendError
+from mge_runtime.backends.onnxruntime import import_onnxruntime, open_session, session_options, weights_checked
+from mge_runtime.device.executor import DeviceExecutor
+from mge_runtime.device.program import Addresses, Launch, Unit, shape_of
+from mge_runtime.errors import BackendError, brief
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
-    from mge_runtime.device import Device
+    from mge_runtime.device.base import Device, Stream
+    from mge_runtime.fields import JsonValue
+    from mge_runtime.manifest import GraphSpec
 
-__all__ = ["OnnxRuntimeCudaBackend", "import_cuda_onnxruntime", "open_ort_chain", "preload_libraries"]
+__all__ = ["OnnxRuntimeCudaBackend", "OrtGraph", "open_ort_chain", "preload_libraries"]
 
 _INSTALL = 'pip install "mge[gpu]"'
+_CUDA = "CUDAExecutionProvider"
+_CPU = "CPUExecutionProvider"
+_NO_GRAPH = "-1"  # as `gpu_graph_id`: captures nothing
+_HALF = ("fp16", "int8")  # INT8 graphs are in FP16 around their integer layers
 
 
 class OnnxRuntimeCudaBackend(Backend):
-    """Runs every segment as one session of the CUDA execution provider.
+    """Runs every graph as one session of the CUDA execution provider.
 
     Args:
         device_index: as CUDA numbers devices, from 0.
@@ -37,19 +49,19 @@ class OnnxRuntimeCudaBackend(Backend):
     streams = 1
 
     def __init__(self, device_index: int = 0, *, graphs: bool = True) -> None:
-        self._ort = import_cuda_onnxruntime()
+        self._ort = import_onnxruntime(_INSTALL)
         self.version: str = self._ort.__version__
+        if _CUDA not in self._ort.get_available_providers():
+            raise BackendError(
+                f"onnxruntime {self.version} was built without CUDA; expected onnxruntime-gpu: "
+                f"pip uninstall onnxruntime, then {_INSTALL}"
+            )
         self.device = f"cuda:{device_index}"
         self._index = device_index
         self._graphs = graphs
 
     def open_chain(self, bundle: Bundle) -> Executor:
-        """Open a session for each segment; the weights are checked in other threads meanwhile.
-
-        Raises:
-            BundleError: an entry is damaged, or the file was replaced meanwhile.
-            BackendError: the GPU cannot be opened, or ONNX Runtime cannot run a segment on it.
-        """
+        """Open a session for each graph; the weights are checked in other threads meanwhile."""
         from mge_runtime.device.cuda import CudaDevice
 
         preload_libraries(self._ort)
@@ -66,40 +78,163 @@ def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = T
         graphs: whether ONNX Runtime may capture CUDA graphs.
 
     Raises:
-        BundleError, BackendError: as for `OnnxRuntimeCudaBackend.open_chain`; nothing is left open.
+        BundleError, BackendError: as for `Backend.open_chain`; nothing is left open.
     """
-    from mge_runtime.backends.ort_segment import open_segments
-    from mge_runtime.device.executor import DeviceExecutor
+
+    def open_units(device: Device, stream: Stream) -> Generator[Unit]:
+        for spec in bundle.manifest.graphs:
+            yield OrtGraph(ort, bundle, spec, device, stream, graphs=graphs)
 
     with ExitStack() as stack:
         with weights_checked(bundle):
-            executor = DeviceExecutor(
-                bundle.manifest, device, lambda d, stream: open_segments(ort, bundle, d, stream, graphs=graphs)
-            )
+            executor = DeviceExecutor(bundle.manifest, device, open_units)
             stack.callback(executor.close)
         stack.pop_all()
     return executor
 
 
-def import_cuda_onnxruntime() -> Any:
-    """The module `onnxruntime`, built with CUDA.
-
-    Raises:
-        BackendError: it is missing, broken, too old or built without CUDA.
-    """
-    ort = import_onnxruntime(_INSTALL)
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        raise BackendError(
-            f"onnxruntime {ort.__version__} was built without CUDA; expected onnxruntime-gpu: "
-            f"pip uninstall onnxruntime, then {_INSTALL}"
-        )
-    return ort
-
-
 def preload_libraries(ort: Any) -> None:
     """Load CUDA and cuDNN from where pip put them; the dynamic loader would look in system folders alone."""
-    preload = getattr(ort, "preload_dlls", None)  # from 1.21 on
-    if preload is not None:
-        # What is missing is said when the session opens; here it would be printed, between answers or into JSON.
-        with suppress(OSError), redirect_stdout(None):
-            preload()
+    # What is missing is said when the session opens; here it would be printed, between predictions or into JSON.
+    with suppress(OSError), redirect_stdout(None):
+        ort.preload_dlls()
+
+
+class OrtGraph(Unit):
+    """One graph as a session whose inputs and outputs lie where the device layer says.
+
+    It runs with the CUDA provider on a `CudaDevice`, with the CPU provider on a `HostDevice`. CUDA graphs are ONNX
+    Runtime's own: it captures at the first run of each batch size, which the run option `gpu_graph_id` tells apart
+    (docs/adr/0006).
+
+    Args:
+        ort: the module `onnxruntime`.
+        bundle: where graph and weights lie; whoever calls checks the weights.
+        spec: what the manifest says of the graph.
+        device: where it runs and its tensors lie.
+        stream: what it runs on.
+        graphs: whether ONNX Runtime may capture CUDA graphs.
+
+    Raises:
+        BundleError: the graph is damaged.
+        BackendError: ONNX Runtime cannot open it on this device.
+    """
+
+    def __init__(
+        self, ort: Any, bundle: Bundle, spec: GraphSpec, device: Device, stream: Stream, *, graphs: bool
+    ) -> None:
+        self.name = spec.name
+        self.spec = spec
+        self.why_plain: str | None = None  # why new launches capture no graph; None: they do
+        self._ort = ort
+        self._device = device
+        self._graph_ids: dict[tuple[int, ...], int] = {}
+        self._refused: dict[str, JsonValue] = {}  # ways that did not work, and why
+        if device.kind == "cuda":
+            self.session: Any = self._open_cuda(bundle, stream, graphs=graphs)
+        else:
+            self.why_plain = "ONNX Runtime has graphs on CUDA alone"
+            self.session = open_session(ort, bundle, spec, session_options(ort, bundle), [_CPU])
+
+    def prepare(self, addresses: Addresses, stream: Stream) -> Launch:  # noqa: ARG002 - the session knows its stream
+        """Bind every input and output to its address."""
+        binding, kind, index = self.session.io_binding(), self._device.kind, self._device.index
+        for bind, tensors in ((binding.bind_input, self.spec.inputs), (binding.bind_output, self.spec.outputs)):
+            for tensor in tensors:
+                shape, address = shape_of(tensor, addresses.batch), addresses.tensors[tensor.name]
+                bind(tensor.name, kind, index, np.dtype(tensor.dtype).type, shape, address)
+        return _OrtLaunch(self, binding, self._run_options(addresses))
+
+    def capture_failed(self, why: str) -> None:
+        """Launches that are prepared from now on are plain; those that have captured already go on as they are."""
+        if self.why_plain is None:
+            way, self.why_plain = str(self.opened["way"]), why
+            self._refused[way] = why
+            self.opened = {**self.opened, "way": way.replace("with a", "without a")}
+
+    def close(self) -> None:
+        """Release the session."""
+        self.session = None
+
+    def _open_cuda(self, bundle: Bundle, stream: Stream, *, graphs: bool) -> Any:
+        """Open in the first way that works: with a graph before without, in half precision in NHWC before NCHW.
+
+        The option for TF32 stands for tensor cores in general: without it FP16 gets none either. With graphs a session
+        opens only if every node computes on the GPU and no copy between host and device was put in.
+        """
+        half = bundle.manifest.precision.get(self.name, {}).get("type") in _HALF
+        ways = list(product((True, False) if graphs else (False,), (True, False) if half else (False,)))
+        session: Any = None
+        for capture, nhwc in ways:
+            options = {
+                "device_id": str(self._device.index),
+                "user_compute_stream": str(stream.handle),
+                "enable_cuda_graph": str(int(capture)),
+                "use_tf32": str(int(half)),
+                "prefer_nhwc": str(int(nhwc)),
+                "arena_extend_strategy": "kSameAsRequested",  # the default doubles what it asks for
+            }
+            way = f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a graph"
+            # Nodes that compute shapes belong on the CPU, so the CPU provider stays allowed.
+            providers = [(_CUDA, options), _CPU]
+            try:
+                session = open_session(self._ort, bundle, self.spec, session_options(self._ort, bundle), providers)
+            except BackendError as error:
+                if (capture, nhwc) == ways[-1]:
+                    raise
+                self._refused[way] = str(error)
+                continue
+            if _CUDA not in session.get_providers():  # it warns and goes on with the CPU where CUDA does not load
+                raise BackendError(
+                    f"ONNX Runtime {self._ort.__version__} cannot use {_CUDA}; expected CUDA and cuDNN libraries that "
+                    f"fit it: {_INSTALL}"
+                )
+            self.why_plain = None if capture else next(map(str, self._refused.values()), "graphs are turned off")
+            self.opened = {"way": way, "tensor_cores": half, "refused": self._refused}
+            break
+        return session
+
+    def _run_options(self, addresses: Addresses) -> Any:
+        options = self._ort.RunOptions()
+        if self._device.kind == "cuda":
+            # The chain waits once, at its end.
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            # 0 is the graph of runs that name none. Addresses that were seen before have their graph already.
+            tensors = (*self.spec.inputs, *self.spec.outputs)
+            key = (addresses.batch, *(addresses.tensors[tensor.name] for tensor in tensors))
+            number = self._graph_ids.setdefault(key, len(self._graph_ids) + 1)
+            options.add_run_config_entry("gpu_graph_id", str(number) if self.why_plain is None else _NO_GRAPH)
+        return options
+
+
+class _OrtLaunch(Launch):
+    def __init__(self, owner: OrtGraph, binding: Any, options: Any) -> None:
+        self.has_graph = owner.why_plain is None
+        self._owner = owner
+        self._binding: Any = binding
+        self._options: Any = options
+
+    def enqueue(self, stream: Stream) -> None:  # noqa: ARG002 - the session knows its stream
+        try:
+            self._run()
+        except BackendError as error:
+            if not self.has_graph:
+                raise
+            # It may have been the capture: once more without, from now on.
+            self.has_graph = False
+            self._options.add_run_config_entry("gpu_graph_id", _NO_GRAPH)
+            self._run()
+            self._owner.capture_failed(str(error))
+
+    def _run(self) -> None:
+        try:
+            self._owner.session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed in graph {self._owner.name}: {brief(error)}") from error
+
+    def why_not_captured(self, stream: Stream) -> str | None:  # noqa: ARG002
+        why = None if self.has_graph else self._owner.why_plain
+        return why or "ONNX Runtime captures a CUDA graph of its own for each graph of the chain"
+
+    def close(self) -> None:
+        self._binding = self._options = None

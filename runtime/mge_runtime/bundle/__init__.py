@@ -1,15 +1,14 @@
-"""`mge.plan`: one file with a model's stages, its manifest, and room for calibrations and engines."""
+"""`mge.plan`: one file with a model's graphs, its manifest, and room for calibrations and engines."""
 
 from mge_runtime.bundle.attachments import Calibration, EngineDescription
-from mge_runtime.bundle.reader import Bundle, Region
-from mge_runtime.bundle.writer import StageModel, add_calibration, add_engine, write_bundle
+from mge_runtime.bundle.reader import Bundle
+from mge_runtime.bundle.writer import GraphModel, add_calibration, add_engine, write_bundle
 
 __all__ = [
     "Bundle",
     "Calibration",
     "EngineDescription",
-    "Region",
-    "StageModel",
+    "GraphModel",
     "add_calibration",
     "add_engine",
     "write_bundle",

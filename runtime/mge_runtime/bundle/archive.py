@@ -1,34 +1,97 @@
-"""The container: a ZIP whose entries are stored uncompressed, one after the other, data aligned to pages.
+"""The container: names of the entries, and a ZIP that stores them uncompressed, each aligned to pages.
 
-Any unzip reads it. Reading here is stricter: every header must be exactly what `ArchiveWriter` writes, so that a
-flipped byte anywhere outside the entries' data is found at once; the data is held by CRC-32 and SHA-256.
+Any unzip reads it, as `zipfile` does here; every header must then be, byte for byte, what `ArchiveWriter` writes, so
+that a flipped byte anywhere outside the entries' data is found at once. The data is checked by CRC-32 and SHA-256.
 Fields are those of PKWARE's APPNOTE 6.3.10; the padding is the extra field 0xD935 that Android's zipalign uses.
 """
 
 from __future__ import annotations
 
+import re
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from mge_runtime.bundle.layout import ALIGNMENT, is_entry_name
-from mge_runtime.errors import OutputError
+from mge_runtime.errors import BundleError, OutputError
 
-__all__ = ["ArchiveEntry", "ArchiveError", "ArchiveWriter", "read_directory"]
+__all__ = [
+    "CALIBRATION",
+    "CHAIN",
+    "MANIFEST",
+    "ArchiveEntry",
+    "ArchiveError",
+    "ArchiveWriter",
+    "cpu_graph_entry",
+    "engine_description",
+    "engine_plan",
+    "graph_entry",
+    "is_target",
+    "not_a_bundle",
+    "read_directory",
+    "target_of",
+    "weights_entry",
+]
 
+MANIFEST = "manifest.json"
+CALIBRATION = "calibration.json"
+CHAIN = "onnx/chain.onnx"  # all graphs in one, over the same weights: for whoever takes the files out
+
+_GRAPH = r"[A-Za-z0-9_]{1,64}"
+_TARGET = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_ENTRY_NAME = re.compile(  # none of them leads out of a folder that it is extracted to
+    rf"{re.escape(MANIFEST)}|{re.escape(CALIBRATION)}|onnx/{_GRAPH}\.((cpu\.)?onnx|weights)"
+    rf"|engines/{_TARGET}/(engine\.json|{_GRAPH}\.plan)"
+)
+
+_ALIGNMENT = 4096  # bytes: every entry's data starts on a page, so that it can be mapped into memory in place
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")
 _CENTRAL = struct.Struct("<4sHHHHHHIIIHHHHHII")
 _END = struct.Struct("<4sHHHHIIH")
 _EXTRA = struct.Struct("<HHH")
-_LOCAL_MAGIC, _CENTRAL_MAGIC, _END_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 _VERSION = 10  # needed to extract: stored entries
 _MADE_BY = 3 << 8 | _VERSION  # Unix, so that the file mode below counts
 _TIME, _DATE = 0, 0x21  # 1980-01-01 00:00: the same content gives the same bytes
 _MODE = 0o100644 << 16
-_ALIGNMENT_FIELD = 0xD935
 _LIMIT = 2**32 - 1  # bytes; beyond it ZIP needs its 64-bit records, which are not written here
+_LARGEST_DIRECTORY = 1 << 20  # bytes, of some 10,000 entries
+
+
+def graph_entry(graph: str) -> str:
+    """Entry with a graph's ONNX model."""
+    return f"onnx/{graph}.onnx"
+
+
+def cpu_graph_entry(graph: str) -> str:
+    """Entry with the same graph encoded for CPUs, over the same weights; in INT8 bundles alone."""
+    return f"onnx/{graph}.cpu.onnx"
+
+
+def weights_entry(graph: str) -> str:
+    """Entry with a graph's weights in ONNX's external-data layout; missing where it has none."""
+    return f"onnx/{graph}.weights"
+
+
+def engine_description(target: str) -> str:
+    """Entry that describes the engines of one target."""
+    return f"engines/{target}/engine.json"
+
+
+def engine_plan(target: str, graph: str) -> str:
+    """Entry with a graph's engine for one target."""
+    return f"engines/{target}/{graph}.plan"
+
+
+def target_of(name: str) -> str | None:
+    """The target an engine's entry belongs to; None for other entries."""
+    return name.split("/")[1] if name.startswith("engines/") else None
+
+
+def is_target(name: str) -> bool:
+    """Whether `name` can name a target, such as "tensorrt-10.3-sm87-linux-aarch64"."""
+    return re.fullmatch(_TARGET, name) is not None
 
 
 class ArchiveError(Exception):
@@ -41,7 +104,7 @@ class ArchiveEntry:
 
     name: str
     header: int  # bytes from the start of the file to its local header
-    offset: int  # bytes from the start of the file, a multiple of ALIGNMENT
+    offset: int  # bytes from the start of the file, a multiple of 4096
     size: int  # bytes
     crc: int  # CRC-32 of the data
 
@@ -62,16 +125,15 @@ class ArchiveWriter:
         """Append an entry.
 
         Args:
-            name: a name of `mge_runtime.bundle.layout`, not yet in the archive.
+            name: one of those above, not yet in the archive.
             chunks: its data, in pieces of any size.
 
         Raises:
             OutputError: the archive would exceed 4 GiB.
         """
-        if not is_entry_name(name) or any(entry.name == name for entry in self._entries):
+        if not _ENTRY_NAME.fullmatch(name) or any(entry.name == name for entry in self._entries):
             raise ValueError(f"{name!r} cannot be the name of another entry")
-        extra = _padding(self._position + _LOCAL.size + len(name))
-        offset = self._position + _LOCAL.size + len(name) + len(extra)
+        offset = _data_offset(name, self._position)
         self._stream.seek(offset)
         crc = size = 0
         for chunk in chunks:
@@ -85,107 +147,121 @@ class ArchiveWriter:
             self._stream.write(chunk)
         entry = ArchiveEntry(name, self._position, offset, size, crc)
         self._stream.seek(self._position)
-        self._stream.write(_local_header(entry) + name.encode() + extra)
+        self._stream.write(_local_header(entry))
         self._position = offset + size
         self._entries.append(entry)
         return entry
 
     def finish(self) -> None:
         """Write the directory; nothing can be added afterwards."""
-        directory = _directory(self._entries)
         self._stream.seek(self._position)
-        self._stream.write(directory + _end(len(self._entries), len(directory), self._position))
+        self._stream.write(_directory(self._entries, self._position))
         self._stream.truncate()
         self._stream.flush()
 
 
-def read_directory(data: memoryview) -> list[ArchiveEntry]:
-    """Find every entry, in the order of the file.
+def read_directory(file: BinaryIO, size: int) -> list[ArchiveEntry]:
+    """Find every entry, in the order of the file; only headers are read.
 
     Args:
-        data: the whole file, usually mapped; only headers are touched.
+        file: open for reading.
+        size: of the file, bytes.
 
     Raises:
-        ArchiveError: any header differs from what `ArchiveWriter` would write for these entries.
+        ArchiveError: a header differs from what `ArchiveWriter` writes, or bytes belong to no entry.
     """
-    if len(data) < _END.size or bytes(data[-_END.size :][:4]) != _END_MAGIC:
+    file.seek(max(size - _END.size, 0))
+    end = file.read(_END.size)
+    if len(end) != _END.size or not end.startswith(b"PK\5\6") or _END.unpack(end)[5] > _LARGEST_DIRECTORY:
         raise ArchiveError("its directory is missing at the end of the file")
-    count, size, start = _END.unpack(data[-_END.size :])[4:7]
-    directory_end = len(data) - _END.size
-    if start + size != directory_end:
-        raise ArchiveError(f"its directory should end at byte {start + size} and ends at byte {directory_end}")
-    directory = data[start:directory_end]
-    entries = _parse_directory(directory, data)
-    if _directory(entries) != bytes(directory) or bytes(data[directory_end:]) != _end(count, size, start):
-        raise ArchiveError("its directory was changed or damaged after it was written")
-    if count != len(entries):
-        raise ArchiveError(f"its directory lists {len(entries)} entries and counts {count}")
-    _check_positions(entries, data, start)
-    return entries
-
-
-def _parse_directory(directory: memoryview, data: memoryview) -> list[ArchiveEntry]:
-    entries: list[ArchiveEntry] = []
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = archive.infolist()
+    except Exception as error:  # damaged bytes make it raise almost anything
+        raise ArchiveError("its directory was changed or damaged after it was written") from error
+    entries: dict[str, ArchiveEntry] = {}
     position = 0
-    while position < len(directory):
-        if position + _CENTRAL.size > len(directory):
-            raise ArchiveError("its directory is cut short")
-        fields = _CENTRAL.unpack(directory[position : position + _CENTRAL.size])
-        crc, size, name_length, header = fields[7], fields[9], fields[10], fields[16]
-        raw = bytes(directory[position + _CENTRAL.size : position + _CENTRAL.size + name_length])
-        name = raw.decode("ascii", "replace")
-        if not is_entry_name(name):
+    for item in found:
+        name = item.orig_filename
+        if not _ENTRY_NAME.fullmatch(name):
             raise ArchiveError(f"it holds an entry called {name!r}, which no bundle has")
-        if header + _LOCAL.size > len(data):
-            raise ArchiveError(f"its entry {name} lies beyond the end of the file")
-        lengths = _LOCAL.unpack(data[header : header + _LOCAL.size])[9:11]
-        offset = header + _LOCAL.size + sum(lengths)
-        entries.append(ArchiveEntry(name, header, offset, size, crc))
-        position += _CENTRAL.size + name_length
-    if len({entry.name for entry in entries}) != len(entries):
-        raise ArchiveError("it holds two entries of the same name")
-    return entries
-
-
-def _check_positions(entries: Sequence[ArchiveEntry], data: memoryview, end: int) -> None:
-    """Hold local headers and padding to what would have been written; entries follow each other without gaps."""
-    position = 0
-    for entry in entries:
-        name = entry.name.encode()
-        padding = _padding(position + _LOCAL.size + len(name))
-        offset = position + _LOCAL.size + len(name) + len(padding)
-        if (entry.header, entry.offset) != (position, offset) or bytes(data[position:offset]) != _local_header(
-            entry
-        ) + name + padding:
-            raise ArchiveError(f"the header of its entry {entry.name} was changed or damaged after it was written")
+        entry = ArchiveEntry(name, position, _data_offset(name, position), item.file_size, item.CRC)
+        if name in entries or entry.offset + entry.size > size or not _holds(file, position, _local_header(entry)):
+            raise ArchiveError(f"the header of its entry {name} was changed or damaged after it was written")
+        entries[name] = entry
         position = entry.offset + entry.size
-    if position != end:
-        raise ArchiveError("it holds bytes that belong to no entry")
+    directory = _directory(list(entries.values()), position)
+    if position + len(directory) != size or not _holds(file, position, directory):
+        raise ArchiveError("its directory was changed or damaged after it was written")
+    return list(entries.values())
 
 
-def _padding(position: int) -> bytes:
-    """The extra field that moves the data, which would start at `position`, to the next page."""
-    length = -(position + _EXTRA.size) % ALIGNMENT + _EXTRA.size
-    return _EXTRA.pack(_ALIGNMENT_FIELD, length - 4, ALIGNMENT) + bytes(length - _EXTRA.size)
+def _holds(file: BinaryIO, position: int, expected: bytes) -> bool:
+    file.seek(position)
+    return file.read(len(expected)) == expected
+
+
+def _data_offset(name: str, header: int) -> int:
+    """Where an entry's data starts: on the first page that leaves room for header, name and an extra field."""
+    start = header + _LOCAL.size + len(name) + _EXTRA.size
+    return start + -start % _ALIGNMENT
 
 
 def _local_header(entry: ArchiveEntry) -> bytes:
-    """The 30 bytes before name and padding."""
-    extra = entry.offset - entry.header - _LOCAL.size - len(entry.name)
-    return _LOCAL.pack(
-        _LOCAL_MAGIC, _VERSION, 0, 0, _TIME, _DATE, entry.crc, entry.size, entry.size, len(entry.name), extra
-    )
+    """Everything before the data: header, name, and the extra field that moves the data to a page."""
+    name = entry.name.encode()
+    extra = entry.offset - entry.header - _LOCAL.size - len(name)
+    sizes = (entry.crc, entry.size, entry.size, len(name), extra)
+    fixed = _LOCAL.pack(b"PK\3\4", _VERSION, 0, 0, _TIME, _DATE, *sizes)
+    return fixed + name + _EXTRA.pack(0xD935, extra - 4, _ALIGNMENT) + bytes(extra - _EXTRA.size)
 
 
-def _directory(entries: Sequence[ArchiveEntry]) -> bytes:
-    """The central directory: one record and name for each entry; the padding is in the local headers alone."""
-    records: list[bytes] = []
+def _directory(entries: Sequence[ArchiveEntry], start: int) -> bytes:
+    """Everything after the last entry's data, from byte `start` on."""
+    directory = b""
     for entry in entries:
         sizes = (entry.crc, entry.size, entry.size, len(entry.name))
-        fixed = (_CENTRAL_MAGIC, _MADE_BY, _VERSION, 0, 0, _TIME, _DATE, *sizes, 0, 0, 0, 0, _MODE, entry.header)
-        records.append(_CENTRAL.pack(*fixed) + entry.name.encode())
-    return b"".join(records)
+        fixed = (b"PK\1\2", _MADE_BY, _VERSION, 0, 0, _TIME, _DATE, *sizes, 0, 0, 0, 0, _MODE, entry.header)
+        directory += _CENTRAL.pack(*fixed) + entry.name.encode()
+    return directory + _END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(directory), start, 0)
 
 
-def _end(count: int, size: int, start: int) -> bytes:
-    return _END.pack(_END_MAGIC, 0, 0, count, count, size, start, 0)
+def not_a_bundle(name: str, head: bytes, size: int, reason: str) -> BundleError:
+    """The error for a file that is no archive of ours; it says what the file seems to be.
+
+    Args:
+        name: how to call the file.
+        head: its first bytes, 64 are enough.
+        size: its size in bytes.
+        reason: why it is no bundle, for a file that begins like one.
+    """
+    found, advice = _kind_of(head)
+    if size == 0:
+        found, advice = "it is empty (0 bytes)", "copy or export it again"
+    elif found is None:
+        found, advice = f"{reason} (file of {size} bytes)", "it was cut short or damaged: copy or export it again"
+    return BundleError(f"cannot open {name}: {found}; expected a bundle that mge-export wrote: {advice}")
+
+
+def _kind_of(head: bytes) -> tuple[str | None, str]:
+    """What a file seems to be and what to do; None where it begins like a bundle."""
+    if b"PK\3\4".startswith(head[:4]):
+        if any(part in head for part in (b"/data.pkl", b"/byteorder", b"/.format")):
+            return "it is a PyTorch checkpoint", "turn it into one with `mge-export --ckpt FILE`"
+        if head[30:].startswith((b"onnx/", b"manifest.json")) or len(head) < 30 + len(b"onnx/"):
+            return None, ""
+        return "it is some other ZIP archive", "name the mge.plan file"
+    if head[1:4] == b"trt":
+        return "it is a raw TensorRT engine", "name the mge.plan file; engines are kept inside it"
+    if head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
+        return "it is a pickle, perhaps an old PyTorch checkpoint", "turn it into one with `mge-export --ckpt FILE`"
+    if head[8:10] == b'{"':
+        return "it is a safetensors file", "train or export with mge to get a bundle"
+    # An ONNX ModelProto begins with field 1, ir_version, a varint from 3 (2017) to a few dozen; fields 2 to 8 follow.
+    if head[:1] == b"\x08" and head[1:2] in bytes(range(3, 65)) and head[2:3] in b"\x12\x1a\x22\x28\x32\x3a\x42":
+        return "it is a plain ONNX model", "name the mge.plan file; ONNX Runtime opens this one by itself"
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")):
+        return "it is an image", "name the mge.plan file with --engine and images as arguments"
+    if head.lstrip()[:1] in (b"{", b"["):
+        return "it is a JSON or text file", "name the mge.plan file"
+    return "it is no file that mge knows, or its first bytes are damaged", "copy or export it again"

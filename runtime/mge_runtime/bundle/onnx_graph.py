@@ -1,38 +1,32 @@
-"""Read what is needed of an ONNX graph, and move its references to external weights, without the package `onnx`.
+"""A graph as a library reads it: with its weights where they lie inside the bundle's file, without the package `onnx`.
 
-A device has no `onnx`; the few fields needed are read from the protocol-buffer wire format (protobuf.dev, "Encoding").
-Field numbers are those of onnx.proto3: ModelProto.graph 7, GraphProto.node 1, NodeProto.name 3, .op_type 4,
-GraphProto.initializer 5, TensorProto.name 8, .external_data 13 (key 1, value 2), .data_location 14.
+A device has no `onnx`, so the few fields that are needed are read from the protocol-buffer wire format (protobuf.dev,
+"Encoding"). Field numbers are those of onnx.proto3: ModelProto.graph 7, GraphProto.node 1, .initializer 5,
+NodeProto.name 3, .op_type 4, TensorProto.dims 1, .data_type 2, .name 8, .external_data 13 (key 1, value 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mge_runtime.bundle.onnx_nodes import tensor_dims
-from mge_runtime.bundle.wire import WireError, fields, varint, wire_field
+from mge_runtime.bundle.archive import cpu_graph_entry, graph_entry, weights_entry
 from mge_runtime.errors import BundleError
 
-__all__ = ["ExternalTensor", "external_tensors", "node_operators", "relocate"]
+if TYPE_CHECKING:
+    from mge_runtime.bundle import Bundle
 
-_EXTERNAL = 1  # TensorProto.DataLocation
-_KEY = b"location"  # of a tensor's external_data, however the message around it is encoded
-# Where tensors may hide besides GraphProto.initializer, as field numbers by message.
-_NESTED = {
-    "model": {7: "graph", 20: "training", 25: "function"},
-    "training": {1: "graph", 2: "graph"},
-    "function": {7: "node", 11: "attribute"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-}
+__all__ = ["ExternalTensor", "external_tensors", "located_graph", "node_operators", "relocate"]
+
+_GRAPH, _NODE, _INITIALIZER, _EXTERNAL_DATA = 7, 1, 5, 13
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """One initialiser whose data lies in another file."""
+    """One initializer whose data lies in another file."""
 
     name: str
     location: str  # file name, relative to the model's
@@ -42,127 +36,191 @@ class ExternalTensor:
     dims: tuple[int, ...]
 
 
-def external_tensors(graph: bytes) -> list[ExternalTensor]:
-    """List the external initialisers of a serialised ModelProto.
+def located_graph(bundle: Bundle, name: str, *, cpu: bool = False) -> bytes:
+    """A graph, checked against its hash; its weights refer to their place in the bundle and are not checked.
+
+    Args:
+        bundle: open.
+        name: of the graph.
+        cpu: its variant for CPUs, where the bundle has one.
 
     Raises:
-        BundleError: the bytes are no ONNX model, or data outside the main graph's initialisers is external.
+        BundleError: the graph is damaged, or refers to anything but its own weights.
     """
-    try:
-        found = [t for _, _, value in _initializers(graph) if (t := _external(value)) is not None]
-        # Every reference to another file spells out this key; so most graphs need not be searched to their depths.
-        if graph.count(_KEY) != len(found) and _count_external(memoryview(graph), "model", 0) != len(found):
-            raise WireError("a tensor outside the graph's initialisers keeps its data in another file")
-    except (WireError, UnicodeDecodeError, ValueError) as error:
-        raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
-    return found
+    variant = cpu_graph_entry(name)
+    graph = bundle.read(variant if cpu and variant in bundle.sizes else graph_entry(name))
+    weights = bundle.entry(weights_entry(name)) if weights_entry(name) in bundle.sizes else None
+    start, size = (weights.offset, weights.size) if weights is not None else (0, 0)
+    return relocate(graph, expected=f"{name}.weights", size=size, location=bundle.path.name, start=start)
 
 
-def node_operators(graph: bytes) -> dict[str, str]:
-    """The operator of each named node of a serialised ModelProto's main graph, by the node's name.
+def external_tensors(graph: bytes) -> list[ExternalTensor]:
+    """List the external initializers of a serialized ModelProto.
 
     Raises:
         BundleError: the bytes are no ONNX model.
     """
-    operators: dict[str, str] = {}
-    try:
-        for number, _, model_value in fields(memoryview(graph)):
-            for part, _, node in fields(model_value) if number == 7 else ():
-                if part == 1:
-                    texts = {n: bytes(value).decode() for n, _, value in fields(node) if n in (3, 4)}
-                    operators[texts.get(3, "")] = texts.get(4, "")
-    except (WireError, UnicodeDecodeError) as error:
-        raise BundleError(f"a stage's graph is no ONNX model ({error}); expected one that mge-export wrote") from error
-    operators.pop("", None)
-    return operators
+    with _reading():
+        found = (_external(value) for number, _, value in _main_graph(graph) if number == _INITIALIZER)
+        return [tensor for tensor in found if tensor is not None]
+
+
+def node_operators(graph: bytes) -> dict[str, str]:
+    """The operator of each named node of a serialized ModelProto's main graph, by the node's name.
+
+    Raises:
+        BundleError: the bytes are no ONNX model.
+    """
+    with _reading():
+        nodes = ({n: bytes(v) for n, _, v in _fields(node)} for m, _, node in _main_graph(graph) if m == _NODE)
+        return {node[3].decode(): node[4].decode() for node in nodes if node.get(3) and 4 in node}
 
 
 def relocate(graph: bytes, *, expected: str, size: int, location: str, start: int) -> bytes:
     """Point a graph's external weights to a place inside another file.
 
     Args:
-        graph: serialised ModelProto.
+        graph: serialized ModelProto.
         expected: the only file name its weights may refer to.
         size: bytes of that file.
         location: file name to refer to instead.
         start: where `expected` begins inside `location`, bytes.
 
     Returns:
-        A serialised ModelProto, equal but for the references.
+        A serialized ModelProto, equal but for the references.
 
     Raises:
         BundleError: the bytes are no ONNX model, or its weights refer to another file or beyond the end of this one.
     """
-    tensors = external_tensors(graph)
-    for tensor in tensors:
-        if tensor.location != expected:
+    external = 0
+
+    def moved(initializer: memoryview) -> bytes | memoryview:
+        nonlocal external
+        tensor = _external(initializer)
+        if tensor is None:
+            return initializer
+        external += 1
+        end = tensor.offset + tensor.length
+        if tensor.location != expected or tensor.offset < 0 or tensor.length < 0 or end > size:
             raise BundleError(
-                f"weight {tensor.name!r} refers to the file {tensor.location!r}; expected {expected!r}: export again"
+                f"weight {tensor.name!r} lies in bytes {tensor.offset} to {end} of {tensor.location!r}; "
+                f"expected them in {expected!r}, in its {size} bytes: export again"
             )
-        if tensor.offset < 0 or tensor.length < 0 or tensor.offset + tensor.length > size:
-            raise BundleError(
-                f"weight {tensor.name!r} ends at byte {tensor.offset + tensor.length} of {expected}; "
-                f"expected at most {size}: export again"
-            )
-    if not tensors:
-        return graph
-    return b"".join(
-        wire_field(7, _moved_graph(value, location, start)) if number == 7 else bytes(raw)
-        for number, raw, value in fields(memoryview(graph))
-    )
+        kept = b"".join(raw for number, raw, _ in _fields(initializer) if number != _EXTERNAL_DATA)
+        place = {"location": location, "offset": str(start + tensor.offset), "length": str(tensor.length)}
+        pairs = (_field(1, key.encode()) + _field(2, value.encode()) for key, value in place.items())
+        return kept + b"".join(_field(_EXTERNAL_DATA, pair) for pair in pairs)
+
+    def moved_all(main: memoryview) -> bytes:
+        return b"".join(_field(n, moved(value)) if n == _INITIALIZER else raw for n, raw, value in _fields(main))
+
+    with _reading():
+        found = b"".join(_field(n, moved_all(value)) if n == _GRAPH else raw for n, raw, value in _fields(graph))
+    # Every reference to another file spells out this key, and nothing that mge-export names does.
+    if graph.count(b"location") != external * (1 + expected.count("location")):
+        raise BundleError(
+            "something outside the graph's initializers may keep its data in another file; expected no other use of "
+            'the word "location": export again'
+        )
+    return found
 
 
-def _moved_graph(graph: memoryview, location: str, start: int) -> bytes:
-    parts: list[bytes | memoryview] = []
-    for number, raw, value in fields(graph):
-        tensor = _external(value) if number == 5 else None
-        parts.append(raw if tensor is None else wire_field(5, _moved_tensor(value, tensor, location, start)))
-    return b"".join(parts)
-
-
-def _moved_tensor(value: memoryview, tensor: ExternalTensor, location: str, start: int) -> bytes:
-    kept = b"".join(raw for number, raw, _ in fields(value) if number != 13)
-    pairs = {"location": location, "offset": str(start + tensor.offset), "length": str(tensor.length)}
-    return kept + b"".join(
-        wire_field(13, wire_field(1, k.encode()) + wire_field(2, v.encode())) for k, v in pairs.items()
-    )
-
-
-def _initializers(graph: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:
-    for number, _, model_value in fields(memoryview(graph)):
-        if number == 7:
-            yield from (item for item in fields(model_value) if item[0] == 5)
+def _main_graph(model: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """`_fields` of a ModelProto's graph."""
+    for number, _, value in _fields(model):
+        if number == _GRAPH:
+            yield from _fields(value)
 
 
 def _external(tensor: memoryview) -> ExternalTensor | None:
     """Read a TensorProto; None where its data lies in the graph itself."""
-    name, external, data_type = "", False, 0
+    name, data_type = "", 0
+    dims: list[int] = []
     pairs: dict[str, str] = {}
-    for number, _, value in fields(tensor):
-        if number == 8:
+    for number, raw, value in _fields(tensor):
+        if number == _EXTERNAL_DATA:
+            pair = {n: bytes(v).decode() for n, _, v in _fields(value)}
+            pairs[pair.get(1, "")] = pair.get(2, "")
+        elif number == 8:
             name = bytes(value).decode()
         elif number == 2:
-            data_type = varint(value, 0)[0]
-        elif number == 14:
-            external = varint(value, 0)[0] == _EXTERNAL
-        elif number == 13:
-            pair = {n: bytes(v).decode() for n, _, v in fields(value)}
-            pairs[pair.get(1, "")] = pair.get(2, "")
-    if not external and not pairs:
+            data_type = _varint(value, 0)[0]
+        elif number == 1:
+            dims += _sizes(value) if raw[0] & 7 == _BYTES else [_varint(value, 0)[0]]
+    if not pairs:
         return None
     if "location" not in pairs or "length" not in pairs:
-        raise WireError(f"weight {name!r} does not say in which file it lies and how long it is")
+        raise _WireError(f"weight {name!r} does not say in which file it lies and how long it is")
     offset, length = int(pairs.get("offset", "0")), int(pairs["length"])
-    return ExternalTensor(name, pairs["location"], offset, length, data_type, tuple(tensor_dims(tensor)))
+    return ExternalTensor(name, pairs["location"], offset, length, data_type, tuple(dims))
 
 
-def _count_external(message: memoryview, kind: str, depth: int) -> int:
-    """Count the external tensors anywhere in a message."""
-    if kind == "tensor":
-        return int(_external(message) is not None)
-    if depth > 32:
-        raise WireError("its graphs are nested more than 32 deep")
-    nested = _NESTED[kind]
-    return sum(
-        _count_external(value, nested[number], depth + 1) for number, _, value in fields(message) if number in nested
-    )
+def _sizes(packed: memoryview) -> Iterator[int]:
+    position = 0
+    while position < len(packed):
+        size, position = _varint(packed, position)
+        yield size
+
+
+@contextmanager
+def _reading() -> Generator[None]:
+    try:
+        yield
+    except (_WireError, UnicodeDecodeError, ValueError) as error:
+        raise BundleError(
+            f"a graph of the bundle is no ONNX model ({error}); expected one that mge-export wrote"
+        ) from error
+
+
+class _WireError(Exception):
+    """The bytes are no protocol-buffer message."""
+
+
+def _fields(message: bytes | memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """Yield (number, the whole field, its value) of each field of a message."""
+    message, position = memoryview(message), 0
+    while position < len(message):
+        tag, start = _varint(message, position)
+        kind = tag & 7
+        if kind == _VARINT:
+            end = _varint(message, start)[1]
+        elif kind == _BYTES:
+            length, start = _varint(message, start)
+            end = start + length
+        elif kind in (_FIXED64, _FIXED32):
+            end = start + (8 if kind == _FIXED64 else 4)
+        else:
+            raise _WireError(f"unknown wire type {kind}")
+        if end > len(message):
+            raise _WireError("it is cut short")
+        yield tag >> 3, message[position:end], message[start:end]
+        position = end
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    """Read one variable-length integer: its value and the position behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(message):
+            raise _WireError("it is cut short")
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise _WireError("an integer is too long")
+
+
+def _field(number: int, value: bytes | memoryview) -> bytes:
+    """A field of length-delimited bytes: a string, or a message."""
+    return _encoded(number << 3 | _BYTES) + _encoded(len(value)) + bytes(value)
+
+
+def _encoded(value: int) -> bytes:
+    """A variable-length integer."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mge_runtime.bundle.archive import ArchiveWriter
-from mge_runtime.bundle.attachments import Calibration, EngineDescription
-from mge_runtime.bundle.layout import (
+from mge_runtime.bundle.archive import (
     CALIBRATION,
+    CHAIN,
     MANIFEST,
+    ArchiveWriter,
+    cpu_graph_entry,
     engine_description,
     engine_plan,
+    graph_entry,
     is_target,
-    stage_graph,
-    stage_weights,
     target_of,
+    weights_entry,
 )
+from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.bundle.onnx_graph import relocate
 from mge_runtime.bundle.reader import Bundle
 from mge_runtime.errors import BundleError, printable
@@ -30,24 +33,26 @@ from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path, is_temporary, lock
 from mge_runtime.manifest import Entry, Manifest
 
-__all__ = ["StageModel", "add_calibration", "add_engine", "write_bundle"]
+__all__ = ["GraphModel", "add_calibration", "add_engine", "write_bundle"]
 
 _CHUNK = 1 << 22  # bytes read at once
 
 
 @dataclass(frozen=True)
-class StageModel:
-    """A stage's ONNX model, as bytes or as files."""
+class GraphModel:
+    """A graph's ONNX model, as bytes or as files."""
 
-    graph: bytes | Path  # serialised ModelProto; its external data, if any, lies in the file "<stage>.weights"
+    graph: bytes | Path  # serialized ModelProto; its external data, if any, lies in the file "<graph>.weights"
     weights: bytes | Path | None = None  # that file; None: the graph has no external data
+    cpu: bytes | Path | None = None  # the graph encoded for CPUs, over the same weights; of INT8 bundles alone
 
 
 def write_bundle(
     path: str | os.PathLike[str],
     manifest: Manifest,
-    stage_models: Mapping[str, StageModel],
+    models: Mapping[str, GraphModel],
     *,
+    chain: bytes | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Manifest:
     """Write a bundle. Weights are streamed; on any error nothing is left behind and an old file stays as it was.
@@ -55,32 +60,35 @@ def write_bundle(
     Args:
         path: where to write, usually `mge.plan`.
         manifest: everything but `entries`, which are filled in here.
-        stage_models: the model of every stage, by stage name.
+        models: of every graph, by its name.
+        chain: `onnx/chain.onnx`, all graphs in one over the same weights; None: the bundle has none.
         check: is called with the finished file before it takes its place; what it raises keeps it from that.
 
     Returns:
         The manifest as it was written.
 
     Raises:
-        BundleError: the stages do not fit each other, a stage's model is missing, or a graph refers to other files.
+        BundleError: the graphs do not fit each other, a model is missing, or a graph refers to other files.
         OutputError: `path` cannot be written, or the bundle would exceed 4 GiB.
     """
     manifest.check()
-    names = {stage.name for stage in manifest.stages}
-    if set(stage_models) != names:
-        raise BundleError(f"models of the stages {sorted(stage_models)} were given; expected {sorted(names)}")
-    for stage in manifest.stages:
-        _check_model(stage.name, stage_models[stage.name])
+    names = [graph.name for graph in manifest.graphs]
+    if sorted(models) != sorted(names):
+        raise BundleError(f"models of the graphs {sorted(models)} were given; expected {sorted(names)}")
+    for name in names:
+        _check_model(name, models[name])
     with ExitStack() as held, atomic_path(path) as temporary:
         with temporary.open("w+b") as stream:
             archive = ArchiveWriter(stream)
             entries: dict[str, Entry] = {}
-            for stage in manifest.stages:
-                model = stage_models[stage.name]
-                parts = {stage_graph(stage.name): model.graph, stage_weights(stage.name): model.weights}
-                for name, data in parts.items():
+            for graph in names:
+                model = models[graph]
+                parts = ((graph_entry, model.graph), (cpu_graph_entry, model.cpu), (weights_entry, model.weights))
+                for entry, data in parts:
                     if data:  # a graph without external data has no weights entry
-                        entries[name] = _add_hashed(archive, name, data)
+                        entries[entry(graph)] = _add_hashed(archive, entry(graph), data)
+            if chain is not None:
+                archive.add(CHAIN, [chain])
             manifest = manifest.with_entries(entries)
             document = manifest.to_json()
             Manifest.from_json(document)  # what is written can be opened
@@ -93,7 +101,11 @@ def write_bundle(
 
 
 def add_calibration(
-    path: str | os.PathLike[str], values: Mapping[str, JsonValue], *, manifest_sha256: str | None = None
+    path: str | os.PathLike[str],
+    values: Mapping[str, JsonValue],
+    *,
+    manifest_sha256: str | None = None,
+    chain: Callable[[bytes], bytes] | None = None,
 ) -> None:
     """Add a calibration to a bundle, or replace the one it has; everything else stays byte for byte.
 
@@ -101,19 +113,22 @@ def add_calibration(
         path: the bundle.
         values: as in `Calibration`.
         manifest_sha256: hash of the manifest that it was measured with; None: the one that is there.
+        chain: from the bundle's `onnx/chain.onnx` to the one that takes its place; None: it stays.
 
     Raises:
         BundleError: the bundle cannot be read, has another manifest by now, or was replaced meanwhile.
         OutputError: it cannot be written.
     """
-    with _updating(path) as (bundle, archive):
-        # Asked here, where nobody else can put another file in its place.
+    with _updating(path) as (bundle, archive):  # nobody else puts another file in its place meanwhile
         if manifest_sha256 not in (None, bundle.manifest_sha256):
             raise BundleError(
                 f"{bundle.path} was replaced while it was calibrated: found manifest {bundle.manifest_sha256[:12]}, "
                 f"expected {manifest_sha256[:12]}, which the images were answered with; calibrate it again"
             )
-        _copy(bundle, archive, [name for name in bundle.sizes if name != CALIBRATION])
+        moved = chain is not None and CHAIN in bundle.sizes
+        _copy(bundle, archive, without={CALIBRATION, CHAIN} if moved else {CALIBRATION})
+        if chain is not None and moved:
+            archive.add(CHAIN, [chain(bundle.read(CHAIN))])
         document = Calibration(bundle.manifest_sha256, values).to_json()
         Calibration.from_json(document, manifest_sha256=bundle.manifest_sha256)
         archive.add(CALIBRATION, [document])
@@ -133,14 +148,14 @@ def add_engine(
     Args:
         path: the bundle.
         target: what the engines are for, such as "tensorrt-10.3-sm87-linux-aarch64".
-        plans: each stage's engine, by stage name.
+        plans: each graph's engine, by its name.
         details: free: builder, options, attestation.
         manifest_sha256: hash of the manifest whose ONNX they were built from.
         waiting: is called again and again as long as another process writes the bundle; what it raises ends that.
 
     Raises:
         BundleError: the bundle cannot be read, has another manifest by now, was replaced meanwhile, or has no such
-            stage.
+            graph.
         OutputError: it cannot be written.
     """
     if not is_target(target):
@@ -151,10 +166,10 @@ def add_engine(
                 f"the engines were built from the manifest {manifest_sha256[:12]}; {bundle.path} has "
                 f"{bundle.manifest_sha256[:12]} by now: build them again"
             )
-        if unknown := sorted(set(plans) - {stage.name for stage in bundle.manifest.stages}):
-            raise BundleError(f"an engine for the stage {unknown[0]!r} was given; the bundle has no such stage")
-        _copy(bundle, archive, [name for name in bundle.sizes if target_of(name) != target])
-        entries = {stage: _add_hashed(archive, engine_plan(target, stage), plan) for stage, plan in plans.items()}
+        if unknown := sorted(set(plans) - {graph.name for graph in bundle.manifest.graphs}):
+            raise BundleError(f"an engine for the graph {unknown[0]!r} was given; the bundle has no such graph")
+        _copy(bundle, archive, without=[name for name in bundle.sizes if target_of(name) == target])
+        entries = {graph: _add_hashed(archive, engine_plan(target, graph), plan) for graph, plan in plans.items()}
         document = EngineDescription(manifest_sha256, target, entries, details).to_json()
         EngineDescription.from_json(document, target=target, manifest_sha256=manifest_sha256)
         archive.add(engine_description(target), [document])
@@ -206,36 +221,31 @@ def _held(path: str | os.PathLike[str], waiting: Callable[[], None] = lambda: No
         yield
 
 
-def _copy(bundle: Bundle, archive: ArchiveWriter, names: Iterable[str]) -> None:
-    for name in names:
-        archive.add(name, bundle.chunks(name))
+def _copy(bundle: Bundle, archive: ArchiveWriter, *, without: Collection[str]) -> None:
+    for name in bundle.sizes:
+        if name not in without:
+            archive.add(name, bundle.chunks(name, quick=True))
 
 
 def _add_hashed(archive: ArchiveWriter, name: str, data: bytes | Path) -> Entry:
     digest = hashlib.sha256()
 
     def chunks() -> Iterator[bytes]:
-        for chunk in _chunks(data):
-            digest.update(chunk)
-            yield chunk
+        with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                yield chunk
 
     added = archive.add(name, chunks())
     return Entry(digest.hexdigest(), added.size, f"{added.crc:08x}")
 
 
-def _chunks(data: bytes | Path) -> Iterator[bytes]:
-    if isinstance(data, bytes):
-        yield data
-        return
-    with data.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            yield chunk
-
-
-def _check_model(stage: str, model: StageModel) -> None:
+def _check_model(name: str, model: GraphModel) -> None:
     """A graph that opens only beside some other file must not reach a bundle."""
-    graph = model.graph if isinstance(model.graph, bytes) else model.graph.read_bytes()
     weights = model.weights
     size = 0 if weights is None else len(weights) if isinstance(weights, bytes) else weights.stat().st_size
-    expected = Path(stage_weights(stage)).name
-    relocate(graph, expected=expected, size=size, location=expected, start=0)
+    expected = Path(weights_entry(name)).name
+    for graph in (model.graph, model.cpu):
+        if graph is not None:
+            data = graph if isinstance(graph, bytes) else graph.read_bytes()
+            relocate(data, expected=expected, size=size, location=expected, start=0)

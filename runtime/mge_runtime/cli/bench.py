@@ -1,26 +1,35 @@
-"""`mge-bench`: measure a bundle on this device, or check that it answers as it should."""
+"""`mge-bench`: measure a bundle on this device, or check that it predicts as it should."""
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, note, reports_errors
+from mge_runtime.cli.common import (
+    backend_option,
+    device_option,
+    max_pixels_option,
+    no_mmap_option,
+    note,
+    options_given,
+    reports_errors,
+    threads_option,
+)
 from mge_runtime.cli.common import report as report_error
 from mge_runtime.errors import MGEError
+from mge_runtime.files import echo
 from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
-    from mge_runtime.bench.deadline import Deadline
-    from mge_runtime.bench.inputs import Inputs
-    from mge_runtime.bench.run import Request
-    from mge_runtime.bundle import Bundle
+    from mge_runtime.selfcheck import Subject
     from mge_runtime.sources import NamedImage
 
 _RUNS = 1000
+_MEASURING = ("batch", "seconds")  # of no use to --selfcheck
 _MOST_BATCH, _MOST_RUNS, _MOST_SECONDS = 4096, 1_000_000, 86_400
 
 
@@ -47,15 +56,11 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.argument("images", nargs=-1)
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to measure or check.")
 @click.option("--selfcheck", is_flag=True, help="Check answers, memory, copies and graphs; measures no speed.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
-@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(min=1),
-    callback=at_most_cpus,
-    help="Processors to compute with on the CPU.  [default: all]",
-)
+@device_option
+@backend_option
+@threads_option
+@no_mmap_option
+@max_pixels_option
 @click.option(
     "-b",
     "--batch",
@@ -66,29 +71,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="Batch sizes to measure.",
 )
 @click.option(
-    "--seconds",
-    type=click.IntRange(1, _MOST_SECONDS),
-    help="Time of the whole run.  [default: 120 and 60 for each further batch size, or what --iterations takes]",
-)
-@click.option(
-    "--iterations",
-    type=click.IntRange(1, _MOST_RUNS),
-    help="Runs of each contender.  [default: as many as there is time for]",
-)
-@click.option(
-    "--warmup", type=click.IntRange(1, _MOST_RUNS), help="Runs of each before.  [default: until they are steady]"
-)
-@click.option(
-    "--images",
-    "image_count",
-    type=click.IntRange(1, _MOST_RUNS),
-    help="Images of the rounds of pictures to answers.  [default: as many as there is time for]",
-)
-@click.option(
-    "--ckpt",
-    metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Also measure PyTorch on this checkpoint, which the bundle was exported from.",
+    "--seconds", type=click.IntRange(1, _MOST_SECONDS), default=60, show_default=True, help="Time of the whole run."
 )
 @click.option(
     "--runs",
@@ -113,22 +96,19 @@ def main(
     device: str,
     backend: str,
     threads: int | None,
+    no_mmap: bool,
+    max_pixels: int,
     batch: tuple[int, ...],
-    seconds: int | None,
-    iterations: int | None,
-    warmup: int | None,
-    image_count: int | None,
-    ckpt: Path | None,
+    seconds: int,
     runs: int,
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Measure a bundle on this device, with photographs from IMAGES: files, folders or quoted patterns.
+    """Measure a bundle on this device with IMAGES: files, folders or quoted patterns.
 
-    The whole chain is timed beside its bare trunks (heads, attention and crops cut off) and, with --ckpt, beside eager
-    PyTorch, in interleaved rounds: ratios are taken within a round. Without IMAGES pictures are drawn; a
-    photograph that cannot be read is reported and passed over. It ends after --seconds, but for the measurement that
-    runs then; what there was no time for is listed as not run.
+    Timed are the chain, each of its graphs, image files to predictions, and a fresh process from its start to its first
+    prediction. Without IMAGES synthetic ones are used; an image that cannot be read is reported and passed over. The
+    run ends after --seconds, but for the measurement that runs then; what there was no time for is listed as not run.
 
     With --selfcheck it is checked instead, and no speed is measured. What cannot be checked here is listed as not run,
     with the reason, and counts neither way.
@@ -136,6 +116,9 @@ def main(
     The exit code is 1 if a check failed, if nothing could be measured, and after Ctrl-C or SIGTERM: the report is then
     of what was measured before, and says so.
     """
+    if unused := options_given(*(_MEASURING if selfcheck else ("runs",))):
+        what = "--selfcheck measures no speed" if selfcheck else "without --selfcheck nothing is checked"
+        raise click.UsageError(f"{what}, so it cannot use {', '.join(unused)}; leave that out")
     with interruptible("the bench", "nothing was measured yet", MGEError) as interrupt:
         from mge_runtime.files import check_writable
         from mge_runtime.sources import find_images
@@ -149,13 +132,15 @@ def main(
         if remark := listed.remark():
             note(remark)
         if selfcheck:
-            report = _selfcheck(found, engine, device, backend, threads, runs, interrupt)
-        else:
-            from mge_runtime.bench.run import Request
+            from mge_runtime.selfcheck import open_subject
 
-            path = Path(engine)
-            request = Request(path, device, backend, batch, threads, iterations, warmup, image_count, ckpt, seconds)
-            report = _bench(request, found, interrupt)
+            subject = open_subject(engine, device, backend, threads, mmap=not no_mmap)
+            report: _Report = _selfcheck(subject, found, max_pixels, runs, interrupt)
+        else:
+            from mge_runtime.bench import Request, run_bench
+
+            request = Request(Path(engine), device, backend, threads, batch, seconds, not no_mmap, max_pixels)
+            report = run_bench(request, found, say=_say, problem=report_error, interrupt=interrupt)
         interrupt.consequence = "the report is of what was measured before"
         _give(report, as_json, out)
         interrupt()
@@ -163,35 +148,16 @@ def main(
         raise SystemExit(1)
 
 
-def _bench(request: Request, found: list[NamedImage], interrupt: Interrupt) -> _Report:
-    from mge_runtime.bench.inputs import drawn_inputs, photograph_inputs
-    from mge_runtime.bench.report import BenchReport
-    from mge_runtime.bench.run import run_bench
+def _selfcheck(subject: Subject, found: list[NamedImage], max_pixels: int, runs: int, interrupt: Interrupt) -> _Report:
+    from mge_runtime.bench import BenchImages
+    from mge_runtime.selfcheck import Frames, drawn_frames, run_checks
 
-    def inputs(bundle: Bundle, deadline: Deadline) -> Inputs:
-        """Photographs, or drawn pictures where none was named."""
-        spec = bundle.manifest.preprocess
-        return photograph_inputs(found, spec, deadline, report_error) if found else drawn_inputs(spec)
-
-    return BenchReport(run_bench(request, inputs, _say, interrupt))
-
-
-def _selfcheck(
-    found: list[NamedImage],
-    engine: str,
-    device: str,
-    backend: str,
-    threads: int | None,
-    runs: int,
-    interrupt: Interrupt,
-) -> _Report:
-    from mge_runtime.selfcheck.pictures import drawn_frames, photograph_frames
-    from mge_runtime.selfcheck.run import run_checks
-    from mge_runtime.selfcheck.subject import open_subject
-
-    subject = open_subject(engine, device, backend, threads)
     preprocess = subject.manifest.preprocess
-    frames = photograph_frames(found, preprocess) if found else drawn_frames(preprocess)
+    if found:
+        read = BenchImages.read(found, preprocess, max_pixels, math.inf, report_error)
+        frames = Frames(read.frames, read.source)
+    else:
+        frames = drawn_frames(preprocess)
     return run_checks(subject, frames, runs=runs, say=_say, interrupt=interrupt)
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import GPU_STATUS, echo, reports_errors, verbose_option
-from mge_runtime.cli.progress import shown_progress
+from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, verbose_option
 from mge_runtime.errors import BackendError, BuildError
-from mge_runtime.interrupt import interruptible
+from mge_runtime.files import echo
+from mge_runtime.interrupt import Interrupt, interruptible
 
 if TYPE_CHECKING:
-    from mge_runtime.trt.builder import BuildOptions
+    from mge_runtime.trt.build import GraphProgress
 
-__all__ = ["build_options", "main"]
-
-_MEGABYTE = 1_000_000
+__all__ = ["main", "shown_progress"]
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -31,18 +30,13 @@ _MEGABYTE = 1_000_000
     help="native: this machine's GPU. rtx:sm86,sm89,sm120: ahead of time with TensorRT-RTX, no GPU needed. Repeatable.",
 )
 @click.option("--into-bundle", is_flag=True, help="Keep the engines in the bundle, beside those of other targets.")
-@click.option("--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes to build for.")
+@engine_batch_option
 @click.option("--opt-level", type=click.IntRange(0, 5), help="0 builds quickest, 5 runs quickest.  [default: 3]")
 @click.option(
     "--workspace",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1_000_000),
     metavar="MB",
     help="Scratch memory a layer may use.  [default: all; on a Jetson a quarter of what is available]",
-)
-@click.option(
-    "--timing-cache",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="File of measured kernels, read and written.  [default: one for each device, in the cache]",
 )
 @click.option("--backend", type=click.Choice(["auto", "tensorrt", "tensorrt-rtx"]), default="auto", show_default=True)
 @click.option("--device", default="cuda:0", show_default=True, help="The GPU to build for.")
@@ -56,7 +50,6 @@ def main(
     batch: str,
     opt_level: int | None,
     workspace: int | None,
-    timing_cache: Path | None,
     backend: str,
     device: str,
     verbose: int,
@@ -67,8 +60,9 @@ def main(
     build that is stopped leaves the bundle as it was.
     """
     with interruptible("the build", f"{bundle} is as it was; run it again", BuildError) as interrupt:
-        from mge_runtime.trt.keep import build_targets
-        from mge_runtime.trt.request import TargetRequest
+        from mge_runtime.trt.build import build_targets
+        from mge_runtime.trt.builder import BuildOptions
+        from mge_runtime.trt.target import BatchRange, TargetRequest
 
         requests = [TargetRequest.parse(text) for text in dict.fromkeys(targets)]
         if any(request.capabilities for request in requests) and not into_bundle:
@@ -76,7 +70,8 @@ def main(
                 "engines that are built ahead of time are for other machines, so they are kept in the bundle; add "
                 "--into-bundle"
             )
-        options = build_options(batch, opt_level, workspace, timing_cache)
+        scratch = None if workspace is None else workspace * 1_000_000  # bytes
+        options = BuildOptions(BatchRange.parse(batch), opt_level, scratch)
 
         def kept(target: str, place: str) -> None:
             echo(f"{target}: {place}")
@@ -100,14 +95,20 @@ def main(
     )
 
 
-def build_options(batch: str, opt_level: int | None, workspace: int | None, timing_cache: Path | None) -> BuildOptions:
-    """The options of the command line as `BuildOptions`; `workspace` is in MB."""
-    from mge_runtime.trt.batch import BatchRange
-    from mge_runtime.trt.builder import BuildOptions
+def shown_progress(interrupt: Interrupt) -> GraphProgress:
+    """Show the progress of a build on a terminal, and stop the build where a signal asks for it."""
+    terminal = sys.stderr.isatty()
+    shown = ""
 
-    return BuildOptions(
-        BatchRange.parse(batch), opt_level, None if workspace is None else workspace * _MEGABYTE, timing_cache
-    )
+    def progress(graph: str, share: float, phase: str) -> bool:
+        nonlocal shown
+        text = f"{graph}: {share:4.0%} {phase}"[:79]
+        if terminal and text != shown:
+            shown = text
+            click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
+        return not interrupt.requested
+
+    return progress
 
 
 if __name__ == "__main__":

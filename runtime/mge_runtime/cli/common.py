@@ -9,11 +9,28 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
 
-from mge_runtime.cpus import cpu_count
-from mge_runtime.errors import InputError, MGEError, OutputError, one_line, printable
+from mge_runtime.errors import InputError, MGEError, one_line, printable
+from mge_runtime.machine import cpu_count
+from mge_runtime.sources import MAX_PIXELS
 
-__all__ = ["GPU_STATUS", "at_most_cpus", "echo", "format_bytes", "note", "report", "reports_errors", "verbose_option"]
+__all__ = [
+    "GPU_STATUS",
+    "at_most_cpus",
+    "backend_option",
+    "batch_option",
+    "device_option",
+    "engine_batch_option",
+    "max_pixels_option",
+    "no_mmap_option",
+    "note",
+    "options_given",
+    "report",
+    "reports_errors",
+    "threads_option",
+    "verbose_option",
+]
 
 # The extra of the wheel that the commands of a package need besides the base install.
 _EXTRAS = {"mge": "train", "mge_export": "export", "mge_calibration": "calibrate"}
@@ -83,25 +100,6 @@ def report(error: MGEError) -> None:
     click.echo(f"error: {one_line(error)}", err=True)
 
 
-def echo(text: str, *, nl: bool = True) -> None:
-    """Print to standard output.
-
-    Raises:
-        OutputError: it is closed or cannot be written; a closed pipe (`| head`) passes, which click ends quietly.
-    """
-    stdout: object = sys.stdout  # None where the process was started without one
-    if stdout is None:
-        raise OutputError("cannot print: standard output is closed; name another place for the output")
-    try:
-        click.echo(text, nl=nl)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # Python would try again at its end, and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(f"cannot print: {error.strerror}; name another place for the output") from error
-
-
 def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int | None) -> int | None:
     """A callback of click: cut a number of threads to the processors that there are, and say so."""
     del context
@@ -111,6 +109,16 @@ def at_most_cpus(context: click.Context, parameter: click.Parameter, value: int 
     return count
 
 
+def options_given(*parameters: str) -> list[str]:
+    """Those of a command's parameters that its command line gives, as they are written there: "--batch"."""
+    context = click.get_current_context()
+    return [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if parameter.name in parameters and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
+
+
 def _ask_for_log(context: click.Context, parameter: click.Parameter, value: int) -> int:
     del context, parameter
     if value:
@@ -118,18 +126,44 @@ def _ask_for_log(context: click.Context, parameter: click.Parameter, value: int)
     return value
 
 
+# What several commands take; each option is the same in all of them.
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ..."
+)
+backend_option = click.option(
+    "--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx."
+)
+threads_option = click.option(
+    "-j",
+    "--threads",
+    type=click.IntRange(min=1),
+    callback=at_most_cpus,
+    help="Processors to compute with on the CPU.  [default: all]",
+)
+no_mmap_option = click.option(
+    "--no-mmap", is_flag=True, help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile."
+)
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(min=1),
+    default=MAX_PIXELS,
+    show_default="65 million",
+    help="The most an image may have: memory is bounded by it, up to 30 bytes a pixel.",
+)
+engine_batch_option = click.option(
+    "--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for."
+)
+
+
+def batch_option(default: int, *names: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """`-b`, `--batch`, and further names of it, for commands that run one batch size."""
+    help = "Images in one run."
+    return click.option(
+        "-b", *names, "--batch", "batch", type=click.IntRange(min=1), default=default, show_default=True, help=help
+    )
+
+
 # `-v`, `-vv`: the parameter `verbose` counts them.
 verbose_option = click.option(
     "-v", "--verbose", count=True, callback=_ask_for_log, help="Show what the libraries say; -vv: all of it."
 )
-
-
-def format_bytes(count: int) -> str:
-    """For example "98.0 MB" (1 MB = 1,000,000 bytes)."""
-    if count < 1000:
-        return f"{count} B"
-    for unit in ("kB", "MB"):
-        count_in_unit = count / (1e3 if unit == "kB" else 1e6)
-        if count_in_unit < 999.95:
-            return f"{count_in_unit:.1f} {unit}"
-    return f"{count / 1e9:.2f} GB"

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import GPU_STATUS, echo, reports_errors
-from mge_runtime.errors import OutputError, printable
+from mge_runtime.cli.common import GPU_STATUS, reports_errors
+from mge_runtime.errors import BackendError, InputError, OutputError, printable
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("bundle", default="mge.plan")
-@click.option("--all", "everything", is_flag=True, help="Also print stages, segments, the parity report, the machine.")
+@click.option("--all", "everything", is_flag=True, help="Also print graphs, the parity report, the machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, the whole manifest included, as JSON.")
 @click.option(
     "--verify",
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 @click.option(
     "--extract",
     metavar="DIR",
-    help="Write plain files to this folder: ONNX with weights, engines, manifest, and trtexec.sh, which rebuilds them.",
+    help="Write plain files to this folder: ONNX with weights (chain.onnx is the whole chain), class names, engines, "
+    "manifest, and trtexec.sh, which rebuilds engines.",
 )
 @click.option(
     "--machine",
@@ -60,7 +62,7 @@ def main(
 ) -> None:
     """Show what is inside BUNDLE (default: mge.plan) and what would run here and why."""
     if show_machine:
-        from mge_runtime.machine_probe import describe_machine
+        from mge_runtime.machine import describe_machine
 
         echo(describe_machine(always=True).to_json().decode(), nl=False)
         return
@@ -68,11 +70,12 @@ def main(
         if click.get_current_context().get_parameter_source("bundle") is not ParameterSource.DEFAULT:
             raise click.BadParameter(f"{verify!r} is no SHA-256; expected 64 hexadecimal digits", param_hint="--verify")
         bundle, verify = verify, ""  # mge-info --verify mge.plan
-    machine = None if as_machine is None else _recorded(as_machine)
     from mge_runtime.bundle import Bundle
+    from mge_runtime.machine import describe_machine
 
+    machine = describe_machine() if as_machine is None else _recorded(as_machine)
     with Bundle.open(bundle) as opened:
-        facts = describe(opened, machine)
+        facts = describe(opened, machine, recorded=as_machine is not None)
         if verify is not None:
             opened.verify(expected=verify or None)
             facts["verified"] = True
@@ -82,21 +85,19 @@ def main(
 
             with interruptible("the extraction", f"{extract} may lack files; each is whole, run it again", OutputError):
                 written = extract_bundle(opened, extract)
+            facts["extracted"] = [str(path) for path in written]
         if as_json:
-            if extract is not None:
-                facts["extracted"] = [str(path) for path in written]
             echo(json.dumps(facts, indent=1))  # in ASCII: every locale can print it
             return
-        from mge_runtime.cli.info_text import brief_lines, info_lines
+        from mge_runtime.cli.info_text import info_lines
 
-        for line in info_lines(facts) if everything else brief_lines(facts):
+        for line in info_lines(facts, opened.manifest, machine, everything=everything):
             echo(line)
         if extract is not None:
             echo(f"extracted  {len(written)} files to {printable(extract)}")
 
 
 def _recorded(path: Path) -> Machine:
-    from mge_runtime.errors import InputError
     from mge_runtime.machine import Machine
 
     try:
@@ -108,30 +109,28 @@ def _recorded(path: Path) -> Machine:
     return Machine.from_json(data, str(path))
 
 
-def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
+def describe(bundle: Bundle, machine: Machine, *, recorded: bool = False) -> dict[str, Any]:
     """Everything that `mge-info` shows, as plain values.
 
     Args:
         bundle: open.
-        machine: where it is to run; None: here.
+        machine: where it is to run.
+        recorded: whether that is another machine than this one, whose cache nobody can look into.
 
     Raises:
         BundleError: a calibration or an engine's description is damaged or belongs to another manifest.
     """
-    from mge_runtime.machine_probe import describe_machine
-    from mge_runtime.trt.found import find_engines
+    from mge_runtime.trt.engines import find_engines
 
     calibration = bundle.calibration()
-    recorded = machine is not None
-    machine = machine or describe_machine()
     gpu = machine.gpus[0] if machine.gpus else None
     engines: dict[str, Any] = {}
     cached: list[dict[str, Any]] = []
     for found in find_engines(bundle, machine, gpu, cache=not recorded):
-        # The bundle's are read again: a description that was damaged is an error here, and not a remark.
+        # The bundle's are read again: a description that was damaged is an error here.
         description = bundle.engine(found.target) if found.engines is None else found.engines.description
         facts = {
-            "plans": {stage: plan.size for stage, plan in description.plans.items()},
+            "plans": {graph: plan.size for graph, plan in description.plans.items()},
             "details": dict(description.details),
             "status": GPU_STATUS[found.backend],
             "misfit": found.problem,
@@ -157,7 +156,6 @@ def describe(bundle: Bundle, machine: Machine | None = None) -> dict[str, Any]:
 
 def _what_runs(bundle: Bundle, machine: Machine, *, cache: bool) -> dict[str, Any]:
     from mge_runtime.backends import choose
-    from mge_runtime.errors import BackendError
 
     try:
         choice = choose(bundle=bundle, machine=machine, cache=cache)

@@ -1,107 +1,199 @@
-"""The text of `mge-info`."""
+"""The text of `mge-info`: ten lines of a bundle, or all of it."""
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import Any, cast
 
-from mge_runtime.bundle.layout import stage_graph, stage_weights
-from mge_runtime.cli.common import format_bytes
-from mge_runtime.cli.info_calibration import calibration_lines
-from mge_runtime.cli.info_here import engine_lines, here_lines, machine_line
-from mge_runtime.cli.info_parity import parity_lines
-from mge_runtime.errors import printable
+from mge_runtime.bundle.archive import cpu_graph_entry, graph_entry, weights_entry
+from mge_runtime.calibrated import Calibrated
+from mge_runtime.errors import BundleError, printable
+from mge_runtime.files import format_bytes
+from mge_runtime.machine import Machine
+from mge_runtime.manifest import Manifest
 
-__all__ = ["brief_lines", "info_lines"]
+__all__ = ["info_lines", "parity_lines"]
 
 _WIDTH = 110  # characters
 _INDENT = 11
 
 
-def brief_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """Ten lines for people, from what `describe` returned; more only where nothing runs."""
-    manifest = facts["manifest"]
-    yield from _bundle(facts)
-    yield from _row("model", _pairs(manifest["model"]) or "unknown", lines=1)
-    yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=1)
-    yield from _row("input", _preprocess(manifest["preprocess"]), lines=1)
-    stages = Counter(manifest["precision"].get(s["name"], {}).get("type", "unknown") for s in manifest["stages"])
-    yield from _row("precision", ", ".join(f"{kind} in {count} stages" for kind, count in stages.items()), lines=1)
-    parity = list(parity_lines(manifest["parity"]))
-    failed = [line for line in parity if line.startswith("out of tolerance")]
-    yield from _row("parity", "; ".join(failed or parity[:1]), lines=1)
-    found = [*facts["engines"], *(f"{engine['target']} in the cache" for engine in facts["cached_engines"])]
-    yield from _row("engines", ", ".join(found) or "none; ONNX alone", lines=1)
-    yield from _row("calibrated", "; ".join(calibration_lines(facts["calibration"], manifest)), lines=1)
-    runs = next(here_lines(facts["here"]))
-    yield from _row(_runs_label(facts), runs, lines=None if facts["here"]["backend"] is None else 1)
+def info_lines(facts: dict[str, Any], manifest: Manifest, machine: Machine, *, everything: bool) -> Iterator[str]:
+    """Lines for people, from what `describe` returned.
 
-
-def info_lines(facts: dict[str, Any]) -> Iterator[str]:
-    """All lines for people, from what `describe` returned."""
-    manifest = facts["manifest"]
-    yield from _bundle(facts)
-    if manifest["model"]:
-        yield from _row("model", _pairs(manifest["model"]))
-    yield from _row("classes", f"{len(manifest['class_names'])}: {', '.join(manifest['class_names'])}", lines=3)
-    yield from _row("input", _preprocess(manifest["preprocess"]))
-    made = [f"{name} {version}" for name, version in manifest["tools"].items()]
-    checkpoint = manifest["checkpoint_sha256"]
-    yield from _row("made by", ", ".join(made) or "unknown tools")
-    yield from _row("", f"from the checkpoint {checkpoint[:16]}" if checkpoint else "from an unknown checkpoint")
-    yield from _stages(manifest, facts["entries"])
-    for number, segment in enumerate(manifest["segments"], 1):
-        label = "segments" if number == 1 else ""
-        yield from _row(label, f"{number}: {', '.join(segment['stages'])} -> {segment['answer']}")
-    for number, line in enumerate(parity_lines(manifest["parity"])):
-        yield from _row("" if number else "parity", line)
-    for number, line in enumerate(engine_lines(facts)):
-        yield from _row("" if number else "engines", line)
-    for number, line in enumerate(calibration_lines(facts["calibration"], manifest)):
-        yield from _row("" if number else "calibrated", line)
-    yield from _row("machine", machine_line(facts["machine"]))
-    for number, line in enumerate(here_lines(facts["here"])):
-        yield from _row("" if number else _runs_label(facts), line)
-    yield from _row("", "everything, operators and the whole parity report included: --json")
-
-
-def _bundle(facts: dict[str, Any]) -> Iterator[str]:
-    yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])} (more: --all)")
+    Args:
+        facts: of an open bundle.
+        manifest: of the same bundle.
+        machine: where it is to run.
+        everything: or ten lines, one for each subject; more only where nothing runs.
+    """
     checked = ", every entry matches its hash" if facts.get("verified") else ""
+    yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])}{'' if everything else ' (more: --all)'}")
     yield from _row("sha256", f"{facts['sha256']}{checked}")
+    runs = "runs there" if facts["here"]["recorded"] else "runs here"
+    brief = ("model", "classes", "input", "precision", "parity", "engines", "calibrated", runs)
+    for label, texts in _subjects(facts, manifest, machine, runs):
+        if everything:
+            for number, text in enumerate(texts):
+                yield from _row("" if number else label, text, lines=3 if label == "classes" else None)
+        elif label in brief:
+            whole = label == runs and facts["here"]["backend"] is None
+            text = "; ".join(texts) if label == "calibrated" else next(iter(texts))
+            yield from _row(label, text, lines=None if whole else 1)
 
 
-def _runs_label(facts: dict[str, Any]) -> str:
-    return "runs there" if facts["here"]["recorded"] else "runs here"
+def _subjects(
+    facts: dict[str, Any], manifest: Manifest, machine: Machine, runs: str
+) -> Iterator[tuple[str, Iterable[str]]]:
+    values = manifest.preprocess
+    yield "model", [_pairs(manifest.model) or "unknown"]
+    yield "classes", [f"{len(manifest.class_names)}: {', '.join(manifest.class_names)}"]
+    yield (
+        "input",
+        [
+            f"RGB, shorter side to {values.resize}, center crop {values.size} x {values.size}, "
+            f"mean {_plain(values.mean)}, std {_plain(values.std)}"
+        ],
+    )
+    tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    checkpoint = f"from the checkpoint {(manifest.checkpoint_sha256 or 'unknown')[:16]}"
+    yield "made by", [tools or "unknown tools", checkpoint]
+    kinds = Counter(manifest.precision.get(graph.name, {}).get("type", "unknown") for graph in manifest.graphs)
+    yield "precision", [", ".join(f"{kind} in {count} graphs" for kind, count in kinds.items())]
+    yield "graphs", _graphs(manifest, facts["entries"])
+    yield "parity", parity_lines(manifest.parity)
+    yield "engines", _engines(facts)
+    yield "calibrated", _calibration(facts["calibration"], manifest)
+    yield "machine", [machine.summary]
+    yield runs, _here(facts["here"])
+    yield "", ["everything, operators and the whole parity report included: --json"]
 
 
-def _stages(manifest: dict[str, Any], sizes: dict[str, int]) -> Iterator[str]:
-    for stage in manifest["stages"]:
-        name = stage["name"]
-        size = sum(sizes.get(entry, 0) for entry in (stage_graph(name), stage_weights(name)))
-        plan = dict(manifest["precision"].get(name, {}))
+def parity_lines(parity: Any) -> list[str]:
+    """The export's parity report: what failed, what it was measured on, a line for each check."""
+    if parity is None:
+        return ["not measured"]
+    head = f"on {parity.get('source', 'unknown images')}; reference: {parity.get('reference', 'unknown')}"
+    checks = _parity_checks(parity)
+    failed = [line for line in checks if line.startswith("out of tolerance")]
+    return [*failed, head, *checks[len(failed) :]]
+
+
+def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[str]]:
+    """Lines made of JSON that nobody has checked; one line instead where it is not as this version of mge writes it."""
+
+    @functools.wraps(lines)
+    def made(values: Any) -> list[str]:
+        try:
+            return list(lines(values))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            return ["  not as this version of mge writes it: see --json"]
+
+    return made
+
+
+@_free_json
+def _parity_checks(parity: Any) -> Iterator[str]:
+    yield from (f"out of tolerance: {text}" for text in parity["failures"])
+    for check in parity["checks"].values():
+        chain = check["chain"]
+        alone = [float(value) for graph in check["graphs"].values() for value in graph["relative"].values()]
+        ious = [float(box["p1"]) for box in chain["box_iou"].values()]
+        yield (
+            f"{check['label']}: each graph within {max(alone):.1e} of its tensors' largest value, the chain's logits "
+            f"within {float(chain['answer_relative']):.1e}; {chain['class_changes']} images change their class"
+            + (f"; 1st percentile of box IoU {min(ious):.3f}" if ious else "")
+        )
+    yield from (f"warning: {text}" for text in parity["warnings"])
+
+
+def _graphs(manifest: Manifest, sizes: dict[str, int]) -> Iterator[str]:
+    for graph in manifest.graphs:
+        size = sum(sizes.get(entry(graph.name), 0) for entry in (graph_entry, cpu_graph_entry, weights_entry))
+        plan = dict(manifest.precision.get(graph.name, {}))
         precision = plan.pop("type", "of unknown precision")
         attested = plan.pop("attested", None)
-        yield from _row("stage", f"{name}: {precision}, {format_bytes(size)}")
-        yield from _row("", f"  precision {f'attested: {attested}' if attested else 'not attested'}")
+        yield f"{graph.name}: {precision}, {manifest.gmacs[graph.name]:.3g} GMACs, {format_bytes(size)}"
+        yield f"  precision {f'attested: {attested}' if attested else 'not attested'}"
         # Tables, such as counts of operators, are for --json.
         if scalars := {key: value for key, value in plan.items() if not isinstance(value, (dict, list))}:
-            yield from _row("", f"  {_pairs(scalars)}")
-        for label, tensors in (("in", stage["inputs"]), ("out", stage["outputs"])):
-            texts = [f"{t['name']} {t['dtype']} [{', '.join(map(str, t['shape']))}]" for t in tensors]
-            yield from _row("", f"  {label:<4}{'; '.join(texts)}")
+            yield f"  {_pairs(scalars)}"
+        for label, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+            texts = [f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors]
+            yield f"  {label:<4}{'; '.join(texts)}"
 
 
-def _preprocess(values: dict[str, Any]) -> str:
-    return (
-        f"RGB, shorter side to {values['resize']}, centre crop {values['size']} x {values['size']}, "
-        f"mean {_plain(values['mean'])}, std {_plain(values['std'])}"
+def _engines(facts: dict[str, Any]) -> Iterator[str]:
+    cached = [(f"{engine['target']} {engine['place']}", engine) for engine in facts["cached_engines"]]
+    named = [*facts["engines"].items(), *cached]
+    yield ", ".join(name for name, _ in named) or "none; ONNX alone"
+    for name, engine in named:
+        plans = engine["plans"]
+        yield f"{name}: {len(plans)} graphs, {format_bytes(sum(plans.values()))}, {engine['status']}"
+        yield from _engine_details(engine["details"])
+        yield "  fits the machine" if engine["misfit"] is None else f"  does not fit: {engine['misfit']}"
+
+
+@_free_json
+def _engine_details(details: Any) -> Iterator[str]:
+    gpu, (least, _, most) = details["gpu"], details["batch"]
+    place = f"on {gpu['name']} ({gpu['capability']})" if gpu else "ahead of time, without a GPU"
+    yield f"  built by version {details['version']}, {place}, for batch {least} to {most}"
+    graphs: dict[str, list[str]] = {}
+    for graph, record in details["precision"].items():
+        attested = record.get("attested")
+        kind = f"{record['type']} ({f'attested: {attested}' if attested else 'not attested'})"
+        graphs.setdefault(kind, []).append(graph)
+    if graphs:
+        yield "  " + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in graphs.items())
+    if scratch := details["options"].get("scratch"):
+        shared, apart = format_bytes(max(scratch.values())), format_bytes(sum(scratch.values()))
+        yield f"  activations: {shared} shared by all graphs, which run in turn; {apart} if each had its own"
+
+
+def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[str]:
+    if values is None:
+        yield "no: probabilities are the model's own and there are no calibrated exits (mge-calibrate learns both)"
+        return
+    try:
+        calibrated = Calibrated.from_values(values, manifest)
+    except BundleError as error:
+        yield f"cannot be read: {error}"
+        return
+    images = {key: f" (from {count} images)" for key, count in calibrated.images.items()}
+    temperatures = ", ".join(f"{name} {value:.4g}" for name, value in calibrated.temperatures.items())
+    yield f"temperatures: {temperatures}{images.get('temperatures', '')}"
+    if not calibrated.has_exits or (promise := calibrated.promise) is None:
+        yield "no early exits: none was found that keeps its bound"
+        return
+    places = [
+        f"after graph {point.graphs} where {point.answer} has a confidence of at least {point.threshold:.6g}"
+        for point in calibrated.exit_points(manifest)
+    ]
+    yield f"exits (--exit calibrated): {', '.join(places)}{images.get('exits', '')}"
+    yield (
+        f"  with probability {100 * (1 - promise.delta):.4g}% at most {100 * promise.epsilon:.4g}% of predictions "
+        "differ from the whole chain's, on images like those"
+        + (f", with {calibrated.runs_on}" if calibrated.runs_on else "")
     )
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def _here(here: dict[str, Any]) -> Iterator[str]:
+    """What runs, and what does not and why; backends that share a reason share a line."""
+    if here["backend"] is None:
+        yield f"no: {here['error']}"
+        return
+    status = f" ({here['status']})" if here["status"] else ""
+    yield f"{here['backend']} on {here['device']}{status}: {here['reason']}"
+    for (device, reason), others in groupby(here["passed_over"], lambda other: (other["device"], other["reason"])):
+        yield f"not {', '.join(other['backend'] for other in others)} on {device}: {reason}"
+
+
+def _pairs(values: Any) -> str:
     return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
 
 
@@ -109,9 +201,9 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        return "(" + _pairs(cast("dict[str, Any]", value)) + ")"
-    if isinstance(value, list):
-        return "[" + ", ".join(_plain(v) for v in cast("list[Any]", value)) + "]"
+        return f"({_pairs(value)})"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_plain, cast('Iterable[Any]', value)))}]"
     return "none" if value is None else str(value)
 
 

@@ -1,4 +1,4 @@
-"""`mge-run`: answer images with a bundle."""
+"""`mge-run`: classify images with a bundle."""
 
 from __future__ import annotations
 
@@ -10,22 +10,36 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import at_most_cpus, echo, note, report, reports_errors, verbose_option
+from mge_runtime.cli.common import (
+    at_most_cpus,
+    backend_option,
+    batch_option,
+    device_option,
+    max_pixels_option,
+    no_mmap_option,
+    note,
+    report,
+    reports_errors,
+    threads_option,
+    verbose_option,
+)
 from mge_runtime.errors import InputError, MGEError, printable
+from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mge_runtime.exits import Exit
+    from mge_runtime.chain import Exit
+    from mge_runtime.report import Form
     from mge_runtime.sources import NamedImage
 
 _TOP = 5
-_MANY = 8  # images; from here on they are answered several at once, and a terminal gets a progress bar
+_MANY = 8  # images; from here on several are predicted at once, and a terminal gets a progress bar
 
 
 def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exit:
-    """Read "calibrated", "never" or the number of a segment."""
+    """Read "calibrated", "never" or the number of a graph."""
     if value == "never" or value == "calibrated":
         return value
     if not value.isdecimal() or int(value) < 1:
@@ -38,8 +52,8 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("images", nargs=-1)
 @click.option("--files-from", metavar="FILE|-", help="A list of more images, one a line; -: on standard input.")
-@click.option("--engine", default="mge.plan", show_default=True, help="The bundle to answer with.")
-@click.option("--max-pixels", type=click.IntRange(min=1), help="The most an image may have.  [default: 65 million]")
+@click.option("--engine", default="mge.plan", show_default=True, help="The bundle to predict with.")
+@max_pixels_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
 @click.option(
     "--csv",
@@ -53,23 +67,17 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
     "save_to",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Also draw each answer: boxes and heat maps on the picture, classes, gate.",
+    help="Also draw each prediction: boxes and heat maps on the image, classes, gate.",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=1),
     help=f"Likeliest classes to report.  [default: {_TOP}; as text for several images: 1]",
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ...")
-@click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx.")
-@click.option("-b", "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images in one run.")
-@click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(min=1),
-    callback=at_most_cpus,
-    help="Processors to compute with.  [default: all]",
-)
+@device_option
+@backend_option
+@batch_option(1)
+@threads_option
 @click.option(
     "--streams",
     type=click.IntRange(min=1),
@@ -83,18 +91,16 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
     default="never",
     show_default=True,
     metavar="calibrated|never|N",
-    help="Stop early: as soon as an answer is sure enough (mge-calibrate learns when), or after segment N.",
+    help="Stop early: as soon as it is confident enough (mge-calibrate learns when), or after expert N.",
 )
-@click.option(
-    "--no-mmap", is_flag=True, help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile."
-)
+@no_mmap_option
 @verbose_option
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
     images: tuple[str, ...],
     files_from: str | None,
-    max_pixels: int | None,
+    max_pixels: int,
     engine: str,
     as_json: bool,
     csv_path: Path | None,
@@ -109,29 +115,20 @@ def main(
     no_mmap: bool,
     verbose: int,  # noqa: ARG001 - the option's callback has seen to it
 ) -> None:
-    """Answer IMAGES: files, folders (searched deep), quoted patterns, @FILE for a list, - for one on standard input.
+    """Classify IMAGES: files, folders (searched deep), quoted patterns, @FILE for a list, - for one on standard input.
 
     An image that cannot be read is reported and passed over; the exit code is 1 then, as it is after Ctrl-C or SIGTERM.
-    Files appear whole or not at all: what is printed and the pictures stay after an interrupt, a CSV file does not.
+    Files appear whole or not at all: what is printed or drawn stays after an interrupt, a CSV file does not.
     """
     if not images and files_from is None:
         raise click.UsageError("name images, or a list of them with --files-from")
     if ("-" in images) + ("@-" in images) + (files_from == "-") > 1:
         raise click.UsageError("standard input holds one image (-) or one list of them (--files-from -); name one")
     with ExitStack() as stack:
-        interrupt = stack.enter_context(interruptible("the run", "nothing was answered", MGEError))
-        from mge_runtime.decode import MAX_PIXELS
+        interrupt = stack.enter_context(interruptible("the run", "nothing was predicted", MGEError))
         from mge_runtime.fonts import undrawable
         from mge_runtime.pipeline import Pipeline
-        from mge_runtime.report import (
-            csv_table,
-            is_stdout,
-            json_error,
-            json_line,
-            picture_folder,
-            text_block,
-            text_line,
-        )
+        from mge_runtime.report import csv_table, image_folder, is_stdout, shown, shown_error
         from mge_runtime.sources import find_images
 
         csv_printed = is_stdout(csv_path)
@@ -146,69 +143,62 @@ def main(
         if not found:
             raise SystemExit(1)
         failed = len(problems)
-        in_lines = len(found) > 1 and top_k is None
-        pictures = stack.enter_context(picture_folder(save_to, found))
-        streams_wanted = streams or (1 if len(found) < _MANY else "auto")
+        one_each = len(found) > 1 and top_k is None
+        form: Form = "nothing" if csv_printed else "json" if as_json else "line" if one_each else "block"
+        drawn = stack.enter_context(image_folder(save_to, found))
         pipeline = stack.enter_context(
             Pipeline.open(
                 engine,
                 device,
                 backend,
                 threads,
-                streams_wanted,
+                streams or (1 if len(found) < _MANY else "auto"),
                 exit=exit_at,
                 mmap=not no_mmap,
-                max_pixels=max_pixels or MAX_PIXELS,
+                max_pixels=max_pixels,
             )
         )
         if pipeline.choice.remark and pipeline.choice.command is None:  # else opening has said it
             note(pipeline.choice.remark)
         manifest = pipeline.manifest
-        if pictures and (remark := undrawable(map(printable, manifest.class_names))):
+        if drawn and (remark := undrawable(map(printable, manifest.class_names))):
             note(remark)
         top_k = min(top_k or _TOP, len(manifest.class_names))
         table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
         for name, problem in zip(listed.named, problems, strict=True):
-            if as_json:
-                echo(json_error(name, problem))
+            if text := shown_error(form, name, problem):
+                echo(text)
             if table:
                 table.add_error(name, problem)
-        step = stack.enter_context(_progress(found))
-        answers = pipeline.predict_iter((image.source() for image in found), batch=batch)
-        for number, (image, (source, answer)) in enumerate(zip(found, answers, strict=True)):
+        show = stack.enter_context(_progress(found))
+        predictions = pipeline.predict_iter((image.source() for image in found), batch=batch)
+        for number, (image, (source, prediction)) in enumerate(zip(found, predictions, strict=True)):
             interrupt.consequence = f"{number} of {len(found)} images were done" + (
                 f"; {csv_path} was not written" if csv_path and not csv_printed else ""
             )
             try:
-                if isinstance(answer, InputError):
-                    raise answer
-                saved = pictures.save(image, source, answer) if pictures else None
+                if isinstance(prediction, InputError):
+                    raise prediction
+                saved = drawn.save(image, source, prediction) if drawn else None
             except InputError as error:
                 failed += 1
-                step(image, json_error(image.name, error) if as_json else None)
+                show(image, shown_error(form, image.name, error))
                 report(error)
                 if table:
                     table.add_error(image.name, error)
                 continue
-            if csv_printed:
-                step(image, None)
-            elif as_json:
-                step(image, json_line(image.name, answer, top_k, saved))
-            elif in_lines:
-                step(image, text_line(image.name, answer))
-            else:
-                step(image, text_block(image.name, answer, top_k, saved))
+            show(image, shown(form, image.name, prediction, top_k, saved))
             if table:
-                table.add(image.name, answer)
+                table.add(image.name, prediction)
     if failed:
         if len(found) > 1:
-            click.echo(f"{failed} of {len(found) + len(problems)} could not be answered", err=True)
+            click.echo(f"{failed} of {len(found) + len(problems)} could not be read", err=True)
         raise SystemExit(1)
 
 
 @contextmanager
 def _progress(images: list[NamedImage]) -> Generator[Callable[[NamedImage, str | None], None], None, None]:
-    """Yield what prints an answer; many images get a bar on standard error where that is a terminal."""
+    """Yield what prints the text of an image; many images get a bar on standard error where that is a terminal."""
     if len(images) < _MANY or not sys.stderr.isatty():
         yield lambda _, text: None if text is None else echo(text)
         return

@@ -1,11 +1,7 @@
 """An NVIDIA GPU as a device: cuda-core for device, streams, events, graphs and page-locked memory, cuda-bindings below.
 
-Both are imported when a device is opened. Their status is checked here alone: cuda-core raises, `reported` turns what
-it raises into one line; cuda-bindings returns a status, `_check` reads it.
-
-Device memory comes from `cuMemAlloc` rather than from a memory pool: it is allocated once, at opening, and what is
-freed is free for other libraries of the process at once. Page-locked memory comes from `LegacyPinnedMemoryResource`:
-`PinnedMemoryResource` needs host memory pools, which AGX Orin lacks (NVIDIA/cuda-python #2486, #2795).
+Their status is checked here alone: cuda-core raises, which `reported` turns into one line; cuda-bindings returns a
+status, which `_check` reads.
 
 Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
 has not.
@@ -15,23 +11,27 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.device.base import CaptureRefusedError, Device, Event, Graph, Stream
-from mge_runtime.device.cuda_nodes import count_nodes
-from mge_runtime.errors import BackendError, MGEError
+from mge_runtime.device.base import CaptureRefusedError, Device, Direction, Event, Graph, Stream
+from mge_runtime.errors import BackendError, MGEError, brief
 
 if TYPE_CHECKING:
-    from mge_runtime.device.memory import Bytes
+    from mge_runtime.device.base import Bytes
 
-__all__ = ["CudaDevice"]
+__all__ = ["CudaDevice", "count_nodes"]
 
 _OLDEST = 1  # major version of cuda-core; before it, events and graphs had other names
-_INSTALL = 'pip install "cuda-core>=1.0" cuda-bindings (for drivers of CUDA 12, as on JetPack 6: "cuda-bindings==12.*")'
+_INSTALL = (
+    'pip install "cuda-core>=1.0.1" cuda-bindings (for drivers of CUDA 12, as on JetPack 6: "cuda-bindings==12.*")'
+)
+_HOST, _DEVICE, _ARRAY, _UNIFIED = 1, 2, 3, 4  # CUmemorytype
+_MEMCPY, _CHILD = 1, 4  # CUgraphNodeType
 
 
 class CudaDevice(Device):
@@ -57,6 +57,7 @@ class CudaDevice(Device):
         with self.reported("be opened"):
             self._device: Any = self._core.Device(index)
             self._device.set_current()
+            # `PinnedMemoryResource` needs pools of host memory, which AGX Orin lacks (NVIDIA/cuda-python #2486, #2795).
             self._pinned: Any = self._core.LegacyPinnedMemoryResource()
 
     def activate(self) -> None:
@@ -90,27 +91,24 @@ class CudaDevice(Device):
         with self.reported("create a graph"):
             builder: Any = _native(stream).create_graph_builder()
         try:
-            # Other threads may have pipelines of their own, which allocate and synchronise as they like.
+            # Other threads may have pipelines of their own, which allocate and synchronize as they like.
             builder.begin_building(mode="thread_local")
             enqueue()
             builder.end_building()
-            return _CudaGraph(self, builder.complete(), self._nodes(builder))
+            captured = _CudaGraph(self, builder.complete())
+            with suppress(Exception):  # cuda-core 1.0 cannot tell, and no graph is refused for that
+                captured.nodes = count_nodes(self._driver, builder.graph_definition.handle)
+            return captured
         except Exception as error:
-            raise CaptureRefusedError(f"{self.name} cannot capture a graph: {_line(error)}") from error
+            raise CaptureRefusedError(f"{self.name} cannot capture a graph: {brief(error)}") from error
         finally:
             # Ends a capture that went wrong, too, which `end_building` refuses to; then it raises.
             with suppress(Exception):
                 builder.close()
 
-    def _nodes(self, builder: Any) -> dict[str, int] | None:
-        """The nodes of what was built. cuda-core 1.0 cannot tell, and no graph is refused for that."""
-        with suppress(Exception):
-            return count_nodes(self._driver, builder.graph_definition.handle)
-        return None
-
     def _allocate(self, size: int) -> tuple[int, Callable[[], None]]:
-        what = f"allocate {size} bytes"
-        address = int(self._check(self._driver.cuMemAlloc(size), what))
+        # Not from a pool: it is allocated once, at opening, and what is freed is free for other libraries at once.
+        address = int(self._check(self._driver.cuMemAlloc(size), f"allocate {size} bytes"))
 
         def free() -> None:
             self._check(self._driver.cuMemFree(address), f"free {size} bytes")
@@ -128,17 +126,13 @@ class CudaDevice(Device):
         memory = (ctypes.c_uint8 * size).from_address(int(buffer.handle))
         return np.frombuffer(memoryview(memory), np.uint8), free
 
-    def _upload(self, target: int, source: int, size: int, stream: Stream) -> None:
-        result = self._driver.cuMemcpyHtoDAsync(target, source, size, _native(stream).handle)
-        self._check(result, f"copy {size} bytes to the device")
-
-    def _download(self, target: int, source: int, size: int, stream: Stream) -> None:
-        result = self._driver.cuMemcpyDtoHAsync(target, source, size, _native(stream).handle)
-        self._check(result, f"copy {size} bytes from the device")
-
-    def _copy_device(self, target: int, source: int, size: int, stream: Stream) -> None:
-        result = self._driver.cuMemcpyDtoDAsync(target, source, size, _native(stream).handle)
-        self._check(result, f"copy {size} bytes on the device")
+    def _copy(self, direction: Direction, target: int, source: int, size: int, stream: Stream) -> None:
+        copy: Any = {
+            "host_to_device": self._driver.cuMemcpyHtoDAsync,
+            "device_to_host": self._driver.cuMemcpyDtoHAsync,
+            "on_device": self._driver.cuMemcpyDtoDAsync,
+        }[direction]
+        self._check(copy(target, source, size, _native(stream).handle), f"copy {size} bytes ({direction})")
 
     def _check(self, result: tuple[Any, ...], what: str) -> Any:
         """The value that a call of cuda-bindings returned beside its status, if any.
@@ -161,7 +155,7 @@ class CudaDevice(Device):
         except MGEError:
             raise
         except Exception as error:  # CUDAError has no public home; a missing driver is a RuntimeError
-            raise BackendError(f"{self.name} cannot {what}: {_line(error)}") from error
+            raise BackendError(f"{self.name} cannot {what}: {brief(error)}") from error
 
 
 class _CudaStream(Stream):
@@ -198,10 +192,9 @@ class _CudaEvent(Event):
 
 
 class _CudaGraph(Graph):
-    def __init__(self, device: CudaDevice, graph: Any, nodes: dict[str, int] | None) -> None:
+    def __init__(self, device: CudaDevice, graph: Any) -> None:
         self._device = device
         self._graph: Any = graph
-        self.nodes = nodes
 
     def launch(self, stream: Stream) -> None:
         with self._device.reported("launch a graph"):
@@ -220,8 +213,60 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise BackendError(f"the module {name} cannot be imported: {_line(error)}; install it: {_INSTALL}") from error
+        raise BackendError(f"the module {name} cannot be imported: {brief(error)}; install it: {_INSTALL}") from error
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def count_nodes(driver: Any, graph: Any) -> dict[str, int]:
+    """Count the nodes of a captured graph, those of child graphs included.
+
+    A copy between graphs of the chain that went by way of the host would be one, so this is how its absence is shown.
+
+    Args:
+        driver: the module `cuda.bindings.driver`.
+        graph: a `CUgraph`.
+
+    Returns:
+        Number of nodes by kind: CUDA's name for it in lower case ("kernel", "memset", "host", "memcpy_batch"), and for
+        copies "copy_<from>_to_<to>" with "host", "device" or "unknown" at either end.
+
+    Raises:
+        RuntimeError: the driver refuses a question.
+    """
+    counts: Counter[str] = Counter()
+    (total,) = _values(driver.cuGraphGetNodes(graph))[1:]
+    nodes: list[Any] = _values(driver.cuGraphGetNodes(graph, total))[0] if total else []
+    for node in nodes[:total]:
+        (kind,) = _values(driver.cuGraphNodeGetType(node))
+        if int(kind) == _CHILD:
+            (child,) = _values(driver.cuGraphChildGraphNodeGetGraph(node))
+            counts.update(count_nodes(driver, child))
+        elif int(kind) == _MEMCPY:
+            (copy,) = _values(driver.cuGraphMemcpyNodeGetParams(node))
+            ends = (("srcMemoryType", copy.srcDevice), ("dstMemoryType", copy.dstDevice))
+            source, target = (_place(driver, copy, kind, address) for kind, address in ends)
+            counts[f"copy_{source}_to_{target}"] += 1
+        else:
+            counts[kind.name.removeprefix("CU_GRAPH_NODE_TYPE_").lower()] += 1
+    return dict(sorted(counts.items()))
+
+
+def _place(driver: Any, copy: Any, kind: str, address: Any) -> str:
+    """Where one end of a copy lies. With unified addresses the node may not know it, so the pointer is asked."""
+    said = 0
+    with suppress(TypeError, ValueError):  # cuda-bindings refuses to read what the node does not say
+        said = int(getattr(copy, kind))
+    if said in (_HOST, _ARRAY):
+        return "host" if said == _HOST else "device"
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+    status, *found = driver.cuPointerGetAttribute(attribute, address)
+    if int(status) == 0:
+        return {_HOST: "host", _DEVICE: "device"}.get(int(found[0]), "unknown")
+    # CUDA does not know the pointer: ordinary host memory, unless the node itself says that it is the device's.
+    return {_UNIFIED: "host", _DEVICE: "device"}.get(said, "unknown")
+
+
+def _values(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"cannot look into a CUDA graph: {status.name}")
+    return tuple(values)

@@ -1,52 +1,48 @@
-"""The chain on a device: frames in, wanted tensors out, everything between in device memory."""
+"""The chain on a device: where its tensors lie, and the runs over them."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mge_runtime.backends.base import Executor, ExecutorResult, Span, split
-from mge_runtime.device.arena import Arena
-from mge_runtime.device.plan import aligned, made_in, read_after
-from mge_runtime.device.programs import MOST_BATCHES, Programs
-from mge_runtime.device.rows import Rows
-from mge_runtime.device.space import Space
-from mge_runtime.device.unit import Unit
+from mge_runtime.device.base import FIRST_RUNS
+from mge_runtime.device.program import MOST_BATCHES, Addresses, Programs, Unit, shape_of
 from mge_runtime.errors import BackendError
 from mge_runtime.manifest import FRAME, Manifest
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from mge_runtime.backends.base import Array
     from mge_runtime.calibrated import ExitPoint
-    from mge_runtime.device.base import Device, Event, Stream
+    from mge_runtime.device.base import BorrowedMemory, Device, Event, HostBuffer, Stream
     from mge_runtime.fields import JsonValue
+    from mge_runtime.manifest import GraphSpec, TensorSpec
 
-__all__ = ["DeviceExecutor"]
+__all__ = ["DeviceExecutor", "Place", "Space"]
 
-# Held by one run of this process until its program is captured or known never to be. Until then libraries allocate,
-# search for kernels and capture, some of it in threads of their own, and what one pipeline allocates or frees may end
-# what another captures; so opening and closing hold it too. Later runs do none of that and do not wait. Reentrant: a
-# first run that fails closes its programs.
-_FIRST_RUNS = threading.RLock()
+_ALIGNMENT = 256  # bytes: what TensorRT asks of device memory
 
 
 class DeviceExecutor(Executor):
     """Runs units in turn on one stream of one device.
 
-    One run copies the frames in, launches the units of the first segments and copies the wanted tensors out, then waits
-    once. Where images may stop early it waits after each exit point too, for the answer there; images that go on are
-    moved together on the device, and all results are copied out at the end. It is used from one thread at a time.
+    One run copies the frames in, launches the units and copies the wanted tensors out, then waits once. Where images
+    may stop early it does so at each exit point, for what was made so far; images that go on are moved together on the
+    device. It is used from one thread at a time.
 
     Args:
         manifest: of the chain.
         device: where it runs.
-        open_units: opens the units in the order they run, for this device and stream. Where one cannot be opened, those
-            before it are closed again.
+        open_units: opens a unit for each graph in the order they run, for this device and stream. Where one cannot be
+            opened, those before it are closed again.
         graphs: whether to capture CUDA graphs.
 
     Raises:
@@ -64,36 +60,32 @@ class DeviceExecutor(Executor):
         self._manifest = manifest
         self._device = device
         device.activate()
-        with _FIRST_RUNS, ExitStack() as stack:
+        with FIRST_RUNS, ExitStack() as stack:
             self._stream = device.create_stream()
             stack.callback(self._stream.close)
             self._units: list[Unit] = []
             for unit in open_units(device, self._stream):
                 stack.callback(unit.close)
                 self._units.append(unit)
-            if [unit.segment for unit in self._units] != sorted(unit.segment for unit in self._units):
-                raise BackendError("the chain's units are out of order; expected the order of its segments")
-            limits = [unit.max_batch for unit in self._units if unit.max_batch is not None]
-            self.max_batch = min(limits, default=None)
-            self._min_batch = max((unit.min_batch for unit in self._units), default=1)
-            self._arena = Arena(device, [unit.scratch_bytes for unit in self._units])
-            stack.callback(self._arena.close)
+            self.max_batch = min((u.max_batch for u in self._units if u.max_batch is not None), default=None)
+            self._min_batch = max(unit.min_batch for unit in self._units)
             self._events = [device.create_event() for _ in range(4)]
             for event in self._events:
                 stack.callback(event.close)
-            self._space = Space(device, manifest, self.max_batch or 1)
+            self._scratch = [_aligned(unit.scratch_bytes) for unit in self._units]
+            self._space = Space(device, manifest, self.max_batch or 1, max(self._scratch))
             stack.callback(lambda: self._space.close())
-            self._programs = Programs(device, self._stream, self._units, self._arena, graphs=graphs)
+            self._programs = Programs(device, self._stream, self._units, graphs=graphs)
             stack.callback(self._programs.close)
             self._resources = stack.pop_all()
         self._open = True
 
     def run(
-        self, frames: Array, segments: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
+        self, frames: Array, graphs: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
     ) -> ExecutorResult:
         """As `Executor.run`; the steps are upload, chain and download on the device, and the host's part.
 
-        Where images may stop early, "segment_1" (or "segments_1_to_2") and so on stand for "chain".
+        Where images may stop early, "graph_1" (or "graphs_1_to_2") and so on stand for "chain".
 
         Raises:
             BackendError: a unit failed, or the engines were not built for this batch. The executor stays usable unless
@@ -104,13 +96,13 @@ class DeviceExecutor(Executor):
         self._device.activate()
         with ExitStack() as turn:
             try:
-                return self._run(frames, split(segments, exits), set(outputs), start, turn)
+                return self._run(frames, split(graphs, exits), set(outputs), start, turn)
             except BaseException:
                 # Nothing may still run over memory that the caller now thinks is free; the error that led here is the
                 # one worth telling.
                 with suppress(Exception):
                     self._stream.synchronize()
-                with suppress(Exception), _FIRST_RUNS:
+                with suppress(Exception), FIRST_RUNS:
                     self._programs.close()
                 raise
 
@@ -120,24 +112,19 @@ class DeviceExecutor(Executor):
         "opened" is what units say of themselves, as the layout they compute in and why not in another; "copies" are
         those between host and device, "row_copies" those that move images together on the device.
         """
-        copies = self._device.counters
+        copies = self._device.copies
         return {
             "device": self._device.name,
             "units": len(self._units),
             "opened": {unit.name: dict(unit.opened) for unit in self._units if unit.opened},
             "max_batch": self.max_batch,
-            "scratch_bytes": self._arena.shared,
-            "scratch_bytes_if_not_shared": self._arena.unshared,
-            "tensor_bytes": self._space.plan.size,
+            "scratch_bytes": max(self._scratch),
+            "scratch_bytes_if_not_shared": sum(self._scratch),
+            "tensor_bytes": self._space.tensor_bytes,
             "host_buffer_bytes": self._device.allocated_host,
             "programs": self._programs.report(),
-            "copies": {
-                "host_to_device": copies.host_to_device,
-                "host_to_device_bytes": copies.host_to_device_bytes,
-                "device_to_host": copies.device_to_host,
-                "device_to_host_bytes": copies.device_to_host_bytes,
-            },
-            "row_copies": {"on_device": copies.on_device, "on_device_bytes": copies.on_device_bytes},
+            "copies": {name: number for name, number in copies.items() if "host" in name},
+            "row_copies": {name: number for name, number in copies.items() if "host" not in name},
         }
 
     def close(self) -> None:
@@ -146,7 +133,7 @@ class DeviceExecutor(Executor):
             return
         self._open = False
         self._device.activate()
-        with _FIRST_RUNS, self._resources:
+        with FIRST_RUNS, self._resources:
             self._stream.synchronize()
 
     def _run(
@@ -154,62 +141,90 @@ class DeviceExecutor(Executor):
     ) -> ExecutorResult:
         """Run; `turn` holds the turn of this process's first runs where one is needed, also while an error passes."""
         batch = len(frames)
-        if batch > self._space.plan.max_batch:  # units without a limit
-            with _FIRST_RUNS:  # it allocates
+        if batch > self._space.max_batch:  # units without a limit
+            with FIRST_RUNS:  # it allocates
                 self._grow(1 << (batch - 1).bit_length())  # seldom: addresses change, graphs are lost
-        space, stream, manifest = self._space, self._stream, self._manifest
+        stream, graphs = self._stream, self._manifest.graphs
         before_upload, before_span, after_span, after_download = self._events
-        rows = Rows(batch, outputs)
-        segments_run = np.full(batch, spans[-1].last)
+        running = np.arange(batch)  # the images that have not stopped, by row
+        graphs_run = np.full(batch, spans[-1].last)
         times_ms: dict[str, float] = {}
-        fetched: dict[str, Array] = {}
+        tensors: dict[str, Array] = {}
         for span in spans:
-            size = self._fitting(len(rows.running), batch)
+            size = self._fitting(len(running), batch)
             if not self._programs.is_settled(size, span.first, span.last):
-                turn.enter_context(_FIRST_RUNS)
-            program = self._programs.get(size, span.first, span.last, space)
+                turn.enter_context(FIRST_RUNS)
+            program = self._programs.get(span.first, span.last, self._space.addresses(size))
             if span is spans[0]:
                 self._upload(frames, before_upload)
             stream.record(before_span)
             program.enqueue()
             stream.record(after_span)
-            rows.add(made_in(manifest, span.first, span.last))
-            # What is wanted is copied out once, behind the last span.
-            fetched = self._fetch(rows) if span.point is None else self._fetch_answer(span.point.answer, rows)
-            stream.record(after_download)
-            stream.synchronize()
+            wanted = _made(graphs[span.first : span.last]) & outputs
+            looked_at = wanted if span.point is None else wanted | {span.point.answer}
+            views = self._download(looked_at, len(running), after_download)
             program.done()
             turn.close()
             if span is spans[0]:
                 times_ms["upload"] = before_span.ms_since(before_upload)
             times_ms[_step(span, spans)] = after_span.ms_since(before_span)
+            order = np.argsort(running)  # rows go back to the order of the frames
+            tensors |= {name: views[name][order] for name in wanted}
             if span.point is None:
                 break
-            stops = span.point.stops(fetched[span.point.answer])
-            segments_run[rows.running[stops]] = span.last
+            stops = span.point.stops(views[span.point.answer])
+            graphs_run[running[stops]] = span.last
             if stops.all():
-                stream.record(after_span)
-                fetched = self._fetch(rows)
-                stream.record(after_download)
-                stream.synchronize()
                 break
             if stops.any():
-                rows.leave(stops, read_after(manifest, span.last, spans[-1].last), self._device, space, stream)
+                later = graphs[span.last : spans[-1].last]
+                read = {tensor.name for graph in later for tensor in graph.inputs} - _made(later)
+                running = self._move_together(running, stops, read)
         times_ms["download"] = after_download.ms_since(after_span)
-        # Rows go back to the order of the frames.
-        tensors = {name: view[np.argsort(rows.images(name))] for name, view in fetched.items()}
         passed = (time.perf_counter() - start) * 1e3
         times_ms["host"] = max(0.0, passed - sum(times_ms.values()))
-        step_segments = {_step(span, spans): span.first for span in spans}
-        return ExecutorResult(tensors, times_ms, segments_run, step_segments)
+        step_graphs = {_step(span, spans): span.first for span in spans}
+        return ExecutorResult(tensors, times_ms, graphs_run, step_graphs)
 
     def _upload(self, frames: Array, before: Event) -> None:
-        place = self._space.plan.places[FRAME]
-        size = place.size(len(frames))
-        buffer = self._space.frames
-        buffer.array[:size].reshape(frames.shape)[...] = frames
+        buffer, memory = self._space.frames, self._space.rows(FRAME, 0, len(frames))
+        buffer.array[: memory.size].reshape(frames.shape)[...] = frames
         self._stream.record(before)
-        self._device.upload(self._space.slab.borrow(place.offset, size), buffer, size, self._stream)
+        self._device.upload(memory, buffer, memory.size, self._stream)
+
+    def _download(self, names: Collection[str], count: int, after: Event) -> dict[str, Array]:
+        """Copy the first `count` rows of tensors out and wait; the views hold them until the next download."""
+        parts = {name: self._space.rows(name, 0, count) for name in sorted(names)}
+        buffer = self._space.results(sum(_aligned(part.size) for part in parts.values()))
+        views: dict[str, Array] = {}
+        offset = 0
+        for name, part in parts.items():
+            self._device.download(buffer, offset, part, part.size, self._stream)
+            spec = self._space.places[name].spec
+            view = buffer.array[offset : offset + part.size].view(np.dtype(spec.dtype))
+            views[name] = view.reshape(shape_of(spec, count))
+            offset += _aligned(part.size)
+        self._stream.record(after)
+        self._stream.synchronize()
+        return views
+
+    def _move_together(
+        self, running: NDArray[np.intp], stops: NDArray[np.bool_], tensors: Collection[str]
+    ) -> NDArray[np.intp]:
+        """Enqueue the copies that move the images that go on to the first rows of tensors that are read later.
+
+        From the image in each row, and whether it stops, follows the image in each row afterwards.
+        """
+        stay = int(np.count_nonzero(~stops))
+        free = np.flatnonzero(stops[:stay])  # rows that are left, each filled from behind
+        behind = stay + np.flatnonzero(~stops[stay:])
+        for name in sorted(tensors):
+            for front, back in zip(free.tolist(), behind.tolist(), strict=True):
+                target, source = self._space.rows(name, front, 1), self._space.rows(name, back, 1)
+                self._device.copy_device(target, source, target.size, self._stream)
+        moved = running.copy()
+        moved[free] = running[behind]
+        return moved[:stay]
 
     def _fitting(self, running: int, batch: int) -> int:
         """Rows to compute for the images that still run: some more, where that keeps the number of batch sizes small.
@@ -220,52 +235,106 @@ class DeviceExecutor(Executor):
         return min(batch, max(self._min_batch, -(-running // step) * step))
 
     def _grow(self, batch: int) -> None:
-        before = self._space.plan.max_batch
+        before = self._space.max_batch
         self._programs.close()
         self._space.close()
         try:
-            self._space = Space(self._device, self._manifest, batch)
+            self._space = Space(self._device, self._manifest, batch, max(self._scratch))
         except BaseException:  # too large for the device: what ran before runs again
-            self._space = Space(self._device, self._manifest, before)
+            self._space = Space(self._device, self._manifest, before, max(self._scratch))
             raise
-
-    def _fetch(self, rows: Rows) -> dict[str, Array]:
-        """Enqueue the copies of the wanted tensors; the views are filled after the stream has been waited for."""
-        return self._download({name: len(rows.images(name)) for name in rows.made})
-
-    def _fetch_answer(self, name: str, rows: Rows) -> dict[str, Array]:
-        return self._download({name: len(rows.running)})
-
-    def _download(self, counts: dict[str, int]) -> dict[str, Array]:
-        """Enqueue the copies of so many rows of each tensor."""
-        places = [(self._space.plan.places[name], count) for name, count in counts.items()]
-        buffer = self._space.answers(sum(aligned(place.size(count)) for place, count in places))
-        views: dict[str, Array] = {}
-        offset = 0
-        for place, count in places:
-            size = place.size(count)
-            source = self._space.slab.borrow(place.offset, size)
-            self._device.download(buffer, offset, source, size, self._stream)
-            array = buffer.array[offset : offset + size].view(np.dtype(place.spec.dtype))
-            views[place.spec.name] = array.reshape(place.shape(count))
-            offset += aligned(size)
-        return views
 
     def _check(self, frames: Array) -> None:
         if not self._open:
             raise BackendError("the chain is closed; open the bundle again with Pipeline.open")
-        frame = self._space.plan.places[FRAME]
         batch, least, most = len(frames), self._min_batch, self.max_batch
         if batch < least or (most is not None and batch > most):
             raise BackendError(
                 f"asked to run {batch} frames at once; the engines were built for {least} to {most or 'any number'}: "
                 f"build them for this too with `mge-build --batch {min(batch, least)},{least},{max(batch, most or 1)}`"
             )
-        if frames.dtype != np.dtype(frame.spec.dtype) or frames.shape != frame.shape(batch):
+        spec = self._space.places[FRAME].spec
+        if frames.dtype != np.dtype(spec.dtype) or frames.shape != shape_of(spec, batch):
             raise BackendError(
                 f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
-                f"expected {frame.spec.dtype} {list(frame.shape(batch))}"
+                f"expected {spec.dtype} {list(shape_of(spec, batch))}"
             )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor lies."""
+
+    spec: TensorSpec
+    offset: int  # bytes from the slab's start, a multiple of 256
+    row_bytes: int  # of one image's part; rows follow each other without a gap
+
+
+class Space:
+    """One slab of device memory, and host buffers beside it.
+
+    Every tensor between graphs has a place of its own, so that any of them can be asked for. Behind them lies the
+    scratch memory, which all units share since they run in turn on one stream.
+
+    Args:
+        device: allocates.
+        manifest: of the chain.
+        max_batch: images there is room for, at least 1.
+        scratch: bytes that the neediest unit asks for.
+
+    Raises:
+        BackendError: memory is short; nothing is left behind.
+    """
+
+    def __init__(self, device: Device, manifest: Manifest, max_batch: int, scratch: int) -> None:
+        self.max_batch = max_batch
+        self.places: dict[str, Place] = {}
+        self.tensor_bytes = 0
+        specs = {tensor.name: tensor for graph in manifest.graphs for tensor in (*graph.inputs, *graph.outputs)}
+        for name in sorted(specs):
+            row_bytes = prod(shape_of(specs[name], 1)) * np.dtype(specs[name].dtype).itemsize
+            self.places[name] = Place(specs[name], self.tensor_bytes, row_bytes)
+            self.tensor_bytes += _aligned(max_batch * row_bytes)
+        self._device = device
+        self._scratch = scratch
+        with ExitStack() as stack:
+            self._slab = device.allocate(self.tensor_bytes + scratch)
+            stack.callback(self._slab.close)
+            self.frames = device.allocate_host(max_batch * self.places[FRAME].row_bytes)
+            stack.callback(self.frames.close)
+            self._results = device.allocate_host(1)
+            stack.callback(lambda: self._results.close())
+            self._resources = stack.pop_all()
+
+    def rows(self, name: str, first: int, count: int) -> BorrowedMemory:
+        """Some rows of a tensor."""
+        place = self.places[name]
+        return self._slab.borrow(place.offset + first * place.row_bytes, count * place.row_bytes)
+
+    def addresses(self, batch: int) -> Addresses:
+        """What units are told."""
+        base = self._slab.address
+        tensors = {name: base + place.offset for name, place in self.places.items()}
+        return Addresses(batch, tensors, base + self.tensor_bytes, self._scratch)
+
+    def results(self, size: int) -> HostBuffer:
+        """A host buffer of at least `size` bytes; what the last one held is gone."""
+        if self._results.size < size:
+            before, self._results = self._results, self._device.allocate_host(size)
+            before.close()
+        return self._results
+
+    def close(self) -> None:
+        """Release everything; closing twice does nothing."""
+        self._resources.close()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _made(graphs: Sequence[GraphSpec]) -> set[str]:
+    return {tensor.name for graph in graphs for tensor in graph.outputs}
 
 
 def _step(span: Span, spans: Sequence[Span]) -> str:
@@ -273,4 +342,4 @@ def _step(span: Span, spans: Sequence[Span]) -> str:
     if len(spans) == 1:
         return "chain"
     first, last = span.first + 1, span.last
-    return f"segment_{first}" if first == last else f"segments_{first}_to_{last}"
+    return f"graph_{first}" if first == last else f"graphs_{first}_to_{last}"

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mge_runtime.device.base import CaptureRefusedError, Device, Event, Graph, Stream
+from mge_runtime.device.base import CaptureRefusedError, Device, Direction, Event, Graph, Stream
 
 if TYPE_CHECKING:
-    from mge_runtime.device.memory import Bytes
+    from mge_runtime.device.base import Bytes
 
 __all__ = ["HostDevice"]
 
@@ -20,11 +20,9 @@ _ALIGNMENT = 256
 
 
 class HostDevice(Device):
-    """The CPU as a device of the same interface as a GPU.
+    """The CPU as a device of the same interface as a GPU: the layer above runs where there is no GPU, for tests.
 
-    It pretends no CUDA: memory is the host's, work is done when it is enqueued, and graphs are refused. With it the
-    layer above (wiring, arena, lifetimes, copies, errors) runs on real ONNX Runtime sessions where there is no GPU.
-    The chain on a CPU is faster stage by stage (`mge_runtime.backends.staged`); this device is for tests.
+    It pretends no CUDA: graphs are refused. The chain on a CPU is faster with `mge_runtime.backends.onnxruntime`.
     """
 
     name = "host"
@@ -43,28 +41,17 @@ class HostDevice(Device):
         return _HostEvent()
 
     def capture(self, stream: Stream, enqueue: Callable[[], None]) -> Graph:  # noqa: ARG002
-        """Refuse.
-
-        Raises:
-            CaptureRefusedError: always.
-        """
+        """Refuse with CaptureRefusedError, always."""
         raise CaptureRefusedError("the host has no graphs")
 
     def _allocate(self, size: int) -> tuple[int, Callable[[], None]]:
         keep = [np.empty(size + _ALIGNMENT, np.uint8)]
-        address = -(-keep[0].ctypes.data // _ALIGNMENT) * _ALIGNMENT
-        return address, keep.clear
+        return -(-keep[0].ctypes.data // _ALIGNMENT) * _ALIGNMENT, keep.clear
 
     def _allocate_host(self, size: int) -> tuple[Bytes, Callable[[], None]]:
         return np.empty(size, np.uint8), lambda: None
 
-    def _upload(self, target: int, source: int, size: int, stream: Stream) -> None:  # noqa: ARG002
-        ctypes.memmove(target, source, size)
-
-    def _download(self, target: int, source: int, size: int, stream: Stream) -> None:  # noqa: ARG002
-        ctypes.memmove(target, source, size)
-
-    def _copy_device(self, target: int, source: int, size: int, stream: Stream) -> None:  # noqa: ARG002
+    def _copy(self, direction: Direction, target: int, source: int, size: int, stream: Stream) -> None:  # noqa: ARG002
         ctypes.memmove(target, source, size)
 
 
@@ -83,8 +70,7 @@ class _HostStream(Stream):
 
 
 class _HostEvent(Event):
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    seconds = 0.0
 
     def ms_since(self, earlier: Event) -> float:
         assert isinstance(earlier, _HostEvent)  # noqa: S101 - as above

@@ -1,30 +1,89 @@
-"""Segments of the chain that run without a break, for one batch size, as one graph where that is possible."""
+"""Units of work, which a backend supplies, and programs of them by batch size, as CUDA graphs where possible."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mge_runtime.device.base import CaptureRefusedError, Device, Graph, Stream
 
 if TYPE_CHECKING:
-    from mge_runtime.device.unit import Launch
     from mge_runtime.fields import JsonValue
+    from mge_runtime.manifest import TensorSpec
 
-__all__ = ["Program"]
+__all__ = ["MOST_BATCHES", "Addresses", "Launch", "Program", "Programs", "Unit", "shape_of"]
+
+MOST_BATCHES = 8  # batch sizes that are kept ready; each has contexts and graphs of its own
+
+
+def shape_of(tensor: TensorSpec, batch: int) -> tuple[int, ...]:
+    """The shape of a tensor for a batch."""
+    return (batch, *(int(axis) for axis in tensor.shape[1:]))
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a unit finds everything, for one batch size; fixed until its `Launch` is closed."""
+
+    batch: int
+    tensors: Mapping[str, int]  # device address by tensor name, of every tensor of the chain
+    scratch: int  # device address of `scratch_bytes` bytes that others use before and after
+    scratch_bytes: int  # at least as many as the unit asked for
+
+
+class Launch(ABC):
+    """A unit ready for one batch size: the same shapes and addresses at every run."""
+
+    has_graph: bool = False  # whether the library behind it launches a graph that it captured itself
+
+    @abstractmethod
+    def enqueue(self, stream: Stream) -> None:
+        """Put the work on the stream and return without waiting for it.
+
+        Raises:
+            BackendError: it cannot be started, or it failed.
+        """
+
+    @abstractmethod
+    def why_not_captured(self, stream: Stream) -> str | None:
+        """Why the chain cannot capture this in a graph of its own; None: it can. Asked after a first run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release it; nothing of it runs any more. Closing twice does nothing."""
+
+
+class Unit(ABC):
+    """One graph of the chain: an engine of TensorRT, a session of ONNX Runtime."""
+
+    name: str  # for people
+    min_batch: int = 1
+    max_batch: int | None = None  # None: no limit but memory
+    scratch_bytes: int = 0  # memory it needs while it runs, for its largest batch
+    opened: Mapping[str, JsonValue] = {}  # how it was opened, for the report
+
+    @abstractmethod
+    def prepare(self, addresses: Addresses, stream: Stream) -> Launch:
+        """Get ready for a batch size.
+
+        Raises:
+            BackendError: it cannot run this batch size.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release it, after its launches. Closing twice does nothing."""
 
 
 class Program:
-    """Launches in turn on one stream.
+    """Launches in turn on one stream, for one batch size.
 
     The first run is plain: libraries allocate and choose kernels then, which no capture allows. The second is captured
     and launched as a graph, as are all that follow. Where capture is refused every run is plain; the reason is kept.
-
-    Args:
-        device: captures.
-        stream: everything runs on it.
-        launches: what runs, in order.
-        graphs: whether to capture.
     """
 
     def __init__(self, device: Device, stream: Stream, launches: Sequence[Launch], *, graphs: bool) -> None:
@@ -46,7 +105,7 @@ class Program:
         Raises:
             BackendError: a unit failed.
         """
-        if self._graph is None and self._why_plain is None and self._runs > 0:
+        if self._runs > 0 and not self.settled:
             self._capture()
         if self._graph is not None:
             self._graph.launch(self._stream)
@@ -59,13 +118,11 @@ class Program:
 
     def report(self) -> dict[str, JsonValue]:
         """Whether it is a graph, why not, how often it ran, and the nodes of the graph by kind where they are known."""
-        own = all(launch.has_graph for launch in self._launches)
-        why = self._why_plain
-        if why is None and self._graph is None and not own:
-            why = "captured at its second run"
+        is_graph = self._graph is not None or all(launch.has_graph for launch in self._launches)
+        why = self._why_plain or (None if is_graph else "captured at its second run")
         nodes = None if self._graph is None else self._graph.nodes
         told: dict[str, JsonValue] = {} if nodes is None else {"nodes": dict(nodes)}
-        return {"graph": self._graph is not None or own, "why": why, "runs": self._runs, **told}
+        return {"graph": is_graph, "why": why, "runs": self._runs, **told}
 
     def close(self) -> None:
         """Release the graph; the launches belong to others. Closing twice does nothing."""
@@ -85,3 +142,70 @@ class Program:
     def _enqueue_plain(self) -> None:
         for launch in self._launches:
             launch.enqueue(self._stream)
+
+
+@dataclass
+class _Batch:
+    """What is ready for one batch size."""
+
+    launches: dict[int, Launch] = field(default_factory=dict[int, Launch])  # by number of the unit
+    programs: dict[tuple[int, int], Program] = field(default_factory=dict[tuple[int, int], Program])  # first, last
+    resources: ExitStack = field(default_factory=ExitStack)  # closes the last first: graphs before what they captured
+
+
+class Programs:
+    """Prepares the units of a chain for a batch size when it is first asked for; the least recently used makes way."""
+
+    def __init__(self, device: Device, stream: Stream, units: Sequence[Unit], *, graphs: bool) -> None:
+        self._device = device
+        self._stream = stream
+        self._units = units
+        self._graphs = graphs
+        self._batches: OrderedDict[int, _Batch] = OrderedDict()
+
+    def get(self, first: int, last: int, addresses: Addresses) -> Program:
+        """The program of graphs `first` to `last` - 1, counted from 0.
+
+        Args:
+            first: its first graph.
+            last: one after its last graph.
+            addresses: of the batch size that it computes; the same for one size until `close`.
+
+        Raises:
+            BackendError: a unit cannot run this batch size.
+        """
+        if addresses.batch not in self._batches:
+            while len(self._batches) >= MOST_BATCHES:
+                self._batches.popitem(last=False)[1].resources.close()
+            self._batches[addresses.batch] = _Batch()
+        self._batches.move_to_end(addresses.batch)
+        ready = self._batches[addresses.batch]
+        if (first, last) not in ready.programs:
+            for number in range(first, last):
+                if number not in ready.launches:
+                    launch = ready.launches[number] = self._units[number].prepare(addresses, self._stream)
+                    ready.resources.callback(launch.close)
+            launches = [ready.launches[number] for number in range(first, last)]
+            program = Program(self._device, self._stream, launches, graphs=self._graphs)
+            ready.resources.callback(program.close)
+            ready.programs[first, last] = program
+        return ready.programs[first, last]
+
+    def is_settled(self, batch: int, first: int, last: int) -> bool:
+        """Whether a program is there and no longer changes: nothing is prepared, searched for or captured any more."""
+        program = self._batches[batch].programs.get((first, last)) if batch in self._batches else None
+        return program is not None and program.settled
+
+    def report(self) -> list[JsonValue]:
+        """Each program: its batch size, after how many graphs it begins (if any) and ends, whether CUDA captured it."""
+        return [
+            {"batch": size, **({"after": first} if first else {}), "graphs": last, **program.report()}
+            for size, batch in self._batches.items()
+            for (first, last), program in batch.programs.items()
+        ]
+
+    def close(self) -> None:
+        """Release everything that is ready; nothing of it runs any more. It is made anew when it is asked for."""
+        with ExitStack() as stack:
+            while self._batches:
+                stack.callback(self._batches.popitem()[1].resources.close)

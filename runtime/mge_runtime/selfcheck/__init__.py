@@ -1,15 +1,24 @@
-"""Whether a bundle runs as it should on this device: checks that end in a report which can be posted.
+"""Check that a bundle runs as it should on this device: `mge-bench --selfcheck` and the tests marked `gpu`."""
 
-check     `Check`: what one check found         limits    how far answers may be apart
-subject   `Subject`: the bundle on one backend  compare   two runs, image by image
-pictures  what is checked with                  report    `Report`: text, Markdown, JSON
+from mge_runtime.selfcheck.memory import check_memory
+from mge_runtime.selfcheck.outputs import check_batches, check_copies, check_graphs, check_parity, check_together
+from mge_runtime.selfcheck.report import Report, all_checks, check_refused, run_checks
+from mge_runtime.selfcheck.subject import Frames, Result, Subject, drawn_frames, open_subject
 
-answers   against ONNX Runtime on the CPU, batches, CUDA graphs
-copies    nothing visits the host between stages
-memory    nothing grows from run to run
-together  two pipelines in one process
-engines   what does not fit is refused; precision is attested
-run       all of them
-
-`mge-bench --selfcheck` and the tests marked `gpu` run the same functions. Nothing here measures speed.
-"""
+__all__ = [
+    "Frames",
+    "Report",
+    "Result",
+    "Subject",
+    "all_checks",
+    "check_batches",
+    "check_copies",
+    "check_graphs",
+    "check_memory",
+    "check_parity",
+    "check_refused",
+    "check_together",
+    "drawn_frames",
+    "open_subject",
+    "run_checks",
+]

@@ -1,43 +1,43 @@
-"""What is checked: a bundle on one backend, opened as often as a check needs."""
+"""What is checked (a bundle on one backend), with which frames, and what one check found."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from mge_runtime.compare import TOLERANCES, Tolerances
 from mge_runtime.fields import JsonValue
 from mge_runtime.machine import Machine
-from mge_runtime.manifest import Manifest
-from mge_runtime.selfcheck.limits import Limits
+from mge_runtime.manifest import Manifest, Preprocess
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    from mge_runtime.trt.engines import EngineSet
+    from mge_runtime.pipeline import Pipeline
 
-__all__ = ["Opened", "Subject", "open_subject", "run_all"]
+__all__ = ["BATCH", "Frames", "Result", "Subject", "drawn_frames", "open_subject"]
+
+BATCH = 8  # the largest batch that is checked
+_DRAWN = 12  # frames: a batch of eight and a remainder
 
 
-class Opened(Protocol):
-    """An opened pipeline, as far as checks use it; `Pipeline` is one."""
+@dataclass(frozen=True)
+class Result:
+    """What one check found."""
 
-    max_batch: int | None
+    outcome: Literal["passed", "failed", "not run"]  # "not run" is neither passed nor failed
+    found: str  # what failed, why it did not run, or what passed
+    numbers: Mapping[str, JsonValue] = field(default_factory=dict[str, JsonValue])  # what was measured
 
-    def run(self, frames: Any, *, outputs: Collection[str] | None = None) -> Mapping[str, Any]:
-        """Tensors by name; the first axis is the batch."""
-        ...
-
-    def report(self) -> dict[str, JsonValue]:
-        """What `DeviceExecutor.report` says; empty on a CPU."""
-        ...
-
-    def close(self) -> None:
-        """Release it."""
-        ...
+    @classmethod
+    def of(cls, failures: list[str], found: str, numbers: Mapping[str, JsonValue]) -> Result:
+        """Passed if nothing failed."""
+        return cls("failed" if failures else "passed", "; ".join(failures) or found, numbers)
 
 
 @dataclass(frozen=True)
@@ -47,33 +47,35 @@ class Subject:
     path: Path
     manifest: Manifest
     manifest_sha256: str
+    targets: tuple[str, ...]  # that the bundle holds engines for
     backend: str  # "onnxruntime", "tensorrt" or "tensorrt-rtx"
     device: str  # "cpu" or "cuda:0"
     machine: Machine
-    open: Callable[[bool], Opened]  # opens it anew: with CUDA graphs, or without
-    reference: Callable[[], Opened] | None  # opens ONNX Runtime on the CPU; None: that is what is checked
-    engines: EngineSet | None = None  # that run, for the TensorRT backends
+    open: Callable[[bool], Pipeline]  # opens it anew: with CUDA graphs, or without
+    reference: Callable[[], Pipeline] | None  # opens ONNX Runtime on the CPU; None: that is what is checked
 
     @property
-    def limits(self) -> Limits:
-        """How far its answers may be from others'."""
-        return Limits.of(self.manifest)
+    def precision(self) -> str:
+        """Of its graphs: "fp32", "fp16" or "int8"."""
+        if self.manifest.is_int8:
+            return "int8"
+        return "fp32" if all(plan.get("type") == "fp32" for plan in self.manifest.precision.values()) else "fp16"
 
-    def __str__(self) -> str:
-        """For example "tensorrt on cuda:0"."""
-        return f"{self.backend} on {self.device}"
+    @property
+    def tolerances(self) -> Tolerances:
+        """How far its outputs may be from a reference's."""
+        return TOLERANCES[self.precision]
 
 
 def open_subject(
-    path: str | os.PathLike[str], device: str = "auto", backend: str = "auto", threads: int | None = None
+    path: str | os.PathLike[str],
+    device: str = "auto",
+    backend: str = "auto",
+    threads: int | None = None,
+    *,
+    mmap: bool = True,
 ) -> Subject:
-    """Choose what runs a bundle here, as `Pipeline.open` does.
-
-    Args:
-        path: the bundle.
-        device: "auto", "cpu" or "cuda:0".
-        backend: "auto", "onnxruntime", "tensorrt" or "tensorrt-rtx".
-        threads: processors to compute with on the CPU; None: all.
+    """Choose what runs a bundle here; takes what `Pipeline.open` takes.
 
     Raises:
         BundleError: the file is missing, no bundle or damaged.
@@ -81,42 +83,56 @@ def open_subject(
     """
     from mge_runtime.backends import choose
     from mge_runtime.bundle import Bundle
-    from mge_runtime.machine_probe import describe_machine
+    from mge_runtime.machine import describe_machine
     from mge_runtime.pipeline import Pipeline
 
     with Bundle.open(path) as bundle:
         bundle.verify()  # a report names the manifest's hash, and opening does not hash the weights
-        manifest, digest = bundle.manifest, bundle.manifest_sha256
         choice = choose(device, backend, bundle=bundle)
-
-    def opened(graphs: bool) -> Opened:
-        return Pipeline.open(path, choice.device, choice.backend, threads, graphs=graphs)
-
-    def reference() -> Opened:
-        return Pipeline.open(path, "cpu", "onnxruntime", threads)
-
-    return Subject(
-        path=Path(path),
-        manifest=manifest,
-        manifest_sha256=digest,
-        backend=choice.backend,
-        device=choice.device,
-        machine=describe_machine(always=True),
-        open=opened,
-        reference=None if choice.device == "cpu" else reference,
-        engines=choice.engines,
-    )
+        return Subject(
+            path=Path(path),
+            manifest=bundle.manifest,
+            manifest_sha256=bundle.manifest_sha256,
+            targets=bundle.targets,
+            backend=choice.backend,
+            device=choice.device,
+            machine=describe_machine(always=True),
+            open=lambda graphs: Pipeline.open(path, choice.device, choice.backend, threads, graphs=graphs, mmap=mmap),
+            reference=None
+            if choice.device == "cpu"
+            else lambda: Pipeline.open(path, "cpu", "onnxruntime", threads, mmap=mmap),
+        )
 
 
-def run_all(
-    opened: Opened, frames: NDArray[np.uint8], outputs: Collection[str], batch: int
-) -> dict[str, NDArray[np.float32]]:
-    """Run any number of frames in groups of `batch`; the last group may be smaller.
+@dataclass(frozen=True)
+class Frames:
+    """Frames to check with, and where they come from."""
 
-    Raises:
-        BackendError: a run failed.
+    frames: NDArray[np.uint8]  # [N, S, S, 3], RGB
+    source: str  # for people
+
+
+def drawn_frames(spec: Preprocess) -> Frames:
+    """Draw soft color fields with a few bright shapes, the same at every call.
+
+    A network is less certain of them than of photographs, so differences change classes sooner.
     """
-    import numpy as np
+    from PIL import Image
 
-    runs = [opened.run(frames[start : start + batch], outputs=outputs) for start in range(0, len(frames), batch)]
-    return {name: np.concatenate([tensors[name] for tensors in runs]) for name in outputs}
+    from mge_runtime.preprocess import to_frame
+
+    rng = np.random.default_rng(2019)
+    frames: list[NDArray[np.uint8]] = []
+    for _ in range(_DRAWN):
+        cells = rng.integers(0, 256, (*rng.integers(3, 9, 2), 3), np.uint8)
+        side = spec.resize + int(rng.integers(0, 64))
+        image = np.array(
+            Image.fromarray(cells).resize((side + int(rng.integers(0, 64)), side), Image.Resampling.BICUBIC)
+        )
+        for _ in range(int(rng.integers(1, 4))):
+            y, x = rng.integers(0, side // 2, 2)
+            height, width = rng.integers(side // 8, side // 2, 2)
+            image[y : y + height, x : x + width] //= 2
+            image[y : y + height, x : x + width] += rng.integers(0, 128, 3, np.uint8)
+        frames.append(to_frame(image, spec)[0])
+    return Frames(np.stack(frames), f"{_DRAWN} drawn images; name photographs to check with them")

@@ -1,243 +1,269 @@
-"""Build the engines of a whole bundle, for one target."""
+"""Build the engines of a bundle for the requested targets and store them, in the bundle or in this device's cache."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mge_runtime.backends.choice import device_name
 from mge_runtime.bundle import Bundle, add_engine
-from mge_runtime.bundle.layout import stage_weights
-from mge_runtime.bundle.located import located_graph
+from mge_runtime.bundle.archive import target_of, weights_entry
+from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.cuda import CudaDevice
-from mge_runtime.errors import BuildError, BundleError
-from mge_runtime.files import temporary_folder
-from mge_runtime.machine import this_platform
-from mge_runtime.machine_probe import available_memory
-from mge_runtime.trt.builder import SMALLEST_WORKSPACE, BuildOptions, build_engine
-from mge_runtime.trt.cache import timing_cache_path
-from mge_runtime.trt.engines import EngineDetails
-from mge_runtime.trt.target import Target
-from mge_runtime.trt.timing import TimingCache
-from mge_runtime.trt.turing import TURING, turing_refusal
-from mge_runtime.trt.vendor import Vendor
+from mge_runtime.errors import BackendError, BuildError, BundleError, printable
+from mge_runtime.fields import JsonValue
+from mge_runtime.files import check_writable, temporary_folder
+from mge_runtime.machine import Gpu, Machine, describe_machine, this_platform
+from mge_runtime.trt.builder import BuildOptions, build_engine
+from mge_runtime.trt.engines import EngineDetails, store_engines
+from mge_runtime.trt.target import TURING, Target, TargetRequest, turing_refusal
+from mge_runtime.trt.vendor import LIBRARIES, Vendor, library_refusal, load_vendor
 
-if TYPE_CHECKING:
-    from mge_runtime.fields import JsonValue
-    from mge_runtime.machine import Gpu, Machine
-    from mge_runtime.manifest import Manifest
+__all__ = ["GraphProgress", "NewEngines", "Say", "ahead_of_time", "build_engines", "build_targets", "native_library"]
 
-__all__ = [
-    "NewEngines",
-    "Say",
-    "StageProgress",
-    "ahead_of_time",
-    "build_engines",
-    "build_into_bundle",
-    "build_native",
-    "check_target",
-    "native_target",
-]
-
-StageProgress = Callable[[str, float, str], bool]  # stage, share done in [0, 1], phase -> whether to go on
+GraphProgress = Callable[[str, float, str], bool]  # graph, share done in [0, 1], phase -> whether to go on
 Say = Callable[[str], None]
+
+_MEMORY = Path("/proc/meminfo")
+_SMALLEST_WORKSPACE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class NewEngines:
-    """Engines that were built and are not kept anywhere yet."""
+    """Engines that were built and are not stored yet."""
 
     target: Target
-    plans: Mapping[str, Path]  # a file for each stage
+    plans: Mapping[str, Path]  # a file for each graph
     details: EngineDetails
 
 
-def ahead_of_time(vendor: Vendor, capabilities: Sequence[str]) -> list[Target]:
-    """Targets that serve these compute capabilities; Turing, which would slow the others down, gets one of its own.
+@dataclass(frozen=True)
+class _Job:
+    """What is to be built."""
+
+    vendor: Vendor
+    target: Target
+    gpu: Gpu | None  # to build on; None: ahead of time
+    options: BuildOptions
+
+
+def build_targets(
+    path: Path,
+    requests: Sequence[TargetRequest],
+    *,
+    into_bundle: bool,
+    backend: str = "auto",
+    device: str = "cuda:0",
+    options: BuildOptions | None = None,
+    machine: Machine | None = None,
+    say: Say = lambda _line: None,
+    progress: GraphProgress = lambda _graph, _share, _phase: True,
+    held: Callable[[], AbstractContextManager[None]] = nullcontext,
+    log: Say | None = None,
+    kept: Callable[[str, str], None] = lambda _target, _place: None,
+) -> None:
+    """Build the engines of every target that was asked for.
 
     Args:
-        vendor: TensorRT-RTX; TensorRT builds on the device alone.
-        capabilities: such as ("sm86", "sm120").
-    """
-    system, arch = this_platform()
-    ordered = sorted(set(capabilities), key=lambda name: int(name[2:]))
-    groups = [tuple(name for name in ordered if (name == TURING) is turing) for turing in (True, False)]
-    return [Target(vendor.name, vendor.short_version, group, system, arch) for group in groups if group]
-
-
-def native_target(vendor: Vendor, machine: Machine, gpu: Gpu) -> Target:
-    """The target of engines for one GPU of this machine."""
-    return Target(vendor.name, vendor.short_version, (gpu.capability,), machine.system, machine.arch)
-
-
-def check_target(manifest: Manifest, target: Target) -> None:
-    """Find out before a build what it would end in.
+        path: the bundle.
+        requests: what for.
+        into_bundle: keep native engines in the bundle too, not in the cache; those built ahead of time always are.
+        backend: "tensorrt", "tensorrt-rtx", or "auto": the first that can build here.
+        device: the GPU to build native engines for, "cuda:0".
+        options: how; where the GPU shares the machine's memory, the workspace defaults to a quarter of what is
+            available.
+        machine: this one; None: look.
+        say: shows a line for each graph.
+        progress: is told of every step and may stop the build.
+        held: keeps signals from raising inside its block: the library calls `progress` in the middle of foreign code.
+        log: shows what the library says.
+        kept: is told of each target that is stored, and where.
 
     Raises:
-        BuildError: TensorRT-RTX cannot build this model for this target.
+        BackendError: no library or no GPU for it.
+        BuildError: a graph cannot be built, is not of its precision, or `progress` stopped the build or the
+            wait for another process.
+        BundleError: the bundle is damaged or was replaced.
+        OutputError: the engines cannot be stored.
     """
-    if TURING in target.capabilities and target.backend == "tensorrt-rtx":
-        for stage in manifest.stages:
-            if refusal := turing_refusal(stage.name, manifest.precision.get(stage.name, {})):
+    options = options or BuildOptions()
+    # Everything that can be found out before a build is found out before the first one.
+    kind, _, number = device_name(device).partition(":")
+    if kind != "cuda":
+        raise BackendError(f"the device is {device!r}; engines are built for a GPU: expected cuda:0, or another index")
+    index, jobs = int(number), list[_Job]()
+    for capabilities in [request.capabilities for request in requests if request.capabilities is not None]:
+        if backend == "tensorrt":
+            raise BackendError("engines are built ahead of time by tensorrt-rtx alone; leave --backend out")
+        vendor = load_vendor("tensorrt-rtx")
+        jobs += [_Job(vendor, target, None, options) for target in ahead_of_time(vendor, capabilities)]
+    with Bundle.open(path) as bundle:
+        if any(request.capabilities is None for request in requests):
+            machine = machine or describe_machine()
+            vendor, gpu = load_vendor(native_library(machine, index, backend)), machine.gpus[index]
+            target = _target(vendor, (gpu.capability,), machine.system, machine.arch)
+            jobs.append(_Job(vendor, target, gpu, _bounded(options, machine, gpu, say)))
+        for job in jobs:
+            rtx_on_turing = TURING in job.target.capabilities and job.vendor.name == "tensorrt-rtx"
+            if rtx_on_turing and (refusal := turing_refusal(bundle.manifest)):
                 raise BuildError(refusal)
+        if into_bundle:  # into a copy of the bundle beside it: everything else in it must be whole
+            replaced = [job.target.name for job in jobs]
+            bundle.verify([name for name in bundle.sizes if target_of(name) not in replaced])
+            check_writable(bundle.path)
+    for job in jobs:
+        job.vendor.messages.say = log
+        # Opened for each target: the one before has put a new file in this one's place.
+        with Bundle.open(path) as bundle, temporary_folder("build") as folder:
+            with held():
+                if job.gpu is not None:
+                    CudaDevice(index).activate()  # TensorRT builds for the thread's current device
+                new = build_engines(
+                    bundle, job.vendor, job.target, folder, gpu=job.gpu, options=job.options, say=say, progress=progress
+                )
+            if job.gpu is not None and not into_bundle:
+                place = store_engines(bundle.manifest_sha256, new.target, job.gpu, new.plans, new.details).place
+            else:
+                _add_to_bundle(bundle, new, say, progress)
+                place = f"in {path}"
+            kept(new.target.name, place)
 
 
-@contextmanager
 def build_engines(
     bundle: Bundle,
     vendor: Vendor,
     target: Target,
+    folder: Path,
     *,
     gpu: Gpu | None,
     options: BuildOptions,
-    timing: TimingCache | None = None,
     say: Say = lambda _line: None,
-    progress: StageProgress = lambda _stage, _share, _phase: True,
-) -> Generator[NewEngines]:
-    """Build the engines of every stage; they lie in a temporary folder as long as the block runs.
+    progress: GraphProgress = lambda _graph, _share, _phase: True,
+) -> NewEngines:
+    """Build the engines of every graph.
 
     Args:
         bundle: open.
         vendor: the library.
         target: what to build for.
+        folder: where the engines are written.
         gpu: the current CUDA device, to build on and for; None: ahead of time for the target's compute capabilities.
         options: how.
-        timing: measurements to begin with and to add to; TensorRT-RTX has none.
-        say: shows a line for each stage.
+        say: shows a line for each graph.
         progress: is told of every step and may stop the build.
 
     Raises:
-        BuildError: a stage cannot be built for this target, or is not of its precision.
+        BuildError: a graph cannot be built for this target, or is not of its precision.
         BundleError: an entry is damaged, or the file was replaced meanwhile.
-        OutputError: the temporary folder or the timing cache cannot be written.
     """
     manifest = bundle.manifest
-    check_target(manifest, target)
-    bundle.verify([name for stage in manifest.stages if (name := stage_weights(stage.name)) in bundle.sizes])
+    say(f"building for {gpu or 'other machines'}: {target} with {vendor.name} {vendor.version}, batch {options.batch}")
+    bundle.verify([name for graph in manifest.graphs if (name := weights_entry(graph.name)) in bundle.sizes])
+    plans: dict[str, Path] = {}
     precision: dict[str, Mapping[str, JsonValue]] = {}
-    seconds: dict[str, float] = {}
     scratch: dict[str, int] = {}
-    with temporary_folder("build") as folder:
-        plans: dict[str, Path] = {}
-        for stage in manifest.stages:
-            start = time.perf_counter()
-            plan = manifest.precision.get(stage.name, {})
-            try:
-                built, measured = build_engine(
-                    vendor,
-                    stage,
-                    located_graph(bundle, stage.name),
-                    bundle.path,
-                    plan=plan,
-                    capabilities=target.capabilities if gpu is None else None,
-                    options=options,
-                    timing_cache=timing.content if timing else b"",
-                    progress=lambda share, phase, stage=stage.name: progress(stage, share, phase),
-                )
-            except BuildError as error:
-                if not bundle.in_place():  # the likely reason: weights are read from the file by its name
-                    raise _replaced(bundle) from error
-                raise
-            plans[stage.name] = folder / f"{stage.name}.plan"
-            plans[stage.name].write_bytes(built.data)
-            if timing:
-                timing.store(measured)
-            seconds[stage.name] = round(time.perf_counter() - start, 3)
-            if built.scratch is not None:
-                scratch[stage.name] = built.scratch
-            kind = str(plan.get("type", "unknown"))
-            precision[stage.name] = {"type": kind, "attested": built.attested, "layers": built.layers}
-            say(
-                f"{stage.name}: {kind}, attested: {built.attested}, {built.data.nbytes / 1e6:.1f} MB, "
-                f"{seconds[stage.name]:.1f} s"
+    timing = b""  # experts are alike: what was measured for one holds for the next
+    replaced = f"{bundle.path} was replaced or removed while engines were built from it; build them again"
+    for graph in manifest.graphs:
+        start = time.perf_counter()
+        plan = manifest.precision.get(graph.name, {})
+        try:
+            built = build_engine(
+                vendor,
+                graph,
+                located_graph(bundle, graph.name),
+                bundle.path,
+                plan=plan,
+                capabilities=target.capabilities if gpu is None else None,
+                options=options,
+                timing=timing,
+                progress=lambda share, phase, graph=graph.name: progress(graph, share, phase),
             )
-        if not bundle.in_place():
-            raise _replaced(bundle)
-        facts = {
-            "optimization_level": options.optimization_level,
-            "workspace": options.workspace,
-            "seconds": seconds,
-            "scratch": scratch,
-        }
-        yield NewEngines(
-            target,
-            plans,
-            EngineDetails(vendor.version, gpu, options.batch, precision, facts, f"mge {version('mge')}"),
+        except BuildError as error:
+            if not bundle.in_place():  # the likely reason: weights are read from the file by its name
+                raise BundleError(replaced) from error
+            raise
+        timing = built.timing
+        plans[graph.name] = folder / f"{graph.name}.plan"
+        plans[graph.name].write_bytes(built.data)
+        if built.scratch is not None:
+            scratch[graph.name] = built.scratch
+        kind = str(plan.get("type", "unknown"))
+        precision[graph.name] = {"type": kind, "attested": built.attested, "layers": built.layers}
+        size, seconds = built.data.nbytes / 1e6, time.perf_counter() - start
+        say(f"{graph.name}: {kind}, attested: {built.attested}, {size:.1f} MB, {seconds:.1f} s")
+    if not bundle.in_place():
+        raise BundleError(replaced)
+    facts = {"optimization_level": options.optimization_level, "workspace": options.workspace, "scratch": scratch}
+    details = EngineDetails(vendor.version, gpu, options.batch, precision, facts, f"mge {version('mge')}")
+    return NewEngines(target, plans, details)
+
+
+def ahead_of_time(vendor: Vendor, capabilities: Sequence[str]) -> list[Target]:
+    """Targets of TensorRT-RTX for compute capabilities; Turing, which would slow the others down, gets its own."""
+    ordered = sorted(set(capabilities), key=lambda name: int(name[2:]))
+    groups = [tuple(name for name in ordered if (name == TURING) is turing) for turing in (True, False)]
+    return [_target(vendor, group, *this_platform()) for group in groups if group]
+
+
+def native_library(machine: Machine, index: int, backend: str = "auto") -> str:
+    """The library that builds engines for a GPU of this machine: "tensorrt" where it is there, else "tensorrt-rtx".
+
+    Raises:
+        BackendError: there is no such GPU, or no library that serves it.
+    """
+    if not 0 <= index < len(machine.gpus):
+        raise BackendError(
+            f"there is no GPU cuda:{index} here to build for ({machine.gpu_problem or f'found {len(machine.gpus)}'}); "
+            "run mge-build on the device, or build ahead of time: --target rtx:sm86 --into-bundle"
         )
-
-
-def build_into_bundle(
-    path: Path, new: NewEngines, manifest_sha256: str, waiting: Callable[[], None] = lambda: None
-) -> None:
-    """Keep built engines in a bundle, atomically; other targets stay, older engines of this target are replaced.
-
-    `waiting` is called as long as another process writes the bundle, as by `add_engine`.
-
-    Raises:
-        BundleError: the bundle has another manifest by now.
-        OutputError: it cannot be written.
-    """
-    details = new.details.to_dict()
-    add_engine(path, new.target.name, new.plans, details, manifest_sha256=manifest_sha256, waiting=waiting)
-
-
-@contextmanager
-def build_native(
-    bundle: Bundle,
-    machine: Machine,
-    index: int,
-    vendor: Vendor,
-    *,
-    options: BuildOptions | None = None,
-    say: Say = lambda _line: None,
-    progress: StageProgress = lambda _stage, _share, _phase: True,
-) -> Generator[NewEngines]:
-    """Build a bundle's engines for a GPU of this machine; see `build_engines`.
-
-    Args:
-        bundle: open.
-        machine: this one.
-        index: of the CUDA device.
-        vendor: the library.
-        options: how; the timing cache defaults to the one of this device, which saves time where it can be written, and
-            the workspace, where the GPU shares the machine's memory, to a quarter of what is available.
-        say: shows a line for each stage.
-        progress: is told of every step and may stop the build.
-
-    Raises:
-        BackendError: the device cannot be opened.
-        BuildError: a stage cannot be built, or is not of its precision.
-        BundleError: an entry is damaged, or the file was replaced meanwhile.
-    """
     gpu = machine.gpus[index]
-    target = native_target(vendor, machine, gpu)
-    options = options or BuildOptions()
-    if options.workspace is None and (machine.is_jetson or gpu.integrated):
-        # TensorRT counts all memory as the GPU's, tries kernels that take it, and the system kills the build
-        # (ultralytics/ultralytics #23945, which allows 1 GiB).
-        workspace = max(SMALLEST_WORKSPACE, (available_memory() or gpu.memory) // 4)
-        options = replace(options, workspace=workspace)
-        say(
-            f"a layer may use {workspace / 1e6:,.0f} MB of scratch memory, a quarter of what is available to CPU and "
-            "GPU together; --workspace names another limit"
-        )
-    named = options.timing_cache
-    timing = (
-        None
-        if vendor.is_rtx
-        else TimingCache(named or timing_cache_path(target, gpu), named=named is not None, say=say)
+    reasons: list[str] = []
+    for name in LIBRARIES if backend == "auto" else (backend,):
+        if (reason := library_refusal(name, machine, gpu)) is None:
+            return name
+        reasons.append(reason)
+    raise BackendError(f"nothing can build for {gpu.name} ({gpu.capability}): {'; '.join(reasons)}")
+
+
+def _target(vendor: Vendor, capabilities: tuple[str, ...], system: str, arch: str) -> Target:
+    return Target(vendor.name, ".".join(vendor.version.split(".")[:2]), capabilities, system, arch)
+
+
+def _bounded(options: BuildOptions, machine: Machine, gpu: Gpu, say: Say) -> BuildOptions:
+    """The options with a workspace that leaves memory to the rest of a machine whose GPU has none of its own.
+
+    TensorRT counts all memory as the GPU's, tries kernels that take it, and the system kills the build
+    (ultralytics/ultralytics #23945, which allows 1 GiB).
+    """
+    if options.workspace is not None or not (machine.is_jetson or gpu.integrated):
+        return options
+    lines = _MEMORY.read_text().splitlines() if _MEMORY.exists() else []
+    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), gpu.memory)
+    workspace = max(_SMALLEST_WORKSPACE, available // 4)
+    say(
+        f"a layer may use {workspace / 1e6:,.0f} MB of scratch memory, a quarter of what is available to CPU and "
+        "GPU together; --workspace names another limit"
     )
-    CudaDevice(index).activate()  # TensorRT builds for the thread's current device
-    say(f"building for {gpu.name} ({target}) with {vendor.name} {vendor.version}, batch {options.batch}")
-    with build_engines(
-        bundle, vendor, target, gpu=gpu, options=options, timing=timing, say=say, progress=progress
-    ) as new:
-        yield new
+    return replace(options, workspace=workspace)
 
 
-def _replaced(bundle: Bundle) -> BundleError:
-    return BundleError(f"{bundle.path} was replaced or removed while engines were built from it; build them again")
+def _add_to_bundle(bundle: Bundle, new: NewEngines, say: Say, progress: GraphProgress) -> None:
+    """Add engines to a bundle, whole or not at all; other targets stay, older engines of this target are replaced."""
+    if new.target.name in bundle.targets:
+        say(f"replaces the engines for {new.target} that {bundle.path} has")
+
+    def waiting() -> None:
+        if not progress("bundle", 0.0, "waits for another process"):
+            raise BuildError(
+                f"stopped while waiting for another process that writes {printable(str(bundle.path))}; the bundle is "
+                "as it was"
+            )
+
+    details = new.details.to_dict()
+    digest = bundle.manifest_sha256
+    add_engine(bundle.path, new.target.name, new.plans, details, manifest_sha256=digest, waiting=waiting)

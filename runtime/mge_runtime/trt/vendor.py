@@ -1,26 +1,46 @@
-"""Load `tensorrt` or `tensorrt_rtx`: the version that is served, and one logger that keeps what went wrong."""
+"""Load `tensorrt` or `tensorrt_rtx`: the versions that are served, the API as types, a logger that keeps errors."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from mge_runtime.errors import BackendError
-from mge_runtime.trt.api import Api
+from mge_runtime.errors import BackendError, brief
+from mge_runtime.machine import Gpu, Machine, has_module
+from mge_runtime.trt.target import rtx_refusal
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["LIBRARIES", "Library", "Messages", "Vendor", "is_installed", "load_vendor"]
+__all__ = ["LIBRARIES", "Api", "Library", "Messages", "Vendor", "library_refusal", "load_vendor"]
 
-_KEPT = 50  # messages; a failing build says the important thing first or last, and can say thousands
+_KEPT = 50  # messages; a failing build can say thousands
 _LONGEST = 400  # characters of one message that an error quotes
+_JETPACK = "TensorRT comes with JetPack: sudo apt install nvidia-jetpack, in an environment with --system-site-packages"
+
+
+class Api(Protocol):
+    """What is used of the module `tensorrt` or `tensorrt_rtx`, with the types of TensorRT 10.13's stubs."""
+
+    __version__: str
+    Builder: type[trt.Builder]
+    BuilderFlag: type[trt.BuilderFlag]
+    DataType: type[trt.DataType]
+    ExecutionContextAllocationStrategy: type[trt.ExecutionContextAllocationStrategy]
+    ILogger: type[trt.ILogger]
+    IProgressMonitor: type[trt.IProgressMonitor]
+    LayerInformationFormat: type[trt.LayerInformationFormat]
+    MemoryPoolType: type[trt.MemoryPoolType]
+    NetworkDefinitionCreationFlag: type[trt.NetworkDefinitionCreationFlag]
+    OnnxParser: type[trt.OnnxParser]
+    ProfilingVerbosity: type[trt.ProfilingVerbosity]
+    Runtime: type[trt.Runtime]
+    TensorIOMode: type[trt.TensorIOMode]
 
 
 @dataclass(frozen=True)
@@ -38,8 +58,7 @@ class Library:
         match = re.match(r"(\d+)\.(\d+)", version)
         if match is None:
             return f"{self.name} {version} has a version that cannot be read"
-        found = int(match[1]), int(match[2])
-        if self.oldest <= found < self.below:
+        if self.oldest <= (int(match[1]), int(match[2])) < self.below:
             return None
         oldest = ".".join(map(str, self.oldest))
         return f"{self.name} {version} is not served; expected {oldest} or newer, below {self.below[0]}: {self.install}"
@@ -58,7 +77,7 @@ LIBRARIES = {
 
 
 class Messages:
-    """What the library says: errors and warnings are kept for error messages, everything is passed on if wanted."""
+    """What the library says: errors are kept for error messages, everything is passed on if wanted."""
 
     def __init__(self) -> None:
         self.kept: deque[str] = deque(maxlen=_KEPT)
@@ -75,32 +94,16 @@ class Messages:
 class Vendor:
     """A loaded library."""
 
-    library: Library
+    name: str  # "tensorrt" or "tensorrt-rtx"
     version: str  # in full: "10.3.0.30"
     api: Api  # the module
     logger: trt.ILogger  # one for the process: TensorRT keeps the first it is given
     messages: Messages  # where `logger` writes
 
     @property
-    def name(self) -> str:
-        """As backends and targets call it."""
-        return self.library.name
-
-    @property
-    def short_version(self) -> str:
-        """Major and minor: "10.3"."""
-        return ".".join(self.version.split(".")[:2])
-
-    @property
     def is_rtx(self) -> bool:
         """Whether this is TensorRT-RTX, which builds for compute capabilities that it names, without a GPU."""
-        return self.library.module == "tensorrt_rtx"
-
-
-def is_installed(module: str) -> bool:
-    """Whether a module can be imported; a folder of type stubs cannot, though Python finds it as a namespace."""
-    spec = importlib.util.find_spec(module)
-    return spec is not None and spec.origin is not None
+        return self.name == "tensorrt-rtx"
 
 
 @cache
@@ -114,20 +117,32 @@ def load_vendor(name: str) -> Vendor:
         BackendError: it is not installed, broken, or of a version that is not served.
     """
     library = LIBRARIES[name]
-    if not is_installed(library.module):
+    if not has_module(library.module):
         raise BackendError(f"the module {library.module} is not installed: {library.install}")
     try:
         module: Any = importlib.import_module(library.module)
     except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        reason = " ".join(str(error).split())
         raise BackendError(
-            f"{library.module} cannot be imported: {reason}; install it again: {library.install}"
+            f"{library.module} cannot be imported: {brief(error)}; install it again: {library.install}"
         ) from error
     api = cast("Api", module)
     if refusal := library.refusal(api.__version__):
         raise BackendError(refusal)
     messages = Messages()
-    return Vendor(library, api.__version__, api, _logger(api, messages), messages)
+    return Vendor(name, api.__version__, api, _logger(api, messages), messages)
+
+
+def library_refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
+    """Why "tensorrt" or "tensorrt-rtx" can do nothing on a GPU of a machine, from its description; None: it can."""
+    library = LIBRARIES[name]
+    if name == "tensorrt-rtx" and (refusal := rtx_refusal(gpu, None)) is not None:
+        return refusal
+    if (error := machine.broken.get(name)) is not None:
+        return f"{library.module} cannot be imported ({error}); install it again: {library.install}"
+    if (version := machine.libraries.get(name)) is None:
+        install = _JETPACK if name == "tensorrt" and machine.is_jetson else library.install
+        return f"{library.module} is not installed: {install}"
+    return library.refusal(version)
 
 
 def _logger(api: Api, messages: Messages) -> trt.ILogger:
@@ -139,8 +154,7 @@ def _logger(api: Api, messages: Messages) -> trt.ILogger:
 
         def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
             line = " ".join(msg.split())
-            # The smaller the number, the worse.
-            if int(severity) <= int(error):
+            if int(severity) <= int(error):  # the smaller the number, the worse
                 messages.kept.append(line)
             if messages.say is not None:
                 messages.say(f"{'warning: ' if int(severity) == int(warning) else ''}{line}")

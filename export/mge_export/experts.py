@@ -1,0 +1,145 @@
+"""The chain as one module for each expert: its inputs, what it computes, its outputs.
+
+Each becomes one graph with a dynamic batch; tensor names wire them, so that whatever runs the chain needs no knowledge
+of experts. The last one also holds the gate and the mixture, so an early exit saves the gate's backbone. The arithmetic
+of attention, heads and mixture is the model's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mge.attention import attention_box, crop_resize, grad_cam
+from mge.config import MGEConfig
+from mge.model import Expert, Gate, MGENet
+from mge_export.dual_head import DualHead
+from mge_export.precision import Precision
+from mge_export.typed import TypedBackbone, half_heads, typed_expert, typed_gate
+from mge_runtime.manifest import BATCH, FRAME, GraphSpec, Preprocess, TensorSpec, ViewSpec
+
+__all__ = ["ExpertGraph", "build_graphs", "views"]
+
+
+class Normalize(nn.Module):
+    """Frames as they come from the host, normalised."""
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1))
+
+    def forward(self, frame: Tensor) -> Tensor:
+        """Uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
+        # The cast comes first: TensorRT knows uint8 as an input alone and refuses to transpose it.
+        image = frame.to(torch.float32).permute(0, 3, 1, 2)
+        return (image / 255 - self.mean) / self.std
+
+
+class ExpertGraph(nn.Module):
+    """Expert k: its logits, its attention and the crop for the next one; the last: the logits of the whole chain.
+
+    Args:
+        model: left as it is; the graph owns copies of its weights.
+        k: which expert, from 1.
+        precision: of backbones and the part convolution.
+        half_linear: compute linear heads in half too, as TensorRT-RTX on Turing needs.
+
+    Raises:
+        ExportError: a weight is not finite in this precision, or the head cannot be traced.
+    """
+
+    def __init__(self, model: MGENet, k: int, precision: Precision, *, half_linear: bool = False) -> None:
+        super().__init__()
+        config = model.config
+        last = k == config.experts
+        gate: Gate | None = model.gate if last else None
+        self.k = k
+        self.precision = precision
+        self.size = config.image_size
+        self.threshold = None if last else config.box_thresholds[k - 1]
+        # The last expert normalises the frame once more for the gate: that is cheaper than to keep the first's image.
+        self.normalize = Normalize(config.preprocess) if k == 1 or gate is not None else None
+        self.expert = typed_expert(cast(Expert, model.experts[k - 1]), precision, self.size)
+        self.gate = None if gate is None else typed_gate(gate, precision, self.size)
+        # Not always the expert's own: see MGEConfig.attention_head.
+        attention_head = copy.deepcopy(model.attention_head(k - 1))
+        with FakeTensorMode(allow_non_fake_inputs=True):  # computes shapes alone
+            shape = self.expert.features(torch.zeros(1, 3, self.size, self.size))[1].shape
+        if half_linear:
+            for module in (self.expert, self.gate, attention_head):
+                if module is not None:
+                    half_heads(module)
+        self.dual_head = DualHead(attention_head, torch.zeros(shape))
+        self.spec = _spec(config, k, map_shape=tuple(shape[2:]), gate=gate is not None)
+
+    @property
+    def underflowed(self) -> int:
+        """How many of the backbones' weights became zero in this precision."""
+        return sum(part.underflowed for part in self.modules() if isinstance(part, TypedBackbone))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """From the specification's inputs to its outputs, in its order."""
+        k = self.k
+        tensors = dict(zip([tensor.name for tensor in self.spec.inputs], inputs, strict=True))
+        frame = None if self.normalize is None else self.normalize(tensors[FRAME])
+        image = tensors.get(f"image_{k}", frame)
+        assert image is not None  # noqa: S101 - the first expert has the frame, any other its image
+        c4, c5 = self.expert.features(image)
+        logits = self.expert.concat_logits(c5, self.expert.part_features(c4))
+        _, gradient = self.dual_head(c5)
+        heatmap = grad_cam(c5, gradient)
+        tensors |= {f"logits_{k}": logits, f"heatmap_{k}": heatmap}
+        if self.gate is not None and frame is not None:
+            gate = self.gate(frame)
+            logits = torch.stack([tensors[f"logits_{number}"] for number in range(1, k + 1)], 1)
+            tensors |= {"gate": gate, self.spec.logits: (gate[:, :, None] * logits).sum(1)}
+        else:
+            # The mean over experts 1..k as a running mean, so that a graph needs one tensor of its predecessors.
+            mean = logits.clone() if k == 1 else (tensors[f"mean_logits_{k - 1}"] * (k - 1) + logits) / k
+            tensors[self.spec.logits] = mean
+        if self.threshold is not None:
+            box = attention_box(heatmap, self.size, self.threshold)
+            tensors |= {f"box_{k}": box, f"image_{k + 1}": crop_resize(image, box, self.size)}
+        return tuple(tensors[tensor.name] for tensor in self.spec.outputs)
+
+
+@torch.no_grad()
+def build_graphs(model: MGENet, precision: Precision, *, half_linear: bool = False) -> tuple[ExpertGraph, ...]:
+    """Split a model into the graphs of its experts, in the order they run; see `ExpertGraph`."""
+    graphs = (ExpertGraph(model, k, precision, half_linear=half_linear) for k in range(1, model.config.experts + 1))
+    return tuple(graph.eval().requires_grad_(False) for graph in graphs)
+
+
+def views(config: MGEConfig) -> tuple[ViewSpec, ...]:
+    """What each expert saw and said: expert k looks through the box of expert k - 1."""
+    return tuple(
+        ViewSpec(f"logits_{k}", f"heatmap_{k}", f"box_{k - 1}" if k > 1 else None) for k in range(1, config.experts + 1)
+    )
+
+
+def _spec(config: MGEConfig, k: int, *, map_shape: tuple[int, ...], gate: bool) -> GraphSpec:
+    size, classes, last = config.image_size, config.num_classes, k == config.experts
+    frame = TensorSpec(FRAME, "uint8", (BATCH, size, size, 3))
+    inputs = [frame] if k == 1 else [_tensor(f"image_{k}", 3, size, size)]
+    if gate:
+        inputs += [frame] if k > 1 else []
+        inputs += [_tensor(f"logits_{number}", classes) for number in range(1, k)]
+    elif k > 1:
+        inputs.append(_tensor(f"mean_logits_{k - 1}", classes))
+    logits = "logits" if last else f"mean_logits_{k}"
+    outputs = [_tensor(f"logits_{k}", classes), _tensor(f"heatmap_{k}", *map_shape)]
+    # The last expert's map is looked at, but nothing is cropped by it: it has no threshold and no box.
+    outputs += [] if last else [_tensor(f"box_{k}", 4), _tensor(f"image_{k + 1}", 3, size, size)]
+    outputs += [_tensor("gate", config.experts)] if gate else []
+    return GraphSpec(f"expert_{k}", tuple(inputs), (*outputs, _tensor(logits, classes)), logits)
+
+
+def _tensor(name: str, *axes: int) -> TensorSpec:
+    return TensorSpec(name, "float32", (BATCH, *axes))
