@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types unit fuzz format wheel check-bare check-network check-jetson check-tensorrt check-python check-oldest clean
+.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-tensorrt check-python check-oldest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -55,6 +55,12 @@ types: $(READY) ## pyright, strict on the runtime
 
 unit: $(READY) ## the tests
 	$(BIN)/python -m pytest -q
+
+fast: $(READY) ## the runtime's quick tests, while you edit: under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not slow' tests/runtime tests/test_imports.py tests/test_options.py
+
+docs: $(READY) ## the site in build/site; links and docstrings are checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 fuzz: $(READY) ## some 20,000 damaged and forged inputs; `make test` tries 500
 	MGE_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -q --timeout 0 tests/runtime/test_fuzz_*.py
