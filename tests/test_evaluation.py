@@ -105,7 +105,7 @@ def test_a_calibrated_bundle_shows_what_it_answers(data, files, tmp_path):
     path = tmp_path / "mge.plan"
     shutil.copy(files / "mge.plan", path)
     plain = figures(data, "--engine", path)
-    add_calibration(path, {"temperatures": {"answer_1": 3.0, "answer_2": 2.0, "logits": 0.25}, "exits": None})
+    add_calibration(path, {"temperatures": {"mean_logits_1": 3.0, "mean_logits_2": 2.0, "logits": 0.25}, "exits": None})
     found = figures(data, "--engine", path)
     assert (plain["temperature"], found["temperature"]) == (None, 0.25)
     assert plain["heads"][-1]["calibrated_nll"] is None
