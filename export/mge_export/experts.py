@@ -32,14 +32,15 @@ class Normalize(nn.Module):
         super().__init__()
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1))
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1))
 
     def forward(self, frame: Tensor) -> Tensor:
         """Uint8 [B, S, S, 3] to float32 [B, 3, S, S]."""
         # The cast comes first: TensorRT knows uint8 as an input alone and refuses to transpose it.
         image = frame.to(torch.float32).permute(0, 3, 1, 2)
-        return (image / 255 - self.mean) / self.std
+        # Flat, since ONNX Runtime would move the transposition behind these: channels last they take ten times as long.
+        return ((image.flatten(2) / 255 - self.mean) / self.std).unflatten(2, image.shape[2:])
 
 
 class ExpertGraph(nn.Module):
