@@ -20,8 +20,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from mge.evaluation import top_k_correct
+from mge_calibration.quality import mean_interval
 from mge_runtime.compare import box_area, box_iou
-from mge_runtime.metrics import bootstrap_mean
 
 CHANGES = 1  # images whose class may change, in each head
 IOU_MEDIAN, IOU_P1 = 1.0, 0.95
@@ -42,8 +42,8 @@ def compare_top1(sides: list[tuple[list[Arrays], str]]) -> None:
         accuracies = [100 * one.mean() for one in right]
         print(f"{head:<18}{np.mean(accuracies):7.2f} %   seeds: {' '.join(f'{value:.2f}' for value in accuracies)}")
         shares.append(np.mean(right, axis=0))
-    mean, low, high = (100 * value for value in bootstrap_mean(shares[0].astype(float) - shares[1]))
-    print(f"difference {mean:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}], {len(shares[0])} images")
+    found, images = mean_interval(100 * (shares[0].astype(float) - shares[1])), len(shares[0])
+    print(f"difference {found.value:+.2f} points, 95 % interval [{found.low:+.2f}, {found.high:+.2f}], {images} images")
 
 
 def compare_parity(first: Arrays, second: Arrays) -> list[str]:

@@ -9,10 +9,9 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BINS", "bin_starts", "bootstrap_mean", "calibration_bins", "calibration_error", "log_softmax"]
+__all__ = ["BINS", "bin_starts", "calibration_bins", "calibration_error", "log_softmax"]
 
 BINS = 15  # of equal mass
-_CHUNK = 1 << 22  # values drawn at once
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
@@ -54,30 +53,3 @@ def bin_starts(images: int, bins: int = BINS) -> NDArray[np.intp]:
     """Where each bin of equal mass begins among images sorted by confidence; fewer images than bins are a bin each."""
     sizes = [len(part) for part in np.array_split(np.arange(images), min(bins, images))]
     return np.concatenate(([0], np.cumsum(sizes)[:-1])).astype(np.intp)
-
-
-def bootstrap_mean(
-    values: NDArray[Any], *, resamples: int = 10_000, level: float = 0.95, seed: int = 0
-) -> tuple[float, float, float]:
-    """A mean with its percentile bootstrap interval (Efron 1979).
-
-    For two answers to the same images give the differences, image by image: the bootstrap is paired then.
-
-    Args:
-        values: [N], one for each image.
-        resamples: bootstrap draws.
-        level: coverage of the interval, in (0, 1).
-        seed: of the draws.
-
-    Returns:
-        The mean, and the interval's ends.
-    """
-    exact, rng = values.astype(np.float64), np.random.default_rng(seed)
-    count = len(exact)
-    size = max(1, _CHUNK // count)
-    means = [
-        exact[rng.integers(count, size=(min(size, resamples - done), count))].mean(1)
-        for done in range(0, resamples, size)
-    ]
-    low, high = np.quantile(np.concatenate(means), ((1 - level) / 2, (1 + level) / 2))
-    return float(exact.mean()), float(low), float(high)
