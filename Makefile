@@ -30,21 +30,21 @@ $(READY): pyproject.toml
 
 # One thread computes and one process reads images: the networks are too small to share over two cores.
 demo: export OMP_NUM_THREADS = 1
-demo: $(READY) ## draw a field guide, train, export, answer; some minutes on two cores
+demo: $(READY) ## draw a field guide, train, export, predict; some minutes on two cores
 	$(BIN)/mge-field-guide $(DEMO)/field-guide
 	$(BIN)/mge-train --data $(DEMO)/field-guide --out $(DEMO)/run --overwrite --epochs 10 $(RECIPE)
 	$(BIN)/mge-eval --ckpt $(DEMO)/run/best.pt --data $(DEMO)/field-guide
 	$(BIN)/mge-export --ckpt $(DEMO)/run/best.pt -o $(DEMO)/mge.plan --verify-data $(DEMO)/field-guide/val
-	$(BIN)/mge-run --engine $(DEMO)/mge.plan $(DEMO)/field-guide/test/*-scarlet-*/*0.png --save $(DEMO)/pictures
+	$(BIN)/mge-run --engine $(DEMO)/mge.plan $(DEMO)/field-guide/test/*-scarlet-*/*0.png --save $(DEMO)/drawn
 	@$(BIN)/mge-run --engine $(DEMO)/mge.plan $$(ls $(DEMO)/field-guide/test/golden-hooded-scarlet-*/*.png | head -n 1)
-	@echo; echo "the bundle is $(DEMO)/mge.plan; pictures of the answers lie in $(DEMO)/pictures"
+	@echo; echo "the bundle is $(DEMO)/mge.plan; what each expert saw is drawn in $(DEMO)/drawn"
 
-# A backbone that learns from nothing, at the size the birds are drawn for; see docs/results.md for the longer run.
+# A backbone that learns from nothing, at the size the birds are drawn for; see docs/lab/results.md for the longer run.
 RECIPE = --arch plainnet_w16 --init none --image-size 112 --resize 128 --batch-size 16 --schedule onecycle \
   --backbone-lr 0.05 --head-lr 0.05 --weight-decay 5e-4 --label-smoothing 0.1 --diversity none --parts-per-class 4 \
   --box-threshold 0.3 --workers 1 --accelerator cpu
 
-test: lint types unit ## everything that CI holds: lint, types, tests
+test: lint types unit ## everything that CI checks: lint, types, tests
 
 lint: $(READY) ## style, imports that point the wrong way
 	$(BIN)/ruff check .
@@ -65,18 +65,18 @@ docs: $(READY) ## the site in build/site; links and docstrings are checked
 fuzz: $(READY) ## some 20,000 damaged and forged inputs; `make test` tries 500
 	MGE_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -q --timeout 0 tests/runtime/test_fuzz_*.py
 
-format: $(READY) ## put the sources into shape
+format: $(READY) ## format the sources
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 wheel: $(READY) ## build the wheel into dist/
 	$(BIN)/python -m hatchling build -t wheel
 
-check-bare: wheel ## install the wheel alone, answer without torch
+check-bare: wheel ## install the wheel alone, predict without torch
 	$(BIN)/python tests/runtime/tiny_chain.py dist/tiny.plan
 	benchmarks/check_bare.sh dist/tiny.plan $(PYTHON)
 
-check-network: $(READY) ## does an answering process ask for a host or write anything? twenty seconds under strace
+check-network: $(READY) ## does a predicting process ask for a host or write anything? twenty seconds under strace
 	MGE_NETWORK_SECONDS=20 $(BIN)/python -m pytest -q tests/test_privacy.py
 
 check-jetson: wheel ## would pip find everything on JetPack 6 (Python 3.10, aarch64)? nothing is installed
