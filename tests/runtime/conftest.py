@@ -115,7 +115,7 @@ def on_cpu(bundle_path):
 
 @pytest.fixture(scope="session")
 def frames(on_cpu):
-    """The frames that a self-check without pictures draws."""
-    from mge_runtime.selfcheck import drawn_frames
+    """The frames of a self-check without images."""
+    from mge_runtime.selfcheck import Images
 
-    return drawn_frames(on_cpu.manifest.preprocess).frames
+    return Images.synthetic(on_cpu.manifest.preprocess).frames
