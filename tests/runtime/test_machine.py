@@ -91,20 +91,20 @@ def test_a_folder_of_type_stubs_is_no_library(tmp_path, monkeypatch):
     (tmp_path / "mge_test_stubs").mkdir()
     (tmp_path / "mge_test_stubs" / "__init__.pyi").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(mge_runtime.machine._LIBRARIES, "stubs", ("mge_test_stubs", ()))
-    assert "stubs" not in describe_machine().libraries
+    monkeypatch.setitem(mge_runtime.machine._LIBRARIES, "mge-test-stubs", "mge_test_stubs")
+    assert "mge-test-stubs" not in describe_machine().libraries
     (tmp_path / "mge_test_stubs" / "__init__.py").touch()
     importlib.invalidate_caches()
-    assert describe_machine().libraries["stubs"] == "unknown"
+    assert describe_machine().libraries["mge-test-stubs"] == "unknown"
 
 
 def test_a_library_that_cannot_be_imported_is_broken(tmp_path, monkeypatch):
     (tmp_path / "mge_test_broken.py").write_text("raise OSError('libnothing.so.1:\\n cannot open')")
     (tmp_path / "mge_test_sound.py").write_text("__version__ = '2.5'")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("broken", "sound"):
-        monkeypatch.setitem(mge_runtime.machine._LIBRARIES, name, (f"mge_test_{name}", ()))
     names = ("broken", "sound")
+    for name in names:
+        monkeypatch.setitem(mge_runtime.machine._LIBRARIES, name, f"mge_test_{name}")
     assert {name: describe_machine().libraries[name] for name in names} == {"broken": "unknown", "sound": "unknown"}
     machine = describe_machine(names, always=True)
     assert machine.libraries["sound"] == "2.5"
