@@ -77,7 +77,7 @@ def run_bench(
     """
     end = time.perf_counter() + seconds
     say(f"this takes {seconds:.0f} s at most; --seconds names another time")
-    with subject.open(True) as pipeline:
+    with subject.open() as pipeline:
         most, largest = pipeline.max_batch, max(batches)
         if most is not None and largest > most:
             raise BackendError(

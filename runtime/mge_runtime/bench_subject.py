@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +49,8 @@ class Subject:
     device: str  # "cpu" or "cuda:0"
     options: Mapping[str, Any]  # other arguments of `Pipeline.open`: threads, mmap, max_pixels
     machine: Machine
-    open: Callable[[bool], Pipeline]  # opens it anew: with CUDA graphs, or without
-    reference: Callable[[], Pipeline] | None  # opens ONNX Runtime on the CPU; None: that is what is checked
+    open: Callable[..., Pipeline]  # opens it anew; takes `graphs` of `Pipeline.open`
+    reference: Callable[..., Pipeline] | None  # opens ONNX Runtime on the CPU; None: that is what is checked
 
     @property
     def precision(self) -> str:
@@ -74,15 +76,20 @@ def open_subject(
 ) -> Subject:
     """Choose what runs a bundle here; takes what `Pipeline.open` takes.
 
+    Where engines are missing that would run, the logger "mge_runtime" gets one line with the command to build them.
+
     Raises:
         BundleError: the file is missing, no bundle or damaged.
         BackendError: nothing can run it here.
     """
-    options = {"threads": threads, "mmap": mmap, "max_pixels": max_pixels}
+    options: dict[str, Any] = {"threads": threads, "mmap": mmap, "max_pixels": max_pixels}
     with Bundle.open(path) as bundle:
         bundle.verify()  # a report names the manifest's hash, and opening does not hash the weights
         choice = choose(device, backend, bundle=bundle)
-        reference = None if choice.device == "cpu" else lambda: Pipeline.open(path, "cpu", "onnxruntime", **options)
+        if buildable := next((other for other in choice.passed_over if other.command is not None), None):
+            line = f"running with {choice}; not with {buildable.backend} on {buildable.device}: {buildable.reason}"
+            logging.getLogger("mge_runtime").warning(line)
+        on_cpu = partial(Pipeline.open, path, "cpu", "onnxruntime", **options)
         return Subject(
             path=Path(path),
             manifest=bundle.manifest,
@@ -93,8 +100,8 @@ def open_subject(
             device=choice.device,
             options=options,
             machine=describe_machine(always=True),
-            open=lambda graphs: Pipeline.open(path, choice.device, choice.backend, graphs=graphs, **options),
-            reference=reference,
+            open=partial(Pipeline.open, path, choice.device, choice.backend, **options),
+            reference=None if choice.device == "cpu" else on_cpu,
         )
 
 

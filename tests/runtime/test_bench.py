@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +15,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mge_runtime import bench, bench_subject
+from mge_runtime.backends import choose
 from mge_runtime.bench import NO_TIME
 from mge_runtime.bench_report import BatchTimes
 from mge_runtime.bundle import add_calibration
 from mge_runtime.cli.bench import main
 from mge_runtime.errors import BackendError
+from mge_runtime.machine import Machine
 from mge_runtime.pipeline import Pipeline
 
 
@@ -141,8 +145,19 @@ def test_everything_that_is_measured_is_opened_as_asked_for(bundle_path, tmp_pat
     result = run(bundle_path, "--no-mmap", "--max-pixels", "20", tmp_path)
     assert result.exit_code == 0, result.output
     asked = {"threads": 1, "mmap": False, "max_pixels": 20}
-    assert opened == [{"graphs": True, **asked}, asked]
+    assert opened == [asked, asked]
     assert "process start to first prediction" in result.stdout
+
+
+def test_engines_that_would_run_are_said_to_be_missing(bundle_path, monkeypatch, caplog):
+    orin = Path(__file__).with_name("machines") / "jetson-agx-orin-jetpack-6.2.json"
+    machine = Machine.from_json(orin.read_bytes())
+    monkeypatch.setattr(bench_subject, "choose", partial(choose, machine=machine))
+    subject = bench_subject.open_subject(bundle_path)
+    assert subject.backend == "onnxruntime"
+    subject.open().close()
+    (record,) = caplog.records
+    assert "not with tensorrt on cuda:0: no engines are ready for Orin (sm87) (the bundle has none)" in record.message
 
 
 # --- the time it takes, and signals -------------------------------------------------------------------------------

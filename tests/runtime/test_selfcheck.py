@@ -82,7 +82,7 @@ def failing(on_cpu):
         def close(self):
             pass
 
-    return replace(on_cpu, open=lambda _: Failing())
+    return replace(on_cpu, open=lambda **_: Failing())
 
 
 def test_a_failed_check_is_reported_the_others_go_on_and_the_exit_code_is_1(bundle_path, failing, frames, monkeypatch):

@@ -86,10 +86,10 @@ def on_device(on_cpu):
     """Make a subject that runs on the host as a device, checked against the CPU."""
 
     def make(change=unchanged, *, opened=OnDevice, **device):
-        def open_it(graphs):
+        def open_it(graphs=True):
             return opened(on_cpu.path, GraphDevice(**device), graphs, change)
 
-        return replace(on_cpu, backend="a device", device="host", open=open_it, reference=lambda: on_cpu.open(True))
+        return replace(on_cpu, backend="a device", device="host", open=open_it, reference=on_cpu.open)
 
     return make
 
@@ -202,8 +202,8 @@ def test_a_leak_on_the_host_fails(on_cpu, frames):
         pytest.skip("this system does not tell how much memory is in use")
     kept = []
 
-    def leaking(graphs):
-        opened = on_cpu.open(graphs)
+    def leaking():
+        opened = on_cpu.open()
         run = opened.run
 
         def run_and_keep(*arguments, **options):

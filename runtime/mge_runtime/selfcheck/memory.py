@@ -60,7 +60,7 @@ def check_memory(
         gc.collect()
         gc.freeze()  # collections look at what is made from here on: others' objects take a second each
         stack.callback(gc.unfreeze)
-        opened = stack.enter_context(closing(subject.open(True)))
+        opened = stack.enter_context(closing(subject.open()))
         batch = frames[: batch_size(opened)]
         for _ in range(_WARM_UP):
             opened.run(frames[:1])

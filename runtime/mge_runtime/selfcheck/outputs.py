@@ -116,7 +116,7 @@ def check_parity(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     outputs = compared_tensors(subject.manifest)
     with closing(subject.reference()) as opened:
         reference = _run_all(opened, frames, outputs, _BATCH)
-    with closing(subject.open(True)) as opened:
+    with closing(subject.open()) as opened:
         found = _run_all(opened, frames, outputs, batch_size(opened))
     compared = _compare(found, reference, subject)
     return Result.of(compared.failures, compared.summary, compared.numbers)
@@ -125,7 +125,7 @@ def check_parity(subject: Subject, frames: NDArray[np.uint8]) -> Result:
 def check_batches(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     """Every frame alone, against batches of eight with a smaller one at the end."""
     outputs = compared_tensors(subject.manifest)
-    with closing(subject.open(True)) as opened:
+    with closing(subject.open()) as opened:
         batch = batch_size(opened)
         if batch == 1:
             return Result("not run", "the engines were built for a batch of 1 alone")
@@ -144,7 +144,7 @@ def check_graphs(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     failures: list[str] = []
     found: list[str] = []
     numbers: dict[str, JsonValue] = {}
-    with closing(subject.open(True)) as opened, closing(subject.open(False)) as plain:
+    with closing(subject.open()) as opened, closing(subject.open(graphs=False)) as plain:
         if not opened.report():
             return Result("not run", _ON_CPU)
         for batch in dict.fromkeys((1, min(batch_size(opened), len(frames)))):
@@ -171,7 +171,7 @@ def check_copies(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     outputs = compared_tensors(subject.manifest)
     failures: list[str] = []
     numbers: dict[str, int] = {}
-    with closing(subject.open(True)) as opened:
+    with closing(subject.open()) as opened:
         if not opened.report():
             return Result("not run", _ON_CPU)
         for run in range(4):  # plain, captured, launched, and once more
@@ -194,12 +194,12 @@ def check_copies(subject: Subject, frames: NDArray[np.uint8]) -> Result:
 def check_together(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     """Two pipelines in two threads, each with frames in another order and in other batches, against one alone."""
     outputs = compared_tensors(subject.manifest)
-    with closing(subject.open(True)) as opened:
+    with closing(subject.open()) as opened:
         alone = _run_all(opened, frames, outputs, 1)
 
     def compare_rounds(order: NDArray[np.intp], batch: int) -> list[_Comparison]:
         wanted = {name: array[order] for name, array in alone.items()}
-        with closing(subject.open(True)) as opened:
+        with closing(subject.open()) as opened:
             size = min(batch, batch_size(opened))
             found = [_run_all(opened, frames[order], outputs, size) for _ in range(_ROUNDS)]
         return [_compare(tensors, wanted, subject) for tensors in found]
