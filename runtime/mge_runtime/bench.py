@@ -84,9 +84,7 @@ def run_bench(
                 f"asked to measure batches of {largest}; the engines were built for at most {most}: "
                 f"name smaller ones, or build for more with `mge-build --batch 1,1,{largest}`"
             )
-        max_pixels, reading = subject.options["max_pixels"], _READ_SHARE * seconds
-        preprocess = subject.manifest.preprocess
-        images = Images.read(named, preprocess, max_pixels=max_pixels, problem=problem, seconds=reading)
+        images = Images.read(named, subject, problem=problem, seconds=_READ_SHARE * seconds)
         report = BenchReport(subject, images.source)
         with suppress(KeyboardInterrupt):
             now = time.perf_counter()

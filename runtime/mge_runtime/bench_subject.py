@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,24 +118,23 @@ class Images:
     def read(
         cls,
         named: Sequence[NamedImage],
-        spec: Preprocess,
+        subject: Subject,
         *,
-        max_pixels: int,
         problem: Callable[[InputError], None],
-        seconds: float,
+        seconds: float = math.inf,
     ) -> Images:
-        """The first 64 named images that can be read; synthetic ones where none is named.
+        """The first 64 named images that can be read, as frames for a bundle; synthetic ones where none is named.
 
         Args:
             named: where to read from.
-            spec: makes frames of them.
-            max_pixels: as for `Pipeline.open`.
+            subject: says how frames are made, and how many pixels an image may have.
             problem: is told of each image that cannot be read; it is left out.
             seconds: after which no more are read, but one.
 
         Raises:
             InputError: none can be read.
         """
+        spec = subject.manifest.preprocess
         if not named:
             return cls.synthetic(spec)
         files: list[ImageSource] = []
@@ -146,7 +146,7 @@ class Images:
                 break
             try:
                 source = image.source()
-                frames.append(to_frame(decode_picture(source, max_pixels), spec)[0])
+                frames.append(to_frame(decode_picture(source, subject.options["max_pixels"]), spec)[0])
                 files.append(source)
             except InputError as error:
                 problems.append(error)

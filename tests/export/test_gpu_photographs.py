@@ -1,17 +1,14 @@
 """The checks of `mge-bench --selfcheck` on real exports and photographs: on the CPU, and on every backend of a GPU."""
 
-import math
-
 import pytest
 
 from mge_runtime.selfcheck import Images, open_subject
-from mge_runtime.sources import MAX_PIXELS, find_images
+from mge_runtime.sources import find_images
 from tests.helpers.gpu import BACKENDS, CHECKS, open_on_gpu, selfcheck
 
 
 def read(folder, subject):
-    named, spec = find_images([str(folder)]).images, subject.manifest.preprocess
-    images = Images.read(named, spec, max_pixels=MAX_PIXELS, problem=pytest.fail, seconds=math.inf)
+    images = Images.read(find_images([str(folder)]).images, subject, problem=pytest.fail)
     assert images.source == "10 named images"
     return images.frames
 

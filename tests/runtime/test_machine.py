@@ -30,6 +30,7 @@ def test_recorded_machines_are_what_is_printed(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (None, "orin.json is no JSON ("),
         ({"system": 3}, "orin.json: system is 3; expected a text: record the machine again with mge-info --machine"),
         ({"driver": "x"}, 'orin.json: driver is "x"; expected no field of this name: record'),
         ({"gpus": [{"name": "Orin"}]}, "orin.json: gpus[0].capability is null; expected this field, which is missing"),
@@ -40,16 +41,11 @@ def test_recorded_machines_are_what_is_printed(path):
     ],
 )
 def test_a_wrong_field_is_named_by_its_path(change, message):
-    values = {**json.loads(ORIN.to_json()), **change}
+    data = ORIN.to_json()[:-9] if change is None else json.dumps({**json.loads(ORIN.to_json()), **change}).encode()
     with pytest.raises(InputError) as caught:
-        Machine.from_json(json.dumps(values).encode(), "orin.json")
+        Machine.from_json(data, "orin.json")
     assert message in str(caught.value)
     assert "bundle" not in str(caught.value)
-
-
-def test_what_is_no_json_is_no_machine():
-    with pytest.raises(InputError, match=r"machine\.json is no JSON .*record the machine again"):
-        Machine.from_json(b"{")
 
 
 # --- this machine -------------------------------------------------------------------------------------------------
@@ -57,18 +53,16 @@ def test_what_is_no_json_is_no_machine():
 
 def test_describing_a_machine_without_gpu_imports_no_library():
     code = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys\n"
         "from mge_runtime.machine import describe_machine\n"
-        "machine = describe_machine()\n"
-        "print(time.process_time() - start, len(machine.gpus))\n"
+        "print(len(describe_machine().gpus))\n"
         "print([name for name in ('onnxruntime', 'tensorrt_rtx', 'cuda.core', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    (seconds, gpus), loaded = done.stdout.splitlines()[0].split(), done.stdout.splitlines()[1]
+    gpus, loaded = done.stdout.splitlines()
     if int(gpus):
         pytest.skip("this machine has a GPU: its libraries are imported to see whether they work")
     assert loaded == "[]"
-    assert float(seconds) < 0.3
 
 
 def test_versions_from_metadata_are_those_of_the_modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,8 +127,7 @@ def main(
         if selfcheck:
             from mge_runtime.selfcheck import run_checks
 
-            preprocess = subject.manifest.preprocess
-            read = Images.read(found, preprocess, max_pixels=max_pixels, problem=report_error, seconds=math.inf)
+            read = Images.read(found, subject, problem=report_error)
             report = run_checks(subject, read, runs=runs, say=_say, interrupt=interrupt)
         else:
             from mge_runtime.bench import run_bench

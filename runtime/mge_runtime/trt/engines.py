@@ -67,11 +67,8 @@ class EngineDetails:
             version=fields["version"].text(),
             gpu=fields["gpu"].optional(Gpu.from_field),
             batch=BatchRange(*sizes),
-            precision={
-                graph: {key: value.value for key, value in facts.table().items()}
-                for graph, facts in fields["precision"].table().items()
-            },
-            options={key: value.value for key, value in fields["options"].table().items()},
+            precision={graph: facts.free() for graph, facts in fields["precision"].table().items()},
+            options=fields["options"].free(),
             built_by=fields["built_by"].text(),
         )
 
