@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING
 
 from mge_runtime.bench_report import BatchTimes, BenchReport
 from mge_runtime.bench_subject import Images, Subject
-from mge_runtime.errors import BackendError, InputError, MGEError, one_line
+from mge_runtime.errors import BackendError, MGEError, one_line
 
 if TYPE_CHECKING:
     from mge_runtime.pipeline import Pipeline
-    from mge_runtime.sources import NamedImage
 
 __all__ = ["run_bench"]
 
@@ -27,8 +26,7 @@ NO_TIME = "no time was left; name more --seconds"  # why something was not measu
 START_UP = "start-up"
 _CHAIN, _FILE = "chain", "image file to prediction"
 
-_READ_SHARE = 0.1  # of the whole time, to read the named images; one is read in any case
-_BATCH_SHARE = 0.8  # of what is left then, for all batch sizes; the rest is for fresh processes
+_BATCH_SHARE = 0.8  # of the time, for all batch sizes; the rest is for fresh processes
 _WARM_UP = 3  # runs of a batch size that do not count: allocators find their size, a GPU captures its graphs
 _MOST_RUNS, _MOST_STARTS = 1000, 7
 
@@ -49,12 +47,11 @@ with Pipeline.open(engine, device, backend, **json.loads(options)) as pipeline:
 
 def run_bench(
     subject: Subject,
-    named: Sequence[NamedImage] = (),
+    images: Images,
+    batches: Sequence[int],
+    seconds: float,
     *,
-    batches: Sequence[int] = (1,),
-    seconds: float = 60.0,
     say: Callable[[str], None] = lambda _line: None,
-    problem: Callable[[InputError], None] = lambda _error: None,
     interrupt: Callable[[], None] = lambda: None,
 ) -> BenchReport:
     """Measure a bundle.
@@ -64,19 +61,16 @@ def run_bench(
 
     Args:
         subject: what to measure.
-        named: images to measure with; none: synthetic ones.
+        images: what to measure with.
         batches: sizes.
         seconds: for all of it.
         say: is told what is being done.
-        problem: is told of each named image that cannot be read; it is left out.
         interrupt: raises an interrupt that got lost.
 
     Raises:
-        InputError: no named image can be read.
         BackendError: a batch is larger than the engines take, or the first one fails.
     """
     end = time.perf_counter() + seconds
-    say(f"this takes {seconds:.0f} s at most; --seconds names another time")
     with subject.open() as pipeline:
         most, largest = pipeline.max_batch, max(batches)
         if most is not None and largest > most:
@@ -84,7 +78,6 @@ def run_bench(
                 f"asked to measure batches of {largest}; the engines were built for at most {most}: "
                 f"name smaller ones, or build for more with `mge-build --batch 1,1,{largest}`"
             )
-        images = Images.read(named, subject, problem=problem, seconds=_READ_SHARE * seconds)
         report = BenchReport(subject, images.source)
         with suppress(KeyboardInterrupt):
             now = time.perf_counter()
