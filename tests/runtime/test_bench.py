@@ -188,10 +188,10 @@ def test_a_run_ends_in_its_time_and_lists_what_that_left_no_time_for(bundle_path
 # Says "ran" after each run; the runs would go on for minutes.
 STOPPED = """
 import sys, time
-from mge_runtime import bench
+from mge_runtime import bench, bench_subject
 from mge_runtime.cli.bench import main
 from mge_runtime.pipeline import Pipeline
-bench._WARM_UP = 1
+bench._WARM_UP, bench_subject._SYNTHETIC = 1, 1
 run_timed = Pipeline.run_timed
 def slowly(self, frames):
     result = run_timed(self, frames)
@@ -248,6 +248,7 @@ def test_a_report_is_written_though_nobody_reads_what_is_printed(bundle_path, tm
     ("option", "value", "said"),
     [
         *(("--seconds", text, "Invalid value for '--seconds'") for text in ("0", "nan", "1e3", "86401", "9" * 401, "")),
+        ("--runs", "1", "Invalid value for '--runs'"),
         *(("--batch", text, "is no batch size") for text in ("0", "1,x", "-1", "", "1,,2", "5000", "9" * 5000)),
     ],
 )

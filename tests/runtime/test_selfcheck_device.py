@@ -85,9 +85,9 @@ class OnDevice:
 def on_device(on_cpu):
     """Make a subject that runs on the host as a device, checked against the CPU."""
 
-    def make(change=unchanged, *, opened=OnDevice, **device):
+    def make(change=unchanged, *, opened=OnDevice, always=False, **device):
         def open_it(graphs=True):
-            return opened(on_cpu.path, GraphDevice(**device), graphs, change)
+            return opened(on_cpu.path, GraphDevice(**device), graphs or always, change)
 
         return replace(on_cpu, backend="a device", device="host", open=open_it, reference=on_cpu.open)
 
@@ -166,18 +166,15 @@ def test_engines_for_one_image_have_no_batches(on_device, frames):
 
 @pytest.mark.parametrize(
     ("device", "said"),
-    [({"stale": True}, "batch 1: "), ({"refusal": True}, "batch 8: no graph: the host has no graphs")],
+    [
+        ({"stale": True}, "batch 1: "),
+        ({"refusal": True}, "batch 8: no graph: the host has no graphs"),
+        ({"always": True}, "where graphs were turned off"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_graphs_that_replay_old_work_or_were_refused_fail(on_device, frames, device, said):
+def test_graphs_that_do_old_work_were_refused_or_cannot_be_turned_off_fail(on_device, frames, device, said):
     assert_fails(check_graphs(on_device(**device), frames), said)
-
-
-def test_a_switch_that_does_nothing_fails(on_device, frames):
-    class Always(OnDevice):
-        def __init__(self, path, device, graphs, change):  # noqa: ARG002
-            super().__init__(path, device, True, change)
-
-    assert_fails(check_graphs(on_device(opened=Always), frames), "where graphs were turned off")
 
 
 def test_one_copy_too_many_fails(on_device, frames):
