@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
@@ -77,6 +78,15 @@ def test_a_failed_check_is_reported_the_others_go_on_and_the_exit_code_is_1(bund
     result = CliRunner().invoke(main, ["--engine", str(bundle_path), "--selfcheck", "--runs", "2"])
     assert result.exit_code == 1
     assert result.stdout.count("\nFAILED ") == 5
+
+
+def test_an_interrupt_leaves_out_the_checks_that_follow(failing, frames):
+    interrupt = Mock(side_effect=[None, None, KeyboardInterrupt])
+    report = run_checks(failing, Images((), frames, "drawn"), runs=2, interrupt=interrupt)
+    assert [check.outcome for check in report.checks.values()] == ["not run", "failed", *["not run"] * 5]
+    assert report.to_text().startswith(
+        "PARTIAL  it was interrupted during the same outputs with CUDA graphs as without; "
+    )
 
 
 def test_engines_that_do_not_fit_are_refused(on_cpu, monkeypatch):
