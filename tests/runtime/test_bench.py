@@ -249,10 +249,12 @@ def test_a_report_is_written_though_nobody_reads_what_is_printed(bundle_path, tm
     [
         *(("--seconds", text, "Invalid value for '--seconds'") for text in ("0", "nan", "1e3", "86401", "9" * 401, "")),
         ("--runs", "1", "Invalid value for '--runs'"),
+        ("--runs", "9", "without --selfcheck nothing is checked, so it cannot use --runs; leave that out"),
+        ("--selfcheck", "--no-mmap", "--selfcheck measures no speed, so it cannot use --seconds"),
         *(("--batch", text, "is no batch size") for text in ("0", "1,x", "-1", "", "1,,2", "5000", "9" * 5000)),
     ],
 )
-def test_numbers_out_of_range_are_usage_errors(bundle_path, option, value, said):
+def test_what_makes_no_sense_is_a_usage_error(bundle_path, option, value, said):
     result = run(bundle_path, option, value)
     assert result.exit_code == 2
     assert said in result.stderr

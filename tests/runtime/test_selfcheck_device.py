@@ -222,12 +222,12 @@ def test_a_leak_on_the_device_fails(on_device, frames, monkeypatch):
 
     class Leaking(OnDevice):
         def run(self, frames, *, outputs=None):
-            devices.append((self.device, self.device.allocate(2**16)))
+            devices.append((self.device, self.device.allocate(2**17)))
             return super().run(frames, outputs=outputs)
 
     monkeypatch.setattr(memory, "device_memory", lambda _: devices[-1][0].allocated if devices else 0)
     subject = replace(on_device(opened=Leaking), device="cuda:0")
-    assert_fails(check_memory(subject, frames, 80), "device memory grew")
+    assert_fails(check_memory(subject, frames, 40), "device memory grew")
 
 
 MIB = 2**20
