@@ -75,6 +75,7 @@ def test_a_failed_check_is_reported_the_others_go_on_and_the_exit_code_is_1(bund
     defect = report.checks["the same outputs with CUDA graphs as without"].found
     assert defect.startswith("KeyError: 'programs' in test_selfcheck.py, line ")
     monkeypatch.setattr("mge_runtime.bench_subject.open_subject", lambda *_, **__: failing)
+    monkeypatch.setattr("mge_runtime.bench_subject._SYNTHETIC", 1)
     result = CliRunner().invoke(main, ["--engine", str(bundle_path), "--selfcheck", "--runs", "2"])
     assert result.exit_code == 1
     assert result.stdout.count("\nFAILED ") == 5
