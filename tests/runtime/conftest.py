@@ -115,7 +115,10 @@ def on_cpu(bundle_path):
 
 @pytest.fixture(scope="session")
 def frames(on_cpu):
-    """The frames that a self-check without pictures draws."""
-    from mge_runtime.selfcheck import drawn_frames
+    """The frames of a self-check without images, which are small here."""
+    from mge_runtime import bench_subject
 
-    return drawn_frames(on_cpu.manifest.preprocess).frames
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_subject, "_HEIGHT", 96)
+        patch.setattr(bench_subject, "_WIDTH", 128)
+        return bench_subject.Images.synthetic(on_cpu.manifest.preprocess).frames

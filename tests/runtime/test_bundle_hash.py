@@ -13,7 +13,7 @@ from mge_runtime import Pipeline
 from mge_runtime.bundle import Bundle, add_calibration, add_engine, write_bundle
 from mge_runtime.cli.info import main
 from mge_runtime.errors import BundleError
-from mge_runtime.selfcheck.subject import open_subject
+from mge_runtime.selfcheck import open_subject
 
 spec = importlib.util.spec_from_file_location("mge_tests_zip_entries", Path(__file__).with_name("zip_entries.py"))
 zip_entries = importlib.util.module_from_spec(spec)

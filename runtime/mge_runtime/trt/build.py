@@ -144,7 +144,7 @@ def build_engines(
     say: Say = lambda _line: None,
     progress: GraphProgress = lambda _graph, _share, _phase: True,
 ) -> NewEngines:
-    """Build the engines of every graph.
+    """Build the engine of every graph of an open bundle; see `build_targets`.
 
     Args:
         bundle: open.
@@ -155,10 +155,6 @@ def build_engines(
         options: how.
         say: shows a line for each graph.
         progress: is told of every step and may stop the build.
-
-    Raises:
-        BuildError: a graph cannot be built for this target, or is not of its precision.
-        BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
     manifest = bundle.manifest
     say(f"building for {gpu or 'other machines'}: {target} with {vendor.name} {vendor.version}, batch {options.batch}")
