@@ -1,4 +1,4 @@
-"""What `mge-calibrate` learned, read and checked: temperatures of the logits, and where the chain may stop early."""
+"""The calibration that `mge-calibrate` learned: temperatures of the logits, and where the chain may stop early."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ExitPoint:
 
 @dataclass(frozen=True)
 class Promise:
-    """With probability 1 - delta at most a share epsilon of answers differs from the full chain's."""
+    """With probability 1 - delta at most a share epsilon of predicted classes differs from the full chain's."""
 
     epsilon: float  # in (0, 1)
     delta: float  # in (0, 1)
@@ -64,9 +64,9 @@ class Calibrated:
     # Calibrated confidence by logits tensor at or above which the chain stops there, in [0, 1]; logits that are
     # missing stop nothing. None: the calibration learned no exits.
     exits: Mapping[str, float] | None = None
-    promise: Promise | None = None  # that the exits keep
+    promise: Promise | None = None  # what the exits guarantee
     images: Mapping[str, int] = field(default_factory=dict[str, int])  # used for "temperatures" and "exits", if told
-    runs_on: RunsOn | None = None  # what predicted the images; the promise holds there alone. None: not told
+    runs_on: RunsOn | None = None  # what predicted the images; the guarantee holds there alone. None: not told
 
     @classmethod
     def from_values(cls, values: Mapping[str, JsonValue], manifest: Manifest) -> Calibrated:
@@ -100,8 +100,8 @@ class Calibrated:
         """Whether the chain may stop early anywhere."""
         return bool(self.exits)
 
-    def remark(self, backend: str, device: str) -> str | None:
-        """Why the exits' promise is not made for what runs here, in one line; None: it is, or is not told.
+    def note(self, backend: str, device: str) -> str | None:
+        """Why the exits' guarantee does not hold for what runs here, in one line; None: it does, or is not told.
 
         Args:
             backend: that runs, such as "onnxruntime".
@@ -111,8 +111,8 @@ class Calibrated:
         if learned is None or (learned.backend, learned.device.split(":")[0]) == (backend, device.split(":")[0]):
             return None
         return (
-            f"the exits were learned with {learned}; it is no promise for {RunsOn(backend, device)}, which rounds "
-            "otherwise; calibrate here for one that is (mge-calibrate)"
+            f"the exits were learned with {learned}; they guarantee nothing for {RunsOn(backend, device)}, which "
+            "rounds otherwise; calibrate here for exits that do (mge-calibrate)"
         )
 
     def exit_points(self, manifest: Manifest) -> tuple[ExitPoint, ...]:
@@ -128,8 +128,8 @@ class Calibrated:
             )
         if not self.exits:
             raise BackendError(
-                "asked for calibrated exits, but this bundle's calibration found none that keep its promise; calibrate "
-                "with more images or a larger epsilon (mge-calibrate), or run the whole chain with exit never"
+                "asked for calibrated exits, but this bundle's calibration found none that keep their guarantee; "
+                "calibrate with more images or a larger epsilon (mge-calibrate), or run the whole chain with exit never"
             )
         return tuple(
             ExitPoint(number, graph.logits, self.temperatures[graph.logits], self.exits[graph.logits])
