@@ -327,7 +327,7 @@ def test_usage_errors_exit_with_2(options):
 def test_an_interrupted_csv_is_not_left_behind(monkeypatch, number):
     Path("table.csv").write_text("old")
 
-    def stop(_, image, __):
+    def stop(_, image, *__):
         if image == "in/10.png":
             signal.raise_signal(number)
 
