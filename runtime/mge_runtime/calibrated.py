@@ -70,11 +70,7 @@ class Calibrated:
 
     @classmethod
     def from_values(cls, values: Mapping[str, JsonValue], manifest: Manifest) -> Calibrated:
-        """Read the values of a calibration.
-
-        Args:
-            values: as in `mge_runtime.bundle.Calibration`.
-            manifest: of the bundle that they belong to.
+        """Read the values of a `mge_runtime.bundle.Calibration` that belongs to a manifest.
 
         Raises:
             BundleError: a temperature or a threshold is missing, out of range or of another type, or names no logits
@@ -101,12 +97,7 @@ class Calibrated:
         return bool(self.exits)
 
     def note(self, backend: str, device: str) -> str | None:
-        """Why the exits' guarantee does not hold for what runs here, in one line; None: it does, or is not told.
-
-        Args:
-            backend: that runs, such as "onnxruntime".
-            device: such as "cpu" or "cuda:0".
-        """
+        """Why the exits guarantee nothing for a backend and a device, in one line; None: they do, or it is not told."""
         learned = self.runs_on
         if learned is None or (learned.backend, learned.device.split(":")[0]) == (backend, device.split(":")[0]):
             return None
@@ -159,17 +150,11 @@ def confidence(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
 
 
 def _thresholds(f: Field, logits: Sequence[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in f.table().items():
-        if name not in logits:
-            value.fail(f"thresholds of {', '.join(logits) or 'nothing, since the chain has one graph'} alone")
-        threshold = value.optional(Field.number)
-        if threshold is None:
-            continue
-        if not 0 <= threshold <= 1:
-            value.fail("a confidence from 0 to 1, or null")
-        found[name] = threshold
-    return found
+    table = f.table()
+    if unknown := [name for name in table if name not in logits]:
+        table[unknown[0]].fail(f"thresholds of {', '.join(logits) or 'nothing, since the chain has one graph'} alone")
+    found = {name: value.optional(lambda f: f.number(0, 1)) for name, value in table.items()}
+    return {name: threshold for name, threshold in found.items() if threshold is not None}
 
 
 def _share(f: Field) -> float:

@@ -175,11 +175,7 @@ def _opened_file(path: Path) -> BinaryIO:
 
 
 def _decoded(stream: BinaryIO, name: str, max_pixels: int) -> Image:
-    from PIL import UnidentifiedImageError
-
-    head = stream.read(512)
-    if not head:
-        raise InputError(f"cannot decode {name}: it is empty (0 bytes); {_EXPECTED}")
+    head = stream.read(30)
     if head.startswith(b"RIFF") and (size := webp_size(head)):
         _check_size(size, name, max_pixels)
     try:
@@ -187,6 +183,8 @@ def _decoded(stream: BinaryIO, name: str, max_pixels: int) -> Image:
     except (InputError, MemoryError):
         raise
     except Exception as error:
+        from PIL import UnidentifiedImageError
+
         file = _whole(stream)
         if bare := without_metadata(file):  # broken metadata is no reason: once more without
             with suppress(Exception):

@@ -44,6 +44,8 @@ _KINDS = (  # of files that are often named, and that no decoder takes: offset a
 
 def kind_of(data: bytes) -> str:
     """What a file that no decoder takes seems to be."""
+    if not data:
+        return "it is empty (0 bytes)"
     head = data[:512]
     for offset, magic, kind in _KINDS:
         if head.startswith(magic, offset):
