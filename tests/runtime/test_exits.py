@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mge_runtime.backends.base import Span, split
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.calibrated import ExitPoint, confidence
@@ -127,14 +126,6 @@ def test_a_large_batch_that_shrinks_needs_few_batch_sizes(chain, expected, bundl
     assert {size for size in sizes if size < 19} <= {3, 6, 9, 12, 15, 18}
 
 
-@pytest.mark.parametrize(("running", "batch", "least", "rows"), [
-    (1, 1, 1, 1), (5, 8, 1, 5), (1, 8, 4, 4), (3, 16, 1, 4), (16, 16, 1, 16), (16, 17, 1, 17), (2, 3, 3, 3),
-])  # fmt: skip
-def test_rows_that_are_computed_for_those_that_still_run(chain, running, batch, least, rows):
-    chain._min_batch = least
-    assert chain._fitting(running, batch) == rows
-
-
 def test_between_two_graphs_what_is_wanted_visits_the_host_and_nothing_else(chain, host, some):
     calls, copies, download = [], host.copies, host.download
     host.download = lambda *args: (calls.append(args[3]), download(*args))
@@ -220,19 +211,3 @@ def test_logits_that_no_graph_reads_decide_too(chain, bundle, expected, some):
         # Nobody asked for the logits themselves here; they are looked at all the same.
         assert set(run(frames(8), 3, {"logits"}, exits).tensors) == {"logits"}
         check(run(frames(8), 3, EVERY, exits), bundle.manifest, wanted(expected, frames(8), exits))
-
-
-def test_rows_that_go_on_fill_those_that_are_left(chain, host):
-    chain.run(frames(6), 1, {"logits_1"})
-    stops = np.array([True, False, True, False, False, True])
-    assert chain._move_together(np.arange(6), stops, {"mean_logits_1", "image_2"}).tolist() == [3, 1, 4]
-    assert host.copies["on_device"] == 4, "two rows of each"
-
-
-def test_a_chain_is_cut_behind_its_exits_but_not_at_its_end():
-    one, two = points(0.5, 0.6)
-    assert split(3, ()) == [Span(0, 3, None)]
-    assert split(3, (two, one)) == [Span(0, 1, one), Span(1, 2, two), Span(2, 3, None)]
-    assert split(3, (two,)) == [Span(0, 2, two), Span(2, 3, None)]
-    assert split(2, (one, two)) == [Span(0, 1, one), Span(1, 2, None)]
-    assert split(1, (one, two)) == [Span(0, 1, None)]

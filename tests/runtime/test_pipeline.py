@@ -72,17 +72,6 @@ def test_a_prediction_holds_the_outputs_of_the_chain(pipeline, photos):
     assert all(ms >= 0 for ms in steps.values())
 
 
-def test_boxes_nest_inside_the_image_and_follow_it(pipeline, photos):
-    found = [pipeline.predict(photo) for photo in photos]
-    for photo, prediction in zip(photos, found, strict=True):
-        (height, width), boxes = photo.shape[:2], prediction.boxes
-        assert (boxes[:, :2] >= -1e-3).all()
-        assert (boxes[:, 2:] <= [width + 1e-3, height + 1e-3]).all()
-        assert (boxes[1:, :2] >= boxes[:-1, :2]).all()
-        assert (boxes[1:, 2:] <= boxes[:-1, 2:]).all()
-    assert len({tuple(prediction.boxes[2] / prediction.height) for prediction in found}) > 1
-
-
 def test_to_dict_is_json(pipeline, photos):
     found = pipeline.predict(photos[0])
     values = json.loads(json.dumps(found.to_dict(top_k=2), allow_nan=False))

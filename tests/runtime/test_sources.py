@@ -19,7 +19,7 @@ def touch(*paths):
         path.touch()
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """A working folder with the folders `photos`, `text` and `empty`."""
     monkeypatch.chdir(tmp_path)
@@ -63,7 +63,6 @@ def test_a_folder_is_searched_deep_and_sorted_as_people_count(here):
         (("photos/sub*",), ["photos/sub 2/b.webp", "photos/sub 10/a.tiff"]),
     ],
 )
-@pytest.mark.usefixtures("here")
 def test_names_and_patterns(arguments, expected):
     assert names(*arguments) == (list(arguments) if expected is None else expected)
 
@@ -78,7 +77,6 @@ def test_names_that_overlap_and_absolute_patterns(here):
     assert names("photos/album.jpg") == names("photos/album*") == ["photos/album.jpg/1.png"]
 
 
-@pytest.mark.usefixtures("here")
 def test_standard_input_is_one_image(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"bytes")))
     (image,) = find_images(["-", "-"]).whole()
@@ -102,7 +100,6 @@ def test_standard_input_is_one_image(monkeypatch):
         (f"@{LONG}", "cannot read the list"),
     ],
 )
-@pytest.mark.usefixtures("here")
 def test_a_name_behind_which_there_is_nothing_costs_no_other_image(argument, message):
     os.mkfifo("pipe")
     found = find_images([argument, "photos/img2.JPG"])
@@ -113,7 +110,6 @@ def test_a_name_behind_which_there_is_nothing_costs_no_other_image(argument, mes
     assert [image.name for image in found.images] == ["photos/img2.JPG"]
 
 
-@pytest.mark.usefixtures("here")
 def test_a_name_that_is_too_long_is_left_to_the_decoder():
     chosen = [f"{LONG}.jpg", f"{LONG}/b.jpg", "photos/img2.JPG"]
     assert names(*chosen) == chosen
@@ -149,7 +145,6 @@ def test_a_folder_that_may_not_be_read_costs_no_other_image(here, monkeypatch):
         found.whole()
 
 
-@pytest.mark.usefixtures("here")
 def test_what_is_passed_over_is_counted():
     os.mkfifo("photos/pipe.jpg")
     Path("photos/gone.jpg").symlink_to("nowhere")
@@ -170,7 +165,6 @@ def test_what_is_passed_over_is_counted():
 @pytest.mark.parametrize(
     "text", ["{}\n\n{}\n{}", "\ufeff{}\r\n{}\r\n{}\r\n", "{}\0{}\0{}\0"], ids=["unix", "windows", "nul"]
 )
-@pytest.mark.usefixtures("here")
 def test_lists_of_paths(text, monkeypatch):
     Path("list.txt").write_bytes(text.format("photos/img10.jpg", "photos/[odd]*.jpg", "photos/sub 2").encode())
     listed = ["photos/img10.jpg", "photos/[odd]*.jpg", "photos/sub 2/b.webp"]
@@ -181,7 +175,6 @@ def test_lists_of_paths(text, monkeypatch):
     assert [image.name for image in find_images([], "-").whole()] == listed
 
 
-@pytest.mark.usefixtures("here")
 def test_in_a_list_every_line_is_a_path():
     touch("-", "@at.jpg", "v\udcf6gel.jpg")
     Path("list.txt").write_bytes(b"-\n@at.jpg\nv\xf6gel.jpg\nmissing*.jpg\n")
