@@ -1,4 +1,4 @@
-"""Run a trained mixture of granularity-specific experts without PyTorch.
+"""Inference with a trained mixture of granularity-specific experts, without PyTorch.
 
     from mge_runtime import Pipeline
 
