@@ -28,7 +28,7 @@ NONE, ALL = 1.0, 0.0  # thresholds
 def some(expected):
     """Thresholds such that of eight frames four leave after the first graph, two after the second."""
     tensors = expected.run(frames(8), outputs=EVERY).tensors
-    first, second = (confidence(tensors[answer], TEMPERATURES[answer]) for answer in ("mean_logits_1", "mean_logits_2"))
+    first, second = (confidence(tensors[name], TEMPERATURES[name]) for name in ("mean_logits_1", "mean_logits_2"))
     threshold = float(np.sort(first)[3:5].mean())
     return {"mean_logits_1": threshold, "mean_logits_2": float(np.sort(second[first < threshold])[1:3].mean())}
 
@@ -50,8 +50,8 @@ def chain(bundle, host):
 def points(first, second):
     pairs = (("mean_logits_1", first), ("mean_logits_2", second))
     return tuple(
-        ExitPoint(number, answer, TEMPERATURES[answer], threshold)
-        for number, (answer, threshold) in enumerate(pairs, 1)
+        ExitPoint(number, name, TEMPERATURES[name], threshold)
+        for number, (name, threshold) in enumerate(pairs, 1)
         if threshold is not None
     )
 

@@ -23,7 +23,7 @@ def touch(*paths):
 def here(tmp_path, monkeypatch):
     """A working folder with the folders `photos`, `text` and `empty`."""
     monkeypatch.chdir(tmp_path)
-    touch(*FOLDER, "photos/notes.txt", "photos/answered.mge.png", "photos/.hidden.jpg", "photos/.cache/c.jpg")
+    touch(*FOLDER, "photos/notes.txt", "photos/drawn.mge.png", "photos/.hidden.jpg", "photos/.cache/c.jpg")
     touch("text/readme.md")
     Path("empty").mkdir()
     return tmp_path
