@@ -62,16 +62,17 @@ class ChainResult:
         graphs: Sequence[GraphSpec] = self._manifest.graphs
         counts: list[int] = self.graphs_run.tolist()
         images = [ImageResult({}, graphs[count - 1].logits, {}) for count in counts]
+
+        def ran(number: int) -> list[ImageResult]:
+            return [image for image, count in zip(images, counts, strict=True) if count > number]
+
         for number, graph in enumerate(graphs):
-            ran = [image for image, count in zip(images, counts, strict=True) if count > number]
             for name in {tensor.name for tensor in graph.outputs} & self.tensors.keys():
-                for image, row in zip(ran, self.tensors[name], strict=True):
+                for image, row in zip(ran(number), self.tensors[name], strict=True):
                     image.tensors[name] = row
         for step, ms in self.step_ms.items():
-            number = self._step_graphs.get(step, 0)
-            ran = [image for image, count in zip(images, counts, strict=True) if count > number]
-            for image in ran:
-                image.step_ms[step] = ms / len(ran)
+            for image in (took_part := ran(self._step_graphs.get(step, 0))):
+                image.step_ms[step] = ms / len(took_part)
         return images
 
 

@@ -177,5 +177,5 @@ def test_what_no_font_draws_is_said_with_what_to_install():
     said = fonts.undrawable(["robin", "дрозд", "山雀 3", "𓅃"])
     assert said is not None
     assert said.startswith("no font here draws 山 雀 𓅃, so ")
-    assert "the package fonts-noto-cjk and fonts-noto-core of Debian" in said
+    assert "the packages fonts-noto-core and fonts-noto-cjk of Debian" in said
     assert fonts.undrawable(["robin", "дрозд"]) is None
