@@ -63,13 +63,18 @@ def draw_prediction(image: np.ndarray, prediction: Prediction) -> Image:
         An RGB image; 1272 pixels wide for a landscape, less for a portrait.
     """
     boxed, bars = _boxed(image, prediction), _bars(prediction)
-    stacked = _thumbnails(image, prediction, _COLUMN, rows=2)
-    if boxed.height >= 0.95 * (bars.height + _MARGIN + stacked.height):
-        rows = [_row([boxed, _column([bars, stacked])])]
-    else:
-        width = boxed.width + _MARGIN + bars.width
-        rows = [_row([boxed, bars]), _thumbnails(image, prediction, width, rows=1)]
-    return _column(rows, border=_MARGIN)
+    thumbnails = _thumbnails(image, prediction, _COLUMN, rows=2)
+    beside = _MARGIN + boxed.width + _MARGIN  # left edge of the bars
+    left, top = beside, _MARGIN + bars.height + _MARGIN
+    if boxed.height < 0.95 * (bars.height + _MARGIN + thumbnails.height):  # no room below the bars
+        thumbnails = _thumbnails(image, prediction, boxed.width + _MARGIN + _COLUMN, rows=1)
+        left, top = _MARGIN, _MARGIN + max(boxed.height, bars.height) + _MARGIN
+    height = max(_MARGIN + boxed.height, top + thumbnails.height) + _MARGIN
+    canvas = Canvas.blank(beside + _COLUMN + _MARGIN, height)
+    canvas.paste(boxed, _MARGIN, _MARGIN)
+    canvas.paste(bars, beside, _MARGIN)
+    canvas.paste(thumbnails, left, top)
+    return canvas.image
 
 
 class Canvas:
@@ -252,22 +257,3 @@ def _view(image: np.ndarray, box: np.ndarray, side: int) -> Image:
     left, top = int(x0), int(y0)  # cut first: Pillow would copy the whole source
     part = PIL.Image.fromarray(image[top : int(np.ceil(y1)), left : int(np.ceil(x1))])
     return part.resize((side, side), PIL.Image.Resampling.BILINEAR, box=(x0 - left, y0 - top, x1 - left, y1 - top))
-
-
-def _row(images: list[Image]) -> Image:
-    width = sum(image.width for image in images) + _MARGIN * (len(images) - 1)
-    canvas, left = Canvas.blank(width, max(image.height for image in images)), 0
-    for image in images:
-        canvas.paste(image, left, 0)
-        left += image.width + _MARGIN
-    return canvas.image
-
-
-def _column(images: list[Image], border: int = 0) -> Image:
-    height = sum(image.height for image in images) + _MARGIN * (len(images) - 1)
-    width = max(image.width for image in images)
-    canvas, top = Canvas.blank(width + 2 * border, height + 2 * border), border
-    for image in images:
-        canvas.paste(image, border + (width - image.width) // 2, top)
-        top += image.height + _MARGIN
-    return canvas.image

@@ -153,22 +153,18 @@ class ImageFolder:
 
     def __init__(self, folder: Path, images: Sequence[NamedImage]) -> None:
         self._paths: dict[NamedImage, Path] = {}
-        taken = {os.path.normcase(image.path.resolve()) for image in images if image.path is not None}
-        names: set[str] = set()
-        last: dict[str, int] = {}  # number given to a stem
-        root = folder.resolve()
+        # Two folders may each hold an a.jpg, "A" and "a" may be one file here, and no image may be written over.
+        taken = {str(image.path.resolve()).casefold() for image in images if image.path is not None}
+        root, numbers = folder.resolve(), dict[str, int]()
         for image in images:
             stem = "stdin" if image.path is None else image.path.stem
             stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
-            number = last.get(stem, 1)
-            name = stem if number == 1 else f"{stem}-{number}"
-            # Two folders may each hold an a.jpg, "A" and "a" may be one file here, and no image may be written over.
-            while name.casefold() in names or os.path.normcase(root / (name + SAVED_SUFFIX)) in taken:
+            number = numbers.get(stem, 1)
+            while (place := str(root / _saved_name(stem, number)).casefold()) in taken:
                 number += 1
-                name = f"{stem}-{number}"
-            names.add(name.casefold())
-            last[stem] = number
-            self._paths[image] = folder / (name + SAVED_SUFFIX)
+            taken.add(place)
+            numbers[stem] = number
+            self._paths[image] = folder / _saved_name(stem, number)
 
     def save(self, image: NamedImage, source: ImageSource, prediction: Prediction) -> Path:
         """Draw a prediction and write the file whole.
@@ -185,6 +181,10 @@ class ImageFolder:
         with atomic_path(path) as temporary:
             drawn.save(temporary, "PNG", compress_level=3)
         return path
+
+
+def _saved_name(stem: str, number: int) -> str:
+    return (stem if number == 1 else f"{stem}-{number}") + SAVED_SUFFIX
 
 
 @contextmanager
