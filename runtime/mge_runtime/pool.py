@@ -1,4 +1,4 @@
-"""Threads around pipelines: work done ahead of a loop, and pipelines lent to threads that need one for a while."""
+"""Threads around pipelines: work prefetched for a loop, and pipelines lent to threads that need one for a while."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class PipelinePool:
         with PipelinePool.open("mge.plan", 2) as pool:
             ...
             with pool.lend() as pipeline:      # in any thread; waits until one is free
-                prediction = pipeline.predict(picture)
+                prediction = pipeline.predict(image)
 
     Each pipeline holds a copy of the model on its device. On a CPU two or more share the processors (`threads`).
     """

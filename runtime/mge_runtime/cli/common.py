@@ -1,4 +1,4 @@
-"""What all commands share."""
+"""Options and reports of errors that the commands share."""
 
 from __future__ import annotations
 
