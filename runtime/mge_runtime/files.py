@@ -166,7 +166,7 @@ def lock(descriptor: int, *, wait: bool = True) -> None:
 
 
 def is_temporary(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is one that `atomic_path` yielded: its owner holds its lock already."""
+    """Whether a path is one that `atomic_path` yielded, which its owner has locked."""
     return os.fspath(path).endswith(_PART)
 
 
@@ -240,24 +240,13 @@ def _sweep(folder: Path) -> None:
         return
     with suppress(OSError):
         for part in folder.glob(f".*{_PART}"):
-            with suppress(OSError):
-                _remove_dead(part)
-
-
-def _remove_dead(part: Path) -> None:
-    """Remove a temporary file, and the folder that belongs to it, unless somebody holds it.
-
-    Raises:
-        OSError: somebody does, or it cannot be removed.
-    """
-    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        lock(descriptor, wait=False)
-        if os.fstat(descriptor).st_uid == os.geteuid():
-            shutil.rmtree(f"{part}.d", ignore_errors=True)
-            part.unlink()
-    finally:
-        os.close(descriptor)
+            with suppress(OSError), ExitStack() as stack:
+                descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                stack.callback(os.close, descriptor)
+                lock(descriptor, wait=False)  # a living owner has locked it
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    shutil.rmtree(f"{part}.d", ignore_errors=True)
+                    part.unlink()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

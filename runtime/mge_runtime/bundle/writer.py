@@ -124,7 +124,7 @@ def add_calibration(
         if manifest_sha256 not in (None, bundle.manifest_sha256):
             raise BundleError(
                 f"{bundle.path} was replaced while it was calibrated: found manifest {bundle.manifest_sha256[:12]}, "
-                f"expected {manifest_sha256[:12]}, which the images were answered with; calibrate it again"
+                f"expected {manifest_sha256[:12]}, which predicted the images; calibrate it again"
             )
         moved = chain is not None and CHAIN in bundle.sizes
         _copy(bundle, archive, without={CALIBRATION, CHAIN} if moved else {CALIBRATION})
