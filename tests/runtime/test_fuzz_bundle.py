@@ -26,7 +26,7 @@ from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import BatchRange
 from tests.helpers.bundles import TARGET, add_engines, read_entries, write_entries
 
-EXAMPLES = int(os.environ.get("MGE_FUZZ_EXAMPLES", "250"))
+EXAMPLES = int(os.environ.get("MGE_FUZZ_EXAMPLES", "125"))
 ENGINE = f"engines/{TARGET}/engine.json"
 MACHINE = Machine.from_json((Path(__file__).parent / "machines" / "t4-tensorrt-10.13.json").read_bytes())
 FRAME = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
@@ -124,7 +124,7 @@ def test_mutated_archives(entries, tmp_path, data):
 ODD_NUMBERS = (10**400, -1, 0, 2**31, 2**53, 2**63, 5e-324, 1e308, math.nan, math.inf)
 NUMBERS = st.one_of(st.integers(), st.floats(), st.sampled_from(ODD_NUMBERS))
 TEXTS = st.one_of(
-    st.text(max_size=20),
+    st.text(st.characters(), max_size=20),  # of UTF-8 alone it would first list every character, for 5 s
     st.text(st.characters(categories=["Cc", "Cs", "Cf", "Zl", "Zp", "Co"]), max_size=5),
     st.sampled_from(["", "batch", "frame", "logits", "gate", "float32", "float64", "../evil", "a" * 5000, "0" * 64]),
 )

@@ -7,7 +7,7 @@ NodeProto.name 3, .op_type 4, TensorProto.dims 1, .data_type 2, .name 8, .extern
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -71,8 +71,7 @@ def external_tensors(graph: bytes) -> list[ExternalTensor]:
         BundleError: the bytes are no ONNX model.
     """
     with _reading():
-        found = (_external(value) for number, _, value in _main_graph(graph) if number == _INITIALIZER)
-        return [tensor for tensor in found if tensor is not None]
+        return [tensor for value in _in_graph(graph, _INITIALIZER) if (tensor := _external(value)) is not None]
 
 
 def node_operators(graph: bytes) -> dict[str, str]:
@@ -82,7 +81,7 @@ def node_operators(graph: bytes) -> dict[str, str]:
         BundleError: the bytes are no ONNX model.
     """
     with _reading():
-        nodes = ({n: bytes(v) for n, _, v in _fields(node)} for m, _, node in _main_graph(graph) if m == _NODE)
+        nodes = ({n: bytes(value) for n, _, value in _fields(node)} for node in _in_graph(graph, _NODE))
         return {node[3].decode(): node[4].decode() for node in nodes if node.get(3) and 4 in node}
 
 
@@ -122,11 +121,8 @@ def relocate(graph: bytes, *, expected: str, size: int, location: str, start: in
         pairs = (_field(1, key.encode()) + _field(2, value.encode()) for key, value in place.items())
         return kept + b"".join(_field(_EXTERNAL_DATA, pair) for pair in pairs)
 
-    def moved_all(main: memoryview) -> bytes:
-        return b"".join(_field(n, moved(value)) if n == _INITIALIZER else raw for n, raw, value in _fields(main))
-
     with _reading():
-        found = b"".join(_field(n, moved_all(value)) if n == _GRAPH else raw for n, raw, value in _fields(graph))
+        found = _replaced(graph, _GRAPH, lambda main: _replaced(main, _INITIALIZER, moved))
         # A reference spells out this key, so as a rule the initializers' are all there are: looking takes a while.
         hidden = graph.count(b"location") > external and _count_external(memoryview(graph), "Model") > external
     if hidden:
@@ -145,11 +141,16 @@ def _count_external(message: memoryview, kind: str) -> int:
     return sum(_count_external(value, inner[number]) for number, _, value in _fields(message) if number in inner)
 
 
-def _main_graph(model: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """`_fields` of a ModelProto's graph."""
-    for number, _, value in _fields(model):
-        if number == _GRAPH:
-            yield from _fields(value)
+def _in_graph(model: bytes, number: int) -> Iterator[memoryview]:
+    """The values of one field of a ModelProto's main graph."""
+    for outer, _, graph in _fields(model):
+        if outer == _GRAPH:
+            yield from (value for inner, _, value in _fields(graph) if inner == number)
+
+
+def _replaced(message: bytes | memoryview, number: int, change: Callable[[memoryview], bytes | memoryview]) -> bytes:
+    """A message whose fields of one number have other values."""
+    return b"".join(_field(n, change(value)) if n == number else raw for n, raw, value in _fields(message))
 
 
 def _external(tensor: memoryview) -> ExternalTensor | None:
