@@ -28,7 +28,6 @@ from mge_runtime.bundle.archive import (
 from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import LARGEST
-from mge_runtime.files import atomic_path
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Entry, Manifest
 
@@ -298,29 +297,6 @@ class Bundle:
         for graph, plan in description.plans.items():
             self._check_listed(engine_plan(target, graph), plan, name)
         return description
-
-    def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every entry to a folder, as any unzip would, checked against its hash.
-
-        `onnx/<graph>.onnx` with `<graph>.weights` beside it is then an ordinary ONNX model with external data. Files of
-        the same names are replaced, each whole or not at all.
-
-        Returns:
-            The files that were written.
-
-        Raises:
-            BundleError: an entry was damaged.
-            OutputError: the folder cannot be written.
-        """
-        written: list[Path] = []
-        for entry in self._entries.values():
-            target = Path(folder) / entry.name  # names were checked: none leads out of the folder
-            with suppress(OSError):  # atomic_path says what is wrong with the folder
-                target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(target) as temporary, temporary.open("wb") as out:
-                out.writelines(self.chunks(entry.name))
-            written.append(target)
-        return written
 
     def _read_at(self, position: int, buffer: memoryview) -> int:
         if hasattr(os, "preadv"):
