@@ -7,10 +7,11 @@ import mmap
 import os
 import stat
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from mge_runtime.bundle.archive import (
     CALIBRATION,
@@ -33,6 +34,7 @@ from mge_runtime.manifest import Entry, Manifest
 
 __all__ = ["Bundle", "WatchedFile"]
 
+_T = TypeVar("_T")
 _CHUNK = 1 << 20  # bytes; entries are read through a buffer, so that mapped pages do not fill the memory
 
 
@@ -93,10 +95,9 @@ class Bundle:
             raise BundleError(
                 f"cannot open {self.path}: it holds no {MANIFEST}; expected a bundle that mge-export wrote"
             )
-        data = self._document(MANIFEST)
-        self.manifest_sha256 = hashlib.sha256(data).hexdigest()
-        with self._named():
-            self.manifest = Manifest.from_json(data)
+        self.manifest, self.manifest_sha256 = self._document(
+            MANIFEST, lambda data: (Manifest.from_json(data), hashlib.sha256(data).hexdigest())
+        )
         self._check_entries()
 
     @classmethod
@@ -278,9 +279,8 @@ class Bundle:
         """
         if CALIBRATION not in self._entries:
             return None
-        data = self._document(CALIBRATION)
-        with self._named():
-            return Calibration.from_json(data, manifest_sha256=self.manifest_sha256)
+        digest = self.manifest_sha256
+        return self._document(CALIBRATION, lambda data: Calibration.from_json(data, manifest_sha256=digest))
 
     def engine(self, target: str) -> EngineDescription:
         """What the bundle says of the engines of one target; their plans are entries `engines/<target>/<graph>.plan`.
@@ -291,9 +291,10 @@ class Bundle:
         name = engine_description(target)
         if name not in self._entries:
             raise BundleError(f"{self.path} holds no engine for {target}; it has {', '.join(self.targets) or 'none'}")
-        data = self._document(name)
-        with self._named():
-            description = EngineDescription.from_json(data, target=target, manifest_sha256=self.manifest_sha256)
+        digest = self.manifest_sha256
+        description = self._document(
+            name, lambda data: EngineDescription.from_json(data, target=target, manifest_sha256=digest)
+        )
         for graph, plan in description.plans.items():
             self._check_listed(engine_plan(target, graph), plan, name)
         return description
@@ -318,20 +319,17 @@ class Bundle:
             "was written: build these engines again with mge-build"
         )
 
-    def _document(self, name: str) -> bytes:
+    def _document(self, name: str, read: Callable[[bytes], _T]) -> _T:
+        """What `read` makes of a JSON document; it knows no file, so its errors get the bundle's path."""
         size = self.entry(name).size
         if size > LARGEST:
             raise BundleError(
                 f"{self.path}: entry {name} has {size} bytes; expected at most {LARGEST}: it was changed after it was "
                 "written, export it again"
             )
-        return b"".join(map(bytes, self.chunks(name, quick=True)))
-
-    @contextmanager
-    def _named(self) -> Generator[None]:
-        """Put the bundle's path before what is wrong with one of its documents, which know no file."""
+        data = b"".join(map(bytes, self.chunks(name, quick=True)))
         try:
-            yield
+            return read(data)
         except BundleError as error:
             raise BundleError(f"{self.path}: {error}") from error
 
