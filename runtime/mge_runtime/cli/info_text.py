@@ -67,16 +67,6 @@ def _subjects(
     yield "", ["everything, operators and the whole parity report included: --json"]
 
 
-def parity_lines(parity: Any) -> list[str]:
-    """The export's parity report: what failed, what it was measured on, a line for each check."""
-    if parity is None:
-        return ["not measured"]
-    head = f"on {parity.get('source', 'unknown images')}; reference: {parity.get('reference', 'unknown')}"
-    checks = _parity_checks(parity)
-    failed = [line for line in checks if line.startswith("out of tolerance")]
-    return [*failed, head, *checks[len(failed) :]]
-
-
 def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[str]]:
     """Lines made of JSON that nobody has checked; one line instead where it is not as this version of mge writes it."""
 
@@ -91,8 +81,13 @@ def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[st
 
 
 @_free_json
-def _parity_checks(parity: Any) -> Iterator[str]:
+def parity_lines(parity: Any) -> Iterator[str]:
+    """The export's parity report: what failed, what it was measured on, a line for each check."""
+    if parity is None:
+        yield "not measured"
+        return
     yield from (f"out of tolerance: {text}" for text in parity["failures"])
+    yield f"on {parity['source']}; reference: {parity['reference']}"
     for check in parity["checks"].values():
         chain = check["chain"]
         alone = [float(value) for graph in check["graphs"].values() for value in graph["relative"].values()]
