@@ -1,4 +1,4 @@
-"""JSON documents, written, and read with types checked: errors name a field's path: `manifest.json: graphs[2].name`.
+"""JSON documents, written and read: types are checked, errors name the field, as `manifest.json: graphs[2].name`.
 
 A document may come from anybody, so everything is bounded before it is used: its size and depth, numbers, lengths of
 texts and the characters in them, which may reach a terminal.
