@@ -333,7 +333,7 @@ def _claimed(out: Path, *, claim: bool) -> Generator[None]:
     try:
         with suppress(OSError):  # a file system without locks
             try:
-                lock(folder, None)
+                lock(folder, wait=False)
             except BlockingIOError as error:
                 raise OutputError(
                     f"another training is writing to {out}; wait for its end, or name another folder with --out"

@@ -5,15 +5,14 @@ It is written once, at export, and never changes afterwards: calibrations and en
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
 from mge_runtime.errors import BundleError
-from mge_runtime.fields import Field, JsonValue, parse_json
+from mge_runtime.fields import Field, JsonValue, dump_json, parse_json
 
 __all__ = [
     "BATCH",
@@ -125,21 +124,6 @@ class Manifest:
         """Whether a graph of it was quantised; others may have stayed in FP16."""
         return any(plan.get("type") == "int8" for plan in self.precision.values())
 
-    def graph(self, name: str) -> GraphSpec:
-        """The graph of this name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for graph in self.graphs:
-            if graph.name == name:
-                return graph
-        raise KeyError(name)
-
-    def with_entries(self, entries: Mapping[str, Entry]) -> Manifest:
-        """The same manifest over these files."""
-        return replace(self, entries=dict(entries))
-
     def check(self) -> None:
         """Check that the parts fit each other.
 
@@ -173,8 +157,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`: UTF-8, the same for equal manifests."""
-        values = {"schema_version": self.schema_version, **asdict(self)}
-        return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return dump_json({"schema_version": self.schema_version, **asdict(self)})
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:

@@ -98,7 +98,7 @@ def quantised(tiny, photographs, checkpoint, export_int8, tmp_path_factory):
     lines = export_int8(photographs, path).splitlines()
     with Bundle.open(path) as bundle:
         manifest = bundle.manifest
-        bundle.extract(folder)
+        extract_bundle(bundle, folder)
     names = [graph.name for graph in manifest.graphs]
     graphs = {name: onnx.load(folder / "onnx" / f"{name}.onnx").graph for name in names}
     model = load_checkpoint(checkpoint)

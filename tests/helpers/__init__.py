@@ -1,1 +1,1 @@
-"""What several tests share."""
+"""What tests share."""

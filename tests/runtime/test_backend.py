@@ -10,6 +10,7 @@ from mge_runtime.backends.onnxruntime_cuda import preload_libraries
 from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain
 from mge_runtime.errors import BackendError
+from mge_runtime.extract import extract_bundle
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def frames(count, seed=0):
 def by_hand(bundle, folder, batch):
     """The chain as anyone would run the extracted files: every graph once its inputs are there."""
     onnxruntime = load_onnxruntime()
-    bundle.extract(folder)
+    extract_bundle(bundle, folder)
     tensors, todo = {"frame": batch}, list(bundle.manifest.graphs)
     while todo:
         graph = next(s for s in todo if all(t.name in tensors for t in s.inputs))
