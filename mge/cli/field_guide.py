@@ -24,9 +24,7 @@ __all__ = ["main"]
 @click.option(
     "--workers", type=click.IntRange(0), default=0, show_default=True, help="Processes that draw; 0: one for each core."
 )
-@click.option(
-    "--sheet", type=click.Path(path_type=Path, dir_okay=False), help="Also save a contact sheet to this file."
-)
+@click.option("--sheet", type=click.Path(path_type=Path, dir_okay=False), help="Also save a contact sheet to a file.")
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
@@ -43,13 +41,9 @@ def main(
 
     guide = FieldGuide(seed=seed, species=species, size=size, train=train, val=val, test=test)
     total = train + val + test
+    workers = workers or os.cpu_count() or 1
     with click.progressbar(length=total, label="drawing birds") as bar:
-        drawn = write_field_guide(
-            folder,
-            guide,
-            workers=workers if workers > 0 else os.cpu_count() or 1,
-            progress=lambda done, _: bar.update(done - bar.pos),
-        )
+        drawn = write_field_guide(folder, guide, workers=workers, progress=lambda done: bar.update(done - bar.pos))
     echo(f"{folder}: {total} images of {species} species" + ("" if drawn else ", already there"))
     if sheet is not None:
         with atomic_path(sheet) as draft:

@@ -154,9 +154,9 @@ def _smooth(points: list[tuple[float, float]], steps: int = 6) -> Points:
     return curve.reshape(-1, 2)
 
 
-HEAD = np.array([0.31, -0.165])  # the head's centre; the head turns around it
+HEAD = np.array([0.31, -0.165])  # the head's center; the head turns around it
 HEAD_RADIUS = 0.115
-EYE = np.array([0.038, -0.016])  # from the head's centre
+EYE = np.array([0.038, -0.016])  # from the head's center
 EYE_RADIUS = 0.024
 RING_RADIUS = 0.048
 _ANGLES = np.radians(np.linspace(0, 345, 24))
@@ -177,7 +177,7 @@ WING = _smooth([
 TAIL = np.array([(-0.2, -0.02), (-0.49, 0.075), (-0.478, 0.11), (-0.5, 0.14), (-0.22, 0.085)])
 FEET = np.array([[(0.0, 0.15), (0.02, 0.24)], [(0.06, 0.16), (0.085, 0.24)]])  # two legs, each from the hip to the toe
 LEAF = _smooth([(0.0, 0.0), (0.35, -0.17), (0.75, -0.12), (1.0, 0.0), (0.75, 0.12), (0.35, 0.17)], steps=3)
-BEAKS: dict[str, Points] = {  # from the head's centre
+BEAKS: dict[str, Points] = {  # from the head's center
     "warbler": np.array([(0.102, -0.024), (0.135, -0.008), (0.168, 0.01), (0.135, 0.018), (0.102, 0.022)]),
     "finch": np.array([(0.088, -0.058), (0.125, -0.038), (0.156, 0.012), (0.122, 0.042), (0.088, 0.056)]),
     "creeper": np.array([
@@ -185,7 +185,7 @@ BEAKS: dict[str, Points] = {  # from the head's centre
     ]),
 }
 # fmt: on
-# What decides, from the head's centre: the head and room for any beak. The same for every species, so that its box says
+# What decides, from the head's center: the head and room for any beak. The same for every species, so that its box says
 # nothing about the class.
 PART = np.concatenate([HEAD_RADIUS * DISC, [(0.088, -0.058), (0.168, 0.008), (0.167, 0.07)]])
 
