@@ -1,3 +1,5 @@
+"""What a signal does to an export, and to any block that can be interrupted."""
+
 import contextlib
 import os
 import signal
@@ -6,34 +8,15 @@ import sys
 
 import pytest
 
-from mge.checkpoint import save_checkpoint
 from mge_runtime.errors import ExportError
 from mge_runtime.interrupt import interruptible
 
-# A shell that starts the tests in the background may have set SIGINT to be ignored, which a child inherits.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from mge_export.cli import main
-main()
-"""
 
-
-@pytest.fixture(autouse=True)
-def default_handlers():
-    """Ctrl-C as Python sets it, whatever started the tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(tiny, tmp_path, number):
+def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(single, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
-    save_checkpoint(tmp_path / "best.pt", tiny.make_model(1, size=32))
     environment = {**os.environ, "TMPDIR": str(work)}
-    command = [sys.executable, "-c", PROGRAM, "--ckpt", tmp_path / "best.pt", "--verify-images", "100000"]
+    command = [sys.executable, "-m", "mge_export.cli", "--ckpt", single, "--verify-images", "100000"]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -41,15 +24,13 @@ def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(tiny, tmp_
         for line in process.stderr:
             lines.append(line)
             if line.startswith("expert_1: "):  # its graph is written; now it is verified on many images
-                process.send_signal(number)
+                process.send_signal(signal.SIGINT)
                 break
         lines += process.stderr
         output = process.stdout.read()
         assert process.wait(60) == 1, lines
-    plan = tmp_path / "mge.plan"
-    assert lines[-1] == (
-        f"error: the export was interrupted ({number.name}): nothing was written to {plan}; run it again\n"
-    )
+    end = f"nothing was written to {tmp_path / 'mge.plan'}; run it again\n"
+    assert lines[-1] == f"error: the export was interrupted (SIGINT): {end}"
     assert not [line for line in lines if "Traceback" in line or "Aborted" in line]
     assert output == ""
     assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "work"}
@@ -102,18 +83,17 @@ def test_a_second_signal_does_not_disturb_the_cleaning():
     assert cleaned
 
 
-def test_other_errors_pass_and_handlers_come_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ZeroDivisionError), interruptible("", "", ExportError):
+def test_other_errors_pass_ignored_signals_stay_ignored_and_handlers_come_back():
+    def block(check):
+        signal.raise_signal(signal.SIGHUP)
+        check()
         raise ZeroDivisionError
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
-
-def test_a_signal_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        with interruptible("", "", ExportError) as check:
-            signal.raise_signal(signal.SIGHUP)
-            check()
+        with pytest.raises(ZeroDivisionError):
+            interrupted(block)
     finally:
         signal.signal(signal.SIGHUP, before)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
