@@ -24,13 +24,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from mge.data.drawing import Color, Plate, Species, draw_plate
 from mge.parts import write_parts
 from mge_runtime.errors import InputError, OutputError
 
-__all__ = ["SPLITS", "FieldGuide", "draw_image", "draw_sheet", "list_species", "write_field_guide"]
+__all__ = ["SPLITS", "FieldGuide", "draw_image", "list_species", "write_field_guide"]
 
 VERSION = 1  # of the drawing: an image of another version may differ
 SPLITS = ("train", "val", "test")
@@ -110,23 +110,6 @@ def draw_image(guide: FieldGuide, split: str, index: int) -> Plate:
     """
     rng = np.random.default_rng([guide.seed, SPLITS.index(split), index])
     return draw_plate(rng, list_species(guide.species)[index % guide.species], guide.size)
-
-
-def draw_sheet(guide: FieldGuide, *, columns: int = 6, rows: int = 4, side: int = 192) -> Image.Image:
-    """A contact sheet: the first images of the training split with their names, `side` pixels each."""
-    gap, label = 6, 14  # pixels
-    names = [one.name for one in list_species(guide.species)]
-    width, height = columns * (side + gap) + gap, rows * (side + label + gap) + gap
-    sheet = Image.new("RGB", (width, height), (250, 249, 245))
-    pen = ImageDraw.Draw(sheet)
-    for index in range(min(columns * rows, guide.train)):
-        plate = draw_image(guide, "train", index)
-        left = gap + index % columns * (side + gap)
-        top = gap + index // columns * (side + label + gap)
-        sheet.paste(Image.fromarray(plate.image).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-        text = names[index % guide.species]
-        pen.text((left + 2, top + side + 1), text, fill=(70, 66, 60), font_size=10)
-    return sheet
 
 
 def write_field_guide(

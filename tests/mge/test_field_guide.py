@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mge.cli.field_guide import main
-from mge.data.drawing import Canvas, draw_foliage, draw_plate
-from mge.data.field_guide import SPLITS, FieldGuide, draw_image, draw_sheet, list_species, write_field_guide
+from mge.cli.field_guide import draw_sheet, main
+from mge.data.drawing import draw_plate
+from mge.data.field_guide import SPLITS, FieldGuide, draw_image, list_species, write_field_guide
 from mge.parts import read_parts
 from mge_runtime.errors import InputError, OutputError
 from tests.helpers.commands import fails, succeeds
@@ -43,6 +43,7 @@ def test_seed_split_and_index_each_change_the_scene():
 
 
 def test_one_scene_drawn_with_every_species_differs_in_the_part_alone():
+    """So that nothing but the part tells the species."""
     species = list_species(36)
     for scene in range(4):
         plates = [draw_plate(np.random.default_rng([9, scene]), one, 128) for one in species]
@@ -67,43 +68,6 @@ def test_part_is_a_small_box_inside_the_center_crop():
     assert sides.max() < 0.2
     # Both flanks of the image hold heads: the place varies.
     assert (np.ptp(boxes[:, :2], axis=0) > 64).all()
-
-
-def test_foliage_never_covers_what_must_stay_clear():
-    blank = Image.new("RGB", (64, 64), (128, 128, 128))
-    canvas = Canvas(blank, 64)
-    draw_foliage(canvas, np.random.default_rng(0), 64, 400, (20.0, 20.0, 40.0, 44.0))
-    image = np.asarray(canvas.finish())
-    assert (image[20:44, 20:40] == 128).all()
-    assert (image != 128).any(axis=2).mean() > 0.3
-
-
-def ridge_accuracy(train, train_labels, test, labels):
-    """Accuracy of least squares with a penalty on one-hot classes, features centerd and scaled."""
-    mean, std = train.mean(0), train.std(0) + 1e-6
-    x, z = (train - mean) / std, (test - mean) / std
-    targets = np.eye(labels.max() + 1)[train_labels] - 1 / (labels.max() + 1)
-    weights = np.linalg.solve(x.T @ x + 100.0 * np.eye(x.shape[1]), x.T @ targets)
-    return float(((z @ weights).argmax(1) == labels).mean())
-
-
-def test_the_part_alone_tells_the_species_even_to_a_linear_probe():
-    """Of 1080 images, 720 to learn from."""
-    guide = FieldGuide(size=96)
-    around, part = [], []
-    for index in range(1080):
-        plate = draw_image(guide, "train", index)
-        x0, y0, x1, y1 = plate.part
-        masked = plate.image.copy()
-        masked[y0:y1, x0:x1] = 128
-        around.append(np.asarray(Image.fromarray(masked).resize((8, 8), Image.Resampling.BOX), float).ravel())
-        part.append(np.asarray(Image.fromarray(plate.image[y0:y1, x0:x1]).resize((10, 10)), float).ravel())
-    labels = np.arange(1080) % 12
-    found = []
-    for pixels in map(np.array, (around, part)):
-        found.append(ridge_accuracy(pixels[:720], labels[:720], pixels[720:], labels[720:]))
-    assert found[0] < 1 / 12 + 3 * np.sqrt(1 / 12 * 11 / 12 / 360)  # three standard errors of guessing
-    assert found[1] > 0.5
 
 
 def test_folder_holds_images_boxes_and_how_it_was_made(tmp_path):
