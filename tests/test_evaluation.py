@@ -175,9 +175,3 @@ def test_a_missing_extra_is_one_line(data, files, tmp_path, command, arguments, 
     line = done.stderr.splitlines()[-1]  # below a note on parts.csv
     assert line.startswith("error: this command needs ")
     assert line.endswith(f'is not installed; install it: pip install "mge[{extra}]"')
-
-
-def test_a_wrong_folder_is_refused_before_torch_is_loaded(tmp_path):
-    done = run_without(TORCH, "mge.cli.train", "--data", tmp_path / "nosuch")
-    assert done.returncode == 1
-    assert "no folder" in done.stderr

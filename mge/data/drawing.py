@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-__all__ = ["Canvas", "Color", "Plate", "Species", "draw_foliage", "draw_plate"]
+__all__ = ["Color", "Plate", "Species", "draw_plate"]
 
 Color = tuple[int, int, int]  # RGB, 0..255
 Points = NDArray[np.floating[Any]]  # [n, 2], x and y
@@ -75,11 +75,11 @@ def draw_plate(rng: np.random.Generator, species: Species, size: int) -> Plate:
     left, top, right, bottom = pose.part
     canvas = Canvas(_draw_backdrop(rng), size)
     perch = _draw_branch if rng.uniform() < 0.7 else _draw_ground
-    draw_foliage(canvas, rng, size, int(rng.integers(0, 8)), (-1.0, -1.0, -1.0, -1.0))
+    _draw_foliage(canvas, rng, size, int(rng.integers(0, 8)), (-1.0, -1.0, -1.0, -1.0))
     perch(canvas, rng, pose.foot, size)
     _draw_body(canvas, rng, pose)
     _draw_head(canvas, pose, species)
-    draw_foliage(canvas, rng, size, int(rng.integers(0, 7)), (left - 1, top - 1, right + 1, bottom + 1))
+    _draw_foliage(canvas, rng, size, int(rng.integers(0, 7)), (left - 1, top - 1, right + 1, bottom + 1))
     image = _develop(np.asarray(canvas.finish()), rng)
     x0, y0 = max(0, int(np.floor(left))), max(0, int(np.floor(top)))
     return Plate(image, (x0, y0, min(size, int(np.ceil(right))), min(size, int(np.ceil(bottom)))))
@@ -357,7 +357,7 @@ def _draw_ground(canvas: Canvas, rng: np.random.Generator, foot: Points, size: i
         _draw_blade(canvas, rng, np.array([rng.uniform(0, size), foot[1] + size * rng.uniform(-0.03, 0.2)]), size)
 
 
-def draw_foliage(
+def _draw_foliage(
     canvas: Canvas, rng: np.random.Generator, size: int, count: int, keep_clear: tuple[float, float, float, float]
 ) -> None:
     """Draw `count` leaves and berries, but none over the box `keep_clear` (left, top, right, bottom, pixels)."""

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -141,13 +140,6 @@ def test_writing_is_tried_not_asked_for(monkeypatch, tmp_path):
     check_output(tmp_path / "mge.plan")
     assert leftovers(tmp_path) == {"mge.plan"}
     assert (tmp_path / "mge.plan").read_bytes() == b"the old one"
-
-
-def test_help_version_and_errors_of_use(single):
-    assert "Usage:" in succeeds(main, "-h").stdout
-    assert version("mge") in succeeds(main, "--version").stdout
-    for arguments in ([], ["--ckpt", single, "--box-threshold", "1.5"], ["--ckpt", single, "--int8"]):
-        fails(main, *arguments, code=2)
 
 
 def test_photographs_that_are_not_there(single, tmp_path):

@@ -38,7 +38,7 @@ def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(single, tm
 
 
 def interrupted(block):
-    """Run a block of the export; return its error."""
+    """What a block of the export that gets signals becomes: the message of its error, or None."""
     try:
         with interruptible("the export", "nothing happened", ExportError) as check:
             block(check)
@@ -47,40 +47,31 @@ def interrupted(block):
     return None
 
 
-def test_what_the_interrupt_became_on_its_way_is_still_the_interrupt():
-    def block(_):
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise ImportError("a module that was being loaded") from None
-
-    assert interrupted(block) == "the export was interrupted (SIGINT): nothing happened"
+def becomes_another(_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ImportError("a module that was being loaded") from None
 
 
-def test_an_interrupt_that_got_lost_is_found_at_the_next_check():
-    def block(check):
-        check()
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        check()
+def gets_lost(check):
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    check()
 
+
+def comes_again_while_cleaning(_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("block", [becomes_another, gets_lost, comes_again_while_cleaning])
+def test_whatever_happens_to_an_interrupt_on_its_way_it_is_said(block):
     assert interrupted(lambda check: check()) is None
-    assert "SIGTERM" in interrupted(block)
-
-
-def test_a_second_signal_does_not_disturb_the_cleaning():
-    cleaned = []
-
-    def block(_):
-        try:
-            signal.raise_signal(signal.SIGINT)
-        finally:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)
-            cleaned.append(True)
-
-    assert "SIGINT" in interrupted(block)
-    assert cleaned
+    assert interrupted(block) == "the export was interrupted (SIGINT): nothing happened"
 
 
 def test_other_errors_pass_ignored_signals_stay_ignored_and_handlers_come_back():

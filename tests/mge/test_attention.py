@@ -134,9 +134,7 @@ def test_attention_in_inference_mode_is_attention():
 def test_a_gradient_of_zeros_is_refused_where_the_scores_depend_on_the_features():
     with pytest.raises(TrainingError, match=r"DetachedHead is zero everywhere.*torch \d.*inference mode off.*no_grad"):
         class_gradient(DetachedHead(), torch.randn(2, 5, 3, 3))
-
-
-def test_a_gradient_of_zeros_stands_where_the_scores_do_not_move():
+    # It stands where the scores do not move.
     head = torch.nn.Sequential(GlobalHead(8, 5), torch.nn.Threshold(1e3, 7))
     assert not class_gradient(head, torch.randn(2, 8, 3, 3))[1].any()
 
