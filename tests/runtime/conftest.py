@@ -89,12 +89,9 @@ def bundle(bundle_path):
 @pytest.fixture(scope="session")
 def expected(bundle_path):
     """The tiny chain on the CPU, graph by graph: what others must answer, too."""
-    from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
-    from mge_runtime.bundle import Bundle
-    from mge_runtime.chain import Chain
+    from tests.helpers.chain_runs import open_chain
 
-    with Bundle.open(bundle_path) as bundle:
-        chain = Chain(bundle, OnnxRuntimeBackend(threads=1))
+    chain = open_chain(bundle_path)
     yield chain
     chain.close()
 

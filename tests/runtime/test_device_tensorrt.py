@@ -4,32 +4,27 @@ Nobody has run these yet: they need an NVIDIA GPU, and `tensorrt` or `tensorrt_r
 once are checked by `test_gpu_selfcheck.py`.
 """
 
-import importlib.util
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mge_runtime import Pipeline
-from mge_runtime.backends import choose, open_backend
-from mge_runtime.backends.tensorrt import TensorRTBackend
+from mge_runtime.backends import choose, open_executor
 from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain
 from mge_runtime.errors import BackendError
 from mge_runtime.trt.vendor import load_vendor
+from tests.helpers import chain_runs as runs
 
 pytestmark = pytest.mark.gpu
 
-spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
 EVERY, frames = runs.EVERY, runs.frames
 
 
 @pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
 def ready(request, no_gpu, bundle_path, tmp_path_factory):
-    """A bundle and the backend that runs it, its engines built into a cache that is thrown away."""
+    """A bundle and the choice of what runs it, its engines built into a cache that is thrown away."""
     if no_gpu:
         pytest.skip(no_gpu)
     folder = tmp_path_factory.mktemp(request.param)
@@ -41,7 +36,7 @@ def ready(request, no_gpu, bundle_path, tmp_path_factory):
             choice = choose("cuda:0", request.param, bundle=bundle)
         except BackendError as error:
             pytest.skip(str(error))
-        yield bundle, open_backend(choice, bundle)
+        yield bundle, choice
 
 
 @pytest.fixture
@@ -53,8 +48,8 @@ def expected(bundle_path):
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_tensor_equals_the_chain_on_the_cpu(ready, expected, batch, graphs):
-    bundle, opened = ready
-    chain = Chain(bundle, TensorRTBackend(opened._vendor, opened._engines, graphs=graphs))
+    bundle, choice = ready
+    chain = Chain(bundle, open_executor(choice, bundle, graphs=graphs))
     for seed in range(3):
         found, wanted = chain.run(frames(batch, seed), outputs=EVERY).tensors, expected(frames(batch, seed))
         for name in EVERY:
@@ -68,8 +63,8 @@ def test_every_tensor_equals_the_chain_on_the_cpu(ready, expected, batch, graphs
 
 
 def test_more_than_the_engines_were_built_for_is_refused(ready):
-    bundle, backend = ready
-    chain = Chain(bundle, backend)
+    bundle, choice = ready
+    chain = Chain(bundle, open_executor(choice, bundle))
     with pytest.raises(BackendError, match=r"mge-build --batch"):
         chain.run(frames(chain.max_batch + 1))
     chain.close()

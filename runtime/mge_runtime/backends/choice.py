@@ -1,4 +1,4 @@
-"""Which backend runs a bundle here, and why the others do not.
+"""The choice of a backend for a bundle on a machine, and why it is not another.
 
 Best first: engines that lie ready (TensorRT, then TensorRT-RTX), ONNX Runtime on CUDA, ONNX Runtime on the CPU. All of
 it is decided from descriptions: of the machine, and of the engines.
@@ -54,12 +54,12 @@ class Choice:
         return f"{self.backend} on {self.device}"
 
     @property
-    def remark(self) -> str | None:
+    def note(self) -> str | None:
         """Why a GPU that is here is not used, or not by TensorRT; None: it is, or there is none."""
-        if not (self.machine.gpus or self.machine.driver_cuda):
+        has_gpu = self.machine.gpus or self.machine.driver_cuda
+        if self.backend != "onnxruntime" or not self.passed_over or not has_gpu:
             return None
-        better = [c for c in self.passed_over if c.device != "cpu"]
-        return f"running with {self}; not with {_grouped(better)}" if self.backend == "onnxruntime" and better else None
+        return f"running with {self}; not with {_grouped(self.passed_over)}"
 
     @property
     def command(self) -> str | None:
@@ -179,21 +179,20 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache:
     found = find_engines(bundle, machine, gpu, cache=cache)
     for name in ("tensorrt", "tensorrt-rtx"):
         theirs = [engines for engines in found if engines.backend == name]
-        refusal = library_refusal(name, machine, gpu)
         fitting = next((f.engines for f in theirs if f.engines is not None and f.problem is None), None)
-        if refusal is None and fitting is not None:
-            reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
-            yield Candidate(name, device, True, reason, fitting)
-            continue
-        if refusal is None and name == "tensorrt-rtx":
+        refusal = library_refusal(name, machine, gpu)
+        if refusal is None and fitting is None and name == "tensorrt-rtx":
             refusal = rtx_refusal(gpu, bundle.manifest)
         if refusal is not None:
             yield Candidate(name, device, False, refusal)
-            continue
-        command = build_command(name, machine, gpu, bundle.path)
-        why = "; ".join(f"{engines} {engines.problem}" for engines in theirs) or "the bundle has none"
-        reason = f"no engines are ready for {gpu} ({why}); build them: {command}"
-        yield Candidate(name, device, False, reason, command=command)
+        elif fitting is not None:
+            reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
+            yield Candidate(name, device, True, reason, fitting)
+        else:
+            command = build_command(name, machine, gpu, bundle.path)
+            why = "; ".join(f"{engines} {engines.problem}" for engines in theirs) or "the bundle has none"
+            reason = f"no engines are ready for {gpu} ({why}); build them: {command}"
+            yield Candidate(name, device, False, reason, command=command)
 
 
 def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle) -> Candidate:
