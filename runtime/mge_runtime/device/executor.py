@@ -251,13 +251,8 @@ class DeviceExecutor(Executor):
         if batch < least or (most is not None and batch > most):
             raise BackendError(
                 f"asked to run {batch} frames at once; the engines were built for {least} to {most or 'any number'}: "
-                f"build them for this too with `mge-build --batch {min(batch, least)},{least},{max(batch, most or 1)}`"
-            )
-        spec = self._space.places[FRAME].spec
-        if frames.dtype != np.dtype(spec.dtype) or frames.shape != shape_of(spec, batch):
-            raise BackendError(
-                f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
-                f"expected {spec.dtype} {list(shape_of(spec, batch))}"
+                "run as many, or build them for this too with "
+                f"`mge-build --batch {min(batch, least)},{least},{max(batch, most or 1)}`"
             )
 
 

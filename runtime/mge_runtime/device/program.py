@@ -117,12 +117,10 @@ class Program:
         self._runs += 1
 
     def report(self) -> dict[str, JsonValue]:
-        """Whether it is a graph, why not, how often it ran, and the nodes of the graph by kind where they are known."""
+        """Whether it is a graph, why not, and how often it ran."""
         is_graph = self._graph is not None or all(launch.has_graph for launch in self._launches)
         why = self._why_plain or (None if is_graph else "captured at its second run")
-        nodes = None if self._graph is None else self._graph.nodes
-        told: dict[str, JsonValue] = {} if nodes is None else {"nodes": dict(nodes)}
-        return {"graph": is_graph, "why": why, "runs": self._runs, **told}
+        return {"graph": is_graph, "why": why, "runs": self._runs}
 
     def close(self) -> None:
         """Release the graph; the launches belong to others. Closing twice does nothing."""
