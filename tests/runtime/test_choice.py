@@ -95,9 +95,9 @@ def test_a_gpu_that_is_not_there_is_named(choose):
         (
             "onnxruntime",
             {"libraries": {}, "broken": {"cuda-core": "no bindings"}},
-            "cuda-core cannot be imported (no bindings): pip",
+            "cuda-core cannot be imported (no bindings); install it again: pip",
         ),
-        ("onnxruntime", {"libraries": CUDA}, 'the module onnxruntime is not installed: pip install "mge[gpu]"'),
+        ("onnxruntime", {"libraries": CUDA}, 'onnxruntime is not installed: pip install "mge[gpu]"'),
         (
             "onnxruntime",
             {"libraries": CUDA, "broken": {"onnxruntime": "bad ELF"}},

@@ -1,4 +1,4 @@
-"""The chain on a device: where its tensors lie, and the runs over them."""
+"""The chain on a device: the place of each of its tensors, and the runs over them."""
 
 from __future__ import annotations
 
@@ -152,9 +152,7 @@ class DeviceExecutor(Executor):
         tensors: dict[str, Array] = {}
         for span in spans:
             size = self._fitting(len(running), batch)
-            if not self._programs.is_settled(size, span.first, span.last):
-                turn.enter_context(FIRST_RUNS)
-            program = self._programs.get(span.first, span.last, self._space.addresses(size))
+            program = self._programs.get(span.first, span.last, self._space.addresses(size), turn)
             if span is spans[0]:
                 self._upload(frames, before_upload)
             stream.record(before_span)
