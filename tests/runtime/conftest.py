@@ -2,6 +2,7 @@ import ctypes
 import importlib.util
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,15 @@ def expected(bundle_path):
 def copy(bundle_path, tmp_path):
     """A copy of the tiny bundle, to change."""
     return Path(shutil.copy(bundle_path, tmp_path / "mge.plan"))
+
+
+@pytest.fixture
+def make(tiny, tmp_path, monkeypatch):
+    """Make tiny bundles with bytes in place of engines; the working folder is theirs."""
+    from tests.helpers.recorded_machines import write_with_engines
+
+    monkeypatch.chdir(tmp_path)
+    return partial(write_with_engines, tiny, tmp_path / "mge.plan")
 
 
 @pytest.fixture(scope="session")

@@ -128,10 +128,3 @@ def test_tensors_go_when_they_are_done(bundle, monkeypatch):
         "expert_2": {"frame", "image_2", "mean_logits_1", "logits_1"},
         "expert_3": {"frame", "image_3", "logits_1", "logits_2"},
     }
-
-
-def test_a_batch_predicts_as_its_images_do(expected):
-    batch = frames(4)
-    together = expected.run(batch).tensors["logits"]
-    alone = np.concatenate([expected.run(batch[i : i + 1]).tensors["logits"] for i in range(4)])
-    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
