@@ -18,26 +18,7 @@ from mge_runtime.machine import Gpu, Machine, describe_machine
 from mge_runtime.trt.engines import find_engines, store_engines
 from mge_runtime.trt.target import Target
 from tests.helpers import recorded_machines as machines
-from tests.helpers.recorded_machines import (
-    CPU,
-    FOR_ORIN,
-    FOR_RTX,
-    H100,
-    H100_ORT,
-    NO_TENSORRT,
-    ORIN,
-    RTX3060,
-    RTX3070,
-    RTX4090,
-    RTX5090,
-    T4,
-    T4_RTX,
-    THOR,
-    chosen,
-    details,
-    refusal,
-    with_version,
-)
+from tests.helpers.recorded_machines import chosen, details, refusal, with_version
 
 CUDA = {"cuda-core": "1.2.2"}
 WITH_CUDA = {"libraries": {**CUDA, "onnxruntime": "1.31.1"}, "providers": ("CUDAExecutionProvider",)}
@@ -162,14 +143,14 @@ def test_choosing_for_the_cpu_asks_no_driver_and_imports_no_library():
 @pytest.mark.parametrize(
     ("machine", "expected", "not_tensorrt"),
     [
-        (CPU, "onnxruntime on cpu", "no NVIDIA driver is installed (libcuda.so.1 cannot be loaded)"),
+        (machines.CPU, "onnxruntime on cpu", "no NVIDIA driver is installed (libcuda.so.1 cannot be loaded)"),
         (
-            RTX5090,
+            machines.RTX5090,
             "onnxruntime on cpu",
             'an NVIDIA driver for CUDA 13.2 is here, and cuda-core is not installed: pip install "cuda-core[cu13]"',
         ),
         (
-            H100_ORT,
+            machines.H100_ORT,
             "onnxruntime on cuda:0",
             'tensorrt is not installed: pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)',
         ),
@@ -181,7 +162,7 @@ def test_the_same_bundle_runs_its_onnx_elsewhere(make, machine, expected, not_te
     assert (str(choice), choice.engines, choice.command) == (expected, None, None)
     assert choice.passed_over[0].backend == "tensorrt"
     assert choice.passed_over[0].reason == not_tensorrt
-    if machine is CPU:
+    if machine is machines.CPU:
         assert choice.note is None
     else:
         assert choice.note.startswith(f"running with {expected}; not with tensorrt")
@@ -197,13 +178,13 @@ ON_DEVICE = "mge-build mge.plan (on this device)"
 @pytest.mark.parametrize(
     ("machine", "backend", "engine", "command"),
     [
-        (ORIN, "tensorrt", FOR_ORIN, ON_DEVICE),
-        (THOR, "tensorrt", machines.FOR_THOR, ON_DEVICE),
-        (RTX3060, "tensorrt-rtx", FOR_RTX, AHEAD.format("sm86", "linux")),
-        (RTX4090, "tensorrt-rtx", machines.FOR_WINDOWS, AHEAD.format("sm89", "windows")),
-        (T4_RTX, "tensorrt-rtx", None, AHEAD.format("sm75", "linux")),
-        (T4, "tensorrt", machines.FOR_T4, ON_DEVICE),
-        (H100, "tensorrt", machines.FOR_H100, ON_DEVICE),
+        (machines.ORIN, "tensorrt", machines.FOR_ORIN, ON_DEVICE),
+        (machines.THOR, "tensorrt", machines.FOR_THOR, ON_DEVICE),
+        (machines.RTX3060, "tensorrt-rtx", machines.FOR_RTX, AHEAD.format("sm86", "linux")),
+        (machines.RTX4090, "tensorrt-rtx", machines.FOR_WINDOWS, AHEAD.format("sm89", "windows")),
+        (machines.T4_RTX, "tensorrt-rtx", None, AHEAD.format("sm75", "linux")),
+        (machines.T4, "tensorrt", machines.FOR_T4, ON_DEVICE),
+        (machines.H100, "tensorrt", machines.FOR_H100, ON_DEVICE),
     ],
 )
 def test_one_bundle_has_the_engine_for_each_and_without_one_line_names_the_command(
@@ -229,41 +210,41 @@ def test_one_bundle_has_the_engine_for_each_and_without_one_line_names_the_comma
     )
 
 
-SMALL_ORIN = replace(ORIN.gpus[0], multiprocessors=14)
-RTX3060_TENSORRT = with_version(RTX3060, "tensorrt", "10.13.3.9")
+SMALL_ORIN = replace(machines.ORIN.gpus[0], multiprocessors=14)
+RTX3060_TENSORRT = with_version(machines.RTX3060, "tensorrt", "10.13.3.9")
 
 
 @pytest.mark.parametrize(
     ("machine", "engine", "why"),
     [
         (
-            ORIN,
-            replace(FOR_ORIN, gpu=SMALL_ORIN),
+            machines.ORIN,
+            replace(machines.FOR_ORIN, gpu=SMALL_ORIN),
             "was built on Orin (sm87) with 14 multiprocessors, this GPU is Orin (sm87) with 16 multiprocessors",
         ),
         (
-            ORIN,
-            replace(FOR_ORIN, version="10.7.0"),
+            machines.ORIN,
+            replace(machines.FOR_ORIN, version="10.7.0"),
             "was built by tensorrt 10.7.0, 10.3.0 is installed here",
         ),
-        (ORIN, machines.FOR_THOR, "is for sm110, this GPU is Orin (sm87)"),
-        (ORIN, replace(FOR_ORIN, gpu=None), "does not say which GPU it was built on"),
-        (ORIN, replace(FOR_ORIN, left_out=("expert_3",)), "has no engine for the graph expert_3"),
-        (RTX3060, machines.FOR_WINDOWS, "is for windows x86_64, this machine is linux x86_64"),
-        (RTX4090, FOR_RTX, "is for linux x86_64, this machine is windows x86_64"),
+        (machines.ORIN, machines.FOR_THOR, "is for sm110, this GPU is Orin (sm87)"),
+        (machines.ORIN, replace(machines.FOR_ORIN, gpu=None), "does not say which GPU it was built on"),
+        (machines.ORIN, replace(machines.FOR_ORIN, left_out=("expert_3",)), "has no engine for the graph expert_3"),
+        (machines.RTX3060, machines.FOR_WINDOWS, "is for windows x86_64, this machine is linux x86_64"),
+        (machines.RTX4090, machines.FOR_RTX, "is for linux x86_64, this machine is windows x86_64"),
         (
-            RTX3060,
-            replace(FOR_RTX, version="1.7.0.99"),
+            machines.RTX3060,
+            replace(machines.FOR_RTX, version="1.7.0.99"),
             "was built by tensorrt-rtx 1.7.0.99, 1.7.1.116 is installed here",
         ),
         (
-            RTX3060,
-            replace(FOR_RTX, target="tensorrt-rtx-1.7-sm120-sm121-linux-x86_64"),
+            machines.RTX3060,
+            replace(machines.FOR_RTX, target="tensorrt-rtx-1.7-sm120-sm121-linux-x86_64"),
             "is for sm120 or sm121, this GPU is NVIDIA GeForce RTX 3060 (sm86)",
         ),
         (
             RTX3060_TENSORRT,
-            machines.Engine("tensorrt-10.13-sm86-linux-x86_64", "10.13.3.9", RTX3070.gpus[0]),
+            machines.Engine("tensorrt-10.13-sm86-linux-x86_64", "10.13.3.9", machines.RTX3070.gpus[0]),
             "was built on NVIDIA GeForce RTX 3070 (sm86) with 46 multiprocessors, "
             "this GPU is NVIDIA GeForce RTX 3060 (sm86) with 28 multiprocessors",
         ),
@@ -284,17 +265,17 @@ def test_engines_that_were_built_here_without_a_gpu_are_chosen_for_the_device(ma
     built = CliRunner().invoke(build, [str(path), "--target", "rtx:sm86,sm120", "--into-bundle", "--batch", "1"])
     assert built.exit_code == 0, built.output
     machine = describe_machine(gpus=False)  # engines are for the platform they were built on
-    here = replace(RTX3060, system=machine.system, arch=machine.arch, libraries={**machine.libraries})
+    here = replace(machines.RTX3060, system=machine.system, arch=machine.arch, libraries={**machine.libraries})
     choice = chosen(path, here)
     assert choice.backend == "tensorrt-rtx"
     assert choice.engines.description.plans["expert_1"].size > 10_000
-    other = chosen(path, replace(here, gpus=RTX4090.gpus))
+    other = chosen(path, replace(here, gpus=machines.RTX4090.gpus))
     assert f"({choice.engines.description.target} in the bundle is for sm86 or sm120, this GPU is" in other.note
 
 
 def test_engines_that_are_ready_serve_every_gpu_of_their_capabilities_and_go_before_engines_to_build(make):
-    path = make(FOR_RTX)
-    assert chosen(path, RTX3070).engines.description.target == FOR_RTX.target
+    path = make(machines.FOR_RTX)
+    assert chosen(path, machines.RTX3070).engines.description.target == machines.FOR_RTX.target
     choice = chosen(path, RTX3060_TENSORRT)
     assert choice.backend == "tensorrt-rtx"
     assert [(c.backend, c.command is not None) for c in choice.passed_over] == [("tensorrt", True)]
@@ -303,21 +284,21 @@ def test_engines_that_are_ready_serve_every_gpu_of_their_capabilities_and_go_bef
 @pytest.mark.parametrize(
     ("machine", "backend", "reason"),
     [
-        (ORIN, "tensorrt-rtx", "TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does"),
-        (THOR, "tensorrt-rtx", "TensorRT-RTX does not serve sm110 (Jetson Thor); full TensorRT does"),
-        (H100_ORT, "tensorrt-rtx", "TensorRT-RTX does not serve sm90 (Hopper); full TensorRT does"),
+        (machines.ORIN, "tensorrt-rtx", "TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does"),
+        (machines.THOR, "tensorrt-rtx", "TensorRT-RTX does not serve sm110 (Jetson Thor); full TensorRT does"),
+        (machines.H100_ORT, "tensorrt-rtx", "TensorRT-RTX does not serve sm90 (Hopper); full TensorRT does"),
         (
-            RTX3060,
+            machines.RTX3060,
             "tensorrt",
             'tensorrt is not installed: pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)',
         ),
         (
-            replace(RTX3060, libraries=CUDA),
+            replace(machines.RTX3060, libraries=CUDA),
             "tensorrt-rtx",
             'tensorrt_rtx is not installed: pip install "mge[rtx]"',
         ),
         (
-            NO_TENSORRT,
+            machines.NO_TENSORRT,
             "tensorrt",
             "tensorrt is not installed: TensorRT comes with JetPack: sudo apt install nvidia-jetpack, "
             "in an environment with --system-site-packages",
@@ -325,15 +306,15 @@ def test_engines_that_are_ready_serve_every_gpu_of_their_capabilities_and_go_bef
     ],
 )
 def test_who_insists_reads_what_was_found_what_is_here_and_what_to_do(make, machine, backend, reason):
-    assert refusal(make(FOR_RTX), machine, backend=backend) == (
+    assert refusal(make(machines.FOR_RTX), machine, backend=backend) == (
         f"nothing can run device 'auto' and backend '{backend}' ({backend} on cuda:0: {reason}); "
-        f"the bundle has engines for {FOR_RTX.target}; this device is {machine.gpus[0]}, {machine.platform}; "
+        f"the bundle has engines for {machines.FOR_RTX.target}; this device is {machine.gpus[0]}, {machine.platform}; "
         "leave device and backend at auto, which takes what runs here"
     )
 
 
 def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it(make):
-    choice = chosen(make(), with_version(NO_TENSORRT, "onnxruntime", "1.23.2"))
+    choice = chosen(make(), with_version(machines.NO_TENSORRT, "onnxruntime", "1.23.2"))
     (reason,) = (other.reason for other in choice.passed_over if other.backend == "onnxruntime")
     assert (choice.device, reason) == ("cpu", "onnxruntime-gpu has no wheel for the GPU of a Jetson")
 
@@ -349,42 +330,42 @@ def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it(make):
 def test_turing_takes_no_fp32_products(make, operators, refused):
     path = make(type="fp16", operators=operators)
     if not refused:
-        assert chosen(path, T4_RTX).command is not None
+        assert chosen(path, machines.T4_RTX).command is not None
         return
-    choice = chosen(path, T4_RTX)
+    choice = chosen(path, machines.T4_RTX)
     assert str(choice) == "onnxruntime on cpu"
     rtx = next(c for c in choice.passed_over if c.backend == "tensorrt-rtx")
     assert "cannot run on sm75: its " in rtx.reason
     assert "mge-export --fp16 --target rtx:sm75" in rtx.reason
-    assert "mge-build" not in refusal(path, T4_RTX, backend="tensorrt-rtx")
-    assert chosen(path, T4).command, "full TensorRT has FP32 products on Turing"
-    assert chosen(path, RTX3060).command, "and TensorRT-RTX has them from Ampere on"
+    assert "mge-build" not in refusal(path, machines.T4_RTX, backend="tensorrt-rtx")
+    assert chosen(path, machines.T4).command, "full TensorRT has FP32 products on Turing"
+    assert chosen(path, machines.RTX3060).command, "and TensorRT-RTX has them from Ampere on"
 
 
 def test_the_cache_counts_on_this_machine_alone(make, monkeypatch, tmp_path):
     monkeypatch.setenv("MGE_CACHE_DIR", str(tmp_path / "cache"))
-    path = make(replace(FOR_ORIN, version="10.7.0"))
+    path = make(replace(machines.FOR_ORIN, version="10.7.0"))
     (tmp_path / "plan").write_bytes(machines.NO_PLAN)
-    target, orin = Target.parse(FOR_ORIN.target), ORIN.gpus[0]
+    target, orin = Target.parse(machines.FOR_ORIN.target), machines.ORIN.gpus[0]
     with Bundle.open(path) as bundle:
         plans = {graph.name: tmp_path / "plan" for graph in bundle.manifest.graphs}
-        store_engines(bundle.manifest_sha256, target, orin, plans, details(FOR_ORIN))
-        found = find_engines(bundle, ORIN, orin, cache=True)
+        store_engines(bundle.manifest_sha256, target, orin, plans, details(machines.FOR_ORIN))
+        found = find_engines(bundle, machines.ORIN, orin, cache=True)
     assert [(f.in_bundle, f.problem is None) for f in found] == [(True, False), (False, True)]
-    choice = chosen(path, ORIN, cache=True)
+    choice = chosen(path, machines.ORIN, cache=True)
     assert choice.engines.place.startswith("in the cache, ")
-    assert chosen(path, ORIN).engines is None
-    assert "10.3.1 is installed" in chosen(path, with_version(ORIN, "tensorrt", "10.3.1"), cache=True).note
+    assert chosen(path, machines.ORIN).engines is None
+    assert "10.3.1 is installed" in chosen(path, with_version(machines.ORIN, "tensorrt", "10.3.1"), cache=True).note
 
 
 def test_engines_nobody_here_can_read_are_passed_over(make):
-    path = make(FOR_RTX)
+    path = make(machines.FOR_RTX)
     with Bundle.open(path) as bundle:
         digest = bundle.manifest_sha256
     for target, facts in (("tensorrt-rtx-1.7-sm86-linux-x86_64", {"note": 1}), ("tensorrt-rtx-of-tomorrow", {})):
         add_engine(path, target, {"expert_3": machines.NO_PLAN}, facts, manifest_sha256=digest)
-    assert chosen(path, RTX3060).engines.description.target == FOR_RTX.target
-    choice = chosen(path, with_version(RTX3060, "tensorrt-rtx", "1.8.0.1"))
+    assert chosen(path, machines.RTX3060).engines.description.target == machines.FOR_RTX.target
+    choice = chosen(path, with_version(machines.RTX3060, "tensorrt-rtx", "1.8.0.1"))
     assert choice.engines is None
     assert "cannot be read: " in choice.note
     assert "which is no target" in choice.note

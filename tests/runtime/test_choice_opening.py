@@ -20,25 +20,11 @@ from mge_runtime.trt.target import TargetRequest
 from mge_runtime.trt.vendor import Messages, Vendor
 from tests.helpers import recorded_machines as machines
 from tests.helpers.chain_runs import write_typed
-from tests.helpers.recorded_machines import (
-    CPU,
-    FOR_RTX,
-    H100,
-    H100_ORT,
-    NO_TENSORRT,
-    ORIN,
-    RTX3060,
-    RTX4090,
-    RTX5090,
-    T4,
-    THOR,
-    chosen,
-    with_version,
-)
+from tests.helpers.recorded_machines import chosen, with_version
 
 
 def test_a_gpu_has_one_stream_and_needs_the_library_that_was_described(bundle):
-    choice = choose(bundle=bundle, machine=H100_ORT)
+    choice = choose(bundle=bundle, machine=machines.H100_ORT)
     if "CUDAExecutionProvider" not in load_onnxruntime().get_available_providers():
         with pytest.raises(BackendError, match=r"was built without CUDA; expected onnxruntime-gpu: pip uninstall"):
             open_executor(choice, bundle)
@@ -51,8 +37,8 @@ def test_opening_asks_the_library_for_its_version_and_the_driver_before_it_reads
     pytest.importorskip("tensorrt_rtx")
 
     def refused(described):
-        machine = with_version(RTX3060, "tensorrt-rtx", described)
-        path = make(replace(FOR_RTX, version=described))
+        machine = with_version(machines.RTX3060, "tensorrt-rtx", described)
+        path = make(replace(machines.FOR_RTX, version=described))
         with monkeypatch.context() as patch, Bundle.open(path) as bundle:
             machines.lock_engines(patch)
             choice = choose(bundle=bundle, machine=machine)
@@ -61,27 +47,27 @@ def test_opening_asks_the_library_for_its_version_and_the_driver_before_it_reads
         return str(caught.value)
 
     old = refused("1.7.0.99")
-    assert old.startswith(f"{FOR_RTX.target} in the bundle was built by tensorrt-rtx 1.7.0.99, 1.")
+    assert old.startswith(f"{machines.FOR_RTX.target} in the bundle was built by tensorrt-rtx 1.7.0.99, 1.")
     assert old.endswith("build again: mge-build mge.plan --target rtx:sm86 --into-bundle (on any linux x86_64 machine)")
     if no_gpu:
         assert refused(version("tensorrt-rtx")).startswith("cuda:0 cannot be opened: ")
 
 
 def test_a_damaged_engine_is_no_engine(make):
-    path = make(FOR_RTX)
+    path = make(machines.FOR_RTX)
     with Bundle.open(path) as bundle:
-        offset = bundle.entry(f"engines/{FOR_RTX.target}/expert_3.plan").offset
+        offset = bundle.entry(f"engines/{machines.FOR_RTX.target}/expert_3.plan").offset
     with path.open("r+b") as stream:
         stream.seek(offset)
         stream.write(b"X")
     with Bundle.open(path) as bundle:
-        engines = choose(bundle=bundle, machine=RTX3060).engines
+        engines = choose(bundle=bundle, machine=machines.RTX3060).engines
         assert bytes(engines.plan("expert_1")) == machines.NO_PLAN
         with pytest.raises(BundleError, match=r"expert_3\.plan do not match"):
             engines.plan("expert_3")
 
 
-@pytest.mark.parametrize("machine", [ORIN, THOR, RTX3060], ids=lambda m: m.gpus[0].name)
+@pytest.mark.parametrize("machine", [machines.ORIN, machines.THOR, machines.RTX3060], ids=lambda m: m.gpus[0].name)
 def test_opening_builds_nothing_and_says_once_what_would(make, machine, monkeypatch, caplog):
     """It runs what is ready; nothing of a builder is even imported."""
     for module in ("trt.build", "trt.builder"):
@@ -99,8 +85,8 @@ def test_opening_builds_nothing_and_says_once_what_would(make, machine, monkeypa
 
 
 def test_int8_is_not_left_to_a_library_that_nobody_has_seen_run_it(make, tiny, tmp_path):
-    assert str(chosen(make(), H100_ORT)) == "onnxruntime on cuda:0"
-    choice = chosen(write_typed(tiny, tmp_path / "int8.plan", {"expert_1": "int8"}), H100_ORT)
+    assert str(chosen(make(), machines.H100_ORT)) == "onnxruntime on cuda:0"
+    choice = chosen(write_typed(tiny, tmp_path / "int8.plan", {"expert_1": "int8"}), machines.H100_ORT)
     assert str(choice) == "onnxruntime on cpu"
     assert "INT8 has not been checked with ONNX Runtime on CUDA" in choice.note
 
@@ -111,12 +97,12 @@ def test_int8_is_not_left_to_a_library_that_nobody_has_seen_run_it(make, tiny, t
 @pytest.mark.parametrize(
     ("machine", "library"),
     [
-        (ORIN, "tensorrt"),
-        (THOR, "tensorrt"),
-        (H100, "tensorrt"),
-        (T4, "tensorrt"),
-        (RTX3060, "tensorrt-rtx"),
-        (RTX4090, "tensorrt-rtx"),
+        (machines.ORIN, "tensorrt"),
+        (machines.THOR, "tensorrt"),
+        (machines.H100, "tensorrt"),
+        (machines.T4, "tensorrt"),
+        (machines.RTX3060, "tensorrt-rtx"),
+        (machines.RTX4090, "tensorrt-rtx"),
     ],
 )
 def test_a_machine_builds_with_the_library_it_has(machine, library):
@@ -126,13 +112,13 @@ def test_a_machine_builds_with_the_library_it_has(machine, library):
 @pytest.mark.parametrize(
     ("machine", "backend", "line"),
     [
-        (ORIN, "tensorrt-rtx", "TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does"),
-        (NO_TENSORRT, "auto", "tensorrt is not installed: TensorRT comes with JetPack: sudo apt install"),
-        (with_version(H100, "tensorrt", "12.0.1"), "tensorrt", "tensorrt 12.0.1 is not served"),
-        (with_version(ORIN, "tensorrt", "8.6.2"), "auto", "tensorrt 8.6.2 is not served"),
-        (replace(RTX3060, broken={"tensorrt-rtx": "libcuda"}), "tensorrt-rtx", "cannot be imported (libcuda)"),
-        (CPU, "auto", "there is no GPU cuda:0 here to build for (no NVIDIA driver is installed"),
-        (RTX5090, "auto", "cuda-core is not installed"),
+        (machines.ORIN, "tensorrt-rtx", "TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does"),
+        (machines.NO_TENSORRT, "auto", "tensorrt is not installed: TensorRT comes with JetPack: sudo apt install"),
+        (with_version(machines.H100, "tensorrt", "12.0.1"), "tensorrt", "tensorrt 12.0.1 is not served"),
+        (with_version(machines.ORIN, "tensorrt", "8.6.2"), "auto", "tensorrt 8.6.2 is not served"),
+        (replace(machines.RTX3060, broken={"tensorrt-rtx": "libcuda"}), "tensorrt-rtx", "cannot be imported (libcuda)"),
+        (machines.CPU, "auto", "there is no GPU cuda:0 here to build for (no NVIDIA driver is installed"),
+        (machines.RTX5090, "auto", "cuda-core is not installed"),
     ],
 )
 def test_where_nothing_can_build_one_line_says_why(machine, backend, line):
@@ -146,10 +132,10 @@ def test_where_nothing_can_build_one_line_says_why(machine, backend, line):
 @pytest.mark.parametrize(
     ("machine", "options", "expected"),
     [
-        (ORIN, BuildOptions(), 1_000_000 * 1024),
-        (replace(ORIN, board=None), BuildOptions(), 1_000_000 * 1024),
-        (ORIN, BuildOptions(workspace=5 << 20), 5 << 20),
-        (H100, BuildOptions(), None),
+        (machines.ORIN, BuildOptions(), 1_000_000 * 1024),
+        (replace(machines.ORIN, board=None), BuildOptions(), 1_000_000 * 1024),
+        (machines.ORIN, BuildOptions(workspace=5 << 20), 5 << 20),
+        (machines.H100, BuildOptions(), None),
     ],
     ids=["jetson", "integrated", "named", "memory of its own"],
 )
