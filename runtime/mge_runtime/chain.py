@@ -15,7 +15,7 @@ from mge_runtime.manifest import GraphSpec, Manifest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mge_runtime.backends.base import Array, Backend, ExecutorResult
+    from mge_runtime.backends.base import Array, Executor, ExecutorResult
     from mge_runtime.bundle import Bundle
     from mge_runtime.calibrated import Calibrated, ExitPoint
     from mge_runtime.fields import JsonValue
@@ -79,21 +79,21 @@ class ChainResult:
 class Chain:
     """The opened chain of one bundle. Used from as many threads at a time as it has streams.
 
-    Raises:
-        BundleError: an entry is damaged.
-        BackendError: the backend cannot run a graph.
+    Args:
+        bundle: open.
+        executor: that opened it; closed with the chain.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, executor: Executor) -> None:
         self._manifest = manifest = bundle.manifest
-        self._executor = backend.open_chain(bundle)
+        self._executor = executor
         # Tensors that a prediction reports.
         reported = (manifest.gate, *(name for v in manifest.views for name in (v.logits, v.heatmap, v.box)))
         self._reported = {name for name in reported if name is not None}
         # What is mapped from the file changes with it.
-        self._file = bundle.watched() if bundle.maps_weights and backend.maps_weights else None
-        self.streams = backend.streams  # how many runs may be in flight at once
-        self.max_batch = self._executor.max_batch  # most frames in one run; None: no limit but memory
+        self._file = bundle.watched() if bundle.maps_weights and executor.maps_weights else None
+        self.streams = executor.streams  # how many runs may be in flight at once
+        self.max_batch = executor.max_batch  # most frames in one run; None: no limit but memory
 
     def run(
         self,
@@ -123,11 +123,6 @@ class Chain:
             if unknown := sorted(set(outputs) - known):
                 raise BackendError(f"no graph has an output {unknown[0]!r}; the chain has {', '.join(sorted(known))}")
         wanted = {run[-1].logits, *(point.answer for point in exits), *(self._reported if outputs is None else outputs)}
-        if self.max_batch is not None and len(frames) > self.max_batch:
-            raise BackendError(
-                f"asked to run {len(frames)} frames at once; the engines were built for at most {self.max_batch}: "
-                f"run fewer, or build for more with `mge-build --batch 1,1,{len(frames)}`"
-            )
         self._check_file()  # mapped pages that are gone would end the process
         try:
             result = self._executor.run(frames, len(run), wanted | self._reported, exits)

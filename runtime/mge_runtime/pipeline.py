@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from mge_runtime.backends import Backend, Choice, Streams, choose, open_backend
+from mge_runtime.backends import Choice, Streams, choose, open_executor
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
 from mge_runtime.chain import Chain, ChainResult, Exit, ExitPolicy, ImageResult, resolve_exit
@@ -57,24 +57,23 @@ class Pipeline:
 
     def __init__(
         self,
-        bundle: Bundle,
+        manifest: Manifest,
         choice: Choice,
-        backend: Backend,
+        chain: Chain,
+        calibrated: Calibrated,
         *,
-        exit: Exit = "never",
-        calibration: bool = True,
-        max_pixels: int = MAX_PIXELS,
+        exit: Exit,
+        max_pixels: int,
     ) -> None:
         self._max_pixels = max_pixels
-        self.manifest: Manifest = bundle.manifest
-        self.calibrated: Calibrated = _calibrated(bundle) if calibration else Calibrated()  # temperatures and exits
+        self.manifest: Manifest = manifest
+        self.calibrated: Calibrated = calibrated  # temperatures and exits
         self.exit: Exit = exit  # of predictions that name none
-        resolve_exit(exit, self.calibrated, self.manifest)
         self.choice: Choice = choice  # the backend and device that run, and why not others
         self._remarked = False
-        self._chain: Chain | None = Chain(bundle, backend)
-        self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
-        self.max_batch: int | None = self._chain.max_batch  # most frames in one run of the chain; None: no limit
+        self._chain: Chain | None = chain
+        self.streams: int = chain.streams  # runs of the chain that may be in flight at once
+        self.max_batch: int | None = chain.max_batch  # most frames in one run of the chain; None: no limit
         self._free = threading.Semaphore(self.streams)
         self._closing = threading.Lock()
         load_decoders()
@@ -126,9 +125,12 @@ class Pipeline:
         with Bundle.open(path, maps_weights=mmap) as bundle:
             choice = choose(device, backend, bundle=bundle)
             if choice.command is not None:
-                logging.getLogger("mge_runtime").warning(choice.remark)
-            opened = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
-            return cls(bundle, choice, opened, exit=exit, calibration=calibration, max_pixels=max_pixels)
+                logging.getLogger("mge_runtime").warning(choice.note)
+            calibrated = _calibrated(bundle) if calibration else Calibrated()
+            resolve_exit(exit, calibrated, bundle.manifest)
+            executor = open_executor(choice, bundle, threads=threads, streams=streams, graphs=graphs)
+            chain = Chain(bundle, executor)
+            return cls(bundle.manifest, choice, chain, calibrated, exit=exit, max_pixels=max_pixels)
 
     def __enter__(self) -> Pipeline:
         return self

@@ -1,6 +1,7 @@
 import ctypes
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,10 @@ def bundle(bundle_path):
 
 @pytest.fixture(scope="session")
 def expected(bundle_path):
-    """The tiny chain on the CPU, graph by graph: what others must predict, too."""
-    from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
-    from mge_runtime.chain import Chain
+    """The tiny chain on the CPU, graph by graph: what others must answer, too."""
+    from tests.helpers.chain_runs import open_chain
 
-    with Bundle.open(bundle_path) as bundle:
-        chain = Chain(bundle, OnnxRuntimeBackend(threads=1))
+    chain = open_chain(bundle_path)
     yield chain
     chain.close()
 
@@ -99,6 +98,15 @@ def expected(bundle_path):
 def copy(bundle_path, tmp_path):
     """A copy of the tiny bundle, to change."""
     return Path(shutil.copy(bundle_path, tmp_path / "mge.plan"))
+
+
+@pytest.fixture
+def make(tiny, tmp_path, monkeypatch):
+    """Make tiny bundles with bytes in place of engines; the working folder is theirs."""
+    from tests.helpers.recorded_machines import write_with_engines
+
+    monkeypatch.chdir(tmp_path)
+    return partial(write_with_engines, tiny, tmp_path / "mge.plan")
 
 
 @pytest.fixture(scope="session")

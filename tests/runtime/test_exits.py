@@ -1,8 +1,5 @@
 """Early exits in the executors: who leaves after which graph, on the host and on a device."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -12,12 +9,10 @@ from mge_runtime.calibrated import ExitPoint, confidence
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
+from tests.helpers import chain_runs as runs
 
 onnxruntime = load_onnxruntime()
 
-spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
 EVERY, frames = runs.EVERY, runs.shuffled_frames
 
 TEMPERATURES = {"mean_logits_1": 2.0, "mean_logits_2": 1.5, "logits": 0.8}

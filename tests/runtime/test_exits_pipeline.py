@@ -1,9 +1,7 @@
 """Early exits in a pipeline: what a prediction says that stopped early, and what is asked for."""
 
-import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,8 @@ from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.calibrated import confidence
 from mge_runtime.errors import BackendError, BundleError
 from mge_runtime.prediction import softmax
+from tests.helpers import chain_runs as runs
 
-spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
 frames = runs.shuffled_frames
 
 TEMPERATURES = {"mean_logits_1": 2.0, "mean_logits_2": 1.5, "logits": 0.8}

@@ -1,10 +1,8 @@
 """The self-check's comparisons on the host as a device; and that each of them can fail."""
 
-import importlib.util
 import mmap
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,10 +23,7 @@ from mge_runtime.selfcheck import (
     memory,
 )
 from mge_runtime.selfcheck.outputs import compared_tensors
-
-spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
+from tests.helpers import chain_runs as runs
 
 
 def unchanged(tensors, _):

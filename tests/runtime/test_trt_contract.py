@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 
 import mge_runtime.backends.tensorrt
-from mge_runtime.backends.tensorrt import DTYPES, TensorRTBackend
-from mge_runtime.bundle import Bundle
-from mge_runtime.errors import BackendError
+from mge_runtime.backends.tensorrt import DTYPES
 from mge_runtime.manifest import DTYPES as CHAIN_DTYPES
 from mge_runtime.trt.target import RTX_CAPABILITIES
-from mge_runtime.trt.vendor import load_vendor
 from tests.helpers import tensorrt_calls as calls
 
 # What is reached by name, so that a type checker does not see it, and full TensorRT has not.
@@ -88,15 +85,3 @@ def test_names_of_types_places_and_directions(name):
     assert module.TensorLocation.DEVICE.name == "DEVICE"
     assert {mode.name for mode in (module.TensorIOMode.INPUT, module.TensorIOMode.OUTPUT)} == {"INPUT", "OUTPUT"}
     assert [len(module.Dims([1, 2, 3])), module.Dims([1, 2, 3])[1]] == [3, 2]
-
-
-@pytest.mark.usefixtures("rtx")
-def test_without_a_gpu_opening_is_refused_before_an_engine_is_read(bundle_path):
-    class Unread:
-        def plan(self, graph):
-            pytest.fail(f"the engine of {graph} was read")
-
-    backend = TensorRTBackend(load_vendor("tensorrt-rtx"), Unread(), 99)
-    assert (backend.name, backend.device, backend.streams) == ("tensorrt-rtx", "cuda:99", 1)
-    with Bundle.open(bundle_path) as bundle, pytest.raises(BackendError, match=r"^cuda:99 cannot be opened"):
-        backend.open_chain(bundle)

@@ -150,8 +150,8 @@ def main(
                 max_pixels=max_pixels,
             )
         )
-        if pipeline.choice.remark and pipeline.choice.command is None:  # else opening has said it
-            note(pipeline.choice.remark)
+        if pipeline.choice.note and pipeline.choice.command is None:  # else opening has said it
+            note(pipeline.choice.note)
         manifest = pipeline.manifest
         if drawn and (remark := undrawable(map(printable, manifest.class_names))):
             note(remark)
