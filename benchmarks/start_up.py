@@ -31,6 +31,7 @@ import mge_runtime
 from benchmarks.rounds import ratio
 from mge_runtime.bundle import Bundle
 from mge_runtime.cli.common import reports_errors
+from mge_runtime.errors import BackendError
 from mge_runtime.machine import cpu_count
 
 TIME_LIMIT = 1.15  # times plain ONNX Runtime's own
@@ -82,7 +83,9 @@ def start(program: str, runs: int, runtime: Path, *arguments: str) -> tuple[floa
     command = [sys.executable, "-c", program + _REPORT, repr(time.time()), str(runs), *arguments]
     # The runtime sees to telemetry by itself.
     environment = {"ORT_DISABLE_TELEMETRY": "1", **os.environ, "PYTHONPATH": str(runtime)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise BackendError(f"a fresh process failed: {done.stderr.strip().splitlines()[-1]}")
     seconds, run, peak = json.loads(done.stdout.splitlines()[-1])
     return seconds, run, peak
 
