@@ -124,8 +124,8 @@ def main(
     from mge_runtime.interrupt import interruptible
 
     with interruptible("the calibration", f"{bundle} is as it was; run it again", MGEError):
-        for name in ("scipy", "matplotlib"):  # before the images are run rather than after
-            importlib.import_module(name)  # `reports_errors` says which extra brings it
+        for name in ("scipy", "matplotlib") if report_to else ("scipy",):
+            importlib.import_module(name)  # now, not after the images: `reports_errors` says which extra brings it
         from mge_calibration.calibrate import Request, learn, publish
         from mge_calibration.report import as_text, as_values, save_reliability
         from mge_runtime.bundle.attachments import Calibration
