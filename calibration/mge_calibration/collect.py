@@ -104,9 +104,7 @@ def collect(
                 kept.append(image)
                 rows.append(row)
     if not rows:
-        raise InputError(
-            f"none of the {len(images)} images could be read; expected photographs such as .jpg or .png files"
-        )
+        raise InputError(f"none of the {len(images)} images could be read; expected files such as .jpg or .png")
     logits = dict(zip(names, np.stack(rows, 1), strict=True))
     labels = np.array([image.label for image in kept], np.int64)
     return ChainLogits(tuple(kept), labels, logits, unreadable=len(images) - len(kept))
