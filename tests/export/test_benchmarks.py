@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import backbones, chain, predictions, start_up
+from benchmarks import backbones, chain, predictions, start_up, throughput
 from benchmarks.backbones import BareBackbones
 from benchmarks.rounds import ratio, time_rounds
 from mge.checkpoint import save_checkpoint
@@ -204,3 +204,10 @@ def test_a_start_is_a_process_of_each_way(exported):
         "bundle", "plain", "other",
     ]  # fmt: skip
     assert re.search(r"bundle / other: start [\d.]+ .*, a run [\d.]+ ", result.output)
+
+
+@FP32
+def test_throughput_is_compared_with_the_chain(exported, photographs):
+    arguments = ["--engine", str(exported.path), str(photographs), "--rounds", "1", "--limit", "99"]
+    output = CliRunner().invoke(throughput.main, arguments).output
+    assert re.search(r"^10 images, batch 1: mge-run / chain, .* \(limit 99.0\)$", output, re.M), output
