@@ -30,7 +30,7 @@ from mge_calibration.exits import NEVER, ExitOutcome, apply_exits, learn_exits
 from mge_calibration.images import list_labeled
 from mge_calibration.temperature import TemperatureOutcome, learn_temperatures, mean_interval
 from mge_runtime.bundle import Bundle
-from mge_runtime.calibrated import Promise
+from mge_runtime.calibrated import Guarantee
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.metrics import log_softmax
 from mge_runtime.pipeline import Pipeline
@@ -67,7 +67,7 @@ def main(
     outcomes = learn_temperatures(fitted, tested, seed=0)
     print_temperatures(outcomes, fitted, tested)
     temperatures = {name: outcome.fit.temperature for name, outcome in outcomes.items()}
-    guarantee = Promise(epsilon, delta)
+    guarantee = Guarantee(epsilon, delta)
     learn = partial(learn_exits, fitted, temperatures=temperatures, gmacs=gmacs.tolist(), guarantee=guarantee, seed=0)
     apply = partial(follow, temperatures=temperatures, gmacs=gmacs)
     click.echo(f"epsilon {epsilon:g}, delta {delta:g}, {gmacs[-1]:.4g} GMACs in all")
@@ -128,7 +128,7 @@ def print_exits(outcome: ExitOutcome, found: Followed) -> None:
 
 def print_halves(
     exits: ChainLogits,
-    guarantee: Promise,
+    guarantee: Guarantee,
     halves: int,
     learn: Callable[[ChainLogits], ExitOutcome | str],
     apply: Callable[[ExitOutcome, ChainLogits], Followed],

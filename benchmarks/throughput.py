@@ -27,8 +27,8 @@ from benchmarks.rounds import ratio, time_rounds
 from mge_runtime import Pipeline
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.cli.run import main as mge_run
-from mge_runtime.decode import decode_picture
-from mge_runtime.pool import map_ahead
+from mge_runtime.decode import open_image
+from mge_runtime.pool import prefetch
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import find_images
 
@@ -68,7 +68,7 @@ def run_command(engine: Path, folder: Path, batch: int, expected: int) -> None:
 def run_chain(pipeline: Pipeline, frames: np.ndarray, batch: int) -> None:
     """The chain over all frames, in as many streams as the pipeline has."""
     groups = [frames[first : first + batch] for first in range(0, len(frames), batch)]
-    for _ in map_ahead(pipeline.run, groups, threads=pipeline.streams, ahead=2 * pipeline.streams):
+    for _ in prefetch(pipeline.run, groups, threads=pipeline.streams, ahead=2 * pipeline.streams):
         pass
 
 
@@ -88,7 +88,7 @@ def main(folder: Path, engine: Path, batch: int, rounds: int, limit: float) -> N
     with ExitStack() as stack:
         many = stack.enter_context(Pipeline.open(engine, streams="auto"))
         one = stack.enter_context(Pipeline.open(engine))
-        frames = np.stack([to_frame(decode_picture(image.source()), one.manifest.preprocess)[0] for image in images])
+        frames = np.stack([to_frame(open_image(image.source()), one.manifest.preprocess)[0] for image in images])
         ways = {
             "mge-run": lambda: run_command(engine, folder, batch, len(images)),
             "chain, one by one": lambda: [one.run(frames[n : n + batch]) for n in range(0, len(frames), batch)],

@@ -16,7 +16,7 @@ from mge_calibration.exits import ExitOutcome, fewest_images, learn_exits
 from mge_calibration.images import LabeledImage, choose_images
 from mge_calibration.temperature import TemperatureOutcome, learn_temperatures, with_temperature
 from mge_runtime.bundle import Bundle, add_calibration
-from mge_runtime.calibrated import Promise, RunsOn
+from mge_runtime.calibrated import Guarantee, RunsOn
 from mge_runtime.decode import MAX_PIXELS
 from mge_runtime.errors import InputError
 from mge_runtime.fields import JsonValue
@@ -32,7 +32,7 @@ class Request:
     bundle: Path
     data: Path  # labeled images
     exit_data: Path | None  # others for the exits; None: a part of `data`
-    guarantee: Promise
+    guarantee: Guarantee
     seed: int
     device: str = "auto"
     backend: str = "auto"

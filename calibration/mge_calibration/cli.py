@@ -129,10 +129,10 @@ def main(
         from mge_calibration.calibrate import Request, learn, publish
         from mge_calibration.report import as_text, as_values, save_reliability
         from mge_runtime.bundle.attachments import Calibration
-        from mge_runtime.calibrated import Promise
+        from mge_runtime.calibrated import Guarantee
         from mge_runtime.files import atomic_path
 
-        guarantee = Promise(epsilon, delta)
+        guarantee = Guarantee(epsilon, delta)
         request = Request(
             bundle, data, exit_data, guarantee, seed, device, backend, threads, mmap=not no_mmap, max_pixels=max_pixels
         )

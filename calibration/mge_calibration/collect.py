@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mge_calibration.images import LabeledImage, short_digest
 from mge_runtime.errors import InputError
 from mge_runtime.pipeline import Pipeline
-from mge_runtime.pool import map_ahead
+from mge_runtime.pool import prefetch
 
 __all__ = ["FEWEST", "TEMPERATURE_SHARE", "ChainLogits", "collect"]
 
@@ -93,8 +93,8 @@ def collect(
     streams = pipeline.streams
     decoders = max(_DECODERS, streams)
     with (
-        closing(map_ahead(load, images, threads=decoders, ahead=2 * decoders)) as loaded,
-        closing(map_ahead(run, loaded, threads=streams, ahead=2 * streams)) as found,
+        closing(prefetch(load, images, threads=decoders, ahead=2 * decoders)) as loaded,
+        closing(prefetch(run, loaded, threads=streams, ahead=2 * streams)) as found,
     ):
         for (image, _), row in found:
             step()

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from mge_calibration.collect import FEWEST, TEMPERATURE_SHARE, ChainLogits
 from mge_calibration.temperature import Interval, mean_interval
-from mge_runtime.calibrated import Promise, confidence
+from mge_runtime.calibrated import Guarantee, confidence
 
 __all__ = [
     "NEVER",
@@ -69,7 +69,7 @@ def learn_exits(
     testing: ChainLogits | None,
     temperatures: Mapping[str, float],
     gmacs: Sequence[float],
-    guarantee: Promise,
+    guarantee: Guarantee,
     *,
     seed: int,
 ) -> ExitOutcome | str:

@@ -48,7 +48,7 @@ def join_graphs(manifest: Manifest, models: Mapping[str, onnx.ModelProto]) -> on
     joined = helper.make_graph(
         [
             *(node for graph in graphs for node in graph.node),
-            helper.make_node("Div", [manifest.answer, TEMPERATURE], [scaled], name=f"{PROBABILITIES}/div"),
+            helper.make_node("Div", [manifest.logits, TEMPERATURE], [scaled], name=f"{PROBABILITIES}/div"),
             helper.make_node("Softmax", [scaled], [PROBABILITIES], name=f"{PROBABILITIES}/softmax", axis=1),
         ],
         "chain",
@@ -106,7 +106,7 @@ def write_chain(bundle: Bundle, path: Path) -> list[Path]:
 def _reported(manifest: Manifest) -> Sequence[onnx.ValueInfoProto]:
     """What the chain reports beside probabilities, in this order: logits, gate, boxes, heat maps."""
     specs = {tensor.name: tensor for spec in manifest.graphs for tensor in spec.outputs}
-    names = [manifest.answer, manifest.gate, *(view.box for view in manifest.views)]
+    names = [manifest.logits, manifest.gate, *(view.box for view in manifest.views)]
     names += [view.heatmap for view in manifest.views]
     return [
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(specs[name].shape))

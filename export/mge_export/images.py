@@ -59,7 +59,7 @@ def find_verify_images(
     require_folder(folder, VERIFY_FOLDER)
     listed = list_folder(folder)
     found = listed.whole()
-    if note := listed.remark():
+    if note := listed.note():
         say(f"{folder}: {note}")
     count = min(limit, len(found)) if limit else len(found)
     chosen = [found[index * len(found) // count].source() for index in range(count)]

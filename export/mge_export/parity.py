@@ -115,7 +115,7 @@ class Check:
             "graphs": {name: _graph_dict(graph) for name, graph in self.graphs.items()},
             "chain": {
                 "class_changes": sum(self.chain.class_changes[logits]),
-                "answer_relative": finite(max(self.chain.relative[logits])),
+                "logits_relative": finite(max(self.chain.relative[logits])),
                 "box_iou": {name: _iou_dict(values) for name, values in self.chain.box_iou.items()},
             },
         }

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mge.config import MGEConfig
-from mge_runtime.decode import MAX_PIXELS, decode_picture
+from mge_runtime.decode import MAX_PIXELS, open_image
 from mge_runtime.errors import InputError
 from mge_runtime.machine import cpu_count
 from mge_runtime.preprocess import crop_resized, resized_size, to_frame
@@ -62,7 +62,7 @@ class FolderDataset(_Images):
     def read(self, key: int) -> tuple[Tensor, int, Tensor]:
         """Image `key`."""
         path, label = self.samples[key]
-        frame, viewport = to_frame(decode_picture(path, self._max_pixels), self.config.preprocess)
+        frame, viewport = to_frame(open_image(path, self._max_pixels), self.config.preprocess)
         return normalize(frame, self.config), label, torch.tensor(astuple(viewport), dtype=torch.float64)
 
 
@@ -87,7 +87,7 @@ class TrainingDataset(_Images):
         """Image `index` as in `epoch`, whichever worker reads it and in whatever order."""
         path, label = self.samples[key[1]]
         random = np.random.default_rng((self._seed, *key))
-        frame = random_crop(decode_picture(path, self._max_pixels), self.config, random)
+        frame = random_crop(open_image(path, self._max_pixels), self.config, random)
         if self._flip and random.random() < 0.5:
             frame = frame[:, ::-1]
         return normalize(frame, self.config), label

@@ -18,7 +18,7 @@ import numpy as np
 from mge_runtime.backends import choose
 from mge_runtime.bundle import Bundle
 from mge_runtime.compare import TOLERANCES, Tolerances
-from mge_runtime.decode import MAX_PIXELS, decode_picture
+from mge_runtime.decode import MAX_PIXELS, open_image
 from mge_runtime.errors import InputError
 from mge_runtime.machine import Machine, describe_machine
 from mge_runtime.manifest import Manifest, Preprocess
@@ -146,7 +146,7 @@ class Images:
                 break
             try:
                 source = image.source()
-                frames.append(to_frame(decode_picture(source, subject.options["max_pixels"]), spec)[0])
+                frames.append(to_frame(open_image(source, subject.options["max_pixels"]), spec)[0])
                 files.append(source)
             except InputError as error:
                 problems.append(error)
@@ -174,7 +174,7 @@ class Images:
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
             files.append(buffer.getvalue())
-        frames = np.stack([to_frame(decode_picture(file), spec)[0] for file in files])
+        frames = np.stack([to_frame(open_image(file), spec)[0] for file in files])
         source = f"{_SYNTHETIC} synthetic JPEG files of {_WIDTH} x {_HEIGHT} pixels; name images to use them instead"
         return cls(tuple(files), frames, source)
 

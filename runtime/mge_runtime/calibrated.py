@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mge_runtime.manifest import Manifest
 
-__all__ = ["Calibrated", "ExitPoint", "Promise", "RunsOn", "confidence"]
+__all__ = ["Calibrated", "ExitPoint", "Guarantee", "RunsOn", "confidence"]
 
 _TEMPERATURES = (1e-3, 1e3)  # mge-calibrate fits from 0.05 to 20; beyond, softmax is one class or says nothing
 
@@ -27,7 +27,7 @@ class ExitPoint:
     """One place where the chain stops for the images whose logits are confident enough."""
 
     graphs: int  # how many have run there, from 1
-    answer: str  # the tensor of logits [B, C] there
+    logits: str  # the tensor of logits [B, C] there
     temperature: float  # of these logits, in [0.001, 1000]
     threshold: float  # in [0, 1]: an image stops where its calibrated confidence is at least this
 
@@ -37,7 +37,7 @@ class ExitPoint:
 
 
 @dataclass(frozen=True)
-class Promise:
+class Guarantee:
     """With probability 1 - delta at most a share epsilon of predicted classes differs from the full chain's."""
 
     epsilon: float  # in (0, 1)
@@ -64,7 +64,7 @@ class Calibrated:
     # Calibrated confidence by logits tensor at or above which the chain stops there, in [0, 1]; logits that are
     # missing stop nothing. None: the calibration learned no exits.
     exits: Mapping[str, float] | None = None
-    promise: Promise | None = None  # what the exits guarantee
+    guarantee: Guarantee | None = None  # what the exits guarantee
     images: Mapping[str, int] = field(default_factory=dict[str, int])  # used for "temperatures" and "exits", if told
     runs_on: RunsOn | None = None  # what predicted the images; the guarantee holds there alone. None: not told
 
@@ -86,7 +86,7 @@ class Calibrated:
         return cls(
             {name: f.number(*_TEMPERATURES) for name, f in temperatures.items()},
             None if exits is None else _thresholds(exits["thresholds"], logits[:-1]),
-            None if exits is None else Promise(_share(exits["epsilon"]), _share(exits["delta"])),
+            None if exits is None else Guarantee(_share(exits["epsilon"]), _share(exits["delta"])),
             images={part: table["images"].integer() for part, table in data.items() if "images" in table},
             runs_on=root["runs_on"].optional(_runs_on),
         )

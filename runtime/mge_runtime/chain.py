@@ -51,7 +51,7 @@ class ChainResult:
     # By name, on the host. The first axis is the batch, or what of it ran so far where images stopped early: a tensor
     # has one row for each image that ran the graph it is an output of, in the order of the frames.
     tensors: Mapping[str, Array]
-    answer: str  # the logits [B, C] of images that did not stop early
+    logits: str  # the logits [B, C] of images that did not stop early
     step_ms: Mapping[str, float]  # milliseconds for all images, by step: the graphs, or what a device can tell
     graphs_run: NDArray[np.intp]  # [B]: how many graphs each image ran
     _manifest: Manifest
@@ -122,7 +122,7 @@ class Chain:
             known = {tensor.name for graph in self._manifest.graphs for tensor in graph.outputs}
             if unknown := sorted(set(outputs) - known):
                 raise BackendError(f"no graph has an output {unknown[0]!r}; the chain has {', '.join(sorted(known))}")
-        wanted = {run[-1].logits, *(point.answer for point in exits), *(self._reported if outputs is None else outputs)}
+        wanted = {run[-1].logits, *(point.logits for point in exits), *(self._reported if outputs is None else outputs)}
         self._check_file()  # mapped pages that are gone would end the process
         try:
             result = self._executor.run(frames, len(run), wanted | self._reported, exits)

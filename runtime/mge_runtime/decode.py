@@ -31,7 +31,7 @@ from mge_runtime.sources import MAX_PIXELS, is_url
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "MAX_SIDE", "ImageSource", "decode_image", "decode_picture", "load_decoders", "rgb_array"]
+__all__ = ["MAX_PIXELS", "MAX_SIDE", "ImageSource", "decode_image", "load_decoders", "open_image", "rgb_array"]
 
 MAX_SIDE = 65_535  # pixels; the longest side of a JPEG
 
@@ -53,16 +53,16 @@ _header_lock = threading.Lock()
 def decode_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image to upright 8-bit pixels, uint8 RGB [H, W, 3], C-contiguous.
 
-    Args and errors are those of `decode_picture`; a uint8 RGB array is returned as it is where it is contiguous.
+    Args and errors are those of `open_image`; a uint8 RGB array is returned as it is where it is contiguous.
     """
     if isinstance(source, np.ndarray):
         return np.ascontiguousarray(rgb_array(source))
-    image = decode_picture(source, max_pixels)
+    image = open_image(source, max_pixels)
     with _refusing("the image"):
         return np.array(image)  # a copy: what Pillow lends is read-only
 
 
-def decode_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
+def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
     """Decode an image to an upright Pillow image of mode RGB; `to_frame` takes it without another copy.
 
     EXIF orientation is applied; transparency is composited on white; other color modes are converted by Pillow. Samples

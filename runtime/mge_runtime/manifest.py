@@ -115,7 +115,7 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION  # of the format, the one that this runtime reads
 
     @property
-    def answer(self) -> str:
+    def logits(self) -> str:
         """The logits [B, C] of the whole chain."""
         return self.graphs[-1].logits
 

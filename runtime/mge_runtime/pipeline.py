@@ -17,11 +17,11 @@ from mge_runtime.backends import Choice, Streams, choose, open_executor
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
 from mge_runtime.chain import Chain, ChainResult, Exit, ExitPolicy, ImageResult, resolve_exit
-from mge_runtime.decode import MAX_PIXELS, ImageSource, decode_picture, load_decoders
+from mge_runtime.decode import MAX_PIXELS, ImageSource, load_decoders, open_image
 from mge_runtime.errors import BackendError, BundleError, InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
-from mge_runtime.pool import batches, map_ahead
+from mge_runtime.pool import batches, prefetch
 from mge_runtime.prediction import Prediction
 from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 
@@ -70,7 +70,7 @@ class Pipeline:
         self.calibrated: Calibrated = calibrated  # temperatures and exits
         self.exit: Exit = exit  # of predictions that name none
         self.choice: Choice = choice  # the backend and device that run, and why not others
-        self._remarked = False
+        self._noted = False
         self._chain: Chain | None = chain
         self.streams: int = chain.streams  # runs of the chain that may be in flight at once
         self.max_batch: int | None = chain.max_batch  # most frames in one run of the chain; None: no limit
@@ -112,7 +112,7 @@ class Pipeline:
             mmap: whether the weights may be mapped from the file. A file that is overwritten in place (`cp`, `scp`)
                 while a run is on may then end the process; outside a run the next one refuses to predict. False loads
                 them: opening takes up to twice the largest graph's weights more memory, running about none.
-            max_pixels: the most that an image may have, as for `decode_picture`.
+            max_pixels: the most that an image may have, as for `open_image`.
 
         Raises:
             BundleError: the file is missing, no bundle, damaged or of a newer schema, or its calibration is damaged.
@@ -258,15 +258,15 @@ class Pipeline:
 
     def _policy(self, exit: object) -> ExitPolicy:
         policy = resolve_exit(self.exit if exit is None else exit, self.calibrated, self.manifest)
-        if policy.exits and not self._remarked:
-            self._remarked = True  # once is enough
+        if policy.exits and not self._noted:
+            self._noted = True  # once is enough
             if note := self.calibrated.note(self.choice.backend, self.choice.device):
                 logging.getLogger("mge_runtime").warning(note)
         return policy
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
-        image = decode_picture(source, self._max_pixels)
+        image = open_image(source, self._max_pixels)
         decoded = time.perf_counter()
         frame, viewport = to_frame(image, self.manifest.preprocess)
         done = time.perf_counter()
@@ -301,7 +301,7 @@ class Pipeline:
         self, sources: Iterable[_Source], batch: int, workers: int, policy: ExitPolicy
     ) -> Generator[tuple[_Source, Prediction | InputError]]:
         """Decode in threads, predict in the caller's."""
-        ready = map_ahead(self._try_prepare, sources, threads=workers, ahead=2 * workers + batch)
+        ready = prefetch(self._try_prepare, sources, threads=workers, ahead=2 * workers + batch)
         with closing(ready):
             for group in batches(ready, batch):
                 yield from self._predict_group(group, policy)
@@ -315,7 +315,7 @@ class Pipeline:
             return self._predict_group([(source, self._try_prepare(source)) for source in group], policy)
 
         streams = self.streams
-        with closing(map_ahead(predict, batches(sources, batch), threads=streams, ahead=2 * streams)) as done:
+        with closing(prefetch(predict, batches(sources, batch), threads=streams, ahead=2 * streams)) as done:
             for _, predictions in done:
                 yield from predictions
 

@@ -16,13 +16,13 @@ from mge_runtime.errors import BackendError
 if TYPE_CHECKING:
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["PipelinePool", "batches", "map_ahead"]
+__all__ = ["PipelinePool", "batches", "prefetch"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def map_ahead(
+def prefetch(
     function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
 ) -> Generator[tuple[_Item, _Result]]:
     """Apply a function to items in threads, and yield each item with its result, in order.

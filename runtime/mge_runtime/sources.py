@@ -93,7 +93,7 @@ class ImageList:
             raise self.problems[0]
         return self.images
 
-    def remark(self) -> str | None:
+    def note(self) -> str | None:
         """One line about what was passed over; None where that was nothing."""
         total = sum(self.passed_over.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.passed_over.items()))
@@ -150,7 +150,7 @@ def list_folder(folder: Path) -> ImageList:
     """
     found = _search(folder)
     if not found.images and not found.problems:
-        held = found.remark() or "it holds nothing"
+        held = found.note() or "it holds nothing"
         found.problems.append(
             InputError(f"no image in the folder {folder}: {held}; expected files such as .jpg or .png")
         )
@@ -259,8 +259,8 @@ def list_labelled(
         passed_over += found.passed_over
     if not samples:
         raise InputError(f"no image in the class folders of {folder}; expected {folder}/<class>/*.jpg")
-    if remark := ImageList(passed_over=passed_over).remark():
-        say(f"{folder}: {remark}")
+    if message := ImageList(passed_over=passed_over).note():
+        say(f"{folder}: {message}")
     return tuple(known), sorted(samples, key=lambda sample: sample[1])
 
 

@@ -18,7 +18,7 @@ from mge_calibration.exits import (
     upper_bound,
 )
 from mge_calibration.images import LabeledImage
-from mge_runtime.calibrated import Promise, confidence
+from mge_runtime.calibrated import Guarantee, confidence
 
 COSTS = (1.0, 2.0, 4.0)
 CLASSES = 10
@@ -140,7 +140,7 @@ def found():
 
 
 def learn(proposing, testing, epsilon=0.02, delta=0.05):
-    return learn_exits(proposing, testing, SAME, COSTS, Promise(epsilon, delta), seed=0)
+    return learn_exits(proposing, testing, SAME, COSTS, Guarantee(epsilon, delta), seed=0)
 
 
 def test_exits_are_what_their_figures_say(found):

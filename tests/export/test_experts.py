@@ -57,7 +57,7 @@ def test_specifications_wire_to_a_chain(tiny, experts):
         gmacs={f"expert_{k}": 1.0 for k in range(1, experts + 1)},
     )
     manifest.check()
-    assert manifest.answer == "logits"
+    assert manifest.logits == "logits"
     assert [graph.logits for graph in manifest.graphs[:-1]] == [f"mean_logits_{k}" for k in range(1, experts)]
     names = [{tensor.name for tensor in graph.outputs} for graph in manifest.graphs]
     assert ["gate" in outputs for outputs in names] == [False] * (experts - 1) + [experts > 1]

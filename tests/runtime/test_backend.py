@@ -85,7 +85,7 @@ def test_every_tensor_equals_the_extracted_files(expected, bundle, tmp_path):
     batch = frames(3)
     wanted = by_hand(bundle, tmp_path, batch)
     found = expected.run(batch, outputs=EVERY)
-    assert found.answer == "logits"
+    assert found.logits == "logits"
     assert set(found.tensors) == EVERY == {t.name for graph in bundle.manifest.graphs for t in graph.outputs}
     for name in EVERY:
         # One thread against several: sums may be taken in another order.
@@ -106,7 +106,7 @@ def test_the_chain_stops_where_it_is_told(expected):
     whole = expected.run(frames(2), outputs=["mean_logits_1", "mean_logits_2", "logits_1"]).tensors
     first = expected.run(frames(2), graphs=1)
     assert list(first.step_ms) == ["expert_1"]
-    assert first.answer == "mean_logits_1"
+    assert first.logits == "mean_logits_1"
     assert set(first.tensors) == {"mean_logits_1", "logits_1", "heatmap_1", "box_1"}
     np.testing.assert_array_equal(first.tensors["mean_logits_1"], whole["logits_1"])
     second = expected.run(frames(2), graphs=2)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mge_runtime.calibrated import Calibrated, ExitPoint, Promise, RunsOn, confidence
+from mge_runtime.calibrated import Calibrated, ExitPoint, Guarantee, RunsOn, confidence
 from mge_runtime.errors import BackendError, BundleError
 
 EXITS = {"epsilon": 0.01, "delta": 0.05, "thresholds": {"mean_logits_1": 0.93, "mean_logits_2": 0.88}}
@@ -42,7 +42,7 @@ def test_values_are_read(manifest):
     found = Calibrated.from_values(json.loads(json.dumps(VALUES)), manifest)
     assert found.temperatures == {"mean_logits_1": 1.31, "mean_logits_2": 1.0, "logits": 1.07}
     assert found.exits == {"mean_logits_1": 0.93, "mean_logits_2": 0.88}
-    assert found.promise == Promise(0.01, 0.05)
+    assert found.guarantee == Guarantee(0.01, 0.05)
     assert found.images == {"temperatures": 500, "exits": 2000}
     assert found.has_exits
     assert found.exit_points(manifest) == (

@@ -11,7 +11,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from mge_runtime.decode import MAX_SIDE, decode_image, decode_picture, load_decoders
+from mge_runtime.decode import MAX_SIDE, decode_image, load_decoders, open_image
 from mge_runtime.errors import InputError
 from tests.helpers.images import NOISE, chunk, png_file, refusal, saved
 
@@ -105,7 +105,7 @@ def test_orientation_is_applied_once(orientation, kind, options):
     exif[0x0112] = orientation
     data = saved(np.array(STORED[orientation], np.uint8), kind, exif=exif, **options)
     with Image.open(io.BytesIO(data)) as image:
-        for source in (data, image, decode_picture(data)):
+        for source in (data, image, open_image(data)):
             np.testing.assert_allclose(decode_image(source)[..., 0], UPRIGHT, atol=2 if kind == "JPEG" else 0)
 
 

@@ -64,7 +64,7 @@ def wanted(expected, batch, exits):
         full = {name: array[0] for name, array in expected.run(frame[None], outputs=EVERY).tensors.items()}
         ran = 3
         for point in reversed(exits):
-            if confidence(full[point.answer], point.temperature) >= point.threshold:
+            if confidence(full[point.logits], point.temperature) >= point.threshold:
                 ran = point.graphs
         images.append((ran, full))
     return images

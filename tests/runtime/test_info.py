@@ -33,7 +33,7 @@ PARITY = {
                 },
                 "gate": {"absolute": {"gate": "inf"}, "relative": {"gate": 1e-6}},
             },
-            "chain": {"class_changes": 1, "answer_relative": 0.002, "box_iou": {"box_1": {"median": 0.99, "p1": 0.75}}},
+            "chain": {"class_changes": 1, "logits_relative": 0.002, "box_iou": {"box_1": {"median": 0.99, "p1": 0.75}}},
         }
     },
     "failures": ["box_1: too small"],

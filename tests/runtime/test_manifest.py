@@ -32,7 +32,7 @@ def test_comes_back_equal(manifest):
     )
     for written in (full, manifest):
         assert Manifest.from_json(written.to_json()) == written
-    assert manifest.answer == "logits"
+    assert manifest.logits == "logits"
 
 
 @pytest.mark.parametrize(

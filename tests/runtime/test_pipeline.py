@@ -171,7 +171,7 @@ def test_closing_the_iterator_early_leaves_no_thread(opened, photos, streams):
 
 def test_decoding_overlaps_computing(pipeline, photos, monkeypatch):
     """Both wait instead of working, so that the order of events shows and not this machine's speed."""
-    decode, run, events = mge_runtime.pipeline.decode_picture, pipeline._run, []
+    decode, run, events = mge_runtime.pipeline.open_image, pipeline._run, []
 
     def slow_decode(source, max_pixels):
         time.sleep(0.05)
@@ -184,7 +184,7 @@ def test_decoding_overlaps_computing(pipeline, photos, monkeypatch):
         events.append("end")
         return run(*args, **options)
 
-    monkeypatch.setattr(mge_runtime.pipeline, "decode_picture", slow_decode)
+    monkeypatch.setattr(mge_runtime.pipeline, "open_image", slow_decode)
     monkeypatch.setattr(pipeline, "_run", slow_run)
     list(pipeline.predict_iter(photos[:4], workers=1))
     first = events.index("start")
@@ -195,7 +195,7 @@ def test_a_defect_in_decoding_is_not_swallowed(pipeline, photos, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(mge_runtime.pipeline, "decode_picture", broken)
+    monkeypatch.setattr(mge_runtime.pipeline, "open_image", broken)
     with pytest.raises(ZeroDivisionError):
         list(pipeline.predict_iter(photos))
 

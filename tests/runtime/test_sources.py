@@ -151,13 +151,13 @@ def test_what_is_passed_over_is_counted():
     Path("photos/self.jpg").symlink_to("self.jpg")
     touch("photos/__MACOSX/img2.jpg")
     found = find_images(["photos", "photos/*.jpg"])
-    assert found.remark() == (
+    assert found.note() == (
         "passed over 8 files: 2 a link to nothing, 1 a pipe, socket or device, 1 drawn by mge-run --save, 3 hidden, "
         "1 with another suffix"
     )
     # A pattern names what it matches; decoding says what is wrong with it.
     assert {image.name for image in found.images} - set(FOLDER) == {f"photos/{n}.jpg" for n in ("pipe", "gone", "self")}
-    assert find_images(["photos/img2.JPG"]).remark() is None
+    assert find_images(["photos/img2.JPG"]).note() is None
     with pytest.raises(InputError, match="no image in the folder empty: it holds nothing"):
         list_folder(Path("empty")).whole()
 

@@ -63,8 +63,8 @@ def read_calibration_images(
     require_folder(folder, CALIBRATION_FOLDER)
     found = list_folder(folder)
     paths = [image.path for image in found.whole() if image.path is not None]
-    if remark := found.remark():
-        say(f"{folder}: {remark}")
+    if message := found.note():
+        say(f"{folder}: {message}")
     order: list[int] = np.random.default_rng(seed).permutation(len(paths)).tolist()
     spare = min(hold_out, len(order) // 4 if few else len(order))
     size = preprocess.size

@@ -239,7 +239,7 @@ class CpuExecutor(Executor):
                 known = {n: tensor for n, tensor in (known | made).items() if last_use.get(n, -1) > number}
             if span.point is None:
                 break
-            stops = span.point.stops(made[span.point.answer])
+            stops = span.point.stops(made[span.point.logits])
             graphs_run[running[stops]] = span.last
             running = running[~stops]
             if not len(running):

@@ -119,8 +119,8 @@ def main(
         found = listed.images or listed.whole()
         for problem in listed.problems:
             report_error(problem)
-        if remark := listed.remark():
-            note(remark)
+        if message := listed.note():
+            note(message)
         from mge_runtime.bench_subject import Images, open_subject
 
         subject = open_subject(engine, device, backend, threads, mmap=not no_mmap, max_pixels=max_pixels)

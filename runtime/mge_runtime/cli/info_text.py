@@ -94,7 +94,7 @@ def parity_lines(parity: Any) -> Iterator[str]:
         ious = [float(box["p1"]) for box in chain["box_iou"].values()]
         yield (
             f"{check['label']}: each graph within {max(alone):.1e} of its tensors' largest value, the chain's logits "
-            f"within {float(chain['answer_relative']):.1e}; {chain['class_changes']} images change their class"
+            f"within {float(chain['logits_relative']):.1e}; {chain['class_changes']} images change their class"
             + (f"; 1st percentile of box IoU {min(ious):.3f}" if ious else "")
         )
     yield from (f"warning: {text}" for text in parity["warnings"])
@@ -153,16 +153,16 @@ def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[
     images = {key: f" (from {count} images)" for key, count in calibrated.images.items()}
     temperatures = ", ".join(f"{name} {value:.4g}" for name, value in calibrated.temperatures.items())
     yield f"temperatures: {temperatures}{images.get('temperatures', '')}"
-    if not calibrated.has_exits or (promise := calibrated.promise) is None:
+    if not calibrated.has_exits or (guarantee := calibrated.guarantee) is None:
         yield "no early exits: none was found that keeps its bound"
         return
     places = [
-        f"after graph {point.graphs} where {point.answer} has a confidence of at least {point.threshold:.6g}"
+        f"after graph {point.graphs} where {point.logits} has a confidence of at least {point.threshold:.6g}"
         for point in calibrated.exit_points(manifest)
     ]
     yield f"exits (--exit calibrated): {', '.join(places)}{images.get('exits', '')}"
     yield (
-        f"  with probability {100 * (1 - promise.delta):.4g}% at most {100 * promise.epsilon:.4g}% of predictions "
+        f"  with probability {100 * (1 - guarantee.delta):.4g}% at most {100 * guarantee.epsilon:.4g}% of predictions "
         "differ from the whole chain's, on images like those"
         + (f", with {calibrated.runs_on}" if calibrated.runs_on else "")
     )

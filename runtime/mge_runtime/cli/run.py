@@ -133,8 +133,8 @@ def main(
         found, problems = listed.images, listed.problems
         for problem in problems:
             report(problem)
-        if remark := listed.remark():
-            note(remark)
+        if message := listed.note():
+            note(message)
         if not found:
             raise SystemExit(1)
         drawn = stack.enter_context(image_folder(save_to, found)) if save_to else None
@@ -153,8 +153,8 @@ def main(
         if pipeline.choice.note and pipeline.choice.command is None:  # else opening has said it
             note(pipeline.choice.note)
         manifest = pipeline.manifest
-        if drawn and (remark := undrawable(map(printable, manifest.class_names))):
-            note(remark)
+        if drawn and (message := undrawable(map(printable, manifest.class_names))):
+            note(message)
         text = "line" if len(found) > 1 and top_k is None else "block"
         top_k = min(top_k or _TOP, len(manifest.class_names))
         outputs: list[Lines | CsvTable] = [] if csv_printed else [Lines("json" if as_json else text, top_k)]

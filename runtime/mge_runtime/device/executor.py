@@ -159,7 +159,7 @@ class DeviceExecutor(Executor):
             program.enqueue()
             stream.record(after_span)
             wanted = _made(graphs[span.first : span.last]) & outputs
-            looked_at = wanted if span.point is None else wanted | {span.point.answer}
+            looked_at = wanted if span.point is None else wanted | {span.point.logits}
             views = self._download(looked_at, len(running), after_download)
             program.done()
             turn.close()
@@ -170,7 +170,7 @@ class DeviceExecutor(Executor):
             tensors |= {name: views[name][order] for name in wanted}
             if span.point is None:
                 break
-            stops = span.point.stops(views[span.point.answer])
+            stops = span.point.stops(views[span.point.logits])
             graphs_run[running[stops]] = span.last
             if stops.all():
                 break

@@ -57,7 +57,7 @@ class _Comparison:
 
 def compared_tensors(manifest: Manifest) -> list[str]:
     """Names of the tensors that are compared: the chain's logits, every expert's logits and box, the gate."""
-    names = [manifest.answer, *(view.logits for view in manifest.views), *_boxes(manifest)]
+    names = [manifest.logits, *(view.logits for view in manifest.views), *_boxes(manifest)]
     return list(dict.fromkeys([*names, *([] if manifest.gate is None else [manifest.gate])]))
 
 
@@ -71,7 +71,7 @@ def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Compari
     manifest, tolerances = subject.manifest, subject.tolerances
     names, boxes = compared_tensors(manifest), _boxes(manifest)
     failures = [f"{name} holds numbers that are not finite" for name in names if not np.isfinite(found[name]).all()]
-    logits, wanted = found[manifest.answer], reference[manifest.answer]
+    logits, wanted = found[manifest.logits], reference[manifest.logits]
     everywhere = np.ones(len(wanted), bool)
     same_crops = everywhere.copy()
     for name in boxes:
@@ -86,7 +86,7 @@ def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Compari
     }
     summary = [f"{len(wanted)} images, {changed.sum()} change their class"]
     failures += class_failures("the chain", changed.tolist(), class_margins(logits, wanted).tolist(), tolerances)
-    checked = {manifest.views[0].logits: everywhere, manifest.answer: same_crops}
+    checked = {manifest.views[0].logits: everywhere, manifest.logits: same_crops}
     if manifest.gate is not None:
         checked[manifest.gate] = everywhere
     for name, where in checked.items():
