@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of groceries in docs/results.md: the chain, one network trained alike, one network at equal GMACs.
+# The table of groceries in docs/lab/results.md: the chain, one network trained alike, one network at equal GMACs.
 # usage: benchmarks/groceries.sh DATA WEIGHTS OUT [SEED...]
 #   DATA     a folder with train/, val/ and test/ in ImageFolder layout
 #   WEIGHTS  tf_efficientnet_lite0 as .safetensors, or "timm" to download them

@@ -114,7 +114,7 @@ class BatchTimes:
 
 
 class BenchReport(Report):
-    """What a bundle takes; measurements are added as they end. docs/performance.md says what each name means."""
+    """What a bundle takes; measurements are added as they end. docs/guide/measuring.md says what each name means."""
 
     def __init__(self, subject: Subject, images: str) -> None:
         super().__init__(subject, images)

@@ -86,7 +86,7 @@ def bundle(bundle_path):
 
 @pytest.fixture(scope="session")
 def expected(bundle_path):
-    """The tiny chain on the CPU, graph by graph: what others must answer, too."""
+    """The tiny chain on the CPU, graph by graph: what others must predict, too."""
     from tests.helpers.chain_runs import open_chain
 
     chain = open_chain(bundle_path)

@@ -1,4 +1,4 @@
-"""What a run refuses to answer from: a file that was overwritten, outputs that are not finite or not of their shape."""
+"""What a run refuses to predict from: a file that was overwritten, outputs that are not finite or not of their shape."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_a_bundle_overwritten_in_place_is_refused_before_it_runs(copy, other, fr
     chain.close()
 
 
-def test_one_that_is_overwritten_during_a_run_is_not_answered_from(copy, other, frames, monkeypatch):
+def test_one_that_is_overwritten_during_a_run_is_not_predicted_from(copy, other, frames, monkeypatch):
     run = CpuExecutor.run
 
     def late(*args):

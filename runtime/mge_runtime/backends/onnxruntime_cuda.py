@@ -1,6 +1,6 @@
 """ONNX Runtime on an NVIDIA GPU: each graph one session, on one stream, over memory of the device layer.
 
-Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
+Experimental: commit 686f0c1 ran on one GPU, once (docs/lab/cuda.md); what changed since
 has not.
 """
 

@@ -35,7 +35,7 @@ __all__ = [
 # The extra of the wheel that the commands of a package need besides the base install.
 _EXTRAS = {"mge": "train", "mge_export": "export", "mge_calibration": "calibrate"}
 
-# What is known of each backend on a GPU; docs/results.md and docs/performance.md say more.
+# What is known of each backend on a GPU; docs/lab/ says more.
 GPU_STATUS = {
     "onnxruntime": "experimental: ran once, on an H100, before its last changes",
     "tensorrt": "experimental: not yet run",

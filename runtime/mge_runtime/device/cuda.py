@@ -3,7 +3,7 @@
 Their status is checked here alone: cuda-core raises, which `reported` turns into one line; cuda-bindings returns a
 status, which `_check` reads.
 
-Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
+Experimental: commit 686f0c1 ran on one GPU, once (docs/lab/cuda.md); what changed since
 has not.
 """
 
