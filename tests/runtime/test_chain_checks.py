@@ -1,4 +1,4 @@
-"""What a run refuses to predict from: a file that was overwritten, outputs that are not finite or not of their shape."""
+"""What a run refuses to predict from: a file that was overwritten, outputs not finite or not of their shape."""
 
 import os
 import subprocess
