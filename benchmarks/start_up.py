@@ -55,6 +55,7 @@ size, threads, paths = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]
 sessions = []
 for path in paths:
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.intra_op_num_threads = threads
     sessions.append(onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
 frame = numpy.zeros((1, size, size, 3), numpy.uint8)
