@@ -27,6 +27,7 @@ __all__ = [
     "ViewSpec",
     "read_class_names",
     "read_entry",
+    "read_plan",
     "read_preprocess",
 ]
 
@@ -187,7 +188,7 @@ class Manifest:
             views=tuple(map(_view, fields["views"].items())),
             gate=fields["gate"].optional(Field.text),
             gmacs={graph: value.number(0, _MOST_GMACS) for graph, value in fields["gmacs"].table().items()},
-            precision={graph: plan.free() for graph, plan in fields["precision"].table().items()},
+            precision={graph: read_plan(plan) for graph, plan in fields["precision"].table().items()},
             parity=fields["parity"].optional(Field.free),
             tools={name: value.text() for name, value in fields["tools"].table().items()},
             checkpoint_sha256=fields["checkpoint_sha256"].optional(Field.hexadecimal),
@@ -229,6 +230,13 @@ def _check_tensor(known: Mapping[str, TensorSpec], name: str, role: str, shape: 
 
 def _fail(found: str, expected: str) -> NoReturn:
     raise BundleError(f"{_DOCUMENT}: {found}; expected {expected}: export the bundle again")
+
+
+def read_plan(field: Field) -> Mapping[str, JsonValue]:
+    """The precision plan of a graph or an engine: free, but what it names as its type is a word."""
+    if (kind := field.table().get("type")) is not None:
+        kind.text()
+    return field.free()
 
 
 def read_class_names(f: Field) -> tuple[str, ...]:

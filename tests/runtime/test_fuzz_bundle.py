@@ -21,6 +21,7 @@ from mge_runtime import MGEError, Pipeline
 from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.cli.info import describe
 from mge_runtime.cli.info_text import info_lines
+from mge_runtime.errors import printable
 from mge_runtime.machine import Machine
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import BatchRange
@@ -80,8 +81,8 @@ def look(path):
         facts = describe(bundle, MACHINE)
         json.dumps(facts, allow_nan=False).encode()
         for everything in (False, True):
-            lines = info_lines(facts, bundle.manifest, MACHINE, everything=everything)
-            assert all(line.isprintable() for line in lines)
+            lines = list(info_lines(facts, bundle.manifest, MACHINE, everything=everything))
+            assert lines == [*map(printable, lines)]
         assert len(bundle.sha256) == 64
 
 

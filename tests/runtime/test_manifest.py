@@ -47,6 +47,7 @@ def test_comes_back_equal(manifest):
         (("preprocess", "resize"), 8, r"preprocess\.resize is 8; expected a whole number from 32"),
         (("preprocess", "mean"), [0.5, 0.5], r"preprocess\.mean"),
         (("preprocess", "mean", 0), "0.5", r"preprocess\.mean\[0\]"),
+        (("precision", "expert_1", "type"), [], r"precision\.expert_1\.type is \[\]; expected a text"),
         (("views", 0, "box"), 3, r"views\[0\]\.box"),
         (("entries", "onnx/expert_3.onnx", "sha256"), "xyz", r"sha256"),
         (("entries", "onnx/expert_3.onnx", "crc32"), "12345", r"crc32 is \"12345\"; expected 8 hexadecimal digits"),

@@ -23,7 +23,7 @@ from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.fields import Field, JsonValue
 from mge_runtime.files import lock
 from mge_runtime.machine import Gpu, Machine
-from mge_runtime.manifest import Entry, Manifest
+from mge_runtime.manifest import Entry, Manifest, read_plan
 from mge_runtime.trt.target import LARGEST_BATCH, BatchRange, Target
 
 __all__ = ["BundleEngines", "EngineDetails", "EngineSet", "FoundEngines", "find_engines", "store_engines", "why_not"]
@@ -66,7 +66,7 @@ class EngineDetails:
             version=fields["version"].text(),
             gpu=fields["gpu"].optional(Gpu.from_field),
             batch=BatchRange(*sizes),
-            precision={graph: facts.free() for graph, facts in fields["precision"].table().items()},
+            precision={graph: read_plan(facts) for graph, facts in fields["precision"].table().items()},
             options=fields["options"].free(),
             built_by=fields["built_by"].text(),
         )
