@@ -70,7 +70,7 @@ def device(request):
     if request.param == "cuda":
         found = request.getfixturevalue("cuda")
     else:
-        from mge_runtime.device.host import HostDevice
+        from tests.helpers.host_device import HostDevice
 
         found = HostDevice()
     yield found

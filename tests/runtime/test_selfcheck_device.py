@@ -11,7 +11,6 @@ from mge_runtime import bench_subject
 from mge_runtime.bundle import Bundle
 from mge_runtime.compare import TOLERANCES
 from mge_runtime.device.base import Graph
-from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
 from mge_runtime.selfcheck import (
     check_batches,
@@ -24,6 +23,7 @@ from mge_runtime.selfcheck import (
 )
 from mge_runtime.selfcheck.outputs import compared_tensors
 from tests.helpers import chain_runs as runs
+from tests.helpers.host_device import HostDevice
 
 
 def unchanged(tensors, _):
