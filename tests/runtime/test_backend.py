@@ -10,7 +10,6 @@ import pytest
 from mge_runtime.backends.onnxruntime import CpuExecutor, import_onnxruntime, load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import preload_libraries
 from mge_runtime.errors import BackendError
-from mge_runtime.extract import extract_bundle
 from tests.helpers.chain_runs import EVERY, frames
 
 onnxruntime = load_onnxruntime()
@@ -18,7 +17,7 @@ onnxruntime = load_onnxruntime()
 
 def by_hand(bundle, folder, batch):
     """The chain as anyone would run the extracted files: every graph once its inputs are there."""
-    extract_bundle(bundle, folder)
+    bundle.extract(folder)
     tensors, todo = {"frame": batch}, list(bundle.manifest.graphs)
     while todo:
         graph = next(s for s in todo if all(t.name in tensors for t in s.inputs))
