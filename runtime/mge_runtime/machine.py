@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mge_runtime.errors import BundleError, InputError, brief
-from mge_runtime.fields import Field, parse_json
+from mge_runtime.fields import Field, dump_json, parse_json
 
 __all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "has_module", "this_platform"]
 
@@ -118,7 +117,7 @@ class Machine:
 
     def to_json(self) -> bytes:
         """UTF-8 JSON, the same for equal machines."""
-        return (json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return dump_json(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, document: str = "machine.json") -> Machine:

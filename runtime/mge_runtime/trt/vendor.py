@@ -17,8 +17,9 @@ from mge_runtime.trt.target import rtx_refusal
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["LIBRARIES", "Api", "Library", "Messages", "Vendor", "library_refusal", "load_vendor"]
+__all__ = ["LIBRARIES", "Api", "Library", "Messages", "Vendor", "dtype_name", "library_refusal", "load_vendor", "sizes"]
 
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # `tensorrt.DataType` where it is not NumPy's
 _KEPT = 50  # messages; a failing build can say thousands
 _LONGEST = 400  # characters of one message that an error quotes
 _JETPACK = "TensorRT comes with JetPack: sudo apt install nvidia-jetpack, in an environment with --system-site-packages"
@@ -127,6 +128,16 @@ def load_vendor(name: str) -> Vendor:
         raise BackendError(refusal)
     messages = Messages()
     return Vendor(name, api.__version__, api, _logger(api, messages), messages)
+
+
+def dtype_name(dtype: trt.DataType) -> str:
+    """NumPy's name of a TensorRT type, or TensorRT's own where NumPy has none: "float16", "int64", "fp8"."""
+    return _DTYPES.get(dtype.name, dtype.name.lower())
+
+
+def sizes(dims: trt.Dims) -> tuple[int, ...]:
+    """The axes of a shape, -1 for one that is open."""
+    return tuple(dims[axis] for axis in range(len(dims)))
 
 
 def library_refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
