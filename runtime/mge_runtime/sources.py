@@ -72,15 +72,14 @@ class ImageList:
     """Images, what could not be listed, and how much was passed over."""
 
     images: list[NamedImage] = field(default_factory=list["NamedImage"])
-    problems: list[InputError] = field(default_factory=list[InputError])  # one for each name or folder
-    named: list[str] = field(default_factory=list[str])  # by `find_images`: behind which name each problem lies
+    # A name or a folder, and why there is nothing behind it.
+    problems: list[tuple[str, InputError]] = field(default_factory=list[tuple[str, InputError]])
     passed_over: Counter[str] = field(default_factory=Counter[str])  # by reason, as "hidden"
 
     def add(self, other: ImageList) -> None:
         """Take over what another list holds."""
         self.images += other.images
         self.problems += other.problems
-        self.named += other.named
         self.passed_over += other.passed_over
 
     def whole(self) -> list[NamedImage]:
@@ -90,7 +89,7 @@ class ImageList:
             InputError: the first of `problems`.
         """
         if self.problems:
-            raise self.problems[0]
+            raise self.problems[0][1]
         return self.images
 
     def note(self) -> str | None:
@@ -130,11 +129,9 @@ def _gather(names: Iterable[str], expand: Callable[[str], ImageList]) -> ImageLi
     total = ImageList()
     for name in names:
         try:
-            found = expand(name)
+            total.add(expand(name))
         except InputError as problem:
-            found = ImageList(problems=[problem])
-        found.named = found.named or [name] * len(found.problems)
-        total.add(found)
+            total.problems.append((name, problem))
     return total
 
 
@@ -151,9 +148,8 @@ def list_folder(folder: Path) -> ImageList:
     found = _search(folder)
     if not found.images and not found.problems:
         held = found.note() or "it holds nothing"
-        found.problems.append(
-            InputError(f"no image in the folder {folder}: {held}; expected files such as .jpg or .png")
-        )
+        problem = InputError(f"no image in the folder {folder}: {held}; expected files such as .jpg or .png")
+        found.problems.append((str(folder), problem))
     return found
 
 
@@ -170,7 +166,7 @@ def _search(folder: Path) -> ImageList:
             entered.add((status.st_dev, status.st_ino))
             inside, files = _scan(place, found.passed_over)
         except OSError as error:
-            found.problems.append(_unlisted(place, error))
+            found.problems.append((place, _unlisted(place, error)))
             continue
         for entry in inside:
             (links if entry.is_symlink() else folders).append(entry.path)

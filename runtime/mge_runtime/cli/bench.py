@@ -117,7 +117,7 @@ def main(
             check_writable(out)
         listed = find_images(images)
         found = listed.images or listed.whole()
-        for problem in listed.problems:
+        for _, problem in listed.problems:
             report_error(problem)
         if message := listed.note():
             note(message)
