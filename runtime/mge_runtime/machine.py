@@ -98,6 +98,12 @@ class Machine:
         """Whether this is a Jetson, where CUDA and TensorRT come with JetPack."""
         return self.board is not None and "jetson" in self.board.lower()
 
+    def missing(self, library: str, install: str) -> str | None:
+        """Why a library cannot be used, with the command that installs it; None: it can."""
+        if (error := self.broken.get(library)) is not None:
+            return f"{library} cannot be imported ({error}); install it again: {install}"
+        return None if library in self.libraries else f"{library} is not installed: {install}"
+
     @property
     def summary(self) -> str:
         """All of it in one line, for people."""

@@ -47,14 +47,11 @@ _TYPES = {f"tensor({name})": name for name in _DTYPES.values()} | {"tensor(float
 _MOST_STREAMS = 8  # each keeps activations of its own: with "auto", memory must not grow with the number of processors
 
 
-def load_onnxruntime(module: str = "onnxruntime") -> Any:
+def load_onnxruntime() -> Any:
     """Import ONNX Runtime: the one place that does, since some things must be said before and directly after.
 
     From 1.29 on it sends telemetry, and writes an identifier and a queue below HOME, as soon as it is loaded. Unless
     the environment already says something else, `ORT_DISABLE_TELEMETRY=1` keeps it from all of that.
-
-    Args:
-        module: "onnxruntime", or one of its submodules.
 
     Raises:
         ImportError: it is missing or broken.
@@ -66,7 +63,7 @@ def load_onnxruntime(module: str = "onnxruntime") -> Any:
         ort.set_default_logger_severity(_log_severity())
         if off:
             ort.disable_telemetry_events()  # on Windows the variable is not read
-    return ort if module == "onnxruntime" else importlib.import_module(module)
+    return ort
 
 
 def _log_severity() -> int:

@@ -145,12 +145,8 @@ def library_refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
     library = LIBRARIES[name]
     if name == "tensorrt-rtx" and (refusal := rtx_refusal(gpu, None)) is not None:
         return refusal
-    if (error := machine.broken.get(name)) is not None:
-        return f"{library.module} cannot be imported ({error}); install it again: {library.install}"
-    if (version := machine.libraries.get(name)) is None:
-        install = _JETPACK if name == "tensorrt" and machine.is_jetson else library.install
-        return f"{library.module} is not installed: {install}"
-    return library.refusal(version)
+    install = _JETPACK if name == "tensorrt" and machine.is_jetson else library.install
+    return machine.missing(name, install) or library.refusal(machine.libraries[name])
 
 
 def _logger(api: Api, messages: Messages) -> trt.ILogger:
