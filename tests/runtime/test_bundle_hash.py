@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from mge_runtime import Pipeline
+from mge_runtime.bench_subject import open_subject
 from mge_runtime.bundle import Bundle, add_calibration, write_bundle
 from mge_runtime.cli.info import main
 from mge_runtime.errors import BundleError
-from mge_runtime.selfcheck import open_subject
 from tests.helpers.bundles import TARGET, add_engines, change_byte, manifest_hash, read_entries, write_entries
 
 WEIGHTS = "onnx/expert_3.weights"
