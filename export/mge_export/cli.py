@@ -141,8 +141,8 @@ def main(
     # The imports take seconds, too.
     with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
         from mge.checkpoint import load_checkpoint
-        from mge_calibration.int8.graph import Int8Options
         from mge_calibration.int8.images import read_calibration_images
+        from mge_calibration.int8.quantize import Int8Options
         from mge_export.chain import write_chain
         from mge_export.export import export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
