@@ -12,16 +12,16 @@ import importlib.util
 import os
 import platform
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mge_runtime.errors import BundleError, InputError, brief
+from mge_runtime.errors import BackendError, BundleError, InputError, brief
 from mge_runtime.fields import Field, dump_json, parse_json
 
-__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "has_module", "this_platform"]
+__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "import_library", "this_platform"]
 
 # Name in a description, as a rule the distribution's, -> the module.
 _LIBRARIES = {
@@ -173,7 +173,7 @@ def describe_machine(
         The description. What is missing or broken is said in it; nothing is raised.
     """
     system, arch = this_platform()
-    libraries = {name: _UNKNOWN for name, module in _LIBRARIES.items() if has_module(module)}
+    libraries = {name: _UNKNOWN for name, module in _LIBRARIES.items() if _has_module(module)}
     broken: dict[str, str] = {}
     cuda, problem = _driver_cuda() if gpus else (None, "not asked for")
     devices: tuple[Gpu, ...] = ()
@@ -203,7 +203,26 @@ def describe_machine(
     )
 
 
-def has_module(name: str) -> bool:
+def import_library(module: str, install: str, load: Callable[[str], Any] = importlib.import_module) -> Any:
+    """Import a module of a library.
+
+    Args:
+        module: its name.
+        install: what installs it.
+        load: imports it.
+
+    Raises:
+        BackendError: it is missing or broken.
+    """
+    if not _has_module(module):
+        raise BackendError(f"the module {module} is not installed: {install}")
+    try:
+        return load(module)
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        raise BackendError(f"{module} cannot be imported: {brief(error)}; install it again: {install}") from error
+
+
+def _has_module(name: str) -> bool:
     """Whether a module could be imported; its parents are, it is not."""
     try:
         spec = importlib.util.find_spec(name)

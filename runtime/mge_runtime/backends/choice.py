@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.trt.engines import EngineSet
 
-__all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_name"]
+__all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_index", "device_name"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # best first
 _CUDA = re.compile(r"cuda|(?:cuda:)?(\d{1,4})", re.ASCII)
@@ -68,8 +68,8 @@ class Choice:
 
     @property
     def device_index(self) -> int:
-        """CUDA's number of the device; 0 on the CPU."""
-        return _index(self.device)
+        """See `device_index`."""
+        return device_index(self.device)
 
     @property
     def gpu(self) -> Gpu | None:
@@ -132,12 +132,13 @@ def _this_machine(device: str, backend: str) -> Machine:
     return describe_machine(None if backend == "auto" else (backend, "cuda-core"), quick=True)
 
 
-def _index(device: str) -> int:
+def device_index(device: str) -> int:
+    """CUDA's number of a device such as "cuda:1"; 0 for the CPU."""
     return int(device.partition(":")[2] or 0)
 
 
 def _gpu(machine: Machine, device: str) -> Gpu | None:
-    return next(iter(machine.gpus[_index(device) :]), None) if device != "cpu" else None
+    return next(iter(machine.gpus[device_index(device) :]), None) if device != "cpu" else None
 
 
 def _candidates(machine: Machine, device: str, bundle: Bundle, *, cache: bool) -> list[Candidate]:

@@ -21,7 +21,7 @@ from mge_runtime.backends.base import Executor, ExecutorResult, Found, Streams, 
 from mge_runtime.bundle.archive import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors, located_graph
 from mge_runtime.errors import BackendError, BundleError, brief
-from mge_runtime.machine import cpu_count
+from mge_runtime.machine import cpu_count, import_library
 from mge_runtime.manifest import FRAME
 
 if TYPE_CHECKING:
@@ -84,12 +84,7 @@ def import_onnxruntime(install: str = 'pip install "mge[cpu]"') -> Any:
     Raises:
         BackendError: it is missing, broken or too old.
     """
-    try:
-        ort = load_onnxruntime()
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
-            raise BackendError(f"the backend onnxruntime needs the module onnxruntime: {install}") from error
-        raise BackendError(f"onnxruntime cannot be imported: {brief(error)}; install it again: {install}") from error
+    ort = import_library("onnxruntime", install, load=lambda _: load_onnxruntime())
     if tuple(int(part) for part in ort.__version__.split(".")[:2]) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         raise BackendError(f"onnxruntime {ort.__version__} is too old; expected {oldest} or newer: {install}")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from mge_runtime.errors import BackendError, brief
-from mge_runtime.machine import Gpu, Machine, has_module
+from mge_runtime.errors import BackendError
+from mge_runtime.machine import Gpu, Machine, import_library
 from mge_runtime.trt.target import rtx_refusal
 
 if TYPE_CHECKING:
@@ -115,15 +114,7 @@ def load_vendor(name: str) -> Vendor:
         BackendError: it is not installed, broken, or of a version that is not served.
     """
     library = LIBRARIES[name]
-    if not has_module(library.module):
-        raise BackendError(f"the module {library.module} is not installed: {library.install}")
-    try:
-        module: Any = importlib.import_module(library.module)
-    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        raise BackendError(
-            f"{library.module} cannot be imported: {brief(error)}; install it again: {library.install}"
-        ) from error
-    api = cast("Api", module)
+    api = cast("Api", import_library(library.module, library.install))
     if refusal := library.refusal(api.__version__):
         raise BackendError(refusal)
     messages = Messages()
