@@ -62,7 +62,7 @@ def find_verify_images(
     if note := listed.note():
         say(f"{folder}: {note}")
     count = min(limit, len(found)) if limit else len(found)
-    chosen = [found[index * len(found) // count].source() for index in range(count)]
+    chosen = [found[index * len(found) // count].path for index in range(count)]
     origin = f"of {len(found)} images in {folder.resolve().name}"
     return photographs(chosen, origin, preprocess, say, max_pixels=max_pixels)
 

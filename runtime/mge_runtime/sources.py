@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 STDIN = "-"
-_STDIN_NAME = "standard input"
+_STDIN_NAME, _STDIN_PATH = "standard input", Path("/dev/stdin")
 SAVED_SUFFIX = ".mge.png"  # of what `mge-run --save` draws; in a folder these are no images to predict
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
@@ -56,7 +56,7 @@ class NamedImage:
     """One image to predict."""
 
     name: str  # as shown to the user
-    path: Path | None  # None: the bytes of one image on standard input
+    path: Path  # `_STDIN_PATH`: the bytes of one image on standard input
 
     def source(self) -> Path | bytes:
         """What `decode_image` takes; reads standard input to its end where that is the image.
@@ -64,7 +64,7 @@ class NamedImage:
         Raises:
             InputError: standard input is closed or cannot be read.
         """
-        return self.path if self.path is not None else _StandardInput(_read_stdin("the bytes of one image"))
+        return _StandardInput(_read_stdin("the bytes of one image")) if self.path == _STDIN_PATH else self.path
 
 
 @dataclass
@@ -119,7 +119,7 @@ def find_images(names: Iterable[str], files_from: str | None = None) -> ImageLis
         found.add(_gather([files_from], _expand_list))
     images: dict[str, NamedImage] = {}
     for image in found.images:
-        images.setdefault(STDIN if image.path is None else os.path.normpath(image.path.absolute()), image)
+        images.setdefault(os.path.normpath(image.path.absolute()), image)
     found.images = list(images.values())
     return found
 
@@ -237,7 +237,7 @@ def list_labelled(
     samples: list[tuple[Path, int]] = []
     for name in names:
         found = _search(folder / name)
-        paths = sorted(image.path for image in found.whole() if image.path is not None)
+        paths = sorted(image.path for image in found.whole())
         for path in paths or [folder / name]:
             shown = os.fsencode(path).decode(errors="backslashreplace")
             if shown != str(path):
@@ -297,7 +297,7 @@ def _expand(name: str) -> ImageList:
     """What a name on the command line stands for."""
     if name == STDIN:
         _require_stdin("the bytes of one image")
-        return ImageList([NamedImage(_STDIN_NAME, None)])
+        return ImageList([NamedImage(_STDIN_NAME, _STDIN_PATH)])
     if name.startswith("@") and not os.path.lexists(name):
         return _gather([name[1:]], _expand_list)
     if glob.has_magic(name) and not os.path.lexists(name) and not is_url(name):

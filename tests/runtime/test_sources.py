@@ -80,7 +80,7 @@ def test_names_that_overlap_and_absolute_patterns(here):
 def test_standard_input_is_one_image(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"bytes")))
     (image,) = find_images(["-", "-"]).whole()
-    assert (image.name, image.path, image.source()) == ("standard input", None, b"bytes")
+    assert (image.name, image.path.stem, image.source()) == ("standard input", "stdin", b"bytes")
     touch("-")
     assert find_images(["./-"]).images[0].path == Path("-")
 
