@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, verbose_option
+from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, say, verbose_option
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
@@ -86,7 +86,7 @@ def main(
             options=options,
             interrupt=interrupt,
             verbose=bool(verbose),
-            say=lambda line: click.echo(line, err=True),
+            say=say,
             progress=shown_progress(),
             kept=kept,
         )
