@@ -306,6 +306,10 @@ def _expand(name: str) -> ImageList:
 
 
 def _expand_path(name: str) -> ImageList:
+    if not name:  # Path("") is the working folder
+        raise InputError(
+            "found an empty name where an image belongs; expected a file or a folder: is a variable unset?"
+        )
     path = Path(name)
     return list_folder(path) if is_folder(path) else ImageList([NamedImage(name, path)])
 

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -185,6 +186,15 @@ def test_it_says_what_would_run_on_a_recorded_machine(copy, bundle_path):
     bare = shown("--all", bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json")
     assert "not tensorrt, tensorrt-rtx, onnxruntime on cuda:0: no NVIDIA driver is installed" in bare
     assert "x86_64, Python 3.11.7, no GPU, tensorrt-rtx 1.7.1.116" in bare
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="POSIX")
+def test_a_description_that_never_ends_is_not_read(bundle_path, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", Path("/dev/zero")):
+        assert "it is no regular file; expected a machine's description" in refused(
+            bundle_path, "--as-machine", endless
+        )
 
 
 def test_engines_in_this_machines_cache_are_shown(bundle, tmp_path, monkeypatch):

@@ -175,6 +175,11 @@ def test_lists_of_paths(text, monkeypatch):
     assert [image.name for image in find_images([], "-").whole()] == listed
 
 
+def test_an_empty_name_is_not_the_working_folder():
+    (problem,) = find_images(["", "photos/img2.JPG"]).problems
+    assert "is a variable unset?" in str(problem[1])
+
+
 def test_in_a_list_every_line_is_a_path():
     touch("-", "@at.jpg", "v\udcf6gel.jpg")
     Path("list.txt").write_bytes(b"-\n@at.jpg\nv\xf6gel.jpg\nmissing*.jpg\n")
