@@ -215,7 +215,7 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfi
     Raises:
         TrainingError: a given option differs, or the file holds no run.
     """
-    from mge.archive import check_file, read_plain
+    from mge.archive import check_file, read_plain, taking_up
     from mge.config import MGEConfig
 
     check_file(resume)
@@ -228,10 +228,20 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfi
     if "training" not in content:
         raise TrainingError(f"{resume} holds a model but no training state; expected last.pt of an unfinished run")
     config, training = MGEConfig.from_dict(content["config"]), content["training"]
-    before = asdict(config) | training["options"] | training["command"]
+    context = click.get_current_context()
+    kinds = {parameter.name: parameter for parameter in context.command.params}
+    with taking_up(resume):
+        before = asdict(config) | training["options"] | training["command"]
+        trained = int(training["options"]["epochs"])
     for name in options.keys() - {"out", "overwrite", "resume"}:
         if name not in given:
-            options[name] = before.get(name, options[name])
+            try:
+                options[name] = kinds[name].type_cast_value(context, before.get(name, options[name]))
+            except (click.BadParameter, TypeError) as error:
+                reason = getattr(error, "message", error)
+                raise TrainingError(
+                    f"{resume} was trained with a --{name.replace('_', '-')} that is none: {reason}; give it anew"
+                ) from error
         elif name not in FREE and options[name] != before.get(name):
             option = "--" + name.replace("_", "-")
             raise TrainingError(
@@ -240,7 +250,7 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfi
             )
     if options["data"] is None:
         raise TrainingError(f"{resume} does not say where its images lie; add --data")
-    if options["epochs"] < (trained := training["options"]["epochs"]):
+    if options["epochs"] < trained:
         raise TrainingError(
             f"{resume} was trained with epochs = {trained} (now {options['epochs']}); expected no fewer"
         )

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mge.backbones import create_backbone
-from mge.checkpoint import load_checkpoint, read_training
+from mge.checkpoint import load_checkpoint, read_training, save_checkpoint
 from mge.cli.train import main as train
 from tests.helpers.commands import fails, succeeds
 from tests.helpers.tiny_models import save_noise
@@ -44,6 +44,31 @@ def test_training_says_what_it_does_and_what_comes_next(trained):
     assert "kept in best.pt: the latest epoch within one standard error" in text
     assert " s  kept\n" in text
     assert read_training(out / "last.pt")["options"]["crop_area"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        (("command",), None, "cannot be taken up (KeyError: 'command')"),
+        (("options",), [], "cannot be taken up"),
+        (("options", "epochs"), "x", "cannot be taken up"),
+        (("progress", "foo"), 1, "cannot be taken up"),
+        (("optimizer", "param_groups"), [], "different number of parameter groups"),
+        (("command", "workers"), -3, "with a --workers that is none: -3 is not in the range"),
+        (("command", "data"), 5, "with a --data that is none"),
+    ],
+)
+def test_a_training_state_that_does_not_fit_is_refused_in_one_line(trained, tmp_path, key, value, named):
+    last = trained[0] / "last.pt"
+    training = read_training(last)
+    at = training
+    for name in key[:-1]:
+        at = at[name]
+    at[key[-1]] = value
+    if value is None:
+        del at[key[-1]]
+    save_checkpoint(tmp_path / "last.pt", load_checkpoint(last), training=training)
+    assert named in fails(train, "--resume", tmp_path / "last.pt", "--epochs", "2")
 
 
 def test_a_threshold_is_fixed_or_follows_an_area_not_both(data):
