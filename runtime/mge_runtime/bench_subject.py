@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 import os
 import time
@@ -88,8 +87,7 @@ def open_subject(
     with Bundle.open(path) as bundle:
         bundle.verify()  # a report names the manifest's hash, and opening does not hash the weights
         choice = choose(device, backend, bundle=bundle)
-        if choice.command is not None:
-            logging.getLogger("mge_runtime").warning(choice.note)
+        choice.warn_of_missing_engines()
         on_cpu = partial(Pipeline.open, path, "cpu", "onnxruntime", **options)
         return Subject(
             path=Path(path),

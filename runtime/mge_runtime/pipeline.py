@@ -124,8 +124,7 @@ class Pipeline:
             raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
         with Bundle.open(path, maps_weights=mmap) as bundle:
             choice = choose(device, backend, bundle=bundle)
-            if choice.command is not None:
-                logging.getLogger("mge_runtime").warning(choice.note)
+            choice.warn_of_missing_engines()
             calibrated = _calibrated(bundle) if calibration else Calibrated()
             resolve_exit(exit, calibrated, bundle.manifest)
             executor = open_executor(choice, bundle, threads=threads, streams=streams, graphs=graphs)

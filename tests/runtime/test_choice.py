@@ -279,6 +279,8 @@ def test_engines_that_are_ready_serve_every_gpu_of_their_capabilities_and_go_bef
     choice = chosen(path, RTX3060_TENSORRT)
     assert choice.backend == "tensorrt-rtx"
     assert [(c.backend, c.command is not None) for c in choice.passed_over] == [("tensorrt", True)]
+    assert choice.note.startswith("running with tensorrt-rtx on cuda:0; not with tensorrt on cuda:0: no engines ")
+    assert choice.command in choice.note
 
 
 @pytest.mark.parametrize(

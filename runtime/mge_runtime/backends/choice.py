@@ -6,6 +6,7 @@ it is decided from descriptions: of the machine, and of the engines.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,9 +56,12 @@ class Choice:
 
     @property
     def note(self) -> str | None:
-        """Why a GPU that is here is not used, or not by TensorRT; None: it is, or there is none."""
+        """Why a GPU that is here is not used, or not by TensorRT, or what would build engines for a better way.
+
+        None: there is nothing to say of it.
+        """
         has_gpu = self.machine.gpus or self.machine.driver_cuda
-        if self.backend != "onnxruntime" or not self.passed_over or not has_gpu:
+        if self.command is None and (self.backend != "onnxruntime" or not self.passed_over or not has_gpu):
             return None
         return f"running with {self}; not with {_grouped(self.passed_over)}"
 
@@ -65,6 +69,11 @@ class Choice:
     def command(self) -> str | None:
         """What would build the engines for a better way to run; None: engines are not what is missing."""
         return next((c.command for c in self.passed_over if c.command is not None), None)
+
+    def warn_of_missing_engines(self) -> None:
+        """Where engines are missing that would run, log the note, which has the command to build them."""
+        if self.command is not None:
+            logging.getLogger("mge_runtime").warning(self.note)
 
     @property
     def device_index(self) -> int:
