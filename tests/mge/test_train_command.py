@@ -51,6 +51,18 @@ def test_a_threshold_is_fixed_or_follows_an_area_not_both(data):
         fails(train, "--data", data, "--init", "none", *TINY, *options, "--crop-area", "0.5", code=2)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((f"--{name}", "nan") for name in ("crop-area", "clip-norm", "box-threshold", "label-smoothing")),
+        *((f"--{name}", value) for name in ("head-lr", "backbone-lr", "weight-decay") for value in ("nan", "inf")),
+    ],
+)
+def test_what_is_no_finite_number_is_a_usage_error(data, tmp_path, option, value):
+    start = ["--data", data, "--out", tmp_path / "run", "--init", "none", *TINY]
+    assert f"'{option}': '{value}' is no finite number" in fails(train, *start, option, value, code=2)
+
+
 def test_resume_alone_goes_on(trained, data, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)

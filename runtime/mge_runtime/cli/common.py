@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -18,6 +19,7 @@ from mge_runtime.sources import MAX_PIXELS
 
 __all__ = [
     "GPU_STATUS",
+    "Number",
     "at_most_cpus",
     "backend_option",
     "batch_option",
@@ -46,6 +48,17 @@ GPU_STATUS = {
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+class Number(click.FloatRange):
+    """A range of finite numbers: `FloatRange` lets "nan" pass, and infinity where a bound is missing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse; a usage error for what is not finite."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number; expected one in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
