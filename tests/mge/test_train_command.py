@@ -211,7 +211,7 @@ def test_bad_options_are_refused_before_pytorch_is_loaded(trained, data, tmp_pat
         "with --head-lr 0.01, now it is 0.5": [*resume, "--head-lr", "0.5"],
         "holds a model but no training state": ["train", "--resume", trained[0] / "best.pt"],
         "data folder has 2 others": [*resume, "--data", tmp_path / "other"],
-        "no folder": [*export, "-o", tmp_path / "none/x.plan"],
+        "does not exist; make it or name another place": [*export, "-o", tmp_path / "none/x.plan"],
         "--verify-images 0 takes all images": [*export, "--verify-images", "0"],
     }
     lines = json.dumps([[str(word) for word in words] for words in expected.values()])
