@@ -175,7 +175,7 @@ class Manifest:
         if version.integer(1) != SCHEMA_VERSION:
             raise BundleError(
                 f"the bundle has schema version {version.value}; expected {SCHEMA_VERSION}, which this runtime reads: "
-                "upgrade it with `pip install --upgrade mge`, or export again with this version"
+                "upgrade mge, or export again with this version"
             )
         fields = root.members(cls.__dataclass_fields__)
         if len(graphs := fields["graphs"].items()) > _MOST_GRAPHS:

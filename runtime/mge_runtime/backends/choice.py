@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from mge_runtime.errors import BackendError
-from mge_runtime.machine import Gpu, Machine
+from mge_runtime.machine import Gpu, Machine, install_extra
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -159,7 +159,7 @@ def _candidates(machine: Machine, device: str, bundle: Bundle, *, cache: bool) -
         gpus = [Candidate(name, device, False, str(problem)) for name in BACKENDS]
     else:
         gpus = [*_tensorrt(machine, gpu, device, bundle, cache=cache), _onnxruntime_cuda(machine, device, bundle)]
-    missing = machine.missing("onnxruntime", 'pip install "mge[cpu]"')
+    missing = machine.missing("onnxruntime", install_extra("cpu"))
     reason = missing or "runs anywhere; nothing faster is available here"
     return [*gpus, Candidate("onnxruntime", "cpu", missing is None, reason)]
 
@@ -200,14 +200,14 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache:
 
 
 def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle) -> Candidate:
-    has_cuda, missing = _CUDA_PROVIDER in machine.providers, machine.missing("onnxruntime", 'pip install "mge[gpu]"')
+    has_cuda, missing = _CUDA_PROVIDER in machine.providers, machine.missing("onnxruntime", install_extra("gpu"))
     version = machine.libraries.get("onnxruntime")
     if machine.is_jetson and not has_cuda:
         reason = "onnxruntime-gpu has no wheel for the GPU of a Jetson"
     elif missing is not None:
         reason = missing
     elif not has_cuda:
-        install = 'pip uninstall onnxruntime, then pip install "mge[gpu]"'
+        install = f"pip uninstall onnxruntime, then {install_extra('gpu')}"
         reason = f"onnxruntime {version} here is the build for CPUs: {install}"
     elif bundle.manifest.is_int8:
         # On the CPU its optimizer changed every output of such graphs, which have variants of their own there.

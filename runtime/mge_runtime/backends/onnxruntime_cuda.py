@@ -19,6 +19,7 @@ from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.program import Addresses, Launch, Unit, shape_of
 from mge_runtime.errors import BackendError, brief
+from mge_runtime.machine import install_extra
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OrtGraph", "open_cuda_chain", "open_ort_chain", "preload_libraries"]
 
-_INSTALL = 'pip install "mge[gpu]"'
+_EXTRA = "gpu"  # of mge: onnxruntime-gpu and the libraries of CUDA that fit it
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 _NO_GRAPH = "-1"  # as `gpu_graph_id`: captures nothing
@@ -42,11 +43,11 @@ def open_cuda_chain(bundle: Bundle, device_index: int = 0, *, graphs: bool = Tru
         BackendError: ONNX Runtime is missing, broken, too old or built without CUDA, or cannot open a graph.
         BundleError: an entry is damaged.
     """
-    ort = import_onnxruntime(_INSTALL)
+    ort = import_onnxruntime(_EXTRA)
     if _CUDA not in ort.get_available_providers():
         raise BackendError(
             f"onnxruntime {ort.__version__} was built without CUDA; expected onnxruntime-gpu: "
-            f"pip uninstall onnxruntime, then {_INSTALL}"
+            f"pip uninstall onnxruntime, then {install_extra(_EXTRA)}"
         )
     preload_libraries(ort)
     return open_ort_chain(ort, bundle, CudaDevice(device_index), graphs=graphs)
@@ -162,7 +163,7 @@ class OrtGraph(Unit):
             if _CUDA not in session.get_providers():  # it warns and goes on with the CPU where CUDA does not load
                 raise BackendError(
                     f"ONNX Runtime {self._ort.__version__} cannot use {_CUDA}; expected CUDA and cuDNN libraries that "
-                    f"fit it: {_INSTALL}"
+                    f"fit it: {install_extra(_EXTRA)}"
                 )
             self.why_plain = None if capture else next(map(str, self._refused.values()), "graphs are turned off")
             self.opened = {"way": way, "tensor_cores": half, "refused": self._refused}

@@ -14,7 +14,7 @@ import click
 from click.core import ParameterSource
 
 from mge_runtime.errors import InputError, MGEError, one_line, printable
-from mge_runtime.machine import cpu_count
+from mge_runtime.machine import cpu_count, install_extra
 from mge_runtime.sources import MAX_PIXELS
 
 __all__ = [
@@ -89,7 +89,7 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             if extra is None or package.startswith("mge"):  # no extra would bring it: a defect
                 raise
             click.echo(
-                f'error: this command needs {package}, which is not installed; install it: pip install "mge[{extra}]"',
+                f"error: this command needs {package}, which is not installed; {install_extra(extra)}",
                 err=True,
             )
             raise SystemExit(1) from error
