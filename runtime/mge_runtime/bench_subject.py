@@ -50,7 +50,7 @@ class Subject:
     device: str  # "cpu" or "cuda:0"
     options: Mapping[str, Any]  # other arguments of `Pipeline.open`: threads, mmap, max_pixels
     machine: Machine
-    open: Callable[..., Pipeline]  # opens it anew; takes `graphs` of `Pipeline.open`
+    open: Callable[..., Pipeline]  # opens it anew; takes `cuda_graphs` of `Pipeline.open`
     reference: Callable[..., Pipeline] | None  # opens ONNX Runtime on the CPU; None: that is what is checked
 
     @property
