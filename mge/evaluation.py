@@ -1,4 +1,4 @@
-"""Predictions on labelled images, of a model or a bundle: the figures of the paper's table, as text and as a file."""
+"""Predictions on labeled images, of a model or a bundle: the figures of the paper's table, as text and as a file."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
 def collect_bundle(
     pipeline: Pipeline, samples: Sequence[tuple[Path, int]], batch: int = 1, workers: int = 2
 ) -> Predictions:
-    """Run a bundle over labelled images; its heads are the experts, their average and the mixture only.
+    """Run a bundle over labeled images; its heads are the experts, their average and the mixture only.
 
     Logits are those of the graphs, before any temperature.
 

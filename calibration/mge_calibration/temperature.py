@@ -92,7 +92,7 @@ def learn_temperatures(fitted: ChainLogits, judged: ChainLogits, *, seed: int) -
 
 
 def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> Fit:
-    """The T that minimises the mean negative log-likelihood of softmax(logits / T).
+    """The T that minimizes the mean negative log-likelihood of softmax(logits / T).
 
     Temperature scaling of Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. The loss is convex in
     1 / T, so it has one minimum over log T, which is where SciPy's bounded scalar search looks for it. The likeliest

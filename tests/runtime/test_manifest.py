@@ -141,7 +141,7 @@ def test_chains_that_do_not_fit_are_refused(manifest, path, value, message):
         Manifest.from_json(edited(manifest, path, value))
 
 
-def test_one_quantised_graph_makes_a_bundle_int8(manifest):
+def test_one_quantized_graph_makes_a_bundle_int8(manifest):
     assert not manifest.is_int8
     half = {name: {"type": "fp16"} for name in manifest.precision}
     assert not replace(manifest, precision=half).is_int8

@@ -188,9 +188,8 @@ class Programs:
                     launch = ready.launches[number] = self._units[number].prepare(addresses, self._stream)
                     ready.resources.callback(launch.close)
             launches = [ready.launches[number] for number in range(first, last)]
-            program = ready.programs[first, last] = Program(
-                self._device, self._stream, launches, cuda_graphs=self._cuda_graphs
-            )
+            program = Program(self._device, self._stream, launches, cuda_graphs=self._cuda_graphs)
+            ready.programs[first, last] = program
             ready.resources.callback(program.close)
         return program
 
