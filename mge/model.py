@@ -84,7 +84,7 @@ class Expert(nn.Module):
     def part_features(self, c4: Tensor) -> Tensor:
         """GMP(ReLU(Conv1x1(c4))) with the authors' padding of 1: [B, D4, h, w] -> [B, P].
 
-        The border of the padded map holds ReLU(bias), and ReLU and the maximum commute, so this equals
+        The cells of the padding hold ReLU(bias), and ReLU and the maximum commute, so this equals
         max(max_hw(W c4) + b, b, 0) without the padding.
         """
         response = F.conv2d(c4, self.part_conv.weight).amax((2, 3))
@@ -115,7 +115,7 @@ class Gate(nn.Module):
 class MGENet(nn.Module):
     """K experts and a gate, randomly initialized; see `initialize_backbones` and `mge.checkpoint` for weights.
 
-    A single expert needs no gate: its logits are the whole's (`gate` is None and the gate's weights are ones).
+    A single expert needs no gate: its logits are the final ones (`gate` is None and the gate's weights are ones).
     """
 
     def __init__(self, config: MGEConfig) -> None:
