@@ -278,7 +278,7 @@ def check_bundle(path: Path, images: VerifyImages, verified: Tensors) -> None:
     Args:
         path: the bundle.
         images: that the graphs were verified on.
-        verified: what their chain made of the first of `images.batches()`.
+        verified: what their chain made of the first of `images.batches()`: by name, [B, ...], float32.
 
     Raises:
         ExportError: it cannot be opened or run, or its outputs differ.

@@ -146,7 +146,7 @@ class Pipeline:
         with self._closing, ExitStack() as stack:
             if self._chain is not None:
                 chains = [stack.enter_context(self._lent()) for _ in range(self.streams)]
-                chains[0].close()
+                chains[0].close()  # there is one, lent once for each stream: no run is in flight now
                 self._chain = None
 
     def predict(self, source: ImageSource, *, exit: Exit | None = None) -> Prediction:
