@@ -21,9 +21,9 @@ class ExpertOutput(NamedTuple):
     """What one expert saw and predicted; a named tuple, which distribution wrappers can walk."""
 
     image: Tensor  # [B, 3, S, S], its input
-    global_logits: Tensor  # [B, C], large part
-    part_logits: Tensor  # [B, C], small parts; for training only
-    logits: Tensor  # [B, C], from both parts: the expert's prediction
+    global_logits: Tensor  # [B, C], of the global head
+    part_logits: Tensor  # [B, C], of the part head; for training only
+    logits: Tensor  # [B, C], of the concatenated head: the expert's prediction
     heatmap: Tensor  # [B, h, w], its attention (Grad-CAM), of any sign and scale
     box: Tensor | None  # [B, 4] in pixels of `image`, what the next expert sees; None for the last
 
@@ -84,14 +84,17 @@ class Expert(nn.Module):
     def part_features(self, c4: Tensor) -> Tensor:
         """GMP(ReLU(Conv1x1(c4))) with the authors' padding of 1: [B, D4, h, w] -> [B, P].
 
-        The border of the padded map holds ReLU(bias), and ReLU and the maximum commute, so this equals
-        max(max_hw(W c4) + b, b, 0) without the padding.
+        The cells of the padding hold ReLU(bias), and ReLU and the maximum commute, so this equals
+        max(max_hw(W c4) + b, b, 0) without the padding. P = C * `parts_per_class`, the channels of the convolution.
         """
         response = F.conv2d(c4, self.part_conv.weight).amax((2, 3))
         return (response.relu() + cast("Tensor", self.part_conv.bias)).relu()
 
     def concat_logits(self, c5: Tensor, parts: Tensor) -> Tensor:
-        """The concatenated head: both halves normalized to length 10, neither trained through: -> [B, C]."""
+        """The concatenated head: features [B, D5, h, w] and parts [B, P] to scores [B, C].
+
+        Both halves, the pooled features and the parts, are normalized to length 10; neither is trained through.
+        """
         halves = (NORM_SCALE * _unit(c5.detach().mean((2, 3))), NORM_SCALE * _unit(parts.detach()))
         return self.concat_head(torch.cat(halves, 1))
 
@@ -115,7 +118,7 @@ class Gate(nn.Module):
 class MGENet(nn.Module):
     """K experts and a gate, randomly initialized; see `initialize_backbones` and `mge.checkpoint` for weights.
 
-    A single expert needs no gate: its logits are the whole's (`gate` is None and the gate's weights are ones).
+    A single expert needs no gate: its logits are the final ones (`gate` is None and the gate's weights are ones).
     """
 
     def __init__(self, config: MGEConfig) -> None:
@@ -139,6 +142,10 @@ class MGENet(nn.Module):
         Args:
             images: [B, 3, S, S], normalized with the config's mean and std.
             labels: [B] int64: attention looks for these classes (training); None: for its head's own first guess.
+
+        Returns:
+            What each expert saw and predicted, the gate's weights [B, K] and the final logits [B, C]. The mixture
+            trains the gate alone: the experts' logits enter it detached.
         """
         outputs: list[ExpertOutput] = []
         image = images

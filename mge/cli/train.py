@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import max_pixels_option, note, reports_errors
+from mge_runtime.cli.common import Number, max_pixels_option, note, reports_errors
 from mge_runtime.errors import CheckpointError, OutputError, TrainingError, brief
 from mge_runtime.files import atomic_path, check_writable, echo, lock
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 PATH = click.Path(path_type=Path)
-UNIT = click.FloatRange(0, 1, max_open=True)
+UNIT = Number(0, 1, max_open=True)
 CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
 # What may differ from the run that --resume goes on with; of --epochs, more.
 FREE = frozenset(
@@ -73,7 +73,7 @@ FREE = frozenset(
 )
 @click.option(
     "--crop-area",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     help="Share of its image that the median crop keeps; box thresholds are set to it after each epoch, on the "
     f"validation images.  [default: {CROP_AREA}]",
 )
@@ -83,14 +83,14 @@ FREE = frozenset(
 )
 @click.option("--epochs", type=click.IntRange(1), default=100)
 @click.option("--batch-size", type=click.IntRange(2), default=10, help="Images in a step of each process.")
-@click.option("--head-lr", type=click.FloatRange(0, min_open=True), default=0.01, help="Learning rate of the heads.")
-@click.option("--backbone-lr", type=click.FloatRange(0), default=0.001, help="Learning rate of the backbones.")
-@click.option("--weight-decay", type=click.FloatRange(0), default=1e-4)
+@click.option("--head-lr", type=Number(0, min_open=True), default=0.01, help="Learning rate of the heads.")
+@click.option("--backbone-lr", type=Number(0), default=0.001, help="Learning rate of the backbones.")
+@click.option("--weight-decay", type=Number(0), default=1e-4)
 @click.option("--schedule", type=click.Choice(["step", "onecycle", "cosine"]), default="step")
 @click.option("--step-epochs", type=click.IntRange(1), default=30, help="Of --schedule step: rates then fall tenfold.")
 @click.option("--label-smoothing", type=UNIT, default=0.0)
 @click.option("--diversity", type=click.Choice(["code", "paper", "none"]), default="code", help="Form of that loss.")
-@click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Largest gradient norm.")
+@click.option("--clip-norm", type=Number(0, min_open=True), help="Largest gradient norm.")
 @click.option("--flip/--no-flip", default=True, help="Random horizontal flips.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")

@@ -76,6 +76,18 @@ def test_a_threshold_is_fixed_or_follows_an_area_not_both(data):
         fails(train, "--data", data, "--init", "none", *TINY, *options, "--crop-area", "0.5", code=2)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((f"--{name}", "nan") for name in ("crop-area", "clip-norm", "box-threshold", "label-smoothing")),
+        *((f"--{name}", value) for name in ("head-lr", "backbone-lr", "weight-decay") for value in ("nan", "inf")),
+    ],
+)
+def test_what_is_no_finite_number_is_a_usage_error(data, tmp_path, option, value):
+    start = ["--data", data, "--out", tmp_path / "run", "--init", "none", *TINY]
+    assert f"'{option}': '{value}' is no finite number" in fails(train, *start, option, value, code=2)
+
+
 def test_resume_alone_goes_on(trained, data, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)
@@ -224,7 +236,7 @@ def test_bad_options_are_refused_before_pytorch_is_loaded(trained, data, tmp_pat
         "with --head-lr 0.01, now it is 0.5": [*resume, "--head-lr", "0.5"],
         "holds a model but no training state": ["train", "--resume", trained[0] / "best.pt"],
         "data folder has 2 others": [*resume, "--data", tmp_path / "other"],
-        "no folder": [*export, "-o", tmp_path / "none/x.plan"],
+        "does not exist; make it or name another place": [*export, "-o", tmp_path / "none/x.plan"],
         "--verify-images 0 takes all images": [*export, "--verify-images", "0"],
     }
     lines = json.dumps([[str(word) for word in words] for words in expected.values()])

@@ -143,11 +143,12 @@ def test_it_shows_temperatures_and_exits_in_words(copy):
 
 
 def test_it_shows_additions(copy):
-    add_calibration(copy, {"temperatures": TEMPERATURES})
+    report = {"exits": {"none_because": "too few images for the guarantee"}}
+    add_calibration(copy, {"temperatures": TEMPERATURES, "report": report})
     add_orin(copy)
     output = shown("--all", copy)
     for text in (
-        "mean_logits_2 1.5, logits 1 no early exits: none was found that",
+        "mean_logits_2 1.5, logits 1 no early exits: too few images for",
         f"engines {TARGET} {TARGET}: 3 graphs, 18 B, experimental: not yet run",
         "built by version 10.3.0, on Orin (sm87), for batch 1 to 8",
         "fp32 (attested: engine): expert_3; fp16 (attested: network): expert_1; fp16 (not attested): expert_2",
