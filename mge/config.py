@@ -15,9 +15,10 @@ from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
 from mge_runtime.manifest import Preprocess, read_class_names, read_preprocess
 
-__all__ = ["PAPER_THRESHOLD", "MGEConfig", "read_labels"]
+__all__ = ["GATES", "PAPER_THRESHOLD", "MGEConfig", "read_labels"]
 
 PAPER_THRESHOLD = 0.2  # `--box_thred` of the authors' code
+GATES = ("network", "shared", "none")
 _LABELS = "expected a UTF-8 text file with one class name a line"
 
 
@@ -31,14 +32,16 @@ class MGEConfig:
 
     arch: str  # a timm model name that offers features_only
     classes: tuple[str, ...]  # names, by class index
-    experts: int = 3  # K >= 1, experts in the chain; the gate comes on top
+    experts: int = 3  # K >= 1, experts in the chain
     image_size: int = 448  # pixels, S, a multiple of 16, the side of every expert's square input
     resize: int = 512  # pixels, the shorter side before the center crop, >= image_size
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel, > 0
     box_thresholds: tuple[float, ...] = (PAPER_THRESHOLD, PAPER_THRESHOLD)  # in [0, 1), one for each of the K - 1 crops
     parts_per_class: int = 10  # channels of the part convolution for each class
-    gate_width: int = 512  # hidden units of the gate
+    gate: str = "network"  # what weighs the experts: "network", a backbone of its own; "shared", a linear layer over
+    # the experts' pooled features; "none", weights that are the same for every image
+    gate_width: int = 512  # hidden units of the gate's network
     normalize_features: bool = False  # BatchNorm before the heads, for backbones whose last features are linear
     attention_head: str = "own"  # whose global head Grad-CAM reads: "own", each expert's; "first", always expert 1's
 
@@ -54,6 +57,7 @@ class MGEConfig:
             (len(self.box_thresholds) == crops, "box_thresholds", f"{crops}, one for each crop"),
             (all(0 <= t < 1 for t in self.box_thresholds), "box_thresholds", "numbers in [0, 1)"),
             (self.parts_per_class >= 1, "parts_per_class", "at least 1"),
+            (self.gate in GATES, "gate", " or ".join(map(repr, GATES))),
             (self.gate_width >= 1, "gate_width", "at least 1"),
             (self.attention_head in ("own", "first"), "attention_head", "'own' or 'first'"),
         ]

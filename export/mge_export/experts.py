@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mge.attention import attention_box, crop_resize, grad_cam
 from mge.config import MGEConfig
-from mge.model import Expert, Gate, MGENet
+from mge.model import Expert, Gate, MGENet, SharedGate, mix
 from mge_export.dual_head import DualHead
 from mge_export.precision import Precision
 from mge_export.typed import TypedBackbone, half_heads, typed_expert, typed_gate
@@ -60,13 +60,13 @@ class ExpertGraph(nn.Module):
         super().__init__()
         config = model.config
         last = k == config.experts
-        gate: Gate | None = model.gate if last else None
+        gate = model.gate if last else None
         self.k = k
         self.precision = precision
         self.size = config.image_size
         self.threshold = None if last else config.box_thresholds[k - 1]
-        # The last expert normalises the frame once more for the gate: that is cheaper than to keep the first's image.
-        self.normalize = Normalize(config.preprocess) if k == 1 or gate is not None else None
+        # The last expert normalizes the frame once more for the gate: that is cheaper than to keep the first's image.
+        self.normalize = Normalize(config.preprocess) if k == 1 or isinstance(gate, Gate) else None
         self.expert = typed_expert(cast(Expert, model.experts[k - 1]), precision, self.size)
         self.gate = None if gate is None else typed_gate(gate, precision, self.size)
         # Not always the expert's own: see MGEConfig.attention_head.
@@ -78,7 +78,7 @@ class ExpertGraph(nn.Module):
                 if module is not None:
                     half_heads(module)
         self.dual_head = DualHead(attention_head, torch.zeros(shape))
-        self.spec = _spec(config, k, map_shape=tuple(shape[2:]), gate=gate is not None)
+        self.spec = _spec(config, k, features_shape=tuple(shape[1:]))
 
     @property
     def underflowed(self) -> int:
@@ -93,14 +93,20 @@ class ExpertGraph(nn.Module):
         image = tensors.get(f"image_{k}", frame)
         assert image is not None  # noqa: S101 - the first expert has the frame, any other its image
         c4, c5 = self.expert.features(image)
-        logits = self.expert.concat_logits(c5, self.expert.part_features(c4))
+        tensors[f"features_{k}"] = pooled = c5.mean((2, 3))
+        logits = self.expert.concat_logits(pooled, self.expert.part_features(c4))
         _, gradient = self.dual_head(c5)
         heatmap = grad_cam(c5, gradient)
         tensors |= {f"logits_{k}": logits, f"heatmap_{k}": heatmap}
-        if self.gate is not None and frame is not None:
-            gate = self.gate(frame)
+        if self.gate is not None:
             logits = torch.stack([tensors[f"logits_{number}"] for number in range(1, k + 1)], 1)
-            tensors |= {"gate": gate, self.spec.logits: (gate[:, :, None] * logits).sum(1)}
+            if isinstance(self.gate, Gate):
+                weights = self.gate(frame)
+            elif isinstance(self.gate, SharedGate):
+                weights = self.gate([tensors[f"features_{number}"] for number in range(1, k + 1)])
+            else:
+                weights = self.gate(logits)
+            tensors |= {"gate": weights, self.spec.logits: mix(self.gate, weights, logits)}
         else:
             # The mean over experts 1..k as a running mean, so that a graph needs one tensor of its predecessors.
             mean = logits.clone() if k == 1 else (tensors[f"mean_logits_{k - 1}"] * (k - 1) + logits) / k
@@ -125,12 +131,15 @@ def views(config: MGEConfig) -> tuple[ViewSpec, ...]:
     )
 
 
-def _spec(config: MGEConfig, k: int, *, map_shape: tuple[int, ...], gate: bool) -> GraphSpec:
+def _spec(config: MGEConfig, k: int, *, features_shape: tuple[int, ...]) -> GraphSpec:
     size, classes, last = config.image_size, config.num_classes, k == config.experts
+    channels, *map_shape = features_shape
+    gate = config.gate if last and k > 1 else None
     frame = TensorSpec(FRAME, "uint8", (BATCH, size, size, 3))
     inputs = [frame] if k == 1 else [_tensor(f"image_{k}", 3, size, size)]
-    if gate:
-        inputs += [frame] if k > 1 else []
+    if gate is not None:
+        inputs += [frame] if gate == "network" else []
+        inputs += [_tensor(f"features_{number}", channels) for number in range(1, k) if gate == "shared"]
         inputs += [_tensor(f"logits_{number}", classes) for number in range(1, k)]
     elif k > 1:
         inputs.append(_tensor(f"mean_logits_{k - 1}", classes))
@@ -138,7 +147,8 @@ def _spec(config: MGEConfig, k: int, *, map_shape: tuple[int, ...], gate: bool) 
     outputs = [_tensor(f"logits_{k}", classes), _tensor(f"heatmap_{k}", *map_shape)]
     # The last expert's map is looked at, but nothing is cropped by it: it has no threshold and no box.
     outputs += [] if last else [_tensor(f"box_{k}", 4), _tensor(f"image_{k + 1}", 3, size, size)]
-    outputs += [_tensor("gate", config.experts)] if gate else []
+    outputs += [_tensor("gate", config.experts)] if gate is not None else []
+    outputs += [_tensor(f"features_{k}", channels)] if config.gate == "shared" and not last else []
     return GraphSpec(f"expert_{k}", tuple(inputs), (*outputs, _tensor(logits, classes)), logits)
 
 

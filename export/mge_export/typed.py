@@ -107,10 +107,11 @@ def typed_expert(expert: Expert, precision: Precision, size: int) -> Expert:
     return typed
 
 
-def typed_gate(gate: Gate, precision: Precision, size: int) -> Gate:
-    """Copy a gate for export; see `typed_expert`."""
+def typed_gate(gate: M, precision: Precision, size: int) -> M:
+    """Copy a gate for export; see `typed_expert`. One without a backbone stays in FP32."""
     typed = _frozen_copy(gate)
-    typed.backbone = _typed_backbone(typed.backbone, precision, size)
+    if isinstance(typed, Gate):
+        typed.backbone = _typed_backbone(typed.backbone, precision, size)
     _check_finite(typed, precision)
     return typed
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from mge.checkpoint import read_checkpoint, save_checkpoint
 from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader
-from mge.evaluation import Predictions, collect, summarize, view_areas
-from mge.model import Expert, Gate, MGENet
+from mge.evaluation import Predictions, collect, gate_report, summarize, view_areas
+from mge.model import Average, Expert, Gate, MGENet, mix
+from mge.training.combine import fit_average
 from mge.training.recipe import TrainOptions, loss_terms, make_optimizer, make_schedule, to_training_layout
 from mge.training.record import Meter, write_csv, write_curves
 from mge.training.thresholds import crop_report, propose_threshold
@@ -136,7 +138,8 @@ class Trainer:
             write_curves(self.folder / "curves.png", progress.history)
         if predictions is not None and not stop and self.fabric.is_global_zero:
             config = self.model.config
-            for line in crop_report(predictions.heatmaps, config.image_size, config.box_thresholds):
+            crops = crop_report(predictions.heatmaps, config.image_size, config.box_thresholds)
+            for line in (*crops, *gate_report(predictions.gate)):
                 echo(f"last.pt: {line}")
         return progress
 
@@ -213,6 +216,7 @@ class Trainer:
             labels,
             label_smoothing=self.options.label_smoothing,
             diversity_form=self.options.diversity,
+            gate_balance=self.options.gate_balance,
         )
         self._unread.append({name: term.detach() for name, term in terms.items()})
         optimizer.zero_grad()
@@ -246,7 +250,7 @@ class Trainer:
 
     def _finish_epoch(self, wrapped: Any, progress: Progress, board: Any, seconds: float) -> Predictions:
         """Validate, write what the epoch gave, and return the predictions on the validation images."""
-        predictions = self._validate(wrapped)
+        predictions = self._fit_average(self._validate(wrapped))
         if not np.isfinite(predictions.final).all():
             raise TrainingError(
                 f"the model's logits are not finite after epoch {progress.epoch + 1}; expected numbers: lower "
@@ -260,6 +264,7 @@ class Trainer:
         row |= {f"loss/{name}": value / progress.step for name, value in progress.sums.items()}
         row |= {f"top1/{line.name}": line.top1 for line in rows}
         row |= {f"area/expert {k}": area for k, area in enumerate(areas, 1)}
+        row |= {f"gate/{k}": weight for k, weight in enumerate(predictions.gate.mean(0).tolist(), 1)}
         row |= {f"threshold/{k}": value for k, value in enumerate(thresholds, 1)}
         row["lr/backbone"], row["lr/heads"] = progress.rates
         row["seconds"] = round(seconds, 2)
@@ -295,6 +300,19 @@ class Trainer:
         maps = predictions.heatmaps[: config.experts - 1]
         thresholds = tuple(propose_threshold(one, config.image_size, target)[0] for one in maps)
         self.model.config = config.changed(box_thresholds=thresholds)
+
+    def _fit_average(self, predictions: Predictions) -> Predictions:
+        """Learn the weights of an average on the validation images, in every process alike."""
+        gate = self.model.gate
+        if not isinstance(gate, Average):
+            return predictions
+        experts = range(1, self.model.config.experts + 1)
+        logits = torch.from_numpy(np.stack([predictions.heads[f"expert {k}"] for k in experts], 1))
+        fit_average(gate, logits, torch.from_numpy(predictions.labels))
+        kept = copy.deepcopy(gate).cpu()
+        weights = kept(logits)
+        heads = predictions.heads | {"mixture": mix(kept, weights, logits).numpy()}
+        return replace(predictions, heads=heads, gate=weights.numpy())
 
     def _validate(self, wrapped: Any) -> Predictions:
         """Predictions on the validation images, in the precision of training; to be called by all processes.

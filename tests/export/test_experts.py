@@ -18,9 +18,11 @@ def run_typed(graphs, frames):
     return run_chain([graph.spec for graph in graphs], lambda spec, tensors: runs[spec.name](tensors), frames)
 
 
-@pytest.mark.parametrize(("normalize", "attention"), [(True, "own"), (False, "first")])
-def test_the_graphs_in_a_row_are_the_model(tiny, photographs, normalize, attention):
-    model = tiny.make_model(3, normalize=normalize, attention=attention)
+@pytest.mark.parametrize(
+    ("normalize", "attention", "gate"), [(True, "own", "network"), (False, "first", "shared"), (True, "own", "none")]
+)
+def test_the_graphs_in_a_row_are_the_model(tiny, photographs, normalize, attention, gate):
+    model = tiny.make_model(3, normalize=normalize, attention=attention, gate=gate)
     frames = tiny.load_frames(photographs, model.config.preprocess)
     graphs = build_graphs(model, Precision.FP32)
     expected = reference_tensors(model, frames)

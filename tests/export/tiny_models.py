@@ -15,7 +15,7 @@ SHARED = Path(__file__).parents[3] / "shared"
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 
 
-def make_model(experts=2, *, normalize=True, attention="own", size=64, seed=0):
+def make_model(experts=2, *, normalize=True, attention="own", gate="network", size=64, seed=0):
     """A model whose BatchNorms have statistics of their own and whose classes are clearly apart."""
     torch.manual_seed(seed)
     config = MGEConfig(
@@ -26,6 +26,7 @@ def make_model(experts=2, *, normalize=True, attention="own", size=64, seed=0):
         resize=size + 8,
         box_thresholds=(0.5,) * (experts - 1),
         parts_per_class=2,
+        gate=gate,
         gate_width=8,
         normalize_features=normalize,
         attention_head=attention,
