@@ -33,8 +33,11 @@ class MGEConfig:
     arch: str  # a timm model name that offers features_only
     classes: tuple[str, ...]  # names, by class index
     experts: int = 3  # K >= 1, experts in the chain
-    image_size: int = 448  # pixels, S, a multiple of 16, the side of every expert's square input
-    resize: int = 512  # pixels, the shorter side before the center crop, >= image_size
+    image_size: int = 448  # pixels, S, a multiple of 16, the side of the first expert's square input
+    image_sizes: tuple[int, ...] = ()  # pixels, one for each expert, the first is image_size; (): image_size for all
+    source_size: int = 0  # pixels, N, a multiple of image_size: crops are cut from a frame of this side; 0: each from
+    # the image of the expert before
+    resize: int = 512  # pixels, the shorter side before the center crop of the frame, >= its side
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel, > 0
     box_thresholds: tuple[float, ...] = (PAPER_THRESHOLD, PAPER_THRESHOLD)  # in [0, 1), one for each of the K - 1 crops
@@ -53,7 +56,14 @@ class MGEConfig:
             (len(self.classes) >= 2, "classes", "at least two names"),
             (self.experts >= 1, "experts", "at least 1"),
             (size >= 32 and size % 16 == 0, "image_size", "a multiple of 16 pixels, the stride of c4"),
-            (self.resize >= size, "resize", f"at least image_size ({size})"),
+            (
+                not self.image_sizes or (len(self.image_sizes) == self.experts and self.image_sizes[0] == size),
+                "image_sizes",
+                f"{self.experts}, one for each expert, the first {size} as image_size",
+            ),
+            (all(s >= 32 and s % 16 == 0 for s in self.image_sizes), "image_sizes", "multiples of 16 pixels"),
+            (self.source_size % size == 0, "source_size", f"0, or a multiple of image_size ({size})"),
+            (self.resize >= self.frame_size, "resize", f"at least the side of the frame ({self.frame_size})"),
             (len(self.box_thresholds) == crops, "box_thresholds", f"{crops}, one for each crop"),
             (all(0 <= t < 1 for t in self.box_thresholds), "box_thresholds", "numbers in [0, 1)"),
             (self.parts_per_class >= 1, "parts_per_class", "at least 1"),
@@ -81,13 +91,32 @@ class MGEConfig:
         return len(self.classes)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Side of each expert's image in pixels."""
+        return self.image_sizes or (self.image_size,) * self.experts
+
+    @property
+    def frame_size(self) -> int:
+        """Side of the chain's input in pixels."""
+        return self.source_size or self.image_size
+
+    @property
     def preprocess(self) -> Preprocess:
         """What the runtime does to a decoded image before the chain."""
-        return Preprocess(resize=self.resize, size=self.image_size, mean=self.mean, std=self.std)
+        return Preprocess(resize=self.resize, size=self.frame_size, mean=self.mean, std=self.std)
 
     def changed(self, **changes: Any) -> MGEConfig:
-        """The same model with other fields; one box threshold is for all crops, `resize` follows `image_size`."""
+        """The same model with other fields; one box threshold is for all crops, `resize` follows `image_size`.
+
+        Raises:
+            CheckpointError: a value is out of its range, or `image_size` changes where the experts' sizes differ.
+        """
         if "image_size" in changes:
+            if self.image_sizes or self.source_size:
+                raise CheckpointError(
+                    f"the model's images have {', '.join(map(str, self.sizes))} pixels, its frame {self.frame_size}; "
+                    "another image_size is for models whose experts all see one size: leave it out"
+                )
             changes = {"resize": round(changes["image_size"] * self.resize / self.image_size)} | changes
         if len(thresholds := changes.get("box_thresholds", ())) == 1:
             changes["box_thresholds"] = thresholds * (self.experts - 1)

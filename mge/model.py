@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mge.attention import attention_box, class_gradient, crop_resize, grad_cam
+from mge.attention import (
+    attention_box,
+    class_gradient,
+    compose_view,
+    crop_frame,
+    crop_resize,
+    grad_cam,
+    shrink,
+)
 from mge.backbones import create_backbone, pretrained_weights
 from mge.config import MGEConfig
 
@@ -32,12 +40,13 @@ NORM_SCALE = 10.0  # length of each normalized half of the concatenated features
 class ExpertOutput(NamedTuple):
     """What one expert saw and predicted; a named tuple, which distribution wrappers can walk."""
 
-    image: Tensor  # [B, 3, S, S], its input
+    image: Tensor  # [B, 3, S_k, S_k], its input
     global_logits: Tensor  # [B, C], large part
     part_logits: Tensor  # [B, C], small parts; for training only
     logits: Tensor  # [B, C], from both parts: the expert's prediction
     heatmap: Tensor  # [B, h, w], its attention (Grad-CAM), of any sign and scale
-    box: Tensor | None  # [B, 4] in pixels of `image`, what the next expert sees; None for the last
+    box: Tensor | None  # [B, 4], what the next expert sees, in pixels of `image`, with a source of the frame's; None
+    # for the last
     pooled: Tensor  # [B, D], the mean of its c5, cut from the graph: what a shared gate reads
 
 
@@ -191,11 +200,14 @@ class MGENet(nn.Module):
         """Predict a batch of normalized images.
 
         Args:
-            images: [B, 3, S, S], normalized with the config's mean and std.
+            images: [B, 3, S, S], S the side of the frame, normalized with the config's mean and std.
             labels: [B] int64: attention looks for these classes (training); None: for its head's own first guess.
         """
         outputs: list[ExpertOutput] = []
-        image = images
+        sizes, crops_frame = self.config.sizes, self.config.source_size > 0
+        frame = images.permute(0, 2, 3, 1)
+        image = first = shrink(frame, sizes[0]) if crops_frame else images
+        view = images.new_tensor((0, 0, *images.shape[2:])).expand(len(images), -1)
         for k, expert in enumerate(self.experts):
             assert isinstance(expert, Expert)  # noqa: S101 - tells the type checker what the ModuleList holds
             c4, c5 = expert.features(image)
@@ -205,7 +217,9 @@ class MGENet(nn.Module):
                 heatmap = grad_cam(c5.detach(), gradient)
                 box = None
                 if k < self.config.experts - 1:
-                    box = attention_box(heatmap, self.config.image_size, self.config.box_thresholds[k])
+                    box = attention_box(heatmap, sizes[k], self.config.box_thresholds[k])
+                    if crops_frame:
+                        box = view = compose_view(view, box, sizes[k])
             outputs.append(
                 ExpertOutput(
                     image=image,
@@ -219,10 +233,11 @@ class MGENet(nn.Module):
             )
             if box is not None:
                 with torch.no_grad():
-                    image = crop_resize(image, box, self.config.image_size)
+                    crop, source = (crop_frame, frame) if crops_frame else (crop_resize, image)
+                    image = crop(source, box, sizes[k + 1])
         logits = torch.stack([output.logits.detach() for output in outputs], 1)
         if isinstance(self.gate, Gate):
-            weights = self.gate(images)
+            weights = self.gate(first)
         elif isinstance(self.gate, SharedGate):
             weights = self.gate([output.pooled for output in outputs])
         else:

@@ -35,6 +35,14 @@ FREE = frozenset(
 )
 
 
+def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    del context, parameter
+    try:
+        return tuple(int(side) for side in value.split(",")) if value else ()
+    except ValueError as error:
+        raise click.BadParameter(f"found {value!r}; expected pixels separated by commas, as 448,224,224") from error
+
+
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option(
     "--data", type=PATH, default=None,
@@ -72,8 +80,18 @@ FREE = frozenset(
     "crops well.",
 )  # fmt: skip
 @click.option(
-    "--resize", type=int, default=None, help="Shorter side before the crop, pixels.  [default: 8/7 of --image-size]"
-)
+    "--image-sizes", metavar="S1,S2,...", default=None, callback=_sizes,
+    help="Side of each expert's input, where they differ: 448,224,224 costs half of three times 448.",
+)  # fmt: skip
+@click.option(
+    "--source-size", type=click.IntRange(0), default=0,
+    help="Crops are cut from a frame of this side, a multiple of --image-size, so that they show what the first expert "
+    "does not see; 0: each from the image of the expert before.",
+)  # fmt: skip
+@click.option(
+    "--resize", type=int, default=None,
+    help="Shorter side before the crop of the frame, pixels.  [default: 8/7 of the frame's]",
+)  # fmt: skip
 @click.option("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Mean of RGB in [0, 1].")
 @click.option("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Deviation of RGB in [0, 1].")
 @click.option(
@@ -81,9 +99,9 @@ FREE = frozenset(
     help="Fixed box threshold, once or once for each crop.  [default: thresholds follow --crop-area]",
 )  # fmt: skip
 @click.option(
-    "--crop-area", type=click.FloatRange(0, 1, min_open=True), default=None,
-    help="Share of its image that the median crop keeps; box thresholds are set to it after each epoch, on the "
-    f"validation images.  [default: {CROP_AREA}]",
+    "--crop-area", type=click.FloatRange(0, 1, min_open=True), multiple=True,
+    help="Share of its image that the median crop keeps, once or once for each crop; box thresholds are set to it after "
+    f"each epoch, on the validation images.  [default: {CROP_AREA}]",
 )  # fmt: skip
 @click.option("--parts-per-class", type=click.IntRange(1), default=10, help="Channels of the part convolution.")
 @click.option(
@@ -209,16 +227,20 @@ def _complete(options: dict[str, Any], given: set[str]) -> None:
         raise click.UsageError("missing option '--data'")
     options["data"] = options["data"].absolute()
     options["out"] = options["out"] or Path("runs/mge")
-    if options["crop_area"] is not None and options["box_threshold"]:
+    if options["crop_area"] and options["box_threshold"]:
         raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
-    if options["recipe"] == "paper" and (options["crop_area"] is not None or options["box_threshold"]):
+    if (given_areas := len(options["crop_area"])) not in (0, 1, options["experts"] - 1):
+        raise click.UsageError(
+            f"{given_areas} x --crop-area; expected one, or one for each of the {options['experts'] - 1} crops"
+        )
+    if options["recipe"] == "paper" and (options["crop_area"] or options["box_threshold"]):
         raise click.UsageError("--recipe paper fixes the box thresholds at the paper's; leave out the option for them")
     if options["recipe"] == "paper":
         options["box_threshold"] = (PAPER_THRESHOLD,)
         if "gate" not in given:
             options["gate"] = "network"
-    elif options["crop_area"] is None and not options["box_threshold"]:
-        options["crop_area"] = CROP_AREA
+    elif not options["crop_area"] and not options["box_threshold"]:
+        options["crop_area"] = (CROP_AREA,)
     init = options["init"]
     if _is_own(init):
         check_file(Path(init))
@@ -362,7 +384,9 @@ def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig
     """The config that the options ask for; whether features are normalized by default hangs on the backbone."""
     from mge.config import PAPER_THRESHOLD, MGEConfig
 
-    size, resize, crops = options["image_size"], options["resize"], options["experts"] - 1
+    resize, crops = options["resize"], options["experts"] - 1
+    sizes, source = options["image_sizes"], options["source_size"]
+    size = sizes[0] if sizes else options["image_size"]
     thresholds = options["box_threshold"] or (PAPER_THRESHOLD,)
     return MGEConfig(
         arch=options["arch"],
@@ -370,7 +394,9 @@ def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig
         experts=options["experts"],
         gate=options["gate"],
         image_size=size,
-        resize=size * 8 // 7 if resize is None else resize,  # 512 for the paper's 448
+        image_sizes=sizes,
+        source_size=source,
+        resize=(source or size) * 8 // 7 if resize is None else resize,  # 512 for the paper's 448
         mean=options["mean"],
         std=options["std"],
         box_thresholds=thresholds * crops if len(thresholds) == 1 else thresholds,

@@ -123,7 +123,7 @@ class Trainer:
         schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
         meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
         with Interrupt(noted=True) as interrupt, self._open_board(progress) as board:
-            if resume is None and self.options.crop_area is not None and self.model.config.experts > 1:
+            if resume is None and self.options.crop_area and self.model.config.experts > 1:
                 self._follow_area(self._validate(wrapped))
             stop, predictions = False, None
             while progress.epoch < self.options.epochs and not stop:
@@ -138,7 +138,7 @@ class Trainer:
             write_curves(self.folder / "curves.png", progress.history)
         if predictions is not None and not stop and self.fabric.is_global_zero:
             config = self.model.config
-            crops = crop_report(predictions.heatmaps, config.image_size, config.box_thresholds)
+            crops = crop_report(predictions.heatmaps, config.sizes, config.box_thresholds)
             for line in (*crops, *gate_report(predictions.gate)):
                 echo(f"last.pt: {line}")
         return progress
@@ -290,15 +290,16 @@ class Trainer:
             )
         progress.best = max(progress.best, accuracy)
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
-        if self.options.crop_area is not None:
+        if self.options.crop_area:
             self._follow_area(predictions)
         return predictions
 
     def _follow_area(self, predictions: Predictions) -> None:
         """Move each threshold to where the median crop keeps `crop_area` of its image."""
-        config, target = self.model.config, self.options.crop_area or 1.0
-        maps = predictions.heatmaps[: config.experts - 1]
-        thresholds = tuple(propose_threshold(one, config.image_size, target)[0] for one in maps)
+        config, targets = self.model.config, self.options.crop_area
+        targets *= config.experts - 1 if len(targets) == 1 else 1
+        crops = zip(predictions.heatmaps[:-1], config.sizes[:-1], targets, strict=True)
+        thresholds = tuple(propose_threshold(*crop)[0] for crop in crops)
         self.model.config = config.changed(box_thresholds=thresholds)
 
     def _fit_average(self, predictions: Predictions) -> Predictions:

@@ -36,7 +36,9 @@ class TrainOptions:
     clip_norm: float | None = None  # largest norm of the gradient; None: not clipped
     gate_balance: float = 0.0  # weight of the term that keeps a gate from trusting one expert alone (`balance`)
     flip: bool = True  # random horizontal flips
-    crop_area: float | None = None  # target share of each crop, in (0, 1]: thresholds follow it; None: they stay
+    crop_area: tuple[
+        float, ...
+    ] = ()  # target share of each crop, in (0, 1], or one for all: thresholds follow; (): stay
     seed: int = 0
     workers: int = 2  # processes that decode images
     precision: str = "32-true"  # Lightning Fabric's name
