@@ -53,8 +53,8 @@ lint: $(READY) ## style, imports that point the wrong way
 types: $(READY) ## pyright, strict on the runtime
 	$(BIN)/pyright
 
-unit: $(READY) ## the tests
-	$(BIN)/python -m pytest -q
+unit: $(READY) ## the tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 fast: $(READY) ## the runtime's quick tests, while you edit: under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not slow' tests/runtime tests/test_imports.py tests/test_options.py

@@ -1,1 +1,1 @@
-"""What repeats the figures of docs/performance.md and docs/results.md: `python -m benchmarks.NAME` in a checkout."""
+"""What repeats the figures of docs/lab: `python -m benchmarks.NAME` in a checkout."""

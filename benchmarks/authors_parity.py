@@ -155,7 +155,7 @@ def our_logits(output: MGEOutput) -> list[Tensor]:
 def compare(module: Any, net: Any, ours: MGENet, images: Tensor, threshold: float, batch: int) -> bool:
     """Print one table; whether everything is within the figures."""
     names = [f"expert {k} {head}" for k in (1, 2, 3) for head in HEADS] + ["mixture"]
-    rows: list[list[list[float]]] = [[] for _ in names]
+    rows: list[list[Tensor]] = [[] for _ in names]  # of each batch [B, 4]
     gates, box_gaps, areas, same, seconds = [], [], [], 0, [0.0, 0.0]
     net.box_thred = threshold
     for chunk in images.split(batch):
@@ -167,17 +167,9 @@ def compare(module: Any, net: Any, ours: MGENet, images: Tensor, threshold: floa
         seconds[0] += middle - start
         seconds[1] += time.perf_counter() - middle
         for row, mine, reference in zip(rows, our_logits(output), theirs, strict=True):
-            gap = (mine - reference).abs()
-            largest = reference.abs().amax(1, keepdim=True)
-            for i in range(len(chunk)):
-                row.append(
-                    [
-                        float((gap / largest)[i].max()),
-                        float((gap / reference.abs())[i].max()),
-                        float(gap[i].max()),
-                        float(reference[i].std()),
-                    ]
-                )
+            gap, size = (mine - reference).abs(), reference.abs()
+            relative, elementwise = gap / size.amax(1, keepdim=True), gap / size
+            row.append(torch.stack([*(x.amax(1) for x in (relative, elementwise, gap)), reference.std(1)], 1))
         gates.append((output.gate - their_gate).abs().amax(1))
         our_boxes = torch.stack([e.box for e in output.experts if e.box is not None], 1)
         box_gaps.append((our_boxes - their_boxes).abs().amax(2))
@@ -188,7 +180,7 @@ def compare(module: Any, net: Any, ours: MGENet, images: Tensor, threshold: floa
     print(f"{'logits':18} {'relative':>10} {'elementwise':>12} {'absolute':>10} {'their spread':>13}")
     worst = 0.0
     for name, row in zip(names, rows, strict=True):
-        values = torch.tensor(row)
+        values = torch.cat(row)
         relative, elementwise, absolute = values[:, :3].amax(0).tolist()
         worst = max(worst, relative)
         print(f"{name:18} {relative:10.1e} {elementwise:12.1e} {absolute:10.1e} {float(values[:, 3].mean()):13.2f}")

@@ -1,4 +1,4 @@
-"""What `mge-calibrate` learns, held to images that it did not see: temperatures, and the promise of early exits.
+"""What `mge-calibrate` learns, judged on images that it did not see: temperatures, and the guarantee of early exits.
 
 Images of another seed than the model was trained with, 2000 for thresholds and 2000 for the test:
 
@@ -10,25 +10,27 @@ Random halves of one folder, one for thresholds and one for the test:
     python -m benchmarks.calibration mge.plan --data groceries/val \
         --exit-data groceries/test --halves 50 --epsilon 0.03
 
-`--data` sets temperatures and the path of candidates. The rule is the runtime's: an image stops at the first answer
+`--data` sets temperatures and the path of candidates. The rule is the runtime's: an image stops after the first graph
 whose calibrated confidence reaches its threshold. Nothing is written to the bundle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import numpy as np
 
 from mge_calibration.cli import SHARE
 from mge_calibration.collect import ChainLogits, collect
-from mge_calibration.exits import ExitOutcome, apply_exits, learn_exits
+from mge_calibration.exits import NEVER, ExitOutcome, apply_exits, learn_exits
 from mge_calibration.images import list_labeled
-from mge_calibration.quality import TemperatureOutcome, learn_temperatures, mean_interval
+from mge_calibration.temperature import TemperatureOutcome, learn_temperatures, mean_interval
 from mge_runtime.bundle import Bundle
-from mge_runtime.calibrated import Promise
+from mge_runtime.calibrated import Guarantee
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.metrics import log_softmax
 from mge_runtime.pipeline import Pipeline
@@ -52,25 +54,29 @@ def main(
     epsilon: float,
     delta: float,
 ) -> None:
-    """Collect the answers, learn, and print what the test images say."""
+    """Run the images, learn, and print what the test images say."""
     if (test_data is None) == (halves is None):
         raise click.UsageError("give either --test-data or --halves")
-    promise = Promise(epsilon, delta)
     with Bundle.open(engine) as bundle:
         gmacs = np.cumsum([bundle.manifest.gmacs[graph.name] for graph in bundle.manifest.graphs])
     with Pipeline.open(engine, streams="auto") as pipeline:
         folders = [data, exit_data, *([test_data] if test_data else [])]
         found = [list_labeled(folder, pipeline.manifest.class_names)[1] for folder in folders]
-        answers = [collect(pipeline, images, problem=lambda e: click.echo(e, err=True)) for images in found]
-    fitted, exits = answers[:2]
-    outcomes = learn_temperatures(fitted, answers[-1], seed=0)
-    print_temperatures(outcomes, fitted, answers[-1])
+        parts = [collect(pipeline, images, problem=lambda e: click.echo(e, err=True)) for images in found]
+    fitted, exits, tested = parts[0], parts[1], parts[-1]
+    outcomes = learn_temperatures(fitted, tested, seed=0)
+    print_temperatures(outcomes, fitted, tested)
     temperatures = {name: outcome.fit.temperature for name, outcome in outcomes.items()}
-    if test_data is not None:
-        outcome = learn_exits(fitted, exits, temperatures, gmacs.tolist(), promise, seed=0)
-        click.echo(outcome if isinstance(outcome, str) else describe(outcome, answers[2], temperatures, gmacs, promise))
-    elif halves is not None:
-        print_halves(fitted, exits, temperatures, gmacs, promise, halves)
+    guarantee = Guarantee(epsilon, delta)
+    learn = partial(learn_exits, fitted, temperatures=temperatures, gmacs=gmacs.tolist(), guarantee=guarantee, seed=0)
+    apply = partial(follow, temperatures=temperatures, gmacs=gmacs)
+    click.echo(f"epsilon {epsilon:g}, delta {delta:g}, {gmacs[-1]:.4g} GMACs in all")
+    if halves is not None:
+        print_halves(exits, guarantee, halves, learn, apply)
+    elif isinstance(outcome := learn(exits), str):
+        click.echo(outcome)
+    else:
+        print_exits(outcome, apply(outcome, tested))
 
 
 def print_temperatures(outcomes: Mapping[str, TemperatureOutcome], fitted: ChainLogits, tested: ChainLogits) -> None:
@@ -81,81 +87,78 @@ def print_temperatures(outcomes: Mapping[str, TemperatureOutcome], fitted: Chain
         losses = [-log_softmax(tested.logits[name] / t)[rows, tested.labels] for t in (1.0, outcome.fit.temperature)]
         change = mean_interval(losses[1] - losses[0])
         before, after = outcome.before, outcome.after
-        ece = [100 * v for v in (before.ece.value, after.ece.value, after.ece.low, after.ece.high)]
         click.echo(
             f"{name:<10} T {outcome.fit.temperature:.3f}  NLL {before.nll.value:.3f} -> {after.nll.value:.3f} "
-            f"({change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}])  "
-            f"ECE {ece[0]:.2f} -> {ece[1]:.2f} [{ece[2]:.2f}, {ece[3]:.2f}], "
-            f"floor {100 * after.ece_floor:.2f} (95 %: {100 * after.ece_floor_95:.2f})"
+            f"({change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}])  ECE {100 * before.ece:.2f} -> "
+            f"{100 * after.ece:.2f}, floor {100 * after.ece_floor:.2f} (95 %: {100 * after.ece_floor_95:.2f})"
         )
 
 
-def apply(
-    outcome: ExitOutcome, tested: ChainLogits, temperatures: Mapping[str, float]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where each of N images stops, whether its class is not the full chain's, and the change in being right."""
-    stopped, got = apply_exits(tested, temperatures, outcome.thresholds)
+class Followed(NamedTuple):
+    """What N images get with exits."""
+
+    stopped: np.ndarray  # graph that each stopped after, from 0
+    differs: np.ndarray  # whether its class is not the full chain's
+    points: np.ndarray  # with exits minus without: 100, 0 or -100
+    share: np.ndarray  # of the full chain's GMACs
+
+
+def follow(
+    outcome: ExitOutcome, tested: ChainLogits, *, temperatures: Mapping[str, float], gmacs: np.ndarray
+) -> Followed:
+    """Apply learned exits to images."""
+    thresholds = [NEVER if t is None else t for t in outcome.thresholds.values()]
+    stopped, got = apply_exits(tested, temperatures, thresholds)
     full = list(tested.logits.values())[-1].argmax(1)
-    return stopped, got != full, (got == tested.labels).astype(float) - (full == tested.labels)
+    points = 100.0 * (got == tested.labels) - 100.0 * (full == tested.labels)
+    return Followed(stopped, got != full, points, gmacs[stopped] / gmacs[-1])
 
 
-def describe(
-    outcome: ExitOutcome, tested: ChainLogits, temperatures: Mapping[str, float], gmacs: np.ndarray, promise: Promise
-) -> str:
-    """The exits on the test images."""
-    stopped, differs, change = apply(outcome, tested, temperatures)
-    shares = np.bincount(stopped, minlength=len(gmacs)) / len(stopped)
-    costs = gmacs[stopped]
-    top1 = (list(tested.logits.values())[-1].argmax(1) == tested.labels).mean()
-    points = mean_interval(100 * change)
-    return (
-        f"exits from {outcome.images} images, epsilon {promise.epsilon:g}, delta {promise.delta:g}: "
-        f"thresholds {dict(outcome.thresholds)}, {outcome.disagreements} disagreed, bound {100 * outcome.bound:.2f} %\n"
-        f"on {len(tested)} others: {differs.sum()} disagree ({100 * differs.mean():.2f} %), stops % "
-        f"{' '.join(f'{100 * share:.1f}' for share in shares)}, mean cost {costs.mean():.4g} of {gmacs[-1]:.4g} "
-        f"GMACs ({100 * costs.mean() / gmacs[-1]:.1f} %), top-1 {100 * top1:.2f} % without exits, with them "
-        f"{points.value:+.2f} points [{points.low:+.2f}, {points.high:+.2f}]"
+def print_exits(outcome: ExitOutcome, found: Followed) -> None:
+    """The thresholds, and what they do on the test images."""
+    points, shares = mean_interval(found.points), np.bincount(found.stopped, minlength=len(outcome.stopped))
+    click.echo(
+        f"exits from {outcome.images} images: thresholds {dict(outcome.thresholds)}, {outcome.disagreements} "
+        f"disagreed, bound {100 * outcome.bound:.2f} %\n"
+        f"on {len(found.stopped)} others: {found.differs.sum()} disagree ({100 * found.differs.mean():.2f} %), "
+        f"stopped after each graph {shares.tolist()}, mean cost {100 * found.share.mean():.1f} %, "
+        f"top-1 {points.value:+.2f} points [{points.low:+.2f}, {points.high:+.2f}]"
     )
 
 
 def print_halves(
-    fitted: ChainLogits,
     exits: ChainLogits,
-    temperatures: Mapping[str, float],
-    gmacs: np.ndarray,
-    promise: Promise,
+    guarantee: Guarantee,
     halves: int,
+    learn: Callable[[ChainLogits], ExitOutcome | str],
+    apply: Callable[[ExitOutcome, ChainLogits], Followed],
 ) -> None:
     """Thresholds from one random half, disagreement on the other.
 
     The halves of one split are not independent: what one has of a fixed set's disagreements the other lacks. Beside
     the other half's share, that of the whole folder is therefore judged, too.
     """
-    rows: list[tuple[float, float, float, float]] = []
-    none = 0
+    rows: list[tuple[float, ...]] = []
     for seed in range(halves):
         order = np.random.default_rng(seed).permutation(len(exits))
         first, second = (exits.take(part) for part in np.array_split(order, 2))
-        outcome = learn_exits(fitted, first, temperatures, gmacs.tolist(), promise, seed=0)
-        if isinstance(outcome, str):
-            none += 1
-            rows.append((0.0, 0.0, 1.0, 0.0))
+        if isinstance(outcome := learn(first), str):
+            rows.append((0.0, 0.0, 1.0, 0.0))  # no exits
             continue
-        stopped, differs, change = apply(outcome, second, temperatures)
-        whole = apply(outcome, exits, temperatures)[1].mean()
-        share = gmacs[stopped].mean() / gmacs[-1]
-        rows.append((float(differs.mean()), float(whole), float(share), float(change.mean())))
-    other, whole, share, change = np.array(rows).T
-    above = [int((shares > promise.epsilon).sum()) for shares in (other, whole)]
+        found = apply(outcome, second)
+        whole = apply(outcome, exits).differs.mean()
+        rows.append((found.differs.mean(), whole, found.share.mean(), found.points.mean()))
+    other, whole, share, points = np.array(rows).T
+    above = [int((shares > guarantee.epsilon).sum()) for shares in (other, whole)]
     test = len(exits) // 2
     click.echo(
-        f"{halves} random halves, {len(exits) - test} images for thresholds and {test} for the test, "
-        f"epsilon {promise.epsilon:g}, delta {promise.delta:g}; no exits in {none}\n"
+        f"{halves} random halves, {len(exits) - test} images for thresholds and {test} for the test; "
+        f"no exits in {int((share == 1).sum())}\n"
         f"other half: disagreement {100 * other.mean():.2f} % on average, at most {100 * other.max():.2f} %, "
         f"above epsilon in {above[0]}; on the whole folder above epsilon in {above[1]}; "
-        f"delta allows {promise.delta * halves:g} on average\n"
+        f"delta allows {guarantee.delta * halves:g} on average\n"
         f"mean cost {100 * share.mean():.1f} % of the full chain ({100 * share.min():.1f} to {100 * share.max():.1f}), "
-        f"top-1 {100 * change.mean():+.2f} points"
+        f"top-1 {points.mean():+.2f} points"
     )
 
 

@@ -10,7 +10,6 @@ are noise. Let nothing else run beside it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ import numpy as np
 from benchmarks.rounds import ratio, time_rounds
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.errors import InputError
+from mge_runtime.files import file_sha256
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Manifest
 from mge_runtime.pipeline import Pipeline
@@ -111,8 +111,7 @@ def require_same_model(ckpt: Path, manifest: Manifest) -> None:
         InputError: it is another file, or cannot be read.
     """
     try:
-        with ckpt.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(ckpt)
     except OSError as error:
         raise InputError(f"cannot read {ckpt}: {error.strerror}; expected a checkpoint") from error
     if manifest.checkpoint_sha256 not in (None, found):

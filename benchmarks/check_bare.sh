@@ -38,20 +38,20 @@ for name, command in (("import mge_runtime", (sys.executable, "-c", "import mge_
 PYTHON
 "$bin/python" -c 'from PIL import Image; Image.effect_noise((320, 240), 80).convert("RGB").save("noise.png")'
 
-# Without an inference engine the answer is one line that says what to install.
+# Without an inference engine mge-run prints one line that says what to install.
 if message=$("$bin/mge-run" --engine "$bundle" noise.png 2>&1); then
-  echo "error: mge-run answered without onnxruntime: $message"
+  echo "error: mge-run predicted without onnxruntime: $message"
   exit 1
 fi
 grep -q '^error: .*pip install' <<<"$message" || { echo "error: unclear message: $message"; exit 1; }
 echo "without onnxruntime: $message"
 
 "$bin/pip" install --quiet "$wheel[cpu]"
-"$bin/mge-run" --engine "$bundle" noise.png --save pictures --json | "$bin/python" -c '
+"$bin/mge-run" --engine "$bundle" noise.png --save drawn --json | "$bin/python" -c '
 import json, sys
-answer = json.loads(sys.stdin.readline())
-print("answered", answer["class_name"], "with", answer["experts_used"], "experts")
+found = json.loads(sys.stdin.readline())
+print("predicted", found["class_name"], "with", found["experts_used"], "experts")
 '
-test -s pictures/noise.mge.png
+test -s drawn/noise.mge.png
 ! "$bin/python" -c 'import torch' 2>/dev/null
 echo "bare environment: ok"

@@ -14,4 +14,4 @@ for wheel in "$folder"/*.whl; do
   "$python" -m zipfile --extract "$wheel" "${wheel%.whl}"
 done
 cd "$folder"
-"$OLDPWD/$python" "$OLDPWD/tests/runtime/tensorrt_calls.py" ./*/tensorrt_bindings/tensorrt.so
+"$OLDPWD/$python" "$OLDPWD/tests/helpers/tensorrt_calls.py" ./*/tensorrt_bindings/tensorrt.so

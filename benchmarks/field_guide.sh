@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The longer training on the field guide in docs/results.md: the demo's recipe on all 36 species with more epochs.
+# The longer training on the field guide in docs/lab/results.md: the demo's recipe on all 36 species with more epochs.
 # usage: benchmarks/field_guide.sh OUT [EPOCHS]   in the environment (. .venv/bin/activate)
 # About 20 minutes of one core's computing.
 set -euo pipefail

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The table of groceries in docs/results.md: the chain, one network trained alike, one network at equal GMACs.
+# The table of groceries in docs/lab/results.md: the chain, one network trained alike, one network at equal GMACs.
 # usage: benchmarks/groceries.sh DATA WEIGHTS OUT [SEED...]
 #   DATA     a folder with train/, val/ and test/ in ImageFolder layout
 #   WEIGHTS  tf_efficientnet_lite0 as .safetensors, or "timm" to download them
-#   OUT      for checkpoints, logs and answers; a run that is already finished there is not trained again
+#   OUT      for checkpoints, logs and predictions; a run that is already finished there is not trained again
 # Run it in the environment (. .venv/bin/activate). About 45, 12 and 45 minutes a seed on two cores. Nothing is chosen on test: thresholds follow the crop area on val,
-# and the last epoch answers, where the one-cycle schedule ends.
+# and the last epoch predicts, where the one-cycle schedule ends.
 set -euo pipefail
 data=$1 weights=$2 out=$3
 shift 3

@@ -35,7 +35,6 @@ __all__ = [
     "COMPILED",
     "MODEL",
     "AuthorsChain",
-    "PyTorchWay",
     "Unavailable",
     "pytorch_ways",
     "split_backbone",
@@ -44,6 +43,7 @@ __all__ = [
 AUTHORS = "PyTorch eager, the authors' way"
 MODEL = "PyTorch eager, MGENet"  # attention in closed form, crops without a loop
 COMPILED = "PyTorch, the authors' way with torch.compile"
+Way = Callable[[], np.ndarray]  # computes the batch once: logits [B, C] of the whole chain, on the host
 _VERSIONS = 256  # every half of a backbone, with and without gradients, is one of the same forward to torch.compile
 
 # Relative range below which MGENet calls a map flat (mge.attention); the authors' code stops there at 0 / 0.
@@ -54,44 +54,9 @@ class Unavailable(RuntimeError):  # noqa: N818 - a state that is printed like a 
     """A way that does not work here; its text is the reason, in one line."""
 
 
-class PyTorchWay:
-    """One way of computing a batch; each call does it once.
-
-    Args:
-        compute: normalized images [B, 3, S, S] to something with `logits` [B, C].
-        model: whose config says how frames are normalized.
-        frames: uint8 [B, S, S, 3].
-        threads: of PyTorch on the CPU, for the whole process.
-        device: "cpu" or "cuda:N", where the model is.
-        autocast: compute in FP16 where PyTorch's autocast does.
-    """
-
-    def __init__(
-        self,
-        compute: Callable[[Tensor], Any],
-        model: MGENet,
-        frames: np.ndarray,
-        threads: int,
-        device: str,
-        autocast: bool = False,
-    ) -> None:
-        self._compute, self._config, self._frames = compute, model.config, frames
-        self._threads, self._device, self._autocast = threads, torch.device(device), autocast
-
-    @torch.no_grad()
-    def __call__(self) -> np.ndarray:
-        """Logits [B, C] of the whole chain."""
-        torch.set_num_threads(self._threads)  # per thread where PyTorch uses OpenMP: set where the work is done
-        autocast = torch.autocast(self._device.type, torch.float16) if self._autocast else nullcontext()
-        images = torch.stack([normalize(frame, self._config) for frame in self._frames]).to(self._device)
-        with autocast:
-            logits = self._compute(images).logits
-        return logits.float().cpu().numpy()
-
-
 def pytorch_ways(
     model: MGENet, frames: np.ndarray, threads: int, device: str
-) -> Iterator[tuple[str, PyTorchWay | Unavailable]]:
+) -> Iterator[tuple[str, Way | Unavailable]]:
     """All ways by name, on one copy of the weights; compiling, which takes minutes, comes last.
 
     Args:
@@ -114,14 +79,28 @@ def pytorch_ways(
             try:
                 model.to(device)
                 torch.backends.cudnn.benchmark = True  # as the authors
-                way = PyTorchWay(make(), model, frames, threads, device, autocast)
+                way = _way(make(), model, frames, threads, device, autocast)
                 with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=_VERSIONS):
                     warnings.simplefilter("ignore")
                     way()
-                found: PyTorchWay | Unavailable = way
+                found: Way | Unavailable = way
             except Exception as error:  # the compilers' exceptions have no common base
                 found = Unavailable((str(error).strip() or type(error).__name__).splitlines()[0])
             yield name + (" (FP16 autocast)" if autocast else ""), found
+
+
+def _way(
+    compute: Callable[[Tensor], Any], model: MGENet, frames: np.ndarray, threads: int, device: str, autocast: bool
+) -> Way:
+    @torch.no_grad()
+    def way() -> np.ndarray:
+        torch.set_num_threads(threads)  # per thread where PyTorch uses OpenMP: set where the work is done
+        images = torch.stack([normalize(frame, model.config) for frame in frames]).to(device)
+        with torch.autocast("cuda", torch.float16) if autocast else nullcontext():
+            logits = compute(images).logits
+        return logits.float().cpu().numpy()
+
+    return way
 
 
 class AuthorsOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""Write the model that docs/performance.md is about (ResNet-50, 448 px, 200 classes), and time its export.
+"""Write the model that docs/lab/performance.md is about (ResNet-50, 448 px, 200 classes), and time its export.
 
     python -m benchmarks.reference OUT [--arch resnet50] [--image-size 448] [--classes 200] [--precision fp32 ...]
 

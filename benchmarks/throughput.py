@@ -15,7 +15,8 @@ import os
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from statistics import median
 
@@ -26,8 +27,8 @@ from benchmarks.rounds import ratio, time_rounds
 from mge_runtime import Pipeline
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.cli.run import main as mge_run
-from mge_runtime.decode import decode_picture
-from mge_runtime.pool import map_ahead
+from mge_runtime.decode import open_image
+from mge_runtime.pool import prefetch
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import find_images
 
@@ -35,30 +36,23 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 GROWTH = 1.05  # of memory after the first fifth that still counts as flat
 
 
-class MemoryWatch:
-    """Samples the resident memory of this process while a block runs, MB."""
+@contextmanager
+def sampled_memory(interval: float = 0.05) -> Iterator[list[float]]:
+    """Yield a list that gets the resident memory of this process, MB, as long as the block runs."""
+    samples: list[float] = []
+    done = threading.Event()
 
-    def __init__(self, interval: float = 0.05) -> None:
-        self.samples: list[float] = []
-        self._interval = interval
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+    def watch() -> None:
+        while not done.wait(interval):
+            samples.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1e6)
 
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(self._interval):
-            self.samples.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE / 1e6)
-
-    def fifths(self) -> list[float]:
-        """The largest sample in each fifth of the time."""
-        return [float(part.max()) for part in np.array_split(np.array(self.samples), 5) if len(part)]
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
 
 
 def run_command(engine: Path, folder: Path, batch: int, expected: int) -> None:
@@ -74,7 +68,7 @@ def run_command(engine: Path, folder: Path, batch: int, expected: int) -> None:
 def run_chain(pipeline: Pipeline, frames: np.ndarray, batch: int) -> None:
     """The chain over all frames, in as many streams as the pipeline has."""
     groups = [frames[first : first + batch] for first in range(0, len(frames), batch)]
-    for _ in map_ahead(pipeline.run, groups, threads=pipeline.streams, ahead=2 * pipeline.streams):
+    for _ in prefetch(pipeline.run, groups, threads=pipeline.streams, ahead=2 * pipeline.streams):
         pass
 
 
@@ -88,13 +82,13 @@ def run_chain(pipeline: Pipeline, frames: np.ndarray, batch: int) -> None:
 def main(folder: Path, engine: Path, batch: int, rounds: int, limit: float) -> None:
     """Measure, print and judge."""
     images = find_images([str(folder)]).whole()
-    with MemoryWatch() as memory:
+    with sampled_memory() as memory:
         run_command(engine, folder, batch, len(images))
-    peaks = memory.fifths()
+    peaks = [float(part.max()) for part in np.array_split(np.array(memory), 5) if len(part)]
     with ExitStack() as stack:
         many = stack.enter_context(Pipeline.open(engine, streams="auto"))
         one = stack.enter_context(Pipeline.open(engine))
-        frames = np.stack([to_frame(decode_picture(image.source()), one.manifest.preprocess)[0] for image in images])
+        frames = np.stack([to_frame(open_image(image.source()), one.manifest.preprocess)[0] for image in images])
         ways = {
             "mge-run": lambda: run_command(engine, folder, batch, len(images)),
             "chain, one by one": lambda: [one.run(frames[n : n + batch]) for n in range(0, len(frames), batch)],

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without ever running code that they carry, and clear words about other files."""
+"""Files of `torch.save`: reading them without running code that they carry, and saying what other files are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import stat
 import warnings
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +57,6 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
     """Read plain values and tensors (on the CPU) from a file of `torch.save`, in the format of today or of before 1.6.
 
     Only `torch.load(weights_only=True)` touches the pickle inside; a file that names any other object is refused.
-    Tensors of today's format are mapped from the file, privately: writing to one does not change it.
 
     Raises:
         CheckpointError: the file is missing, empty, damaged, of another kind, or asks for objects to be built.
@@ -65,21 +64,14 @@ def read_archive(path: str | os.PathLike[str]) -> Any:
     import torch
 
     path = Path(path)
-    zipped = check_file(path).startswith(_ZIP)
-    if zipped:
+    if check_file(path).startswith(_ZIP):
         _check_zip(path)
     try:
-        with torch.serialization.safe_globals(_INERT), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_INERT), warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # about pickles that are then refused
-            if zipped:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                _check_storages(path)
-                return content
-            # By name, torch.load would hand anything called .safetensors to another reader.
-            with path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+            # By its stream: torch.load hands whatever is called .safetensors to another reader. Not mapped: it would
+            # not compare the sizes of tensors with those of their entries.
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way while it is read
         raise CheckpointError(f"{path} {_why_unreadable(error)}") from error
 
@@ -91,7 +83,9 @@ def read_plain(path: Path) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            return _read_pickle(archive)[1]
+            name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
+            with archive.open(name) as file:
+                return _PlainValues(file, encoding="utf-8").load()
     except Exception:  # a damaged pickle can fail in any way
         return None
 
@@ -115,55 +109,18 @@ def _check_zip(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: entry {damaged} fails its checksum; copy it again from its source")
 
 
-def _check_storages(path: Path) -> None:
-    """Refuse entries of another size than the tensors in them: PyTorch maps by the tensor, into the next entry."""
-    import torch
-
-    with zipfile.ZipFile(path) as archive:
-        entries = {info.filename.lower(): info for info in archive.infolist()}  # PyTorch's reader ignores case
-        if len(entries) < len(archive.infolist()):
-            raise CheckpointError(f"{path} has two entries of one name; copy it again from its source")
-        root, _, storages = _read_pickle(archive)
-    for key, (kind, count) in storages.items():
-        size = count * getattr(getattr(torch, kind, None), "dtype", torch.uint8).itemsize  # untyped: counted in bytes
-        info = entries[f"{root}/data/{key}".lower()]
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size != size:
-            compressed = "" if info.compress_type == zipfile.ZIP_STORED else ", compressed"
-            raise CheckpointError(
-                f"{path} is damaged: weight entry data/{key} has {info.file_size} bytes{compressed}; "
-                f"expected {size} bytes, as its tensor has, stored; copy it again from its source"
-            )
-
-
-def _read_pickle(archive: zipfile.ZipFile) -> tuple[str, Any, dict[str, tuple[str, int]]]:
-    """The folder of the pickle in an archive, its plain values, and its storages (see `_PlainValues`)."""
-    name = next(name for name in archive.namelist() if name.partition("/")[2] == "data.pkl")
-    with archive.open(name) as file:
-        reader = _PlainValues(file)
-        return name.partition("/")[0], reader.load(), reader.storages
-
-
 class _PlainValues(pickle.Unpickler):
     """Reads the plain values of a pickle; nothing that it asks for is imported or called."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, encoding="utf-8")
-        self.storages: dict[str, tuple[str, int]] = {}  # by key: the name of a storage's class, its elements
+    def find_class(self, _module: str, _name: str) -> Any:
+        return _Inert
 
-    def find_class(self, _module: str, name: str) -> Any:
-        return type(name, (_Inert,), {})
-
-    def persistent_load(self, pid: Any) -> Any:
-        _, kind, key, _, count = pid
-        self.storages[str(key)] = kind.__name__, count
+    def persistent_load(self, _: Any) -> Any:
         return _Inert()
 
 
 class _Inert:
     """Stands for every object that a pickle asks for: accepts anything and does nothing."""
-
-    def __new__(cls, *_: Any, **__: Any) -> _Inert:
-        return super().__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 

@@ -32,8 +32,7 @@ __all__ = [
     "shrink",
 ]
 
-# Of a map's largest value: a smaller range is what rounding leaves of a flat map when it is upsampled (some 1e-7).
-FLAT = 1e-6  # relative range below which a map is flat: a few float32 roundings
+FLAT = 1e-6  # of its largest value: a smaller range is what rounding leaves of a flat map that is upsampled
 
 
 @runtime_checkable
@@ -127,10 +126,9 @@ def grad_cam(features: Tensor, gradient: Tensor) -> Tensor:
 def normalized_maxima(cam: Tensor, size: int) -> Tensor:
     """Largest value of each column and of each row of a map that is upsampled and scaled to [0, 1].
 
-    The map is upsampled to `size` x `size` pixels, bilinear with corners aligned (`F.interpolate`), but only the pixels
-    that can be the largest or smallest of a row or column are computed: between two cells of the map a row is straight,
-    so its extremes are the first and the last pixel there. Columns and rows are computed at once, the map and its
-    transpose side by side.
+    Upsampled to `size` x `size` pixels, bilinear with corners aligned (`F.interpolate`); but between two cells of the
+    map a row is straight, so only the first and the last pixel there, its extremes, are computed. Columns and rows are
+    computed at once, the map and its transpose side by side.
 
     Args:
         cam: [B, h, h].

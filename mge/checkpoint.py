@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,11 @@ from mge.model import MGENet
 from mge_runtime.errors import CheckpointError, OutputError, TrainingError
 from mge_runtime.files import atomic_path
 
-__all__ = ["FORMAT", "VERSION", "Checkpoint", "fine_tuned", "load_checkpoint", "read_checkpoint", "save_checkpoint"]
+__all__ = ["FORMAT", "VERSION", "fine_tuned", "load_checkpoint", "read_training", "save_checkpoint"]
 
 FORMAT = "mge"
-_HEADS = ("global_head.", "part_conv.", "part_head.", "concat_head.")  # their sizes hang on the number of classes
 VERSION = 1  # of the layout above; raised when an older mge could no longer read the file
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What one file holds."""
-
-    model: MGENet  # with its weights, in eval mode, on the CPU
-    training: dict[str, Any] | None  # the state that `save_checkpoint` was given; None in the authors' files
+_HEADS = ("global_head.", "part_conv.", "part_head.", "concat_head.")  # sized by the number of classes
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: MGENet, *, training: Mapping[str, Any] | None = None) -> None:
@@ -49,17 +40,13 @@ def save_checkpoint(path: str | os.PathLike[str], model: MGENet, *, training: Ma
     Args:
         path: replaced if it exists.
         model: on any device, not wrapped for distribution.
-        training: nested dicts, lists and tuples of tensors and plain values, for `--resume`.
+        training: nested dicts, lists and tuples of tensors and plain values, for `read_training`.
 
     Raises:
         OutputError: the place cannot be written.
     """
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": model.config.to_dict(),
-        "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
-    }
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    content = {"format": FORMAT, "version": VERSION, "config": model.config.to_dict(), "model": weights}
     if training is not None:
         content["training"] = dict(training)
     # Through a file object the entries inside are called "archive/...", not after the temporary file, so that the same
@@ -79,61 +66,60 @@ def load_checkpoint(
     resize: int | None = None,
     image_size: int | None = None,
 ) -> MGENet:
-    """Load the model of our own checkpoint or of one of the authors'.
+    """Load the model of our own checkpoint or of one of the authors', in eval mode on the CPU.
 
-    The options stand for what the authors' file does not hold; for our own they replace what it does.
+    The options replace what the file says. The authors' files say nothing: without options they mean a threshold of
+    0.2, 512 and 448 pixels, and classes called "class_0", "class_1", ...
 
     Args:
         path: the file.
-        labels: a text file with one class name a line, in the order of the class indices. None: the checkpoint's own
-            names, "class_0", "class_1", ... for the authors'.
-        box_threshold: in [0, 1), for every crop. None: the checkpoint's own, 0.2 for the authors'.
-        resize: pixels, the shorter side before the center crop. None: the checkpoint's own (512 for the authors'), in
-            proportion where `image_size` changes.
-        image_size: pixels, a multiple of 16, the side of every expert's input. None: the checkpoint's own, 448 for the
-            authors'.
-
-    Returns:
-        The model in eval mode on the CPU.
+        labels: a text file with one class name a line, in the order of the class indices.
+        box_threshold: in [0, 1), for every crop.
+        resize: pixels, the shorter side before the center crop; it follows `image_size` in proportion.
+        image_size: pixels, a multiple of 16, the side of every expert's input.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, newer than this code or holds code; its weights are not
             finite or do not fit its config; or it disagrees with an option.
     """
-    model = read_checkpoint(path).model
-    config = model.config
-    changes: dict[str, Any] = {}
-    if labels is not None:
-        changes["classes"] = read_labels(labels)
-        if (found := len(changes["classes"])) != config.num_classes:
-            raise CheckpointError(
-                f"{os.fspath(path)} has {config.num_classes} classes, {os.fspath(labels)} names {found}; "
-                "expected one name a line for each class, in the order of the class indices"
-            )
-    if box_threshold is not None:
-        changes["box_thresholds"] = (box_threshold,)
-    changes |= {name: value for name, value in (("image_size", image_size), ("resize", resize)) if value is not None}
-    model.config = config.changed(**changes)
-    return model
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """As `load_checkpoint`, with the training state."""
     source = os.fspath(path)
     content = read_archive(path)
     if not isinstance(content, dict):
         raise CheckpointError(f"{source} holds a {type(content).__name__}; expected a checkpoint that mge-train wrote")
-    training = None
-    if content.get("format") == FORMAT:
-        config, state, training = _own(content, source)
-    else:
-        config, state = _authors(content, source)
+    config, state = (_own if content.get("format") == FORMAT else _authors)(content, source)
     try:
         model = MGENet(config)
     except CheckpointError as error:  # a backbone that this timm does not have
         raise CheckpointError(f"{source}: {error}") from error
     _fill(model, state, source)
-    return Checkpoint(model.eval(), training)
+    classes = None if labels is None else read_labels(labels)
+    if classes is not None and len(classes) != config.num_classes:
+        raise CheckpointError(
+            f"{source} has {config.num_classes} classes, {labels} names {len(classes)}; "
+            "expected one name a line for each class, in the order of the class indices"
+        )
+    changes = {
+        "classes": classes,
+        "box_thresholds": None if box_threshold is None else (box_threshold,),
+        "image_size": image_size,
+        "resize": resize,
+    }
+    model.config = config.changed(**{name: value for name, value in changes.items() if value is not None})
+    return model.eval()
+
+
+def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state that `save_checkpoint` was given beside the model.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`; the model is not looked at.
+        TrainingError: the file holds none.
+    """
+    content = read_archive(path)
+    training = content.get("training") if isinstance(content, dict) else None
+    if not isinstance(training, dict):
+        raise TrainingError(f"{path} holds a model but no training state; expected last.pt of an unfinished run")
+    return training
 
 
 def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any]) -> tuple[MGENet, str]:
@@ -170,20 +156,20 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
     return model, f"; backbones{gate} from {path}, heads anew for {len(classes)} classes (it knows {before})"
 
 
-def _own(content: dict[str, Any], source: str) -> tuple[MGEConfig, dict[str, Tensor], dict[str, Any] | None]:
-    version, training = content.get("version"), content.get("training")
+def _own(content: dict[str, Any], source: str) -> tuple[MGEConfig, dict[str, Tensor]]:
+    version = content.get("version")
     if type(version) is not int or not 1 <= version <= VERSION:
         raise CheckpointError(
             f"{source} has format version {version!r}; this mge reads up to version {VERSION}, upgrade it"
         )
-    for key in ("config", "model", *(() if training is None else ("training",))):
+    for key in ("config", "model"):
         if not isinstance(content.get(key), dict):
             raise CheckpointError(f"{source} has no dict {key!r}; expected a checkpoint that mge-train wrote")
     try:
         config = MGEConfig.from_dict(content["config"])
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return config, _tensors(content["model"], source), training
+    return config, _tensors(content["model"], source)
 
 
 def _authors(content: dict[str, Any], source: str) -> tuple[MGEConfig, dict[str, Tensor]]:

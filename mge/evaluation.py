@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge.parts import part_report, read_parts
+from mge.parts import part_report, read_parts, view_areas
 from mge_runtime.errors import InputError
 from mge_runtime.files import atomic_path, echo
 from mge_runtime.metrics import calibration_error, log_softmax
@@ -30,9 +30,8 @@ __all__ = [
     "gate_report",
     "print_table",
     "summarize",
-    "view_areas",
+    "top_k_correct",
 ]
-
 
 COLLAPSED = 0.95  # mean weight of one expert above which the others change next to nothing
 
@@ -117,7 +116,7 @@ def collect_bundle(
 ) -> Predictions:
     """Run a bundle over labelled images; its heads are the experts, their average and the mixture only.
 
-    Logits are those of the graphs; the temperature of the whole's in a calibrated bundle stands beside them.
+    Logits are those of the graphs, before any temperature.
 
     Raises:
         InputError: an image cannot be read.
@@ -146,12 +145,6 @@ def top_k_correct(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndar
     """Whether the true class is among the k best: logits [N, C], labels [N] -> bool [N]. Ties go to the lower index."""
     best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
     return (best == labels[:, None]).any(1)
-
-
-def view_areas(views: np.ndarray) -> np.ndarray:
-    """Share of the first view that each view shows: boxes [N, K, 4] in source pixels -> [N, K] in (0, 1]."""
-    areas = (views[..., 2] - views[..., 0]) * (views[..., 3] - views[..., 1])
-    return areas / areas[:, :1]
 
 
 def summarize(predictions: Predictions) -> list[Row]:

@@ -254,7 +254,7 @@ def initialize_backbones(model: MGENet, source: str) -> None:
 
 
 def _feature_norms(config: MGEConfig, channels4: int, channels5: int) -> tuple[nn.Module, nn.Module]:
-    """Normalisation before the heads: identity unless the backbone's features are linear."""
+    """Normalization before the heads: identity unless the backbone's features are linear."""
     if not config.normalize_features:
         return nn.Identity(), nn.Identity()
     return nn.BatchNorm2d(channels4), nn.Sequential(nn.BatchNorm2d(channels5), nn.ReLU())

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mge_runtime.compare import box_area
 from mge_runtime.errors import InputError
 from mge_runtime.files import atomic_path
 
-__all__ = ["part_report", "read_parts", "write_parts"]
+__all__ = ["part_report", "read_parts", "view_areas", "write_parts"]
 
 PARTS_FILE = "parts.csv"
 KEPT_SHARE = 0.9  # a view keeps the part if it shows at least this share of the part's area
@@ -26,15 +27,18 @@ _HEADER = ["path", "x0", "y0", "x1", "y1"]
 Box = tuple[float, float, float, float]
 
 
-def part_report(parts: NDArray[np.floating[Any]], views: NDArray[np.floating[Any]]) -> tuple[list[float], list[float]]:
-    """Say how often each expert's view keeps the part, and how much larger the part has become.
+def view_areas(views: NDArray[Any]) -> NDArray[np.float64]:
+    """Share of the first view that each view shows: boxes [N, K, 4] in source pixels to [N, K] in (0, 1]."""
+    areas = box_area(views)
+    return areas / areas[:, :1]
+
+
+def part_report(parts: NDArray[Any], views: NDArray[Any]) -> tuple[list[float], list[float]]:
+    """How often each expert's view keeps the part, and how much larger the part has become.
 
     Every view is resized to the same square, so a view of W x H pixels of the source enlarges what it shows by 1 / W
-    across and 1 / H down. The linear enlargement is the geometric mean of the two, against view 1:
-
-        sqrt((W_1 * H_1) / (W_k * H_k))
-
-    Images whose part is lost count in the median like all others.
+    across and 1 / H down. The enlargement is the geometric mean of the two, against view 1: sqrt(W_1 H_1 / (W_k H_k)).
+    Images whose part is lost count like all others.
 
     Args:
         parts: [N, 4], the box of each image's part, none empty.
@@ -43,10 +47,10 @@ def part_report(parts: NDArray[np.floating[Any]], views: NDArray[np.floating[Any
     Returns:
         For each expert the share of images whose view keeps the part, in [0, 1], and the median enlargement, > 0.
     """
-    whole, view_area = parts[:, None], _area(views)
+    whole = parts[:, None]
     shown = np.concatenate([np.maximum(whole[..., :2], views[..., :2]), np.minimum(whole[..., 2:], views[..., 2:])], -1)
-    kept = (_area(shown) >= (KEPT_SHARE - 1e-9) * _area(whole)).mean(axis=0)
-    return kept.tolist(), np.median(np.sqrt(view_area[:, :1] / view_area), axis=0).tolist()
+    kept = (box_area(shown) >= (KEPT_SHARE - 1e-9) * box_area(whole)).mean(axis=0)
+    return kept.tolist(), np.median(view_areas(views) ** -0.5, axis=0).tolist()
 
 
 def read_parts(folder: str | os.PathLike[str]) -> dict[str, Box] | None:
@@ -88,9 +92,3 @@ def write_parts(folder: str | os.PathLike[str], parts: Mapping[str, Box]) -> Non
         rows = csv.writer(lines, lineterminator="\n")
         rows.writerow(_HEADER)
         rows.writerows([path, *box] for path, box in parts.items())
-
-
-def _area(boxes: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Areas of boxes [..., 4]; 0 for an empty one."""
-    sides = np.maximum(0, boxes[..., 2:] - boxes[..., :2])
-    return sides[..., 0] * sides[..., 1]

@@ -44,5 +44,6 @@ def test_the_commands_exist_and_explain_themselves(wheel):
     assert {"mge-train", "mge-eval", "mge-export", "mge-run", "mge-info"} <= set(commands)
     for command in commands:
         path = Path(sys.executable).parent / command
-        done = subprocess.run([path, "--help"], capture_output=True, text=True, check=True)
+        done = subprocess.run([path, "-h"], capture_output=True, text=True, check=True)
         assert done.stdout.startswith("Usage: ")
+        assert "--version" in done.stdout

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import math
 import sys
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -25,14 +24,10 @@ from mge_runtime.cli.common import (
 from mge_runtime.errors import MGEError, OutputError
 from mge_runtime.files import echo
 
-if TYPE_CHECKING:
-    from mge_calibration.calibrate import Learned
-
 __all__ = ["SHARE", "Number", "main"]
 
 _REPORT = "calibration.json"
 _RELIABILITY = "reliability.png"
-_EXITS = "exits.png"
 
 
 class Number(click.FloatRange):
@@ -90,7 +85,7 @@ SHARE = Number(1e-6, 1, max_open=True)  # below one in a million no number of im
     "report_to",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help=f"Also write {_REPORT}, {_RELIABILITY} and {_EXITS} here.",
+    help=f"Also write {_REPORT} and {_RELIABILITY} here.",
 )
 @device_option
 @backend_option
@@ -129,24 +124,24 @@ def main(
     from mge_runtime.interrupt import interruptible
 
     with interruptible("the calibration", f"{bundle} is as it was; run it again", MGEError):
-        for name in ("scipy", "matplotlib"):  # before the images are run rather than after
-            importlib.import_module(name)  # `reports_errors` says which extra brings it
-        from mge_calibration.calibrate import Request, bundle_values, learn, publish
-        from mge_calibration.report import as_text, as_values
+        for name in ("scipy", "matplotlib") if report_to else ("scipy",):
+            importlib.import_module(name)  # now, not after the images: `reports_errors` says which extra brings it
+        from mge_calibration.calibrate import Request, learn, publish
+        from mge_calibration.report import as_text, as_values, save_reliability
         from mge_runtime.bundle.attachments import Calibration
-        from mge_runtime.calibrated import Promise
+        from mge_runtime.calibrated import Guarantee
         from mge_runtime.files import atomic_path
 
-        guarantee = Promise(epsilon, delta)
+        guarantee = Guarantee(epsilon, delta)
         request = Request(
             bundle, data, exit_data, guarantee, seed, device, backend, threads, mmap=not no_mmap, max_pixels=max_pixels
         )
         if report_to is not None:
-            _require_writable("make the folder", report_to, lambda: report_to.mkdir(parents=True, exist_ok=True))
+            _make_folder(report_to)
         learned = learn(request, say=lambda line: click.echo(line, err=True), problem=report, progress=_progress)
-        values = bundle_values(learned, as_values(learned))
+        values = as_values(learned)
         if report_to is not None:
-            _draw(learned, report_to)
+            save_reliability(report_to / _RELIABILITY, learned.temperatures)
             with atomic_path(report_to / _REPORT) as part:
                 part.write_bytes(Calibration(learned.manifest_sha256, values).to_json())
         publish(learned, values)  # last: where a report cannot be written the bundle stays as it was
@@ -157,36 +152,16 @@ def main(
         raise SystemExit(1)
 
 
-def _draw(learned: Learned, folder: Path) -> None:
-    from mge_calibration.report import save_exits, save_reliability
-
-    judged, exits = learned.exit_part or learned.temperature_part, folder / _EXITS
-    save_reliability(folder / _RELIABILITY, learned.temperatures, judged.images)
-    if not isinstance(learned.exits, str):
-        save_exits(exits, learned.exits, learned.request.guarantee)
-    else:  # of an earlier calibration
-        _require_writable("remove", exits, lambda: exits.unlink(missing_ok=True))
-
-
-def _require_writable(what: str, path: Path, change: Callable[[], None]) -> None:
+def _make_folder(path: Path) -> None:
     try:
-        change()
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot {what} {path}: {error.strerror}; name another folder for --report") from error
+        raise OutputError(f"cannot make the folder {path}: {error.strerror}; name another for --report") from error
 
 
-def _progress(images: int) -> Callable[[], None]:
-    """What shows one more image on a terminal."""
-    if not sys.stderr.isatty():
-        return lambda: None
-    done = itertools.count(1)
-
-    def step() -> None:
-        number = next(done)
-        end = "\r\x1b[K" if number == images else ""
-        click.echo(f"\r\x1b[K{number} of {images} images{end}", nl=False, err=True)
-
-    return step
+def _progress(images: int) -> AbstractContextManager[Any]:
+    """A bar, on a terminal alone."""
+    return click.progressbar(length=images, label="images", file=sys.stderr, hidden=not sys.stderr.isatty())
 
 
 if __name__ == "__main__":

@@ -1,29 +1,25 @@
-"""What a bundle predicts for labeled images, after each graph of its chain, and how long that takes."""
+"""The logits of labeled images after each graph of a chain."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mge_calibration.images import LabeledImage, short_digest, split_by_content
+from mge_calibration.images import LabeledImage, short_digest
 from mge_runtime.errors import InputError
 from mge_runtime.pipeline import Pipeline
-from mge_runtime.pool import batches, map_ahead
+from mge_runtime.pool import prefetch
 
-if TYPE_CHECKING:
-    from mge_runtime.chain import Exit
+__all__ = ["FEWEST", "TEMPERATURE_SHARE", "ChainLogits", "collect"]
 
-__all__ = ["TEMPERATURE_SHARE", "ChainLogits", "Times", "collect", "measure_times"]
-
+FEWEST = 50  # images that may set temperatures
 TEMPERATURE_SHARE = 1 / 3  # of one folder's images; thresholds need more of them than a temperature does
-_BATCH = 8  # frames in one run where runs are not computed side by side
-_DECODERS = 2  # threads
+_DECODERS = 2  # threads at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,27 +40,18 @@ class ChainLogits:
         return ChainLogits(images, self.labels[rows], {name: values[rows] for name, values in self.logits.items()})
 
     def split(self, known: frozenset[str], seed: int) -> tuple[ChainLogits, ChainLogits]:
-        """Split by a seeded hash of the images: a third for temperatures, the others for exits.
+        """Split into a third for temperatures and the others for exits, by a seeded hash of each image's bytes.
 
         Args:
             known: digests of images that may set temperatures alone; they count towards their third.
             seed: another one gives another split.
         """
-        free = [image for image in self.images if short_digest(image.sha256) not in known]
+        hashes = [image.sha256 for image in self.images]
+        free = [row for row, sha256 in enumerate(hashes) if short_digest(sha256) not in known]
+        free.sort(key=lambda row: hashlib.sha256(f"{seed}:{hashes[row]}".encode()).digest())
         wanted = round(TEMPERATURE_SHARE * len(self)) - (len(self) - len(free))
-        testing = {i.sha256 for i in split_by_content(free, max(0.0, wanted / max(len(free), 1)), seed)[1]}
-        apart = np.array([image.sha256 in testing for image in self.images])
-        return self.take(np.flatnonzero(~apart)), self.take(np.flatnonzero(apart))
-
-
-@dataclass(frozen=True)
-class Times:
-    """Measured milliseconds of one image through the chain, decoding not counted."""
-
-    images: int  # that were timed
-    stops: tuple[float, ...]  # median over images, by the graph they are stopped after; the last is the full chain
-    full: float  # mean over images of the full chain
-    exits: float | None  # the same with calibrated exits; None: there are none
+        testing = np.sort(np.array(free[max(0, wanted) :], np.intp))
+        return self.take(np.setdiff1d(np.arange(len(self)), testing)), self.take(testing)
 
 
 def collect(
@@ -74,10 +61,10 @@ def collect(
     problem: Callable[[InputError], None],
     step: Callable[[], None] = lambda: None,
 ) -> ChainLogits:
-    """Run every image through the whole chain, and keep the logits of each graph.
+    """Run the whole chain on every image, each by itself as `Pipeline.predict` does, and keep the logits.
 
     Args:
-        pipeline: with several streams, that many images are computed side by side.
+        pipeline: opened with any number of streams; as many images are computed side by side.
         images: to run.
         problem: is told of each image that cannot be read; it is passed over.
         step: is called after every image.
@@ -87,80 +74,37 @@ def collect(
         BackendError: a graph failed, or logits are not finite.
     """
     names = [graph.logits for graph in pipeline.manifest.graphs]
-    kept: list[LabeledImage] = []
-    rows: list[NDArray[np.float32]] = []  # [graphs, C] each
-    for image, row in _run(pipeline, images, names):
-        step()
-        if isinstance(row, InputError):
-            problem(row)
-            continue
-        kept.append(image)
-        rows.append(row)
-    if not rows:
-        raise InputError(
-            f"none of the {len(images)} images could be read; expected photographs such as .jpg or .png files"
-        )
-    logits = dict(zip(names, np.stack(rows, 1), strict=True))
-    labels = np.array([image.label for image in kept], np.int64)
-    return ChainLogits(tuple(kept), labels, logits, unreadable=len(images) - len(kept))
 
-
-def _run(
-    pipeline: Pipeline, images: Sequence[LabeledImage], names: Sequence[str]
-) -> Iterator[tuple[LabeledImage, NDArray[np.float32] | InputError]]:
     def load(image: LabeledImage) -> NDArray[np.uint8] | InputError:
         try:
             return pipeline.frame(image.path)
         except InputError as error:
             return error.with_traceback(None)  # the traceback would keep the decoder's buffers
 
-    def run(frames: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        tensors = pipeline.run(np.stack(frames), exit="never", outputs=names)
-        return np.stack([tensors[name] for name in names], 1).astype(np.float32)
+    def run(loaded: tuple[LabeledImage, NDArray[np.uint8] | InputError]) -> NDArray[np.float32] | InputError:
+        _, frame = loaded
+        if isinstance(frame, InputError):
+            return frame
+        tensors = pipeline.run(frame[None], exit="never", outputs=names)
+        return np.concatenate([tensors[name] for name in names]).astype(np.float32)
 
-    def predict(image: LabeledImage) -> NDArray[np.float32] | InputError:
-        frame = load(image)
-        return frame if isinstance(frame, InputError) else run([frame])[0]
-
-    if pipeline.streams > 1:
-        with closing(map_ahead(predict, images, threads=pipeline.streams, ahead=2 * pipeline.streams)) as results:
-            yield from results
-        return
-    size = min(_BATCH, pipeline.max_batch or _BATCH)
-    with closing(map_ahead(load, images, threads=_DECODERS, ahead=2 * size)) as loaded:
-        for group in batches(loaded, size):
-            frames = [frame for _, frame in group if not isinstance(frame, InputError)]
-            found = iter(run(frames) if frames else [])
-            for image, frame in group:
-                yield image, frame if isinstance(frame, InputError) else next(found)
-
-
-def measure_times(pipeline: Pipeline, frames: Sequence[NDArray[np.uint8]], *, rounds: int = 3) -> Times:
-    """Time the chain frame by frame, stopped after each graph and, where it has them, with calibrated exits.
-
-    All ways are taken in turn on every frame, from round to round in another order, so that a machine that slows down
-    slows all of them.
-
-    Args:
-        pipeline: opened with one stream.
-        frames: uint8 RGB [S, S, 3].
-        rounds: in which each frame is timed; another one before is not.
-
-    Raises:
-        BackendError: a graph failed.
-    """
-    count = len(pipeline.manifest.graphs)
-    ways: list[Exit] = [*range(1, count), "never", *(["calibrated"] if pipeline.calibrated.has_exits else [])]
-    taken = np.zeros((rounds, len(frames), len(ways)))
-    for turn in range(-1, rounds):
-        for number, frame in enumerate(frames):
-            for place in range(len(ways)):
-                way = (place + number + turn) % len(ways)
-                start = time.perf_counter()
-                pipeline.run(frame[None], exit=ways[way], outputs=[])
-                if turn >= 0:
-                    taken[turn, number, way] = (time.perf_counter() - start) * 1e3
-    usual = np.median(taken, axis=0)  # [frames, ways]
-    means = usual.mean(0).tolist()
-    stops = tuple(np.median(usual[:, :count], axis=0).tolist())
-    return Times(len(frames), stops, means[count - 1], means[count] if len(ways) > count else None)
+    kept: list[LabeledImage] = []
+    rows: list[NDArray[np.float32]] = []  # [graphs, C] each
+    streams = pipeline.streams
+    decoders = max(_DECODERS, streams)
+    with (
+        closing(prefetch(load, images, threads=decoders, ahead=2 * decoders)) as loaded,
+        closing(prefetch(run, loaded, threads=streams, ahead=2 * streams)) as found,
+    ):
+        for (image, _), row in found:
+            step()
+            if isinstance(row, InputError):
+                problem(row)
+            else:
+                kept.append(image)
+                rows.append(row)
+    if not rows:
+        raise InputError(f"none of the {len(images)} images could be read; expected files such as .jpg or .png")
+    logits = dict(zip(names, np.stack(rows, 1), strict=True))
+    labels = np.array([image.label for image in kept], np.int64)
+    return ChainLogits(tuple(kept), labels, logits, unreadable=len(images) - len(kept))

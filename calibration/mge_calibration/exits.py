@@ -27,38 +27,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mge_calibration.collect import ChainLogits
-from mge_calibration.quality import Interval, mean_interval
-from mge_runtime.calibrated import Promise, confidence
+from mge_calibration.collect import FEWEST, TEMPERATURE_SHARE, ChainLogits
+from mge_calibration.temperature import Interval, mean_interval
+from mge_runtime.calibrated import Guarantee, confidence
 
 __all__ = [
     "NEVER",
-    "ExitCurve",
     "ExitOutcome",
     "apply_exits",
     "certify",
-    "count_disagreements",
+    "exit_indices",
     "fewest_images",
     "learn_exits",
     "propose_path",
-    "stops",
     "upper_bound",
 ]
 
 NEVER = math.inf  # the threshold that no confidence reaches
 _LEVELS = 128  # thresholds tried for each graph: quantiles of its confidence
 _PRIOR = 10.0  # standard deviation of the logistic fit's coefficients, which keeps them finite
-
-
-@dataclass(frozen=True, eq=False)
-class ExitCurve:
-    """The J candidates of the path on the images that test them, for the plot."""
-
-    cost: NDArray[np.float64]  # [J], mean, as a share of the full chain's
-    accuracy: NDArray[np.float64]  # [J], in [0, 1]
-    disagreement: NDArray[np.float64]  # [J], in [0, 1]
-    bound: NDArray[np.float64]  # [J], upper bound on it
-    always: tuple[tuple[float, float], ...]  # cost share and accuracy of stopping every image after each graph
 
 
 @dataclass(frozen=True)
@@ -75,15 +62,14 @@ class ExitOutcome:
     accuracy: float  # in [0, 1], with exits
     accuracy_full: float  # without
     accuracy_change: Interval  # with minus without, 95 % paired bootstrap
-    curve: ExitCurve
 
 
 def learn_exits(
     proposing: ChainLogits,
-    testing: ChainLogits,
+    testing: ChainLogits | None,
     temperatures: Mapping[str, float],
     gmacs: Sequence[float],
-    guarantee: Promise,
+    guarantee: Guarantee,
     *,
     seed: int,
 ) -> ExitOutcome | str:
@@ -91,7 +77,7 @@ def learn_exits(
 
     Args:
         proposing: images that fix the path of candidates.
-        testing: other images, which test them.
+        testing: other images, which test them; None: there were too few to set some apart.
         temperatures: by tensor of logits.
         gmacs: of everything up to each graph; the last is the full chain's.
         guarantee: to keep.
@@ -100,63 +86,61 @@ def learn_exits(
     Returns:
         The outcome or, where no exit keeps the guarantee, the reason.
     """
-    names, epsilon, delta = list(testing.logits), guarantee.epsilon, guarantee.delta
+    names, epsilon, delta = list(proposing.logits), guarantee.epsilon, guarantee.delta
     if len(names) < 2:
         return "the chain has a single graph, there is nowhere to stop before it"
-    count, least = len(testing), fewest_images(epsilon, delta)
-    if count < least:
+    least = fewest_images(epsilon, delta)
+    if testing is None or len(testing) < least:
+        in_all = max(math.ceil(least / (1 - TEMPERATURE_SHARE)), math.ceil(FEWEST / TEMPERATURE_SHARE))
         return (
-            f"too few images for the guarantee: {count} to set thresholds, at least {least} are needed for epsilon "
-            f"{epsilon:.3g} and delta {delta:.3g}: add images or allow a larger epsilon"
+            f"too few images for the guarantee: {len(testing or proposing)}; epsilon {epsilon:.3g} and delta "
+            f"{delta:.3g} need {least} beside those that set the temperatures, {in_all} in all where one folder "
+            "serves both: add images, name a folder with --exit-data, or allow a larger epsilon"
         )
-    path = propose_path(
-        *_confident(proposing, temperatures), gmacs, classes=next(iter(testing.logits.values())).shape[1]
-    )
-    sure, differs = _confident(testing, temperatures)
-    counts = count_disagreements(sure, differs, path)
-    kept = int(certify(counts, count, epsilon, delta)) if len(path) else 0
+    count = len(testing)
+    path = propose_path(*_confident(proposing, temperatures), gmacs, testing.logits[names[-1]].shape[1])
+    stop, predicted = apply_exits(testing, temperatures, path)  # [J, N] both
+    full = testing.logits[names[-1]].argmax(1)
+    disagreements = np.count_nonzero(predicted != full, axis=1)
+    bounds = upper_bound(disagreements, count, delta)
+    kept = int(certify(bounds, epsilon))
     if not kept:
         return (
             "no exit keeps the guarantee: of the images that would stop first too many get another class than from the "
             f"full chain (epsilon {epsilon:.3g}, delta {delta:.3g}, {count} images)"
         )
-    bounds = upper_bound(counts, count, delta)
-    right = np.column_stack([logits.argmax(1) == testing.labels for logits in testing.logits.values()])
-    stop = stops(sure, path)  # [J, N]
-    got = np.take_along_axis(right[None], stop[..., None], 2)[..., 0]  # [J, N]
-    costs = np.array(gmacs)
-    shares = costs / costs[-1]
-    always = tuple(zip(shares.tolist(), right.mean(0).tolist(), strict=True))
-    chosen = kept - 1
+    best = kept - 1
+    cost = float(np.array(gmacs)[stop[best]].mean())
+    right, right_full = predicted[best] == testing.labels, full == testing.labels
     return ExitOutcome(
-        thresholds={n: None if t == NEVER else float(t) for n, t in zip(names[:-1], path[chosen], strict=True)},
+        thresholds={n: None if t == NEVER else float(t) for n, t in zip(names[:-1], path[best], strict=True)},
         images=count,
-        stopped={name: int((stop[chosen] == k).sum()) for k, name in enumerate(names)},
-        disagreements=int(counts[chosen]),
-        bound=float(bounds[chosen]),
-        mean_cost=float(costs[stop[chosen]].mean()),
-        mean_cost_share=float(shares[stop[chosen]].mean()),
-        accuracy=float(got[chosen].mean()),
-        accuracy_full=float(right[:, -1].mean()),
-        accuracy_change=mean_interval(got[chosen].astype(np.float64) - right[:, -1], seed=seed),
-        curve=ExitCurve(shares[stop].mean(1), got.mean(1), counts / count, bounds, always),
+        stopped={name: int((stop[best] == k).sum()) for k, name in enumerate(names)},
+        disagreements=int(disagreements[best]),
+        bound=float(bounds[best]),
+        mean_cost=cost,
+        mean_cost_share=cost / gmacs[-1],
+        accuracy=float(right.mean()),
+        accuracy_full=float(right_full.mean()),
+        accuracy_change=mean_interval(right.astype(np.float64) - right_full, seed=seed),
     )
 
 
 def apply_exits(
-    found: ChainLogits, temperatures: Mapping[str, float], thresholds: Mapping[str, float | None]
+    found: ChainLogits, temperatures: Mapping[str, float], thresholds: Sequence[float] | NDArray[np.floating]
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Where each of N images stops, by the number of the graph from 0, and the class that it gets there.
+    """After which graph each of N images stops, and the class that it gets there.
 
     Args:
         found: of the images.
         temperatures: by tensor of logits.
-        thresholds: by tensor before the last; None: nothing stops there.
+        thresholds: [..., E], of the E graphs before the last; `NEVER` where nothing stops.
+
+    Returns:
+        [..., N] number of the graph, from 0; E: the whole chain ran. [..., N] class.
     """
-    limits = [NEVER if (t := thresholds.get(name)) is None else t for name in list(found.logits)[:-1]]
-    stopped = stops(_confident(found, temperatures)[0], limits)
-    classes = np.column_stack([logits.argmax(1) for logits in found.logits.values()])
-    return stopped, classes[np.arange(len(found)), stopped]
+    stop = exit_indices(_confident(found, temperatures)[0], thresholds)
+    return stop, _classes(found)[np.arange(len(found)), stop]
 
 
 def fewest_images(epsilon: float, delta: float) -> int:
@@ -180,29 +164,25 @@ def upper_bound(disagreements: NDArray[np.integer] | int, images: int, delta: fl
     from scipy.stats import beta
 
     counts = np.asarray(disagreements)
-    failed = counts >= images  # where the quantile's second parameter would be zero
-    return np.where(failed, 1.0, beta.ppf(1 - delta, counts + 1, np.where(failed, 1, images - counts)))
+    return np.where(counts < images, beta.ppf(1 - delta, counts + 1, images - counts), 1.0)
 
 
-def certify(disagreements: NDArray[np.integer], images: int, epsilon: float, delta: float) -> NDArray[np.intp]:
-    """Fixed-sequence test along the last axis.
+def certify(bounds: NDArray[np.floating], epsilon: float) -> NDArray[np.intp]:
+    """Fixed-sequence test along the last axis: how many candidates from the first on keep the guarantee.
 
     Args:
-        disagreements: counts [..., J] of the J candidates, in the order fixed beforehand.
-        images: how many were looked at.
+        bounds: [..., J], upper bounds on the J candidates' risks, in the order fixed beforehand.
         epsilon: share that may disagree.
-        delta: probability that the guarantee fails.
 
     Returns:
-        [...], how many candidates from the first on keep the guarantee; the last of them is the one to choose, 0: none.
+        [...], from 0 to J; the last candidate that keeps it is the one to choose.
     """
-    if images < 1:
-        return np.zeros(disagreements.shape[:-1], np.intp)
-    kept = upper_bound(disagreements, images, delta) <= epsilon
-    return np.logical_and.accumulate(kept, axis=-1).sum(-1)
+    return np.logical_and.accumulate(bounds <= epsilon, axis=-1).sum(-1)
 
 
-def stops(confident: NDArray[np.floating], thresholds: Sequence[float] | NDArray[np.floating]) -> NDArray[np.intp]:
+def exit_indices(
+    confident: NDArray[np.floating], thresholds: Sequence[float] | NDArray[np.floating]
+) -> NDArray[np.intp]:
     """After which graph each image stops.
 
     Args:
@@ -217,24 +197,6 @@ def stops(confident: NDArray[np.floating], thresholds: Sequence[float] | NDArray
     for k in range(confident.shape[1])[::-1]:
         np.putmask(stop, confident[:, k] >= limits[..., k, None], k)
     return stop
-
-
-def count_disagreements(
-    confident: NDArray[np.floating], differs: NDArray[np.bool_], thresholds: NDArray[np.floating]
-) -> NDArray[np.intp]:
-    """How many images get another class than from the full chain.
-
-    Args:
-        confident: calibrated confidence, [N, E].
-        differs: [N, E], whether the class after each graph before the last is another than the last one's.
-        thresholds: [..., E].
-
-    Returns:
-        [...] counts.
-    """
-    padded = np.column_stack([differs, np.zeros(len(differs), bool)])  # the full chain's own class never differs
-    first = np.arange(len(differs)) * padded.shape[1]
-    return np.count_nonzero(padded.ravel().take(first + stops(confident, thresholds)), axis=-1)
 
 
 def propose_path(
@@ -260,34 +222,30 @@ def propose_path(
     saved = 1 - np.asarray(costs, np.float64) / costs[-1]
     risk = np.column_stack([*(_expected(confident[:, k], differs[:, k]) for k in range(exits)), np.zeros(count)])
     levels = [_levels(confident[:, k], classes) for k in range(exits)]
-    position = [-1] * exits  # in `levels`; -1: NEVER
+    position = [0] * exits  # in `levels`, of the next to try
     current = np.full(exits, NEVER)
     path: list[NDArray[np.float64]] = []
     rows = np.arange(count)
 
     def weigh(thresholds: NDArray[np.float64]) -> tuple[float, float]:
-        stop = stops(confident, thresholds)
+        stop = exit_indices(confident, thresholds)
         return float(saved[stop].mean()), float(risk[rows, stop].mean())
 
     while True:
         gain, danger = weigh(current)
-        best: tuple[float, int, int] | None = None
+        steps: list[tuple[float, int, int, NDArray[np.float64]]] = []  # price, graph, position, thresholds
         for k in range(exits):
-            for step in range(position[k] + 1, len(levels[k])):
+            for place in range(position[k], len(levels[k])):
                 candidate = current.copy()
-                candidate[k] = levels[k][step]
+                candidate[k] = levels[k][place]
                 more, worse = weigh(candidate)
                 if more > gain:
-                    price = (worse - danger) / (more - gain)
-                    if best is None or price < best[0]:
-                        best = (price, k, step)
+                    steps.append(((worse - danger) / (more - gain), k, place, candidate))
                     break
-        if best is None:
+        if not steps:
             return np.array(path).reshape(-1, exits)
-        _, k, step = best
-        position[k] = step
-        current = current.copy()
-        current[k] = levels[k][step]
+        _, k, place, current = min(steps, key=lambda step: step[0])
+        position[k] = place + 1
         path.append(current)
 
 
@@ -318,7 +276,12 @@ def _expected(confident: NDArray[np.floating], differs: NDArray[np.bool_]) -> ND
 
 def _confident(found: ChainLogits, temperatures: Mapping[str, float]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Calibrated confidence [N, E] after the graphs before the last, and whether their class differs from its."""
-    *early, last = found.logits.items()
-    final = last[1].argmax(1)
-    sure = np.column_stack([confidence(logits, temperatures[name]) for name, logits in early])
-    return sure, np.column_stack([logits.argmax(1) != final for _, logits in early])
+    early = list(found.logits)[:-1]
+    confident = np.column_stack([confidence(found.logits[name], temperatures[name]) for name in early])
+    classes = _classes(found)
+    return confident, classes[:, :-1] != classes[:, -1:]
+
+
+def _classes(found: ChainLogits) -> NDArray[np.intp]:
+    """The likeliest class [N, E + 1] after each graph."""
+    return np.column_stack([logits.argmax(1) for logits in found.logits.values()])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,7 @@ from mge_runtime.files import file_sha256
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Manifest
 
-__all__ = [
-    "Chosen",
-    "LabeledImage",
-    "choose_images",
-    "data_sha256",
-    "int8_digests",
-    "list_labeled",
-    "short_digest",
-    "split_by_content",
-]
+__all__ = ["Chosen", "LabeledImage", "choose_images", "int8_digests", "list_labeled", "short_digest"]
 
 _LEAST_CLASSES = 1 / 2  # of the bundle's
 _NAMED = 5  # classes in a message
@@ -135,30 +126,6 @@ def int8_digests(manifest: Manifest) -> frozenset[str]:
             if isinstance(digests, Sequence) and not isinstance(digests, str):
                 found |= {text for text in digests if isinstance(text, str)}
     return frozenset(found)
-
-
-def split_by_content(
-    images: Sequence[LabeledImage], share: float, seed: int
-) -> tuple[list[LabeledImage], list[LabeledImage]]:
-    """Split by a seeded hash of each file's bytes: the same image always falls on the same side, whatever its name.
-
-    Args:
-        images: to split, in any order.
-        share: of the first part, in (0, 1), to one image.
-        seed: another one gives another split.
-
-    Returns:
-        Both parts, in the order of `images`.
-    """
-    ranks = {image.sha256: hashlib.sha256(f"{seed}:{image.sha256}".encode()).digest() for image in images}
-    first = set(sorted(ranks, key=ranks.__getitem__)[: round(share * len(ranks))])
-    return [i for i in images if i.sha256 in first], [i for i in images if i.sha256 not in first]
-
-
-def data_sha256(images: Iterable[LabeledImage]) -> str:
-    """SHA-256 over the names and file hashes, sorted by name: 64 hexadecimal digits."""
-    lines = sorted(f"{image.name}\0{image.sha256}\n" for image in images)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _content_sha256(path: Path) -> str:

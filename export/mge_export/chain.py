@@ -1,8 +1,7 @@
 """`chain.onnx`: the whole chain in one graph, for everybody who runs ONNX without this package.
 
 Its one input is `frame`, uint8 RGB [B, S, S, 3]; its outputs are `probabilities`, `logits`, `gate` and each expert's
-boxes and heat maps. Weights are those of the graphs it was joined from. `metadata_props` says what the classes are and
-how a photograph becomes a frame.
+boxes and heat maps. `metadata_props` says what the classes are and how an image becomes a frame.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import onnx
-from onnx import helper
+from onnx import compose, helper
 
 from mge_calibration.temperature import TEMPERATURE, set_temperature
 from mge_export.graph import OPSET, externalize, inlined, weights_name
@@ -39,32 +38,23 @@ def join_graphs(manifest: Manifest, models: Mapping[str, onnx.ModelProto]) -> on
     Returns:
         The chain at temperature 1.
     """
-    shared = {tensor.name for spec in manifest.graphs for tensor in (*spec.inputs, *spec.outputs)}
-    nodes: list[onnx.NodeProto] = []
-    initializers: list[onnx.TensorProto] = []
-    for spec in manifest.graphs:
-        graph = models[spec.name].graph
-        nodes += [_renamed_node(node, spec.name, shared) for node in graph.node]
-        for tensor in graph.initializer:
-            renamed = onnx.TensorProto()
-            renamed.CopyFrom(tensor)
-            renamed.name = f"{spec.name}/{tensor.name}"
-            initializers.append(renamed)
+    # Graphs were written one by one and use the same inner names, which get the graph's name in front.
+    graphs = [
+        compose.add_prefix_graph(models[spec.name].graph, f"{spec.name}/", rename_inputs=False, rename_outputs=False)
+        for spec in manifest.graphs
+    ]
     size, classes = manifest.preprocess.size, len(manifest.class_names)
     scaled = f"{PROBABILITIES}/scaled"
-    nodes += [
-        helper.make_node("Div", [manifest.answer, TEMPERATURE], [scaled], name=f"{PROBABILITIES}/div"),
-        helper.make_node("Softmax", [scaled], [PROBABILITIES], name=f"{PROBABILITIES}/softmax", axis=1),
-    ]
     joined = helper.make_graph(
-        nodes,
+        [
+            *(node for graph in graphs for node in graph.node),
+            helper.make_node("Div", [manifest.logits, TEMPERATURE], [scaled], name=f"{PROBABILITIES}/div"),
+            helper.make_node("Softmax", [scaled], [PROBABILITIES], name=f"{PROBABILITIES}/softmax", axis=1),
+        ],
         "chain",
         [helper.make_tensor_value_info(FRAME, onnx.TensorProto.UINT8, [BATCH, size, size, 3])],
-        [
-            helper.make_tensor_value_info(PROBABILITIES, onnx.TensorProto.FLOAT, [BATCH, classes]),
-            *_reported(manifest),
-        ],
-        initializers,
+        [helper.make_tensor_value_info(PROBABILITIES, onnx.TensorProto.FLOAT, [BATCH, classes]), *_reported(manifest)],
+        [tensor for graph in graphs for tensor in graph.initializer],
     )
     # Q/DQ of INT8 need a later one (mge_calibration.int8.insert); the rest means the same in both.
     opset = max([OPSET, *(entry.version for model in models.values() for entry in model.opset_import)])
@@ -113,20 +103,10 @@ def write_chain(bundle: Bundle, path: Path) -> list[Path]:
     return [*written, labels]
 
 
-def _renamed_node(node: onnx.NodeProto, graph: str, shared: set[str]) -> onnx.NodeProto:
-    """A node whose inner tensors have the graph's name in front: graphs were written one by one and use the same."""
-    renamed = onnx.NodeProto()
-    renamed.CopyFrom(node)
-    renamed.name = f"{graph}/{node.name}"
-    for names in (renamed.input, renamed.output):
-        names[:] = [name if not name or name in shared else f"{graph}/{name}" for name in names]
-    return renamed
-
-
 def _reported(manifest: Manifest) -> Sequence[onnx.ValueInfoProto]:
-    """The tensors of the chain that its outputs have, in this order: logits, gate, boxes, heat maps."""
+    """What the chain reports beside probabilities, in this order: logits, gate, boxes, heat maps."""
     specs = {tensor.name: tensor for spec in manifest.graphs for tensor in spec.outputs}
-    names = [manifest.answer, manifest.gate, *(view.box for view in manifest.views)]
+    names = [manifest.logits, manifest.gate, *(view.box for view in manifest.views)]
     names += [view.heatmap for view in manifest.views]
     return [
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, list(specs[name].shape))

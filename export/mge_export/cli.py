@@ -25,7 +25,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
 @click.option("--fp16", is_flag=True, help="Backbones and part convolutions in half precision, the rest in FP32.")
 @click.option("--int8", is_flag=True, help="Backbones in INT8 with --calib-data, FP16 around it. Implies --fp16.")
-@click.option("--calib-data", type=PATH, default=None, help="Folder of photographs that INT8 ranges are learned from.")
+@click.option("--calib-data", type=PATH, help="Folder of photographs that INT8 ranges are learned from.")
 @click.option("--calib-images", type=click.IntRange(0), default=256, help="How many of them, drawn by seed; 0: all.")
 @click.option(
     "--calib-method",
@@ -56,33 +56,26 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     "for the GPU of this machine. onnx: none. Repeatable.  [default: native where there is a GPU]",
 )
 @engine_batch_option
-@click.option("--extract", type=PATH, default=None, metavar="DIR", help="Also write plain ONNX and plan files here.")
+@click.option("--extract", type=PATH, metavar="DIR", help="Also write plain ONNX and plan files here.")
 @click.option(
     "--onnx",
     "onnx_file",
     type=PATH,
-    default=None,
     metavar="FILE",
     help="Also write the whole chain as one ONNX file, and labels.txt beside it.",
 )
-@click.option("-o", "--output", type=PATH, default=None, help="The bundle.  [default: mge.plan beside the checkpoint]")
+@click.option("-o", "--output", type=PATH, help="The bundle.  [default: mge.plan beside the checkpoint]")
 @click.option(
     "--verify-data",
     type=PATH,
-    default=None,
     help="Folder of photographs to verify on.  [default: held out of --calib-data; drawn without it]",
 )
 @click.option("--verify-images", type=click.IntRange(0), default=FEW, help="How many of them; 0: all of --verify-data.")
 @max_pixels_option
-@click.option("--labels", type=PATH, default=None, help="Text file, a class name a line.  [default: the checkpoint's]")
-@click.option(
-    "--box-threshold",
-    type=Number(0, 1, max_open=True),
-    default=None,
-    help="Of every crop.  [default: the checkpoint's; 0.2 for the authors']",
-)
-@click.option("--resize", type=click.IntRange(1), default=None, help="Pixels, the shorter side before the centre crop.")
-@click.option("--image-size", type=click.IntRange(1), default=None, help="Pixels, the side of every expert's input.")
+@click.option("--labels", type=PATH, help="Text file, a class name a line.  [default: the checkpoint's]")
+@click.option("--box-threshold", type=Number(0, 1, max_open=True), help="Of every crop.  [default: the checkpoint's]")
+@click.option("--resize", type=click.IntRange(1), help="Pixels, the shorter side before the center crop.")
+@click.option("--image-size", type=click.IntRange(1), help="Pixels, the side of every expert's input.")
 @click.option("--allow-mismatch", is_flag=True, help="Write even what is out of tolerance, and record that.")
 @click.version_option(package_name="mge")
 @reports_errors

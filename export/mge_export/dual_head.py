@@ -26,11 +26,11 @@ class DualHead(nn.Module):
 
     Args:
         head: maps features [B, D, h, w] to class scores [B, C], and states its gradient or is differentiable, whatever
-            it computes (normalisation, hidden layers, ReLU); put into evaluation mode.
+            it computes (normalization, hidden layers, ReLU); put into evaluation mode.
         features: an example [*, D, h, w]; only its shape without the batch, its type and its device count.
 
     Raises:
-        ExportError: the head does not answer [B, C], its operators have no derivative, or autograd gives zeros.
+        ExportError: the head gives no [B, C], its operators have no derivative, or autograd gives zeros.
     """
 
     def __init__(self, head: nn.Module, features: Tensor) -> None:

@@ -19,14 +19,14 @@ from mge.config import MGEConfig
 from mge.model import Expert, Gate, MGENet, SharedGate, mix
 from mge_export.dual_head import DualHead
 from mge_export.precision import Precision
-from mge_export.typed import TypedBackbone, half_heads, typed_expert, typed_gate
+from mge_export.typed import TypedBackbone, half_heads, typed_copy
 from mge_runtime.manifest import BATCH, FRAME, GraphSpec, Preprocess, TensorSpec, ViewSpec
 
 __all__ = ["ExpertGraph", "build_graphs", "views"]
 
 
 class Normalize(nn.Module):
-    """Frames as they come from the host, normalised."""
+    """Frames as they come from the host, normalized."""
 
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ class ExpertGraph(nn.Module):
         self.threshold = None if last else config.box_thresholds[k - 1]
         # The last expert normalizes the frame once more for the gate: that is cheaper than to keep the first's image.
         self.normalize = Normalize(config.preprocess) if k == 1 or isinstance(gate, Gate) else None
-        self.expert = typed_expert(cast(Expert, model.experts[k - 1]), precision, self.size)
-        self.gate = None if gate is None else typed_gate(gate, precision, self.size)
+        self.expert = typed_copy(cast(Expert, model.experts[k - 1]), precision, self.size)
+        self.gate = None if gate is None else typed_copy(gate, precision, self.size)
         # Not always the expert's own: see MGEConfig.attention_head.
         attention_head = copy.deepcopy(model.attention_head(k - 1))
         with FakeTensorMode(allow_non_fake_inputs=True):  # computes shapes alone

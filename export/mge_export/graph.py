@@ -123,15 +123,11 @@ def _example(tensor: TensorSpec, batch: int) -> Tensor:
 
 def _strip(model: onnx.ModelProto) -> None:
     """Remove the exporter's notes: they hold stack traces with paths of this machine, and outweigh the graph."""
-    model.ClearField("metadata_props")
-    model.doc_string = ""
     graph = model.graph
-    graph.ClearField("metadata_props")
-    graph.doc_string = ""
-    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+    graph.ClearField("value_info")
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         part.ClearField("metadata_props")
         part.doc_string = ""
-    graph.ClearField("value_info")
 
 
 def _check_interface(spec: GraphSpec, model: onnx.ModelProto) -> None:
@@ -152,12 +148,7 @@ def _tensor_spec(proto: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def inlined(model: onnx.ModelProto, weights: Mapping[str, bytes]) -> onnx.ModelProto:
-    """A copy of a model with its weights inside.
-
-    Args:
-        model: of which large initializers point into other files.
-        weights: the files, by the name that the model refers to.
-    """
+    """A copy of a model with its weights inside; `weights` are the files, by the name that the model refers to."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     for tensor in result.graph.initializer:
@@ -186,13 +177,11 @@ def externalize(model: onnx.ModelProto, location: str) -> bytes:
         if len(data) < INLINE_LIMIT:
             continue
         block.extend(bytes(-len(block) % ALIGNMENT))
-        tensor.ClearField("raw_data")
-        for name in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data"):
-            tensor.ClearField(name)
         # set_external_data asks for raw data to be present, as a mark of what it moves.
-        tensor.raw_data = b""
-        set_external_data(tensor, location, offset=len(block), length=len(data))
-        tensor.ClearField("raw_data")
+        moved = onnx.TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, raw_data=b"")
+        set_external_data(moved, location, offset=len(block), length=len(data))
+        moved.ClearField("raw_data")
+        tensor.CopyFrom(moved)
         block.extend(data)
     return bytes(block)
 

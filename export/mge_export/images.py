@@ -1,4 +1,4 @@
-"""The frames that an export is verified on: photographs if there are any, else generated images."""
+"""The frames that an export is verified on: the user's images if there are any, else generated ones."""
 
 from __future__ import annotations
 
@@ -49,14 +49,9 @@ def find_verify_images(
     *,
     max_pixels: int = MAX_PIXELS,
 ) -> VerifyImages:
-    """Take images from a folder, evenly spaced through its sorted list so that all of its classes have a part.
+    """Take up to `limit` images (0: all), evenly spaced through a folder's list so that all of its classes have a part.
 
-    Args:
-        folder: searched with its subfolders.
-        preprocess: what the runtime will do to them.
-        limit: the most to take; 0: all.
-        say: is told of each image that cannot be decoded; it is left out.
-        max_pixels: as for `decode_image`.
+    The rest is as for `photographs`.
 
     Raises:
         InputError: there is no such folder, or no image in it that can be decoded.
@@ -64,8 +59,8 @@ def find_verify_images(
     require_folder(folder, VERIFY_FOLDER)
     listed = list_folder(folder)
     found = listed.whole()
-    if remark := listed.remark():
-        say(f"{folder}: {remark}")
+    if note := listed.note():
+        say(f"{folder}: {note}")
     count = min(limit, len(found)) if limit else len(found)
     chosen = [found[index * len(found) // count].source() for index in range(count)]
     origin = f"of {len(found)} images in {folder.resolve().name}"
@@ -114,11 +109,8 @@ def _decodes(source: Path | bytes, say: Callable[[str], None], max_pixels: int) 
 
 def generated_images(preprocess: Preprocess, count: int) -> VerifyImages:
     """Make images with soft backgrounds, shapes and grain, the same ones each time."""
-
-    def load(index: int) -> np.ndarray:
-        return _generate(index, preprocess.size)
-
-    return VerifyImages(count, False, f"{count} generated images, no photographs", load)
+    source = f"{count} generated images, no photographs"
+    return VerifyImages(count, False, source, lambda index: _generate(index, preprocess.size))
 
 
 def _generate(seed: int, size: int) -> np.ndarray:

@@ -55,12 +55,7 @@ def is_backbone_weight(name: str) -> bool:
 def quantize_graphs(
     graphs: Sequence[OnnxGraph], request: Int8Request, say: Callable[[str], None]
 ) -> list[LearnedGraph]:
-    """Quantise the backbones of a chain of written graphs.
-
-    Args:
-        graphs: of the whole chain, typed for INT8; left as they are.
-        request: images and options.
-        say: shows progress.
+    """Quantize the backbones of a chain of written graphs, typed for INT8, which are left as they are.
 
     Returns:
         The same graphs; one that stays in FP16 has no quantized nodes.
@@ -99,7 +94,7 @@ def check_quantization(graph: str, model: onnx.ModelProto, nodes: Collection[str
         nodes: names of the convolutions and sums that were quantized. Both terms of each come from a DequantizeLinear.
 
     Raises:
-        ExportError: one of them reads something else, or is not there; or anything else, an output of the graph
+        ExportError: one of them is not there or reads something else; or anything else, an output of the graph
             included, reads what a Q or DQ makes.
     """
     kinds = {output: node.op_type for node in model.graph.node for output in node.output}

@@ -115,7 +115,7 @@ class Check:
             "graphs": {name: _graph_dict(graph) for name, graph in self.graphs.items()},
             "chain": {
                 "class_changes": sum(self.chain.class_changes[logits]),
-                "answer_relative": finite(max(self.chain.relative[logits])),
+                "logits_relative": finite(max(self.chain.relative[logits])),
                 "box_iou": {name: _iou_dict(values) for name, values in self.chain.box_iou.items()},
             },
         }
@@ -239,13 +239,8 @@ def measure_parity(
     half = precision is not Precision.FP32
     rounded = ", every activation rounded to FP16" if half else ""
     unquantized = ", before quantization" if precision is Precision.INT8 else ""
-    ways: list[tuple[str, str, Runner]] = [
-        (
-            "torch",
-            f"typed modules in PyTorch{rounded}{unquantized}",
-            lambda spec, tensors: typed[spec.name](tensors),
-        )
-    ]
+    modules = f"typed modules in PyTorch{rounded}{unquantized}"
+    ways: list[tuple[str, str, Runner]] = [("torch", modules, lambda spec, tensors: typed[spec.name](tensors))]
     if precision is Precision.INT8:
         exact, fast = (onnx_runner(folder, specs, int8="exact"), onnx_runner(folder, specs, int8="fast"))
         ways.append(("int8", "INT8 as TensorRT computes it, FP32 around, ONNX Runtime, CPU", exact))
@@ -311,14 +306,8 @@ def _compare_graphs(
     """Add a batch to a check's graphs; return all tensors of the chain.
 
     Each graph is judged by what it makes of the reference's inputs. Where those of the chain so far are the same but
-    for rounding, what it makes of them counts for both; as a rule that is so in FP32.
-
-    Args:
-        check: gets the batch.
-        runner: runs a graph.
-        specs: the chain.
-        reference: all its tensors, by the checkpoint's own model.
-        relative: that outputs may differ by, of their largest value; inputs that count for both by half of it.
+    for rounding (half of `relative`, which outputs may differ by, of their largest value), what it makes of them counts
+    for both; as a rule that is so in FP32.
     """
     found: Tensors = {FRAME: reference[FRAME]}
     for spec in specs:
@@ -371,11 +360,7 @@ def _graph_dict(found: Differences) -> dict[str, Any]:
 
 
 def _iou_dict(values: list[float]) -> dict[str, float | str]:
-    return {
-        "median": finite(np.median(values)),
-        "p1": finite(np.percentile(values, 1)),
-        "worst": finite(min(values)),
-    }
+    return {"median": finite(np.median(values)), "p1": finite(np.percentile(values, 1)), "worst": finite(min(values))}
 
 
 def _rows(check: Check, peaks: dict[str, Peak]) -> Iterable[Sequence[str]]:

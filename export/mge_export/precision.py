@@ -29,7 +29,7 @@ class Precision(Enum):
 
     FP32 = "fp32"
     FP16 = "fp16"
-    INT8 = "int8"  # Q/DQ in the backbone; what is not quantised there is FP16
+    INT8 = "int8"  # Q/DQ in the backbone; what is not quantized there is FP16
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,9 +67,12 @@ def read_precision(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
     Raises:
         ExportError: a tensor's type is unknown.
     """
-    types = _tensor_types(model)
+    graph = model.graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for tensor in (*graph.input, *graph.output, *graph.value_info):
+        types[tensor.name] = tensor.type.tensor_type.elem_type
     counts: Counter[tuple[str, str]] = Counter()
-    for node in model.graph.node:
+    for node in graph.node:
         tensors = [name for name in (*node.input, *node.output) if name]
         if unknown := [name for name in tensors if name not in types]:
             raise ExportError(f"the type of tensor {unknown[0]!r} ({node.op_type}) is unknown; expected a typed graph")
@@ -83,21 +86,16 @@ def read_precision(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
 
 
 def check_precision(name: str, model: onnx.ModelProto, precision: Precision) -> dict[str, dict[str, int]]:
-    """Check a written graph against the precision that was asked for.
+    """Check a graph, by `infer_types`, against the precision that was asked for.
 
     Every convolution must have all its tensors in that precision, the attention's and the heads' own operators and the
     graph's inputs and outputs must be FP32.
-
-    Args:
-        name: of the graph, for errors.
-        model: the graph as written, by `infer_types`.
-        precision: what was asked for.
 
     Returns:
         The plan that was read back, see `read_precision`.
 
     Raises:
-        ExportError: they are not, e.g. a graph that stayed FP32 where FP16 was asked for.
+        ExportError: they are not, e.g. a graph that stayed FP32 where FP16 was asked for; it begins with `name`.
     """
     plan = read_precision(model)
     wanted = precision.onnx_name
@@ -115,11 +113,3 @@ def check_precision(name: str, model: onnx.ModelProto, precision: Precision) -> 
         if kind != "float32":
             raise ExportError(f"{name}: the input or output {tensor.name!r} is {kind}; expected float32")
     return plan
-
-
-def _tensor_types(model: onnx.ModelProto) -> dict[str, int]:
-    graph = model.graph
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    for tensor in (*graph.input, *graph.output, *graph.value_info):
-        types[tensor.name] = tensor.type.tensor_type.elem_type
-    return types

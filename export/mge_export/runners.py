@@ -21,7 +21,7 @@ from mge_runtime.backends.onnxruntime import import_onnxruntime, integer_entries
 from mge_runtime.errors import ExportError
 from mge_runtime.manifest import FRAME, GraphSpec
 
-__all__ = ["FP16_MAX", "Peak", "Runner", "Tensors", "TypedRun", "onnx_runner", "reference_tensors", "run_chain"]
+__all__ = ["FP16_MAX", "Peak", "Runner", "Tensors", "TypedRun", "onnx_runner", "reference_tensors"]
 
 Tensors = dict[str, np.ndarray]  # by name, batch first
 Runner = Callable[[GraphSpec, Mapping[str, np.ndarray]], Tensors]  # a graph and its inputs -> its outputs
@@ -67,10 +67,7 @@ class TypedRun(TorchDispatchMode):
     Sums of products of FP16 tensors are computed in FP32 and rounded once, as a GPU's matrix units do; PyTorch's own
     FP16 kernels do nearly the same, ten to thirty times more slowly on a CPU without FP16 arithmetic. Every tensor
     stays FP16; all other operators are PyTorch's own. On the way the largest value is recorded of all maps
-    [B, C, h, w] in the graph's type, those of functional calls included: FP16 ends at 65504.
-
-    Args:
-        graph: the module; the maps of its image's normalization are left out.
+    [B, C, h, w] in the graph's type but those of the image's normalization: FP16 ends at 65504.
     """
 
     def __init__(self, graph: ExpertGraph) -> None:
@@ -163,11 +160,3 @@ def onnx_runner(folder: Path, specs: Sequence[GraphSpec], int8: Literal["exact",
         return dict(zip(names, (np.asarray(output) for output in outputs), strict=True))
 
     return run
-
-
-def run_chain(specs: Sequence[GraphSpec], runner: Runner, frames: np.ndarray) -> Tensors:
-    """Run all graphs in turn, each on the outputs of those before."""
-    tensors: Tensors = {FRAME: frames}
-    for spec in specs:
-        tensors |= runner(spec, tensors)
-    return tensors

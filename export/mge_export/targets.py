@@ -36,8 +36,8 @@ class EnginePlan:
         """Read the command line.
 
         Args:
-            targets: what was given as --target; none: native engines where they can be built.
-            batch: what was given as --batch.
+            targets: of --target; none: native engines where they can be built.
+            batch: of --batch.
             machine: this one; None: look, where native engines are wanted.
 
         Raises:

@@ -15,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mge.model import Expert, Gate
 from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
 
-__all__ = ["HalfLinear", "TypedBackbone", "fold_batch_norms", "half_heads", "typed_expert", "typed_gate"]
+__all__ = ["HalfLinear", "TypedBackbone", "fold_batch_norms", "half_heads", "typed_copy"]
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", Expert, Gate)
 FOLD_TOLERANCE = 1e-3  # of the largest output; folding reorders FP32 sums through some hundred layers, seen: 1e-5
 
 
@@ -72,7 +73,7 @@ class HalfLinear(nn.Module):
         return F.linear(value.to(torch.float16), self.weight, self.bias).to(torch.float32)
 
 
-def half_heads(module: M) -> M:
+def half_heads(module: nn.Module) -> None:
     """Put the linear layers of a head, an expert or a gate into half, in place; its backbone is left alone.
 
     TensorRT-RTX has no FP32 matrix products for Turing (SM75). On every other target they cost next to nothing in FP32
@@ -83,35 +84,29 @@ def half_heads(module: M) -> M:
             setattr(module, name, HalfLinear(child))
         elif not isinstance(child, TypedBackbone):
             half_heads(child)
-    return module
 
 
-def typed_expert(expert: Expert, precision: Precision, size: int) -> Expert:
-    """Copy an expert for export, BatchNorms folded into the backbone's convolutions.
+def typed_copy(part: M, precision: Precision, size: int) -> M:
+    """Copy an expert or a gate for export.
 
     Args:
-        expert: left as it is.
-        precision: of the backbone and the part convolution.
+        part: left as it is.
+        precision: of its backbone, into which BatchNorms are folded, and of its part convolution.
         size: pixels, S.
 
     Raises:
         ExportError: a weight is not finite in this precision.
     """
-    typed = _frozen_copy(expert)
-    typed.backbone = _typed_backbone(typed.backbone, precision, size)
-    if not isinstance(typed.norm4, nn.Identity):
-        typed.norm4 = Float32Island(typed.norm4)
-    # The weight alone: the bias is added to the maximum, which is FP32 by type promotion.
-    typed.backbone.underflowed += _cast(typed.part_conv.weight, precision.dtype)
-    _check_finite(typed, precision)
-    return typed
-
-
-def typed_gate(gate: M, precision: Precision, size: int) -> M:
-    """Copy a gate for export; see `typed_expert`. One without a backbone stays in FP32."""
-    typed = _frozen_copy(gate)
-    if isinstance(typed, Gate):
-        typed.backbone = _typed_backbone(typed.backbone, precision, size)
+    typed = copy.deepcopy(part).eval().requires_grad_(False)
+    if isinstance(typed, Expert | Gate):
+        example = torch.rand((1, 3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        fold_batch_norms(typed.backbone, example)
+        typed.backbone = TypedBackbone(typed.backbone, precision.dtype)
+    if isinstance(typed, Expert):
+        if not isinstance(typed.norm4, nn.Identity):
+            typed.norm4 = Float32Island(typed.norm4)
+        # The weight alone: the bias is added to the maximum, which is FP32 by type promotion.
+        typed.backbone.underflowed += _cast(typed.part_conv.weight, precision.dtype)
     _check_finite(typed, precision)
     return typed
 
@@ -146,31 +141,25 @@ def fold_batch_norms(backbone: nn.Module, example: Tensor) -> int:
 
 
 def _find_pairs(backbone: nn.Module, example: Tensor) -> tuple[list[tuple[str, str]], list[Tensor]]:
-    """Return (convolution, BatchNorm) names and the backbone's outputs."""
-    convs: dict[str, list[Tensor]] = {}  # outputs of every call
-    norms: list[tuple[str, Tensor]] = []  # with their input
-    handles = []
-    for name, module in backbone.named_modules():
-        if type(module).__name__.startswith("Conv2d") and isinstance(module, nn.Conv2d):
+    """Names of the convolutions and their BatchNorms, and the backbone's outputs."""
+    names = {module: name for name, module in backbone.named_modules()}
+    convs: dict[nn.Module, list[Tensor]] = {}  # outputs of every call
+    norms: list[tuple[nn.Module, Tensor]] = []  # with their input
 
-            def of_conv(_: nn.Module, inputs: object, output: Tensor, name: str = name) -> None:
-                del inputs
-                convs.setdefault(name, []).append(output)
-
-            handles.append(module.register_forward_hook(of_conv))
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d) and type(module).__name__.startswith("Conv2d"):
+            convs.setdefault(module, []).append(output)
         elif isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            norms.append((module, inputs[0]))
 
-            def of_norm(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-                norms.append((name, inputs[0]))
-
-            handles.append(module.register_forward_pre_hook(of_norm))
+    handle = register_module_forward_hook(watch)
     try:
         outputs = list(backbone(example))
     finally:
-        for handle in handles:
-            handle.remove()
-    called_once = [(name, found[0]) for name, found in convs.items() if len(found) == 1]
-    return [(conv, norm) for norm, source in norms for conv, output in called_once if output is source], outputs
+        handle.remove()
+    called_once = [(conv, found[0]) for conv, found in convs.items() if len(found) == 1]
+    pairs = [(names[conv], names[norm]) for norm, given in norms for conv, made in called_once if made is given]
+    return pairs, outputs
 
 
 def _rest(norm: nn.Module) -> nn.Module:
@@ -187,16 +176,6 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> int:
     zeros = int((tensor == 0).sum())
     tensor.data = tensor.data.to(dtype)
     return int((tensor == 0).sum()) - zeros
-
-
-def _frozen_copy(module: M) -> M:
-    return copy.deepcopy(module).eval().requires_grad_(False)
-
-
-def _typed_backbone(backbone: nn.Module, precision: Precision, size: int) -> TypedBackbone:
-    generator = torch.Generator().manual_seed(0)
-    fold_batch_norms(backbone, torch.rand((1, 3, size, size), generator=generator) * 2 - 1)
-    return TypedBackbone(backbone, precision.dtype)
 
 
 def _check_finite(module: nn.Module, precision: Precision) -> None:

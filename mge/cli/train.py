@@ -45,67 +45,79 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option(
-    "--data", type=PATH, default=None,
-    help="Folder with train/<class>/*.jpg and, if you have it, val/.  [required; with --resume: that run's]",
-)  # fmt: skip
-@click.option(
-    "--out", type=PATH, default=None,
-    help="Folder for best.pt, last.pt, metrics, curves.  [default: runs/mge, or that of --resume]",
-)  # fmt: skip
+    "--data", type=PATH, help="Folder with train/<class>/*.jpg and, if you have it, val/.  [a new run: required]"
+)
+@click.option("--out", type=PATH, help="Folder for what the run writes.  [default: runs/mge, or that of --resume]")
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
 @click.option(
-    "--recipe", type=click.Choice(["default", "paper"]), default="default",
+    "--recipe",
+    type=click.Choice(["default", "paper"]),
+    default="default",
     help="paper: box thresholds fixed at 0.2 and a gate with a backbone of its own, as published; all other defaults "
     "are the paper's anyway.",
-)  # fmt: skip
+)
 @click.option("--arch", default="resnet50", help="timm backbone; any CNN with features at strides 16 and 32.")
 @click.option(
-    "--init", default="timm", metavar="timm|none|FILE",
+    "--init",
+    default="timm",
+    metavar="timm|none|FILE",
     help="Weights to start from. timm: ImageNet's, downloaded; FILE.safetensors: a backbone's; FILE.pt: fine-tune that "
     "checkpoint; none: random.",
-)  # fmt: skip
+)
 @click.option("--experts", type=click.IntRange(1), default=3, help="Experts in the chain; 1 trains a single network.")
 @click.option(
-    "--gate", type=click.Choice(["network", "shared", "none"]), default="none",
+    "--gate",
+    type=click.Choice(["network", "shared", "none"]),
+    default="none",
     help="What weighs the experts. network: a backbone of its own (the paper's); shared: a linear layer over what the "
     "experts saw; none: fixed weights, learned on the validation images.",
-)  # fmt: skip
+)
 @click.option(
-    "--gate-balance", type=click.FloatRange(0), default=0.0,
+    "--gate-balance",
+    type=click.FloatRange(0),
+    default=0.0,
     help="Weight of the loss term that keeps a gate from trusting one expert alone.",
-)  # fmt: skip
+)
 @click.option(
-    "--image-size", type=click.IntRange(32), default=448,
-    help="Side of every expert's input in pixels; attention maps have one cell per 32 x 32, at least 5 a side place "
-    "crops well.",
-)  # fmt: skip
+    "--image-size",
+    type=click.IntRange(32),
+    default=448,
+    help="Side of every expert's input in pixels; from 160 on, attention maps are fine enough to place crops well.",
+)
 @click.option(
-    "--image-sizes", metavar="S1,S2,...", default=None, callback=_sizes,
+    "--image-sizes",
+    metavar="S1,S2,...",
+    callback=_sizes,
     help="Side of each expert's input, where they differ: 448,224,224 costs half of three times 448.",
-)  # fmt: skip
+)
 @click.option(
-    "--source-size", type=click.IntRange(0), default=0,
+    "--source-size",
+    type=click.IntRange(0),
+    default=0,
     help="Crops are cut from a frame of this side, a multiple of --image-size, so that they show what the first expert "
     "does not see; 0: each from the image of the expert before.",
-)  # fmt: skip
+)
 @click.option(
-    "--resize", type=int, default=None,
-    help="Shorter side before the crop of the frame, pixels.  [default: 8/7 of the frame's]",
-)  # fmt: skip
+    "--resize", type=int, help="Shorter side before the crop of the frame, pixels.  [default: 8/7 of the frame's]"
+)
 @click.option("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Mean of RGB in [0, 1].")
 @click.option("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Deviation of RGB in [0, 1].")
 @click.option(
-    "--box-threshold", type=UNIT, multiple=True,
+    "--box-threshold",
+    type=UNIT,
+    multiple=True,
     help="Fixed box threshold, once or once for each crop.  [default: thresholds follow --crop-area]",
-)  # fmt: skip
+)
 @click.option(
-    "--crop-area", type=click.FloatRange(0, 1, min_open=True), multiple=True,
-    help="Share of its image that the median crop keeps, once or once for each crop; box thresholds are set to it after "
+    "--crop-area",
+    type=click.FloatRange(0, 1, min_open=True),
+    multiple=True,
+    help="Share of its image that the median crop keeps, once or for each crop; box thresholds are set to it after "
     f"each epoch, on the validation images.  [default: {CROP_AREA}]",
-)  # fmt: skip
+)
 @click.option("--parts-per-class", type=click.IntRange(1), default=10, help="Channels of the part convolution.")
 @click.option(
-    "--normalize-features/--plain-features", default=None, help="BatchNorm before the heads.  [default: where needed]"
+    "--normalize-features/--plain-features", default=None, help="BatchNorm before heads.  [default: where needed]"
 )
 @click.option("--epochs", type=click.IntRange(1), default=100)
 @click.option("--batch-size", type=click.IntRange(2), default=10, help="Images in a step of each process.")
@@ -113,14 +125,10 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--backbone-lr", type=click.FloatRange(0), default=0.001, help="Learning rate of the backbones.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=1e-4)
 @click.option("--schedule", type=click.Choice(["step", "onecycle", "cosine"]), default="step")
-@click.option(
-    "--step-epochs", type=click.IntRange(1), default=30, help="Rates fall tenfold after so many (--schedule step)."
-)
+@click.option("--step-epochs", type=click.IntRange(1), default=30, help="Of --schedule step: rates then fall tenfold.")
 @click.option("--label-smoothing", type=UNIT, default=0.0)
-@click.option(
-    "--diversity", type=click.Choice(["code", "paper", "none"]), default="code", help="Form of the diversity loss."
-)
-@click.option("--clip-norm", type=click.FloatRange(0, min_open=True), default=None, help="Largest gradient norm.")
+@click.option("--diversity", type=click.Choice(["code", "paper", "none"]), default="code", help="Form of that loss.")
+@click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Largest gradient norm.")
 @click.option("--flip/--no-flip", default=True, help="Random horizontal flips.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")
@@ -129,10 +137,7 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--devices", default="auto", help="How many of them; under torchrun, those it started.")
 @click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), default="32-true")
 @click.option("--compile/--no-compile", default=False, help="torch.compile the backbones.")
-@click.option(
-    "--resume", type=PATH, default=None,
-    help="A last.pt: continue that run with its options; --epochs may grow.",
-)  # fmt: skip
+@click.option("--resume", type=PATH, help="A last.pt: continue that run with its options; --epochs may grow.")
 @click.version_option(package_name="mge")
 @reports_errors
 def main(**options: Any) -> None:
@@ -151,9 +156,9 @@ def main(**options: Any) -> None:
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     resume: Path | None = options["resume"]
+    config = None
     if resume is None:
         _complete(options, given)
-        config = None
     else:
         config = _take_up(resume, options, given)
     data, out = Path(options["data"]), Path(options["out"])
@@ -169,7 +174,6 @@ def main(**options: Any) -> None:
     moved = resume is not None and resume.resolve().parent != out.resolve()
     _check_folder(out, replace=options["overwrite"] or (resume is not None and not moved))
 
-    from mge.checkpoint import load_checkpoint
     from mge.data.folder import FolderDataset, TrainingDataset
     from mge.training.loop import Trainer
     from mge.training.recipe import TrainOptions
@@ -177,10 +181,7 @@ def main(**options: Any) -> None:
     names = {field.name for field in fields(TrainOptions)}
     train_options = TrainOptions(**{name: value for name, value in options.items() if name in names})
     fabric = _make_fabric(options["accelerator"], options["devices"], train_options.precision)
-    if resume is None:
-        model, origin = _make_model(config, classes, options, given)
-    else:
-        model, origin = load_checkpoint(resume), ""
+    model, origin = _make_model(config, classes, options, given)
     config, pixels = model.config, options["max_pixels"]
     options |= {name: value for name, value in asdict(config).items() if name in options}  # for --resume
     with _claimed(out, claim=first or fabric.world_size == 1):
@@ -219,7 +220,7 @@ def main(**options: Any) -> None:
 
 
 def _complete(options: dict[str, Any], given: set[str]) -> None:
-    """Put the values that hang on others into the options of a new run."""
+    """Put the values that depend on others into the options of a new run."""
     from mge.archive import check_file
     from mge.config import PAPER_THRESHOLD
 
@@ -257,7 +258,7 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfi
     """Put what a run was asked for into the options that are not given; returns its config.
 
     Raises:
-        TrainingError: a given option differs, or the file says too little.
+        TrainingError: a given option differs, or the file holds no run.
     """
     from mge.archive import check_file, read_plain
     from mge.config import MGEConfig
@@ -265,13 +266,13 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfi
     check_file(resume)
     content = read_plain(resume)
     if not isinstance(content, dict) or "config" not in content:
-        from mge.checkpoint import read_checkpoint
+        from mge.checkpoint import load_checkpoint
 
-        read_checkpoint(resume)  # says what else it is
+        load_checkpoint(resume)  # says what it is, where it is no model
         content = {}
-    if (training := content.get("training")) is None:
+    if "training" not in content:
         raise TrainingError(f"{resume} holds a model but no training state; expected last.pt of an unfinished run")
-    config = MGEConfig.from_dict(content["config"])
+    config, training = MGEConfig.from_dict(content["config"]), content["training"]
     before = asdict(config) | training["options"] | training["command"]
     for name in options.keys() - {"out", "overwrite", "resume"}:
         if name not in given:
@@ -339,7 +340,7 @@ def _launch(fabric: Fabric) -> None:
 
 
 def _check_folder(out: Path, *, replace: bool) -> None:
-    """Make sure that a run can be written before it costs anything."""
+    """Check that a run can be written before it costs anything."""
     if (out / "last.pt").exists() and not replace:
         raise OutputError(
             f"{out} holds a run already; go on with it (--resume {out / 'last.pt'}), replace it (--overwrite) or name "
@@ -368,7 +369,7 @@ def _claimed(out: Path, *, claim: bool) -> Generator[None]:
     try:
         with suppress(OSError):  # a file system without locks
             try:
-                lock(folder, None)
+                lock(folder, wait=False)
             except BlockingIOError as error:
                 raise OutputError(
                     f"another training is writing to {out}; wait for its end, or name another folder with --out"
@@ -381,41 +382,34 @@ def _claimed(out: Path, *, claim: bool) -> Generator[None]:
 
 
 def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig:
-    """The config that the options ask for; whether features are normalized by default hangs on the backbone."""
+    """The config that the options ask for; whether features are normalized by default depends on the backbone."""
     from mge.config import PAPER_THRESHOLD, MGEConfig
 
-    resize, crops = options["resize"], options["experts"] - 1
-    sizes, source = options["image_sizes"], options["source_size"]
-    size = sizes[0] if sizes else options["image_size"]
+    names = {field.name for field in fields(MGEConfig)}
+    values = {name: value for name, value in options.items() if name in names and value is not None}
+    if options["image_sizes"]:
+        values["image_size"] = options["image_sizes"][0]
+    values.setdefault("resize", (options["source_size"] or values["image_size"]) * 8 // 7)  # 512 for the paper's 448
     thresholds = options["box_threshold"] or (PAPER_THRESHOLD,)
+    crops = options["experts"] - 1
     return MGEConfig(
-        arch=options["arch"],
-        classes=classes,
-        experts=options["experts"],
-        gate=options["gate"],
-        image_size=size,
-        image_sizes=sizes,
-        source_size=source,
-        resize=(source or size) * 8 // 7 if resize is None else resize,  # 512 for the paper's 448
-        mean=options["mean"],
-        std=options["std"],
-        box_thresholds=thresholds * crops if len(thresholds) == 1 else thresholds,
-        parts_per_class=options["parts_per_class"],
-        normalize_features=bool(options["normalize_features"]),
+        classes=classes, box_thresholds=thresholds * crops if len(thresholds) == 1 else thresholds, **values
     )
 
 
 def _make_model(
     config: MGEConfig | None, classes: tuple[str, ...], options: dict[str, Any], given: set[str]
 ) -> tuple[MGENet, str]:
-    """A model that starts from --init, and what to say of its origin."""
+    """The model of --resume, or one that starts from --init, and what to say of its origin."""
     import torch
 
     from mge.backbones import has_linear_features
-    from mge.checkpoint import fine_tuned
+    from mge.checkpoint import fine_tuned, load_checkpoint
     from mge.config import MGEConfig
     from mge.model import MGENet, initialize_backbones
 
+    if options["resume"] is not None:
+        return load_checkpoint(options["resume"]), ""
     init = options["init"]
     torch.manual_seed(options["seed"])
     if config is None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-__all__ = ["Canvas", "Color", "Plate", "Species", "draw_foliage", "draw_plate"]
+__all__ = ["Color", "Plate", "Species", "draw_plate"]
 
 Color = tuple[int, int, int]  # RGB, 0..255
 Points = NDArray[np.floating[Any]]  # [n, 2], x and y
@@ -75,11 +75,11 @@ def draw_plate(rng: np.random.Generator, species: Species, size: int) -> Plate:
     left, top, right, bottom = pose.part
     canvas = Canvas(_draw_backdrop(rng), size)
     perch = _draw_branch if rng.uniform() < 0.7 else _draw_ground
-    draw_foliage(canvas, rng, size, int(rng.integers(0, 8)), (-1.0, -1.0, -1.0, -1.0))
+    _draw_foliage(canvas, rng, size, int(rng.integers(0, 8)), (-1.0, -1.0, -1.0, -1.0))
     perch(canvas, rng, pose.foot, size)
     _draw_body(canvas, rng, pose)
     _draw_head(canvas, pose, species)
-    draw_foliage(canvas, rng, size, int(rng.integers(0, 7)), (left - 1, top - 1, right + 1, bottom + 1))
+    _draw_foliage(canvas, rng, size, int(rng.integers(0, 7)), (left - 1, top - 1, right + 1, bottom + 1))
     image = _develop(np.asarray(canvas.finish()), rng)
     x0, y0 = max(0, int(np.floor(left))), max(0, int(np.floor(top)))
     return Plate(image, (x0, y0, min(size, int(np.ceil(right))), min(size, int(np.ceil(bottom)))))
@@ -154,9 +154,9 @@ def _smooth(points: list[tuple[float, float]], steps: int = 6) -> Points:
     return curve.reshape(-1, 2)
 
 
-HEAD = np.array([0.31, -0.165])  # the head's centre; the head turns around it
+HEAD = np.array([0.31, -0.165])  # the head's center; the head turns around it
 HEAD_RADIUS = 0.115
-EYE = np.array([0.038, -0.016])  # from the head's centre
+EYE = np.array([0.038, -0.016])  # from the head's center
 EYE_RADIUS = 0.024
 RING_RADIUS = 0.048
 _ANGLES = np.radians(np.linspace(0, 345, 24))
@@ -177,7 +177,7 @@ WING = _smooth([
 TAIL = np.array([(-0.2, -0.02), (-0.49, 0.075), (-0.478, 0.11), (-0.5, 0.14), (-0.22, 0.085)])
 FEET = np.array([[(0.0, 0.15), (0.02, 0.24)], [(0.06, 0.16), (0.085, 0.24)]])  # two legs, each from the hip to the toe
 LEAF = _smooth([(0.0, 0.0), (0.35, -0.17), (0.75, -0.12), (1.0, 0.0), (0.75, 0.12), (0.35, 0.17)], steps=3)
-BEAKS: dict[str, Points] = {  # from the head's centre
+BEAKS: dict[str, Points] = {  # from the head's center
     "warbler": np.array([(0.102, -0.024), (0.135, -0.008), (0.168, 0.01), (0.135, 0.018), (0.102, 0.022)]),
     "finch": np.array([(0.088, -0.058), (0.125, -0.038), (0.156, 0.012), (0.122, 0.042), (0.088, 0.056)]),
     "creeper": np.array([
@@ -185,7 +185,7 @@ BEAKS: dict[str, Points] = {  # from the head's centre
     ]),
 }
 # fmt: on
-# What decides, from the head's centre: the head and room for any beak. The same for every species, so that its box says
+# What decides, from the head's center: the head and room for any beak. The same for every species, so that its box says
 # nothing about the class.
 PART = np.concatenate([HEAD_RADIUS * DISC, [(0.088, -0.058), (0.168, 0.008), (0.167, 0.07)]])
 
@@ -357,7 +357,7 @@ def _draw_ground(canvas: Canvas, rng: np.random.Generator, foot: Points, size: i
         _draw_blade(canvas, rng, np.array([rng.uniform(0, size), foot[1] + size * rng.uniform(-0.03, 0.2)]), size)
 
 
-def draw_foliage(
+def _draw_foliage(
     canvas: Canvas, rng: np.random.Generator, size: int, count: int, keep_clear: tuple[float, float, float, float]
 ) -> None:
     """Draw `count` leaves and berries, but none over the box `keep_clear` (left, top, right, bottom, pixels)."""

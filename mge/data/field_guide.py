@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import stat
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,13 +24,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from mge.data.drawing import Color, Plate, Species, draw_plate
 from mge.parts import write_parts
 from mge_runtime.errors import InputError, OutputError
 
-__all__ = ["SPLITS", "FieldGuide", "draw_image", "draw_sheet", "list_species", "write_field_guide"]
+__all__ = ["SPLITS", "FieldGuide", "draw_image", "list_species", "write_field_guide"]
 
 VERSION = 1  # of the drawing: an image of another version may differ
 SPLITS = ("train", "val", "test")
@@ -72,7 +70,11 @@ def list_species(count: int) -> tuple[Species, ...]:
 
 @dataclass(frozen=True)
 class FieldGuide:
-    """What determines every byte of a field guide."""
+    """What determines every byte of a field guide.
+
+    Raises:
+        InputError: a field lies outside its range.
+    """
 
     seed: int = 0  # >= 0
     species: int = 12  # 2..36
@@ -82,11 +84,6 @@ class FieldGuide:
     test: int = 600
 
     def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            InputError: a field lies outside its range.
-        """
         ranges = [
             ("seed", self.seed >= 0, "0 or more"),
             ("species", 2 <= self.species <= _MAX_SPECIES, f"2 to {_MAX_SPECIES}"),
@@ -98,11 +95,11 @@ class FieldGuide:
                 raise InputError(f"found {name} {getattr(self, name)}, expected {expected}; choose another number")
 
     def count(self, split: str) -> int:
-        """Return the number of images in a split."""
+        """Number of images in a split."""
         return int(getattr(self, split))
 
     def path(self, index: int) -> str:
-        """Return the path of image `index` below its split's folder; classes take turns."""
+        """Where image `index` lies below its split's folder; classes take turns."""
         return f"{list_species(self.species)[index % self.species].name}/{index:05d}.png"
 
 
@@ -115,29 +112,12 @@ def draw_image(guide: FieldGuide, split: str, index: int) -> Plate:
     return draw_plate(rng, list_species(guide.species)[index % guide.species], guide.size)
 
 
-def draw_sheet(guide: FieldGuide, *, columns: int = 6, rows: int = 4, side: int = 192) -> Image.Image:
-    """A contact sheet: the first images of the training split with their names, `side` pixels each."""
-    gap, label = 6, 14  # pixels
-    names = [one.name for one in list_species(guide.species)]
-    width, height = columns * (side + gap) + gap, rows * (side + label + gap) + gap
-    sheet = Image.new("RGB", (width, height), (250, 249, 245))
-    pen = ImageDraw.Draw(sheet)
-    for index in range(min(columns * rows, guide.train)):
-        plate = draw_image(guide, "train", index)
-        left = gap + index % columns * (side + gap)
-        top = gap + index // columns * (side + label + gap)
-        sheet.paste(Image.fromarray(plate.image).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-        text = names[index % guide.species]
-        pen.text((left + 2, top + side + 1), text, fill=(70, 66, 60), font_size=10)
-    return sheet
-
-
 def write_field_guide(
     folder: str | os.PathLike[str],
     guide: FieldGuide,
     *,
     workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> bool:
     """Draw the guide into `folder`, which appears whole or not at all; return False if that guide is there already.
 
@@ -145,7 +125,7 @@ def write_field_guide(
         folder: a new folder in one that exists or can be made.
         guide: what to draw.
         workers: processes that draw; more than one start with `spawn`, so the calling script needs a `__main__` guard.
-        progress: called with (images drawn, images in all) as the work goes on.
+        progress: called with the number of images drawn so far.
 
     Raises:
         OutputError: the folder holds something else, or cannot be written.
@@ -155,24 +135,19 @@ def write_field_guide(
         return False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".part", dir=target.parent) as place:
+            draft = Path(place) / "guide"
+            _fill(draft, guide, workers, progress)
+            draft.rename(target)
     except OSError as error:
         raise OutputError(
-            f"cannot write {target}: {error.strerror}; expected a writable place, name another"
+            f"cannot write {target}: {error.strerror or error}; expected a writable place, name another"
         ) from error
-    try:
-        _fill(draft, guide, max(1, workers), progress)
-        draft.chmod(stat.S_IMODE((draft / SPLITS[0]).stat().st_mode))  # mkdtemp makes private folders
-        draft.rename(target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror or error}; nothing of it was kept") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return True
 
 
 def _is_there(target: Path, guide: FieldGuide) -> bool:
-    """Say whether `target` holds this very guide, False if it does not exist."""
+    """Whether `target` holds this very guide; False if it does not exist."""
     try:
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return False
@@ -196,7 +171,7 @@ def _describe(guide: FieldGuide) -> dict[str, object]:
     return {"version": VERSION, **asdict(guide), "classes": [one.name for one in list_species(guide.species)]}
 
 
-def _fill(draft: Path, guide: FieldGuide, workers: int, progress: Callable[[int, int], None] | None) -> None:
+def _fill(draft: Path, guide: FieldGuide, workers: int, progress: Callable[[int], None]) -> None:
     for split in SPLITS:
         for index in range(min(guide.species, guide.count(split))):
             (draft / split / guide.path(index)).parent.mkdir(parents=True)
@@ -212,8 +187,7 @@ def _fill(draft: Path, guide: FieldGuide, workers: int, progress: Callable[[int,
             drawn = pool.map(draw, tasks, chunksize=_CHUNK)
         for done, ((split, index), part) in enumerate(zip(tasks, drawn, strict=True), 1):
             boxes[split][guide.path(index)] = part
-            if progress is not None:
-                progress(done, len(tasks))
+            progress(done)
     for split in SPLITS:
         write_parts(draft / split, boxes[split])
     (draft / _DESCRIPTION).write_text(json.dumps(_describe(guide), indent=2) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mge.config import MGEConfig
-from mge_runtime.decode import MAX_PIXELS, decode_picture
+from mge_runtime.decode import MAX_PIXELS, open_image
 from mge_runtime.errors import InputError
 from mge_runtime.machine import cpu_count
 from mge_runtime.preprocess import crop_resized, resized_size, to_frame
@@ -35,10 +35,7 @@ def normalize(frame: np.ndarray, config: MGEConfig) -> Tensor:
 
 
 class _Images(Dataset[Any]):
-    """Labelled images; `read` makes a sample of one, and one that cannot be read becomes its error as a value.
-
-    Raised in a worker, the error would come back wrapped in that worker's traceback.
-    """
+    """Labelled images; one that cannot be read is its error as a value: raised, it would carry a worker's traceback."""
 
     def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig, *, max_pixels: int = MAX_PIXELS) -> None:
         self.samples = list(samples)
@@ -55,20 +52,17 @@ class _Images(Dataset[Any]):
             return error.with_traceback(None)
 
     def read(self, key: Any) -> Any:
-        """The sample of a sampler's key."""
+        """The sample of a sampler's key; raises InputError."""
         raise NotImplementedError
 
 
 class FolderDataset(_Images):
-    """Images for evaluation: what the runtime would see, the class index, and where the frame lies in the source.
-
-    The last is a float64 tensor of a `Viewport`'s fields in their order, since a loader's batches are tensors.
-    """
+    """Images for evaluation: what the runtime would see, the class index, and the frame's `Viewport` as a tensor."""
 
     def read(self, key: int) -> tuple[Tensor, int, Tensor]:
         """Image `key`."""
         path, label = self.samples[key]
-        frame, viewport = to_frame(decode_picture(path, self._max_pixels), self.config.preprocess)
+        frame, viewport = to_frame(open_image(path, self._max_pixels), self.config.preprocess)
         return normalize(frame, self.config), label, torch.tensor(astuple(viewport), dtype=torch.float64)
 
 
@@ -93,14 +87,14 @@ class TrainingDataset(_Images):
         """Image `index` as in `epoch`, whichever worker reads it and in whatever order."""
         path, label = self.samples[key[1]]
         random = np.random.default_rng((self._seed, *key))
-        frame = random_crop(decode_picture(path, self._max_pixels), self.config, random)
+        frame = random_crop(open_image(path, self._max_pixels), self.config, random)
         if self._flip and random.random() < 0.5:
             frame = frame[:, ::-1]
         return normalize(frame, self.config), label
 
 
 def random_crop(image: Image, config: MGEConfig, random: np.random.Generator) -> np.ndarray:
-    """Resize the shorter side as the runtime does, then cut a random square: an RGB image to uint8 [S, S, 3]."""
+    """Resize the shorter side as the runtime does, then cut a random square: uint8 [S, S, 3]."""
     width, height = resized_size(image.width, image.height, config.resize)
     top, left = (int(random.integers(side - config.frame_size + 1)) for side in (height, width))
     return crop_resized(image, (width, height), (left, top), config.frame_size)
@@ -110,15 +104,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Shuffled (epoch, index) pairs of one epoch; the pair tells the data set which augmentation to draw.
 
     One sampler serves all epochs, so that the loader and its workers live on: `start` goes to another one. (It is not
-    called `set_epoch` because Fabric calls that, with the number of its own iterations.)
-
-    Args:
-        length: images in the data set.
-        seed: of the order.
-        epoch: from 0.
-        skip: pairs to leave out at the start, when an interrupted epoch goes on.
-        rank: of this process, in [0, world).
-        world: number of processes; each gets an equal share, up to world - 1 images are left out.
+    called `set_epoch` because Fabric calls that, with the number of its own iterations.) Each of `world` processes gets
+    an equal share; up to world - 1 images are left out.
     """
 
     def __init__(self, length: int, *, seed: int, epoch: int = 0, skip: int = 0, rank: int = 0, world: int = 1) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Callable
-from itertools import combinations, groupby
+from itertools import groupby
 from pathlib import Path
 
 from mge_runtime.errors import InputError
@@ -36,11 +36,12 @@ def training_splits(
             one.
     """
     classes, samples = list_labelled(data / "train", say=say)
-    for first, second in combinations(classes, 2) if len({*map(_composed, classes)}) < len(classes) else ():
-        if _composed(first) == _composed(second):
+    names: dict[str, str] = {}
+    for name in classes:
+        if (other := names.setdefault(unicodedata.normalize("NFC", name), name)) != name:
             raise InputError(
-                f"{data / 'train'} holds two class folders named {first}, once composed and once decomposed in "
-                f"Unicode ({first!a}, {second!a}); expected one for each class: merge them"
+                f"{data / 'train'} holds two class folders named {name}, once composed and once decomposed in "
+                f"Unicode ({other!a}, {name!a}); expected one for each class: merge them"
             )
     if (held_out := validation_folder(data)) is not None:
         return classes, samples, list_labelled(held_out, classes, say)[1]
@@ -59,12 +60,5 @@ def training_splits(
             f"{data / 'train'} has one image for each class and there is no {data / 'val'}; expected at least two "
             "images of some class, or a val folder"
         )
-    return (
-        classes,
-        [sample for sample in samples if sample[0] not in held],
-        [sample for sample in samples if sample[0] in held],
-    )
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
+    train, val = ([sample for sample in samples if (sample[0] in held) is side] for side in (False, True))
+    return classes, train, val

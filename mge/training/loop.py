@@ -18,10 +18,11 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from mge.checkpoint import read_checkpoint, save_checkpoint
+from mge.checkpoint import read_training, save_checkpoint
 from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader
-from mge.evaluation import Predictions, collect, gate_report, summarize, view_areas
+from mge.evaluation import Predictions, collect, gate_report, summarize
 from mge.model import Average, Expert, Gate, MGENet, mix
+from mge.parts import view_areas
 from mge.training.combine import fit_average
 from mge.training.recipe import TrainOptions, loss_terms, make_optimizer, make_schedule, to_training_layout
 from mge.training.record import Meter, write_csv, write_curves
@@ -33,13 +34,12 @@ from mge_runtime.interrupt import Interrupt
 __all__ = ["Progress", "Trainer", "within_noise"]
 
 EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
-FREE = frozenset({"workers", "epochs", "compile"})  # options that a resumed run may change
 READ_EVERY = 10  # steps: losses stay on the device until then, so that no step waits for it
 
 
 @dataclass
 class Progress:
-    """Where a run stands. Everything random hangs on (seed, epoch, index) or `seed_step`, so this is all."""
+    """Where a run stands. Everything random depends on (seed, epoch, index) or on `seed_step`, so this is all."""
 
     epoch: int = 0  # the epoch that comes next, or that goes on
     step: int = 0  # batches of it that are done
@@ -50,7 +50,7 @@ class Progress:
     rates: list[float] = field(default_factory=list)  # of backbones and heads in the last step
 
     def move(self, step: int) -> None:
-        """Go to another step of the epoch, where steps mean other images than before; the mean losses stay."""
+        """Go to another step of the epoch, where a step is another number of images than before; mean losses stay."""
         share = step / self.step if self.step else 0.0
         self.step, self.sums = step, {name: value * share for name, value in self.sums.items()}
 
@@ -102,11 +102,12 @@ class Trainer:
         steps have followed it, of which nothing is saved.
 
         Args:
-            resume: a `last.pt` whose weights `model` already has; the run goes on exactly where it stood.
+            resume: a `last.pt` of a run with these options, whose weights `model` already has; the run goes on exactly
+                where it stood.
 
         Raises:
-            TrainingError: a loss became infinite or NaN (`last.pt` keeps the state before the epoch), or `resume` does
-                not fit.
+            TrainingError: a loss became infinite or NaN (`last.pt` keeps the state before the epoch), or `resume` holds
+                no training state.
         """
         to_training_layout(self.model, self.fabric.device)
         if self.options.compile:
@@ -347,24 +348,12 @@ class Trainer:
     def _load(self, path: Path, parts: Mapping[str, Any]) -> Progress:
         """Take up a run where `_save` left it; `parts` are on their final device, where their tensors are copied to.
 
-        With other images (some were removed) or another number of processes it goes on, no longer exactly; this is
-        said.
-
-        Raises:
-            TrainingError: the file holds no training state, or was trained with other options.
+        With more epochs, other images (some were removed) or another number of processes it goes on, and says so.
         """
-        training = read_checkpoint(path).training
-        if training is None:
-            raise TrainingError(f"{path} holds a model but no training state; expected last.pt of an unfinished run")
+        training = read_training(path)
         say = echo if self.fabric.is_global_zero else lambda _: None
-        ours, before = asdict(self.options), training["options"]
-        if changed := [name for name in ours.keys() - FREE if ours[name] != before.get(name)]:
-            differences = ", ".join(f"{name} = {before.get(name)} (now {ours[name]})" for name in sorted(changed))
-            raise TrainingError(f"{path} was trained with {differences}; expected the same options to resume exactly")
-        if ours["epochs"] < (epochs := before["epochs"]):
-            raise TrainingError(f"{path} was trained with epochs = {epochs} (now {ours['epochs']}); expected no fewer")
-        if ours["epochs"] > epochs:
-            say(f"{ours['epochs']} epochs instead of {epochs}: learning rates go on as in a run of that length")
+        if (epochs := self.options.epochs) > (before := training["options"]["epochs"]):
+            say(f"{epochs} epochs instead of {before}: learning rates go on as in a run of that length")
         if (images := self.train.fingerprint()) != training["images"]:
             say(f"{path} was trained on {training['images']}, this run has {images}: it goes on with these")
         for name, part in parts.items():

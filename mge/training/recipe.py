@@ -118,13 +118,9 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> SGD:
 
 
 def make_schedule(optimizer: Optimizer, options: TrainOptions, steps_per_epoch: int, done: int = 0) -> LRScheduler:
-    """A schedule that is stepped after every batch.
+    """A schedule that is stepped after every batch, `steps_per_epoch` times an epoch, and begins after `done` steps.
 
-    Args:
-        optimizer: with the state of its last step, where some are done.
-        options: of the run.
-        steps_per_epoch: batches.
-        done: steps before this one; the rates depend on nothing else, so the schedule itself need not be saved.
+    The rates depend on nothing else, so a schedule need not be saved.
     """
     total, last = options.epochs * steps_per_epoch, done - 1
     if options.schedule == "onecycle":

@@ -1,4 +1,4 @@
-"""Choose box thresholds by how much of the image the crops keep on validation images."""
+"""Box thresholds chosen by how much of the image the crops keep on validation images."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def median_area(heatmaps: Tensor, size: int, threshold: float) -> float:
 
 
 def propose_threshold(heatmaps: Tensor, size: int, target: float) -> tuple[float, float]:
-    """The lowest candidate whose median crop keeps at most `target` of the image, or the highest candidate.
+    """The lowest candidate whose median crop keeps at most `target` of the image, in (0, 1], or the highest candidate.
 
     Args:
         heatmaps: [N, h, w], attention on validation images.
         size: pixels, the side of the images.
-        target: share of the image in (0, 1].
+        target: share of the image.
 
     Returns:
         The threshold and the median share that it keeps.

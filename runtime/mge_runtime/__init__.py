@@ -1,4 +1,4 @@
-"""Run a trained mixture of granularity-specific experts without PyTorch.
+"""Inference with a trained mixture of granularity-specific experts, without PyTorch.
 
     from mge_runtime import Pipeline
 
@@ -38,17 +38,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "BackendError": "errors",
-    "Bundle": "bundle",
-    "BundleError": "errors",
-    "InputError": "errors",
-    "MGEError": "errors",
-    "Manifest": "manifest",
-    "OutputError": "errors",
-    "Pipeline": "pipeline",
-    "PipelinePool": "pool",
-    "Prediction": "prediction",
-    "write_bundle": "bundle",
+    "bundle": ("Bundle", "write_bundle"),
+    "errors": ("BackendError", "BundleError", "InputError", "MGEError", "OutputError"),
+    "manifest": ("Manifest",),
+    "pipeline": ("Pipeline",),
+    "pool": ("PipelinePool",),
+    "prediction": ("Prediction",),
 }
 
 
@@ -57,9 +52,10 @@ def __getattr__(name: str) -> object:
         from importlib.metadata import version
 
         return version("mge")
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

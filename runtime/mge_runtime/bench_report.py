@@ -1,31 +1,95 @@
-"""The report of `mge-bench`: text for a terminal, Markdown for an issue, JSON with every number."""
+"""The reports of `mge-bench`, of a measurement and of a self-check: text, Markdown for an issue, JSON."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from mge_runtime.files import format_bytes
-from mge_runtime.machine import Machine, cpu_count, describe_machine
+from mge_runtime.machine import cpu_count
 
 if TYPE_CHECKING:
-    from mge_runtime.bundle import Bundle
+    from mge_runtime.bench_subject import Subject
     from mge_runtime.fields import JsonValue
-    from mge_runtime.pipeline import Pipeline
 
-__all__ = ["BatchTimes", "BenchReport"]
+__all__ = ["BatchTimes", "BenchReport", "CheckReport", "Report", "Result"]
 
 _PERCENTILES = {"p50_ms": (50, 1), "p90_ms": (90, 10), "p99_ms": (99, 100)}  # and the fewest runs that have one
+
+
+class Report(ABC):
+    """What was run, where and with which images; subclasses say what was found. It names no folder of the machine.
+
+    Args:
+        subject: what is run.
+        images: what it is run with, for people.
+    """
+
+    def __init__(self, subject: Subject, images: str) -> None:
+        manifest, on_cpu = subject.manifest, subject.device == "cpu"
+        model = f"{manifest.model.get('arch', 'unknown')}, {len(manifest.views)} experts"
+        self.bundle: dict[str, Any] = {
+            "name": subject.path.name,
+            "manifest_sha256": subject.manifest_sha256,
+            "model": f"{model}, {manifest.preprocess.size} px, {len(manifest.class_names)} classes",
+            "precision": subject.precision,
+            "bytes": subject.path.stat().st_size,
+            "calibrated": subject.calibrated,
+            "engines": subject.targets,
+        }
+        self.mge = version("mge")
+        self.date = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+        self.backend, self.device = subject.backend, subject.device
+        self.threads = (subject.options["threads"] or cpu_count()) if on_cpu else None  # None on a device
+        self.images = images
+        self.cpu, self.machine = _cpu_model(), subject.machine
+        self.interrupted: str | None = None  # what ran when it was stopped; None: it came to its end
+
+    @property
+    @abstractmethod
+    def failed(self) -> bool:
+        """Whether the command fails."""
+
+    @abstractmethod
+    def lines(self) -> Iterable[str]:
+        """What was found, for the text form."""
+
+    def to_json(self) -> str:
+        """All of it, for scripts."""
+        return json.dumps(vars(self), default=_plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_text(self) -> str:
+        """For a terminal."""
+        return "\n".join([*self._facts(), *self.lines(), ""])
+
+    def to_markdown(self) -> str:
+        """For an issue."""
+        return f"### mge-bench: {self.bundle['model']}\n\n```text\n{self.to_text()}```\n"
+
+    def _facts(self) -> Iterator[str]:
+        bundle = self.bundle
+        threads = "" if self.threads is None else f", {self.threads} threads"
+        exits = "; the bundle is calibrated, exits are not taken" if bundle["calibrated"] else ""
+        if self.interrupted is not None:
+            yield f"PARTIAL  it was interrupted during {self.interrupted}; what was found before is here"
+        yield f"date     {self.date}, mge {self.mge}"
+        yield f"bundle   {bundle['name']}, manifest {bundle['manifest_sha256']}, {bundle['precision']}"
+        yield f"model    {bundle['model']}"
+        yield f"engines  {', '.join(bundle['engines']) or 'none in the bundle'}"
+        yield f"ran      {self.backend} on {self.device}{threads}; the whole chain (exit never){exits}"
+        yield f"images   {self.images}"
+        yield f"machine  {self.cpu}, {cpu_count()} processors for this process; {self.machine.summary}"
 
 
 @dataclass
@@ -33,116 +97,44 @@ class BatchTimes:
     """What was timed with one batch size."""
 
     batch: int
-    warm_up: int = 0  # runs before, which do not count
     # Milliseconds for a batch, by name, of each run; "chain/expert_1" is a part of "chain".
     runs_ms: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def to_dict(self) -> dict[str, Any]:
         """By name: percentiles (None where there are too few runs for one), images a second at the median, all runs."""
+        rows: list[dict[str, Any]] = []
         for name in self.runs_ms[0]:
             times = [run[name] for run in self.runs_ms]
             row: dict[str, Any] = {"name": name}
             for key, (percent, fewest) in _PERCENTILES.items():
                 row[key] = float(np.percentile(times, percent)) if len(times) >= fewest else None
             rate = self.batch / row["p50_ms"] * 1e3 if row["p50_ms"] else None
-            yield {**row, "images_per_s": rate, "runs_ms": times}
+            rows.append({**row, "images_per_s": rate, "runs_ms": times})
+        return {"batch": self.batch, "runs": len(self.runs_ms), "rows": rows}
 
 
-@dataclass
-class BenchReport:
-    """One run of `mge-bench`; measurements are added as they end."""
+class BenchReport(Report):
+    """What a bundle takes; measurements are added as they end. docs/guide/measuring.md says what each name means."""
 
-    mge: str  # version
-    date: str  # UTC
-    bundle: dict[str, Any]  # which model was measured
-    backend: str
-    device: str
-    threads: int | None  # on the CPU; None on a device
-    images: str  # what was measured with
-    cpu: str
-    machine: Machine
-    batches: list[BatchTimes] = field(default_factory=list[BatchTimes])
-    start_up_s: list[float] = field(default_factory=list[float])  # of fresh processes, to their first prediction
-    peak_bytes: list[int] = field(default_factory=list[int])  # most that was resident in each; empty: unknown
-    # What the executor says of memory and graphs; empty on a CPU.
-    memory: Mapping[str, JsonValue] = field(default_factory=dict[str, "JsonValue"])
-    not_run: dict[str, str] = field(default_factory=dict[str, str])  # why, by name
-    interrupted: str | None = None  # what was being measured when it was stopped; None: it came to its end
-
-    @classmethod
-    def of(cls, bundle: Bundle, pipeline: Pipeline, threads: int | None, images: str) -> BenchReport:
-        """A report without measurements.
-
-        Args:
-            bundle: what is measured.
-            pipeline: opened on it.
-            threads: as the pipeline was opened with.
-            images: what is measured with, for people.
-        """
-        manifest, choice = bundle.manifest, pipeline.choice
-        kinds = sorted({str(plan.get("type", "unknown")) for plan in manifest.precision.values()})
-        model = f"{manifest.model.get('arch', 'unknown')}, {len(manifest.views)} experts"
-        facts = {
-            "name": bundle.path.name,
-            "manifest_sha256": bundle.manifest_sha256,
-            "model": f"{model}, {manifest.preprocess.size} px, {len(manifest.class_names)} classes",
-            "precision": " and ".join(kinds),
-            "bytes": bundle.path.stat().st_size,
-            "calibrated": bundle.calibration() is not None,
-        }
-        return cls(
-            mge=importlib.metadata.version("mge"),
-            date=f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-            bundle=facts,
-            backend=choice.backend,
-            device=choice.device,
-            threads=(threads or cpu_count()) if choice.device == "cpu" else None,
-            images=images,
-            cpu=_cpu_model(),
-            machine=describe_machine(always=True),
-        )
+    def __init__(self, subject: Subject, images: str) -> None:
+        super().__init__(subject, images)
+        self.batches: list[BatchTimes] = []
+        self.start_up_s: list[float] = []  # of fresh processes, to their first prediction
+        self.peak_bytes: list[int] = []  # most that was resident in each; empty: unknown
+        self.memory: Mapping[str, JsonValue] = {}  # the executor's memory and graphs; empty on a CPU
+        self.not_run: dict[str, str] = {}  # why, by name
 
     @property
     def failed(self) -> bool:
         """Whether nothing was measured."""
         return not self.batches
 
-    def to_json(self) -> str:
-        """All of it, for scripts; docs/performance.md says what each name means."""
-        batches = [
-            {"batch": times.batch, "warm_up": times.warm_up, "runs": len(times.runs_ms), "rows": list(times.rows())}
-            for times in self.batches
-        ]
-        values = {**vars(self), "batches": batches, "machine": asdict(self.machine)}
-        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-    def to_text(self) -> str:
-        """For a terminal."""
-        return "\n".join([*self._facts(), *self._tables(), ""])
-
-    def to_markdown(self) -> str:
-        """For an issue."""
-        title = f"### mge-bench: {self.bundle['model']}, {self.backend} on {self.device}"
-        return f"{title}\n\n```text\n{self.to_text()}```\n"
-
-    def _facts(self) -> Iterator[str]:
-        bundle = self.bundle
-        threads = "" if self.threads is None else f", {self.threads} threads"
-        exits = "; the bundle is calibrated, exits are not taken" if bundle["calibrated"] else ""
-        if self.interrupted is not None:
-            yield f"PARTIAL  it was interrupted during {self.interrupted}; what was measured before is here"
-        yield f"date     {self.date}, mge {self.mge}"
-        yield f"bundle   {bundle['name']}, manifest {bundle['manifest_sha256']}, {bundle['precision']}"
-        yield f"model    {bundle['model']}"
-        yield f"ran      {self.backend} on {self.device}{threads}; the whole chain (exit never){exits}"
-        yield f"images   {self.images}"
-        yield f"machine  {self.cpu}, {cpu_count()} processors for this process; {self.machine.summary}"
-
-    def _tables(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
+        """A table for each batch size; start-up, memory, what was not measured."""
         for times in self.batches:
             title = f"batch {times.batch}, {len(times.runs_ms)} runs"
             yield f"\n{title:<26}  p50 ms   p90 ms   p99 ms images/s"
-            for row in times.rows():
+            for row in times.to_dict()["rows"]:
                 parent, _, name = row["name"].rpartition("/")
                 numbers = [row[key] for key in (*_PERCENTILES, "images_per_s")]
                 cells = [f"{'-':>9}" if number is None else f"{number:9.2f}" for number in numbers]
@@ -156,6 +148,51 @@ class BenchReport:
         yield ""
         yield from (f"{name:<33}  {format_bytes(value)}" for name, value in memory.items() if isinstance(value, int))
         yield from (f"not run: {name}: {reason}" for name, reason in self.not_run.items())
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check found."""
+
+    outcome: Literal["passed", "failed", "not run"]  # "not run" is neither passed nor failed
+    found: str  # what failed, why it did not run, or what passed
+    numbers: Mapping[str, JsonValue] = field(default_factory=dict[str, "JsonValue"])  # what was measured
+
+    @classmethod
+    def of(cls, failures: list[str], found: str, numbers: Mapping[str, JsonValue]) -> Result:
+        """Passed if nothing failed."""
+        return cls("failed" if failures else "passed", "; ".join(failures) or found, numbers)
+
+
+class CheckReport(Report):
+    """What a self-check found; results take their place as checks end."""
+
+    def __init__(self, subject: Subject, images: str, checks: Iterable[str]) -> None:
+        super().__init__(subject, images)
+        self.checks = dict.fromkeys(checks, Result("not run", "interrupted"))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a check failed."""
+        return any(check.outcome == "failed" for check in self.checks.values())
+
+    @property
+    def verdict(self) -> str:
+        """For example "6 passed, 0 failed, 2 not run"."""
+        outcomes = [check.outcome for check in self.checks.values()]
+        return ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("passed", "failed", "not run"))
+
+    def lines(self) -> Iterator[str]:
+        """Every check in a few lines, the verdict."""
+        for name, check in self.checks.items():
+            mark = "FAILED" if check.outcome == "failed" else check.outcome
+            yield f"\n{mark:<7}  {name}\n         {check.found}"
+        yield f"\n{self.verdict}"
+
+
+def _plain(value: object) -> dict[str, Any]:
+    """What JSON has no form of."""
+    return value.to_dict() if isinstance(value, BatchTimes) else asdict(cast("Any", value))
 
 
 def _cpu_model() -> str:

@@ -1,4 +1,4 @@
-"""What `mge-calibrate` learned, read and checked: temperatures of the logits, and where the chain may stop early."""
+"""The calibration that `mge-calibrate` learned: temperatures of the logits, and where the chain may stop early."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from mge_runtime.manifest import Manifest
 
-__all__ = ["Calibrated", "ExitPoint", "Promise", "RunsOn", "confidence"]
+__all__ = ["Calibrated", "ExitPoint", "Guarantee", "RunsOn", "confidence"]
 
 _TEMPERATURES = (1e-3, 1e3)  # mge-calibrate fits from 0.05 to 20; beyond, softmax is one class or says nothing
 
@@ -27,7 +27,7 @@ class ExitPoint:
     """One place where the chain stops for the images whose logits are confident enough."""
 
     graphs: int  # how many have run there, from 1
-    answer: str  # the tensor of logits [B, C] there
+    logits: str  # the tensor of logits [B, C] there
     temperature: float  # of these logits, in [0.001, 1000]
     threshold: float  # in [0, 1]: an image stops where its calibrated confidence is at least this
 
@@ -37,8 +37,8 @@ class ExitPoint:
 
 
 @dataclass(frozen=True)
-class Promise:
-    """With probability 1 - delta at most a share epsilon of answers differs from the full chain's."""
+class Guarantee:
+    """With probability 1 - delta at most a share epsilon of predicted classes differs from the full chain's."""
 
     epsilon: float  # in (0, 1)
     delta: float  # in (0, 1)
@@ -64,17 +64,13 @@ class Calibrated:
     # Calibrated confidence by logits tensor at or above which the chain stops there, in [0, 1]; logits that are
     # missing stop nothing. None: the calibration learned no exits.
     exits: Mapping[str, float] | None = None
-    promise: Promise | None = None  # that the exits keep
+    guarantee: Guarantee | None = None  # what the exits guarantee
     images: Mapping[str, int] = field(default_factory=dict[str, int])  # used for "temperatures" and "exits", if told
-    runs_on: RunsOn | None = None  # what predicted the images; the promise holds there alone. None: not told
+    runs_on: RunsOn | None = None  # what predicted the images; the guarantee holds there alone. None: not told
 
     @classmethod
     def from_values(cls, values: Mapping[str, JsonValue], manifest: Manifest) -> Calibrated:
-        """Read the values of a calibration.
-
-        Args:
-            values: as in `mge_runtime.bundle.Calibration`.
-            manifest: of the bundle that they belong to.
+        """Read the values of a `mge_runtime.bundle.Calibration` that belongs to a manifest.
 
         Raises:
             BundleError: a temperature or a threshold is missing, out of range or of another type, or names no logits
@@ -90,7 +86,7 @@ class Calibrated:
         return cls(
             {name: f.number(*_TEMPERATURES) for name, f in temperatures.items()},
             None if exits is None else _thresholds(exits["thresholds"], logits[:-1]),
-            None if exits is None else Promise(_share(exits["epsilon"]), _share(exits["delta"])),
+            None if exits is None else Guarantee(_share(exits["epsilon"]), _share(exits["delta"])),
             images={part: table["images"].integer() for part, table in data.items() if "images" in table},
             runs_on=root["runs_on"].optional(_runs_on),
         )
@@ -100,19 +96,14 @@ class Calibrated:
         """Whether the chain may stop early anywhere."""
         return bool(self.exits)
 
-    def remark(self, backend: str, device: str) -> str | None:
-        """Why the exits' promise is not made for what runs here, in one line; None: it is, or is not told.
-
-        Args:
-            backend: that runs, such as "onnxruntime".
-            device: such as "cpu" or "cuda:0".
-        """
+    def note(self, backend: str, device: str) -> str | None:
+        """Why the exits guarantee nothing for a backend and a device, in one line; None: they do, or it is not told."""
         learned = self.runs_on
         if learned is None or (learned.backend, learned.device.split(":")[0]) == (backend, device.split(":")[0]):
             return None
         return (
-            f"the exits were learned with {learned}; it is no promise for {RunsOn(backend, device)}, which rounds "
-            "otherwise; calibrate here for one that is (mge-calibrate)"
+            f"the exits were learned with {learned}; they guarantee nothing for {RunsOn(backend, device)}, which "
+            "rounds otherwise; calibrate here for exits that do (mge-calibrate)"
         )
 
     def exit_points(self, manifest: Manifest) -> tuple[ExitPoint, ...]:
@@ -128,8 +119,8 @@ class Calibrated:
             )
         if not self.exits:
             raise BackendError(
-                "asked for calibrated exits, but this bundle's calibration found none that keep its promise; calibrate "
-                "with more images or a larger epsilon (mge-calibrate), or run the whole chain with exit never"
+                "asked for calibrated exits, but this bundle's calibration found none that keep their guarantee; "
+                "calibrate with more images or a larger epsilon (mge-calibrate), or run the whole chain with exit never"
             )
         return tuple(
             ExitPoint(number, graph.logits, self.temperatures[graph.logits], self.exits[graph.logits])
@@ -159,17 +150,11 @@ def confidence(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
 
 
 def _thresholds(f: Field, logits: Sequence[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, value in f.table().items():
-        if name not in logits:
-            value.fail(f"thresholds of {', '.join(logits) or 'nothing, since the chain has one graph'} alone")
-        threshold = value.optional(Field.number)
-        if threshold is None:
-            continue
-        if not 0 <= threshold <= 1:
-            value.fail("a confidence from 0 to 1, or null")
-        found[name] = threshold
-    return found
+    table = f.table()
+    if unknown := [name for name in table if name not in logits]:
+        table[unknown[0]].fail(f"thresholds of {', '.join(logits) or 'nothing, since the chain has one graph'} alone")
+    found = {name: value.optional(lambda f: f.number(0, 1)) for name, value in table.items()}
+    return {name: threshold for name, threshold in found.items() if threshold is not None}
 
 
 def _share(f: Field) -> float:

@@ -1,11 +1,11 @@
-"""Run the chain of a bundle: which graphs, where it stops, which tensors are returned. Knows no device."""
+"""The chain of a bundle: which graphs run, where they stop, which tensors are returned. It knows no device."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, SupportsIndex, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
 
@@ -15,12 +15,12 @@ from mge_runtime.manifest import GraphSpec, Manifest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mge_runtime.backends.base import Array, Backend, ExecutorResult
+    from mge_runtime.backends.base import Array, Executor, ExecutorResult
     from mge_runtime.bundle import Bundle
     from mge_runtime.calibrated import Calibrated, ExitPoint
     from mge_runtime.fields import JsonValue
 
-__all__ = ["Chain", "ChainResult", "Exit", "ImageResult", "Stops", "first_graphs", "resolve_exit"]
+__all__ = ["Chain", "ChainResult", "Exit", "ExitPolicy", "ImageResult", "first_graphs", "resolve_exit"]
 
 # "never": the whole chain; "calibrated": stop each image as soon as its logits are as confident as the calibration asks
 # for; N: stop after graph N, from 1, as a rule expert N.
@@ -28,7 +28,7 @@ Exit: TypeAlias = "Literal['never', 'calibrated'] | int"
 
 
 @dataclass(frozen=True)
-class Stops:
+class ExitPolicy:
     """Where a run of the chain stops."""
 
     graphs: int | None = None  # for every image, after this many; None: at the end
@@ -39,9 +39,9 @@ class Stops:
 class ImageResult:
     """Outputs of one run of the chain for one image."""
 
-    tensors: Mapping[str, Array]  # by name, without the batch; those of graphs that ran for it
-    answer: str  # the tensor [C] that answers
-    step_ms: Mapping[str, float]  # its share of the steps that it took part in, in their order
+    tensors: dict[str, NDArray[Any]]  # by name, without the batch; those of graphs that ran for it
+    logits: str  # the tensor [C] of the last graph that ran, the chain's
+    step_ms: dict[str, float]  # its share of the steps that it took part in, in their order
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ChainResult:
     # By name, on the host. The first axis is the batch, or what of it ran so far where images stopped early: a tensor
     # has one row for each image that ran the graph it is an output of, in the order of the frames.
     tensors: Mapping[str, Array]
-    answer: str  # the tensor [B, C] that answers what did not stop early
+    logits: str  # the logits [B, C] of images that did not stop early
     step_ms: Mapping[str, float]  # milliseconds for all images, by step: the graphs, or what a device can tell
     graphs_run: NDArray[np.intp]  # [B]: how many graphs each image ran
     _manifest: Manifest
@@ -59,40 +59,45 @@ class ChainResult:
 
     def images(self) -> list[ImageResult]:
         """The same for each image, in the order of the frames."""
-        tensors: list[dict[str, Array]] = [{} for _ in self.graphs_run]
-        for number, graph in enumerate(self._manifest.graphs):
-            ran = np.flatnonzero(self.graphs_run > number).tolist()
+        graphs: Sequence[GraphSpec] = self._manifest.graphs
+        counts: list[int] = self.graphs_run.tolist()
+        images = [ImageResult({}, graphs[count - 1].logits, {}) for count in counts]
+
+        def ran(number: int) -> list[ImageResult]:
+            return [image for image, count in zip(images, counts, strict=True) if count > number]
+
+        for number, graph in enumerate(graphs):
             for name in {tensor.name for tensor in graph.outputs} & self.tensors.keys():
-                for row, image in enumerate(ran):
-                    tensors[image][name] = self.tensors[name][row]
-        step_ms: list[dict[str, float]] = [{} for _ in self.graphs_run]
+                for image, row in zip(ran(number), self.tensors[name], strict=True):
+                    image.tensors[name] = row
         for step, ms in self.step_ms.items():
-            ran = np.flatnonzero(self.graphs_run > self._step_graphs.get(step, 0)).tolist()
-            for image in ran:
-                step_ms[image][step] = ms / len(ran)
-        answers = [self._manifest.graphs[int(count) - 1].logits for count in self.graphs_run]
-        return [ImageResult(*parts) for parts in zip(tensors, answers, step_ms, strict=True)]
+            for image in (took_part := ran(self._step_graphs.get(step, 0))):
+                image.step_ms[step] = ms / len(took_part)
+        return images
 
 
 class Chain:
     """The opened chain of one bundle. Used from as many threads at a time as it has streams.
 
-    Raises:
-        BundleError: an entry is damaged.
-        BackendError: the backend cannot run a graph.
+    Args:
+        bundle: open.
+        executor: that opened it; closed with the chain.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, executor: Executor) -> None:
         self._manifest = manifest = bundle.manifest
-        self._executor = backend.open_chain(bundle)
-        self._outputs = [(n, graph.name, spec) for n, graph in enumerate(manifest.graphs) for spec in graph.outputs]
+        self._executor = executor
+        # What each graph makes: its number, the tensor, and its type, which takes long to compare by name.
+        self._outputs = [
+            (n, spec, np.dtype(spec.dtype)) for n, graph in enumerate(manifest.graphs) for spec in graph.outputs
+        ]
         # Tensors that a prediction reports.
         reported = (manifest.gate, *(name for v in manifest.views for name in (v.logits, v.heatmap, v.box)))
         self._reported = {name for name in reported if name is not None}
         # What is mapped from the file changes with it.
-        self._file = bundle.watched() if bundle.maps_weights and backend.maps_weights else None
-        self.streams = backend.streams  # how many runs may be in flight at once
-        self.max_batch = self._executor.max_batch  # most frames in one run; None: no limit but memory
+        self._file = bundle.watched() if bundle.maps_weights and executor.maps_weights else None
+        self.streams = executor.streams  # how many runs may be in flight at once
+        self.max_batch = executor.max_batch  # most frames in one run; None: no limit but memory
 
     def run(
         self,
@@ -107,9 +112,9 @@ class Chain:
         Args:
             frames: uint8 RGB [B, S, S, 3].
             graphs: stop after this many; None: run all of them.
-            outputs: names of the tensors to return beside the answers; default: those of the views and the gate.
+            outputs: names of the tensors to return beside the logits; default: those of the views and the gate.
                 Those of graphs that did not run are left out.
-            exits: where images that are sure enough stop; the others go on.
+            exits: where images that are confident enough stop; the others go on.
 
         Raises:
             BundleError: the file whose weights are mapped was overwritten, or an output is not what the manifest says.
@@ -118,15 +123,10 @@ class Chain:
         """
         run = first_graphs(self._manifest, graphs)
         if outputs is not None:
-            known = {spec.name for _, _, spec in self._outputs}
+            known = {tensor.name for graph in self._manifest.graphs for tensor in graph.outputs}
             if unknown := sorted(set(outputs) - known):
                 raise BackendError(f"no graph has an output {unknown[0]!r}; the chain has {', '.join(sorted(known))}")
-        wanted = {run[-1].logits, *(point.answer for point in exits), *(self._reported if outputs is None else outputs)}
-        if self.max_batch is not None and len(frames) > self.max_batch:
-            raise BackendError(
-                f"asked to run {len(frames)} frames at once; the engines were built for at most {self.max_batch}: "
-                f"run fewer, or build for more with `mge-build --batch 1,1,{len(frames)}`"
-            )
+        wanted = {run[-1].logits, *(point.logits for point in exits), *(self._reported if outputs is None else outputs)}
         self._check_file()  # mapped pages that are gone would end the process
         try:
             result = self._executor.run(frames, len(run), wanted | self._reported, exits)
@@ -154,22 +154,23 @@ class Chain:
 
     def _check(self, result: ExecutorResult) -> None:
         """Refuse outputs that cannot be right: a class that follows from a NaN heat map looks like any other."""
+        images = [int(np.count_nonzero(result.graphs_run > number)) for number in range(len(self._manifest.graphs))]
         made = [
-            (*output, result.tensors[output[2].name]) for output in self._outputs if output[2].name in result.tensors
+            (*output, result.tensors[output[1].name]) for output in self._outputs if output[1].name in result.tensors
         ]
-        for number, graph, spec, tensor in made:
-            shape = (int(np.count_nonzero(result.graphs_run > number)), *spec.shape[1:])
-            if tensor.shape != shape or tensor.dtype != spec.dtype:
+        for number, spec, dtype, tensor in made:
+            shape = (images[number], *spec.shape[1:])
+            if tensor.shape != shape or tensor.dtype != dtype:
                 raise BundleError(
-                    f"the output {spec.name} of the graph {graph} is {tensor.dtype} {list(tensor.shape)}; the manifest "
-                    f"says {spec.dtype} {list(shape)}: export the bundle again"
+                    f"the output {spec.name} of the graph {self._manifest.graphs[number].name} is {tensor.dtype} "
+                    f"{list(tensor.shape)}; the manifest says {dtype} {list(shape)}: export the bundle again"
                 )
         # Looked at all together, which is quicker, and one by one where there is something to say.
         if not np.isfinite(np.concatenate([tensor.ravel() for *_, tensor in made])).all():
-            graph, name = next((graph, spec.name) for _, graph, spec, t in made if not np.isfinite(t).all())
+            number, spec = next((number, spec) for number, spec, _, t in made if not np.isfinite(t).all())
             raise BackendError(
-                f"the output {name} of the graph {graph} holds NaN or infinity; expected finite numbers: its weights "
-                "are damaged or overflow here, export it again in FP32"
+                f"the output {spec.name} of the graph {self._manifest.graphs[number].name} holds NaN or infinity; "
+                "expected finite numbers: its weights are damaged or overflow here, export it again in FP32"
             )
 
 
@@ -189,21 +190,16 @@ def first_graphs(manifest: Manifest, count: int | None) -> tuple[GraphSpec, ...]
     return manifest.graphs[:count]
 
 
-def resolve_exit(exit: object, calibrated: Calibrated, manifest: Manifest) -> Stops:
-    """What an `Exit` means for a chain.
-
-    Args:
-        exit: an `Exit`; any other value is refused.
-        calibrated: what is known of the bundle's exits.
-        manifest: of the chain.
+def resolve_exit(exit: object, calibrated: Calibrated, manifest: Manifest) -> ExitPolicy:
+    """What an exit that a caller named means for a chain.
 
     Raises:
-        BackendError: no `Exit`, a graph that the chain does not have, or calibrated exits where there are none.
+        BackendError: `exit` is no `Exit`, a graph that the chain lacks, or calibrated exits where there are none.
     """
     if isinstance(exit, str) and exit in ("never", "calibrated"):
-        return Stops(exits=calibrated.exit_points(manifest) if exit == "calibrated" else ())
+        return ExitPolicy(exits=calibrated.exit_points(manifest) if exit == "calibrated" else ())
     if isinstance(exit, SupportsIndex) and not isinstance(exit, bool):
-        return Stops(len(first_graphs(manifest, operator.index(exit))))
+        return ExitPolicy(len(first_graphs(manifest, operator.index(exit))))
     raise BackendError(
         f'asked to stop after graph {exit!r}; expected the number of a graph, from 1, "never" or "calibrated"'
     )

@@ -1,4 +1,4 @@
-"""Compare what two runs of a chain found in the same images: classes, logits, boxes, and how far they may be apart."""
+"""The comparison of two runs of a chain on the same images: classes, logits, boxes, and how far they may be apart."""
 
 from __future__ import annotations
 
@@ -129,14 +129,9 @@ def frame_boxes(boxes: Sequence[NDArray[Any]], size: int) -> NDArray[np.float32]
 
 
 def relative_difference(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
-    """The largest difference of each image, of the reference's largest magnitude there.
+    """The largest difference in each image of [N, ...], as a share of the reference's largest magnitude there: [N].
 
-    Args:
-        found: [N, ...].
-        reference: of the same shape.
-
-    Returns:
-        [N]; 0 where both are equal, infinite where the reference alone is all zeros.
+    It is 0 where both are equal, infinite where the reference alone is all zeros.
     """
     axes = tuple(range(1, reference.ndim))
     theirs = reference.astype(np.float64)  # in double, so that infinities stay
@@ -146,14 +141,9 @@ def relative_difference(found: NDArray[Any], reference: NDArray[Any]) -> NDArray
 
 
 def class_margins(logits: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:
-    """How far the reference's class leads the class found, of the reference's largest magnitude; 0 where they agree.
+    """How far the reference's class leads the class found: [N], 0 where they agree.
 
-    Args:
-        logits: found, [N, C].
-        reference: [N, C].
-
-    Returns:
-        [N].
+    It is measured in the reference's logits, both [N, C], as a share of their largest magnitude.
     """
     theirs = reference.astype(np.float64)
     lead = theirs.max(1) - np.take_along_axis(theirs, logits.argmax(1)[:, None], 1)[:, 0]

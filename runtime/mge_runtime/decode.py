@@ -31,7 +31,7 @@ from mge_runtime.sources import MAX_PIXELS, is_url
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "MAX_SIDE", "ImageSource", "decode_image", "decode_picture", "load_decoders"]
+__all__ = ["MAX_PIXELS", "MAX_SIDE", "ImageSource", "decode_image", "load_decoders", "open_image", "rgb_array"]
 
 MAX_SIDE = 65_535  # pixels; the longest side of a JPEG
 
@@ -41,11 +41,11 @@ ImageSource = Union["str | os.PathLike[str] | bytes | BinaryIO | Image", np.ndar
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")  # Pillow's names
 _PLUGINS = ("Jpeg", "Mpo", "Png", "Gif", "Bmp", "Ppm", "WebP", "Tiff", "Jpeg2K", "Avif")
 _EXPECTED = "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000 or AVIF image"
-# EXIF's orientations 1 to 8 (EXIF 2.32, 4.6.4 A): how Pillow turns such an image upright.
-_UPRIGHT = (
-    *("", "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"),
-    *("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
-)
+_ORIENTATION = 0x0112  # EXIF 2.32, 4.6.4 A; by its value, how Pillow turns such an image upright
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 
 _header_lock = threading.Lock()
 
@@ -53,21 +53,16 @@ _header_lock = threading.Lock()
 def decode_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image to upright 8-bit pixels, uint8 RGB [H, W, 3], C-contiguous.
 
-    Args:
-        source: as for `decode_picture`; a uint8 RGB array is returned as it is where its memory is contiguous.
-        max_pixels: as for `decode_picture`.
-
-    Raises:
-        InputError: as for `decode_picture`.
+    Args and errors are those of `open_image`; a uint8 RGB array is returned as it is where it is contiguous.
     """
     if isinstance(source, np.ndarray):
-        return _checked_array(source)
-    image = decode_picture(source, max_pixels)
+        return np.ascontiguousarray(rgb_array(source))
+    image = open_image(source, max_pixels)
     with _refusing("the image"):
         return np.array(image)  # a copy: what Pillow lends is read-only
 
 
-def decode_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
+def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
     """Decode an image to an upright Pillow image of mode RGB; `to_frame` takes it without another copy.
 
     EXIF orientation is applied; transparency is composited on white; other color modes are converted by Pillow. Samples
@@ -98,44 +93,74 @@ def decode_picture(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
     from PIL.Image import Image, fromarray
 
     if isinstance(source, np.ndarray):
-        return fromarray(_checked_array(source))
+        return fromarray(rgb_array(source))
     if isinstance(source, Image):
         name = getattr(source, "filename", "") or "the Pillow image"
-        _check_size(source.size, name, max_pixels)
         with _refusing(name):
+            _check_size(source.size, name, max_pixels)
             return _pixels(source, name)
-    if isinstance(source, bytes):
-        name: str = getattr(source, "name", f"the image of {len(source)} bytes")
-        return _decode_stream(io.BytesIO(source), name, max_pixels)
-    if isinstance(source, (str, os.PathLike)):
-        return _decode_file(Path(source), max_pixels)
-    if hasattr(source, "read"):
-        return _decode_file_object(source, max_pixels)
-    raise InputError(
-        f"cannot read an image from {type(source).__name__}; expected a path, bytes, a binary file, "
-        "a Pillow image or a uint8 RGB array [H, W, 3]"
-    )
+    stream, name = _opened(source)
+    with stream, _refusing(name):
+        return _decoded(stream, name, max_pixels)
 
 
-def load_decoders() -> None:
-    """Import Pillow and its decoders, so that the first image is not charged for it; later calls do nothing."""
-    _formats()
+@cache
+def load_decoders() -> tuple[str, ...]:
+    """Import Pillow's decoders, so that the first image is not charged for it.
+
+    Returns:
+        The formats that this Pillow reads (older ones lack AVIF); others, PostScript above all, are never tried.
+    """
+    from PIL import Image
+
+    # `Image.init` would import some forty plugins, twice the time.
+    for plugin in _PLUGINS:
+        with suppress(ImportError):
+            importlib.import_module(f"PIL.{plugin}ImagePlugin")
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _checked_array(array: np.ndarray) -> np.ndarray:
+def rgb_array(array: np.ndarray) -> np.ndarray:
+    """The array, if it is uint8 RGB [H, W, 3].
+
+    Raises:
+        InputError: it is not.
+    """
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise InputError(
             f"cannot use the array of type {array.dtype} and shape {list(array.shape)}; "
             "expected uint8 RGB [H, W, 3] with H and W at least 1: convert it first"
         )
-    return np.ascontiguousarray(array)
+    return array
 
 
-def _decode_file(path: Path, max_pixels: int) -> Image:
+def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> tuple[BinaryIO, str]:
+    """A source as a stream from its start, and its name."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source), getattr(source, "name", f"the image of {len(source)} bytes")
+    if isinstance(source, (str, os.PathLike)):
+        return _opened_file(Path(source)), str(Path(source))
+    if not hasattr(source, "read"):
+        raise InputError(
+            f"cannot read an image from {type(source).__name__}; expected a path, bytes, a binary file, "
+            "a Pillow image or a uint8 RGB array [H, W, 3]"
+        )
+    name = getattr(source, "name", None)
+    name = name if isinstance(name, str) else "the image stream"
+    try:
+        data = cast(Any, source.read())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {name}: {error}; expected a readable binary file") from error
+    if not isinstance(data, bytes):
+        raise InputError(f"cannot read {name}: it yields {type(data).__name__}; expected a file opened in binary mode")
+    return io.BytesIO(data), name
+
+
+def _opened_file(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():  # a pipe would be waited for
             raise InputError(f"cannot read {path}: it is a pipe, socket or device; expected an image file")
-        stream = path.open("rb")
+        return path.open("rb")
     except FileNotFoundError as error:
         if is_url(str(path)):
             url = str(path).replace(":/", "://", 1)  # as it was before it became a path
@@ -147,46 +172,30 @@ def _decode_file(path: Path, max_pixels: int) -> Image:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path}: {reason}; expected a readable image file") from error
-    with stream:
-        return _decode_stream(stream, str(path), max_pixels)
 
 
-def _decode_file_object(stream: BinaryIO, max_pixels: int) -> Image:
-    name = getattr(stream, "name", None)
-    name = name if isinstance(name, str) else "the image stream"
+def _decoded(stream: BinaryIO, name: str, max_pixels: int) -> Image:
+    head = stream.read(30)
+    if head.startswith(b"RIFF") and (size := webp_size(head)):
+        _check_size(size, name, max_pixels)
     try:
-        data = cast(Any, stream.read())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {name}: {error}; expected a readable binary file") from error
-    if not isinstance(data, bytes):
-        raise InputError(f"cannot read {name}: it yields {type(data).__name__}; expected a file opened in binary mode")
-    return _decode_stream(io.BytesIO(data), name, max_pixels)
+        return _decoded_as_it_is(stream, name, max_pixels)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        from PIL import UnidentifiedImageError
+
+        file = _whole(stream)
+        if bare := without_metadata(file):  # broken metadata is no reason: once more without
+            with suppress(Exception):
+                return _decoded_as_it_is(io.BytesIO(bare), name, max_pixels)
+        if isinstance(error, UnidentifiedImageError):
+            raise InputError(f"cannot decode {name}: {kind_of(file)}; {_EXPECTED}") from error
+        raise
 
 
-def _decode_stream(stream: BinaryIO, name: str, max_pixels: int) -> Image:
-    from PIL import UnidentifiedImageError
-
-    with _refusing(name):
-        head = stream.read(512)
-        if not head:
-            raise InputError(f"cannot decode {name}: it is empty (0 bytes); {_EXPECTED}")
-        if head.startswith(b"RIFF") and (size := webp_size(head)):
-            _check_size(size, name, max_pixels)
-        try:
-            return _decode_opened(stream, name, max_pixels)
-        except (InputError, MemoryError):
-            raise
-        except Exception as error:  # broken metadata is no reason: once more without
-            if bare := without_metadata(_whole(stream)):
-                with suppress(Exception):
-                    return _decode_opened(io.BytesIO(bare), name, max_pixels)
-            if isinstance(error, UnidentifiedImageError):
-                raise InputError(f"cannot decode {name}: {kind_of(_whole(stream))}; {_EXPECTED}") from error
-            raise
-
-
-def _decode_opened(stream: BinaryIO, name: str, max_pixels: int) -> Image:
-    with _open(stream) as image:
+def _decoded_as_it_is(stream: BinaryIO, name: str, max_pixels: int) -> Image:
+    with _header(stream) as image:
         _check_size(image.size, name, max_pixels)
         pixels = _pixels(image, name)
         if _lacks_data(image, stream):
@@ -214,7 +223,7 @@ def _lacks_data(image: Image, stream: BinaryIO) -> bool:
         return False
     file = _whole(stream)
     end = entropy_end(file)
-    longer = _open(io.BytesIO(file[:end] + bytes(range(1, 251)) + file[end:]))
+    longer = _header(io.BytesIO(file[:end] + bytes(range(1, 251)) + file[end:]))
     return not np.array_equal(np.asarray(image), np.asarray(longer))
 
 
@@ -233,17 +242,29 @@ def _refusing(name: str) -> Generator[None]:
         raise InputError(message) from error
 
 
-def _open(stream: BinaryIO) -> Image:
+def _header(stream: BinaryIO) -> Image:
+    """The image of a file, before its pixels are decoded."""
     import PIL.Image
 
     stream.seek(0)
-    with _quiet_header():
+    with _quiet():
         # Sizes are checked here, with what was found; Pillow's limit would hide that.
         limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
         try:
-            return PIL.Image.open(stream, formats=_formats())
+            return PIL.Image.open(stream, formats=load_decoders())
         finally:
             PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Read a header without Pillow's warnings: what matters of them is raised as an error here.
+
+    Warning filters belong to the whole process, so headers are read one at a time; pixels are decoded outside.
+    """
+    with _header_lock, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+        yield
 
 
 def _whole(stream: BinaryIO) -> bytes:
@@ -253,13 +274,13 @@ def _whole(stream: BinaryIO) -> bytes:
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
     width, height = size
+    if width * height == 0:
+        raise InputError(f"cannot use {name}: it is {width} x {height} pixels; expected at least 1 x 1")
     if width * height > max_pixels or max(size) > MAX_SIDE:
         raise InputError(
             f"will not decode {name}: it is {width} x {height} pixels; expected at most {max_pixels / 1e6:.3g} "
             f"megapixels and {MAX_SIDE} a side: scale it down first, or allow more pixels (--max-pixels)"
         )
-    if width * height == 0:
-        raise InputError(f"cannot use {name}: it is {width} x {height} pixels; expected at least 1 x 1")
 
 
 def _pixels(image: Image, name: str) -> Image:
@@ -271,11 +292,16 @@ def _pixels(image: Image, name: str) -> Image:
             f"cannot use {name}: it is {fault}; expected a whole one of 8 or 16 bits without sign: convert it"
         )
     image.load()
-    orientation: Any = None
-    with _quiet_header(), suppress(Exception):  # broken metadata never stops an image
-        orientation = image.getexif().get(0x0112)
-    upright = _to_rgb(image, name)
-    return upright.transpose(Transpose[_UPRIGHT[orientation - 1]]) if orientation in range(2, 9) else upright
+    turn: str | None = None
+    with _quiet(), suppress(Exception):  # broken metadata never stops an image
+        orientation: Any = image.getexif().get(_ORIENTATION)
+        turn = _TURNS.get(orientation)
+    rgb = _to_rgb(image, name)
+    if turn is None:
+        return rgb
+    upright = rgb.transpose(Transpose[turn])
+    upright.info = {}  # its orientation is no longer true: whoever decodes it again would turn it again
+    return upright
 
 
 def _to_rgb(image: Image, name: str) -> Image:
@@ -318,26 +344,3 @@ def _gray_from_integers(image: Image, name: str) -> np.ndarray:
     if isinstance(transparent, int) and 0 <= transparent <= most:
         levels[transparent] = 255
     return levels[values]
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """The formats that this Pillow can read (older ones lack AVIF); others, PostScript above all, are never tried."""
-    from PIL import Image
-
-    # `Image.init` would import some forty plugins, twice the time.
-    for plugin in _PLUGINS:
-        with suppress(ImportError):
-            importlib.import_module(f"PIL.{plugin}ImagePlugin")
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-@contextmanager
-def _quiet_header() -> Generator[None]:
-    """Read a header without Pillow's warnings: what matters of them is raised as an error here.
-
-    Warning filters belong to the whole process, so headers are read one at a time; pixels are decoded outside.
-    """
-    with _header_lock, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
-        yield

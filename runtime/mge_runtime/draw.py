@@ -1,4 +1,4 @@
-"""Draw a prediction: where every expert looked, what drew it there, the gate's shares, the likeliest classes."""
+"""The drawing of a prediction: where every expert looked and why, the gate's shares, the likeliest classes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _EXPERTS: tuple[Color, ...] = (
 _HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)
 
 # All in pixels.
-_PHOTO = 800  # the photograph's longer side
+_IMAGE = 800  # the image's longer side
 _COLUMN = 400  # width of a column of bars or thumbnails
 _MARGIN = 24
 _GAP = 8
@@ -50,10 +50,10 @@ def expert_color(index: int) -> Color:
 
 
 def draw_prediction(image: np.ndarray, prediction: Prediction) -> Image:
-    """Draw the photograph with the experts' boxes, their views and heat maps, the gate and the top classes.
+    """Draw the image with the experts' boxes, their views and heat maps, the gate and the top classes.
 
-    The class and its bars stand beside the photograph, below it where that is a flat strip. Then come two thumbnails
-    for each expert, framed in the color of its box: what it saw, stretched to a square as it saw it, and its heat map.
+    The class and its bars stand beside the image. Then come two thumbnails for each expert, framed in the color of its
+    box: what it saw, stretched to a square as it saw it, and its heat map.
 
     Args:
         image: uint8 RGB [H, W, 3], the source image that the prediction's boxes refer to.
@@ -62,17 +62,19 @@ def draw_prediction(image: np.ndarray, prediction: Prediction) -> Image:
     Returns:
         An RGB image; 1272 pixels wide for a landscape, less for a portrait.
     """
-    photo = _photo(image, prediction)
-    bars = _bars(prediction)
-    stacked = _thumbnails(image, prediction, _COLUMN, rows=2)
-    if photo.height >= 0.95 * (bars.height + _MARGIN + stacked.height):  # photograph | bars over thumbnails
-        rows = [[photo, _column([bars, stacked])]]
-    elif photo.height >= 0.75 * bars.height:  # photograph | bars, thumbnails below both
-        width = photo.width + _MARGIN + bars.width
-        rows = [[photo, bars], [_thumbnails(image, prediction, width, rows=1)]]
-    else:  # photograph over bars | thumbnails
-        rows = [[photo], [bars, stacked]]
-    return _column([_row(row) for row in rows], border=_MARGIN)
+    boxed, bars = _boxed(image, prediction), _bars(prediction)
+    thumbnails = _thumbnails(image, prediction, _COLUMN, rows=2)
+    beside = _MARGIN + boxed.width + _MARGIN  # left edge of the bars
+    left, top = beside, _MARGIN + bars.height + _MARGIN
+    if boxed.height < 0.95 * (bars.height + _MARGIN + thumbnails.height):  # no room below the bars
+        thumbnails = _thumbnails(image, prediction, boxed.width + _MARGIN + _COLUMN, rows=1)
+        left, top = _MARGIN, _MARGIN + max(boxed.height, bars.height) + _MARGIN
+    height = max(_MARGIN + boxed.height, top + thumbnails.height) + _MARGIN
+    canvas = Canvas.blank(beside + _COLUMN + _MARGIN, height)
+    canvas.paste(boxed, _MARGIN, _MARGIN)
+    canvas.paste(bars, beside, _MARGIN)
+    canvas.paste(thumbnails, left, top)
+    return canvas.image
 
 
 class Canvas:
@@ -162,18 +164,16 @@ def blend_heatmap(image: Image, heatmap: np.ndarray) -> Image:
     import PIL.Image
 
     heat = np.nan_to_num(np.asarray(heatmap, np.float32))
-    for axis, length in ((0, image.height), (1, image.width)):  # bilinear, align_corners=True
-        place = np.arange(length) * ((heat.shape[axis] - 1) / max(length - 1, 1))
-        low = np.floor(place).astype(np.intp)
-        part = np.expand_dims(place - low, 1 - axis)
-        high = np.minimum(low + 1, heat.shape[axis] - 1)
-        heat = np.take(heat, low, axis) * (1 - part) + np.take(heat, high, axis) * part
+    x, y = ((cells - 1) / max(pixels - 1, 1) for cells, pixels in zip(heat.shape[::-1], image.size, strict=True))
+    corners = (x, 0, 0.5 - x / 2, 0, y, 0.5 - y / 2)  # from centers of pixels to centers of cells
+    scaled = PIL.Image.fromarray(heat).transform(
+        image.size, PIL.Image.Transform.AFFINE, corners, PIL.Image.Resampling.BILINEAR
+    )
+    heat = np.asarray(scaled)
     low, high = float(heat.min()), float(heat.max())
     heat = (heat - low) / (high - low) if high > low else np.zeros_like(heat)
-    place = heat * (len(_HEAT) - 1)
-    below = np.minimum(place.astype(np.intp), len(_HEAT) - 2)
-    part = (place - below)[..., None]
-    colors = _HEAT[below] * (1 - part) + _HEAT[below + 1] * part
+    levels = np.linspace(0, 1, len(_HEAT))
+    colors = np.stack([np.interp(heat, levels, _HEAT[:, channel]) for channel in range(3)], -1)
     weight = 0.35 + 0.35 * heat[..., None]
     gray = np.asarray(image.convert("L"), np.float32)[..., None]
     return PIL.Image.fromarray((gray * (1 - weight) + colors * weight).round().astype(np.uint8))
@@ -191,22 +191,21 @@ def shortened(text: str, size: int, width: float) -> str:
     return "…"
 
 
-def _photo(image: np.ndarray, prediction: Prediction) -> Image:
-    """Scale the photograph and draw the experts' boxes, inner ones with finer lines so that equal boxes all show."""
-    canvas = Canvas(fitted(image, _PHOTO))
+def _boxed(image: np.ndarray, prediction: Prediction) -> Image:
+    """Scale the image and draw the experts' boxes, inner ones with finer lines so that equal boxes all show."""
+    canvas = Canvas(fitted(image, _IMAGE))
     scale = [canvas.image.width / image.shape[1], canvas.image.height / image.shape[0]] * 2
     boxes = np.asarray(prediction.boxes, np.float64) * scale
-    count = len(boxes)
-    for k in range(count):
-        canvas.box(boxes[k], expert_color(k), width=4 + 3 * (count - 1 - k) if k else 2)
-    for k in range(1, count):
-        canvas.tag(boxes[k], f"expert {k + 1}", expert_color(k), corner=k)
+    for k, box in enumerate(boxes):
+        canvas.box(box, expert_color(k), width=4 + 3 * (len(boxes) - 1 - k) if k else 2)
+    for k, box in enumerate(boxes[1:], 1):
+        canvas.tag(box, f"expert {k + 1}", expert_color(k), corner=k)
     return canvas.image
 
 
 def _bars(prediction: Prediction) -> Image:
     """The class in large letters, the top classes and the gate as bars."""
-    shares = [] if prediction.gate is None else [float(share) for share in prediction.gate]
+    shares: list[float] = [] if prediction.gate is None else prediction.gate.tolist()
     width, top = _COLUMN, 44
     canvas = Canvas.blank(width, top + 38 * len(prediction.top) + (36 + 26 * len(shares) if shares else 0))
     canvas.text(0, 0, prediction.class_name, 26, _INK, width)
@@ -258,22 +257,3 @@ def _view(image: np.ndarray, box: np.ndarray, side: int) -> Image:
     left, top = int(x0), int(y0)  # cut first: Pillow would copy the whole source
     part = PIL.Image.fromarray(image[top : int(np.ceil(y1)), left : int(np.ceil(x1))])
     return part.resize((side, side), PIL.Image.Resampling.BILINEAR, box=(x0 - left, y0 - top, x1 - left, y1 - top))
-
-
-def _row(images: list[Image]) -> Image:
-    width = sum(image.width for image in images) + _MARGIN * (len(images) - 1)
-    canvas, left = Canvas.blank(width, max(image.height for image in images)), 0
-    for image in images:
-        canvas.paste(image, left, 0)
-        left += image.width + _MARGIN
-    return canvas.image
-
-
-def _column(images: list[Image], border: int = 0) -> Image:
-    height = sum(image.height for image in images) + _MARGIN * (len(images) - 1)
-    width = max(image.width for image in images)
-    canvas, top = Canvas.blank(width + 2 * border, height + 2 * border), border
-    for image in images:
-        canvas.paste(image, border + (width - image.width) // 2, top)
-        top += image.height + _MARGIN
-    return canvas.image

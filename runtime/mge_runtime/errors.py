@@ -1,7 +1,7 @@
 """Every error that mge raises on purpose.
 
 MGEError
-├── InputError        an image, a folder or an array that cannot be answered
+├── InputError        an image, a folder or an array that cannot be used
 ├── CheckpointError   a checkpoint that is missing, damaged, foreign or at odds with its labels
 ├── BundleError       a bundle that is missing, damaged, foreign or newer than this runtime
 ├── BackendError      no backend can run this, or one failed while it ran
@@ -37,7 +37,7 @@ class MGEError(Exception):
 
 
 class InputError(MGEError):
-    """An image, a folder or an array that cannot be answered."""
+    """An image, a folder or an array that cannot be used."""
 
 
 class CheckpointError(MGEError):

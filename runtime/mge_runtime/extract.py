@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mge_runtime.bundle import Bundle
@@ -18,22 +19,30 @@ LABELS = "labels.txt"
 
 
 def extract_bundle(bundle: Bundle, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write every entry as an ordinary file, and the commands that would rebuild engines with trtexec.
+    """Write every entry as an ordinary file, checked against its hash, and commands that build engines with trtexec.
+
+    `onnx/chain.onnx`, the whole chain, and each `onnx/<graph>.onnx` are then ordinary ONNX models with external data.
 
     Args:
         bundle: open.
         folder: where to; files of the same names are replaced, each whole or not at all.
 
     Returns:
-        The files that were written: `onnx/chain.onnx`, the whole chain, `onnx/<graph>.onnx`, both with the
-        `<graph>.weights` beside them, `onnx/labels.txt`, a class a line, `engines/<target>/...`, `manifest.json`,
-        `trtexec.sh`.
+        The files that were written: those two with the `<graph>.weights` beside them, `onnx/labels.txt`, a class a
+        line, `engines/<target>/...`, `manifest.json`, `calibration.json`, `trtexec.sh`.
 
     Raises:
         BundleError: an entry was damaged.
         OutputError: the folder cannot be written.
     """
-    written = bundle.extract(folder)
+    written: list[Path] = []
+    for name in bundle.sizes:
+        target = Path(folder) / name  # names were checked: none leads out of the folder
+        with suppress(OSError):  # atomic_path says what is wrong with the folder
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as temporary, temporary.open("wb") as out:
+            out.writelines(bundle.chunks(name))
+        written.append(target)
     script, labels = Path(folder) / "trtexec.sh", Path(folder) / "onnx" / LABELS
     with atomic_path(script) as temporary:
         temporary.write_text(_trtexec_script(bundle.manifest, BatchRange()))

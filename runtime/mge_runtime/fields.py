@@ -1,4 +1,4 @@
-"""Read JSON with types checked: every error names the path of the field, as `manifest.json: graphs[2].name`.
+"""JSON documents, written and read: types are checked, errors name the field, as `manifest.json: graphs[2].name`.
 
 A document may come from anybody, so everything is bounded before it is used: its size and depth, numbers, lengths of
 texts and the characters in them, which may reach a terminal.
@@ -14,7 +14,7 @@ from typing import NoReturn, TypeAlias, TypeVar
 
 from mge_runtime.errors import BundleError
 
-__all__ = ["LARGEST", "Field", "JsonValue", "parse_json"]
+__all__ = ["LARGEST", "Field", "JsonValue", "dump_json", "parse_json"]
 
 # Read-only types, so that a dict of dicts or of lists of numbers is one of them to a type checker.
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -110,6 +110,11 @@ class Field:
 
     def _child(self, name: str, value: JsonValue) -> Field:
         return Field(value, f"{self._path}.{name}" if self._path else name, self._document, self._advice)
+
+
+def dump_json(values: Mapping[str, object]) -> bytes:
+    """UTF-8 JSON, the same for equal values."""
+    return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def parse_json(data: bytes, document: str, advice: str = _ADVICE) -> Field:

@@ -10,8 +10,7 @@ import shutil
 import stat
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -35,7 +34,6 @@ _PART = ".mge-part"
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 1 << 20  # bytes, read at once
-_POLL = 0.1  # seconds between looks at a lock that another holds
 _adopted: dict[Path, list[int]] = {}  # by temporary file: locked descriptors of the files that took its place
 
 
@@ -148,36 +146,27 @@ def temporary_folder(purpose: str) -> Generator[Path]:
         ) from error
 
 
-def lock(descriptor: int, waiting: Callable[[], None] | None = lambda: None) -> None:
-    """Hold an open file for this process until the descriptor is closed; wait for whoever holds it.
+def lock(descriptor: int, *, wait: bool = True) -> None:
+    """Lock an open file for this process until the descriptor is closed.
 
-    Windows has no lock that lets others read meanwhile; there nothing is held.
+    Windows has no lock that lets others read meanwhile; there nothing is locked.
 
     Args:
         descriptor: of the file.
-        waiting: is called ten times a second as long as another holds the file; what it raises ends the waiting.
-            None: do not wait.
+        wait: for whoever has locked it, until a signal raises.
 
     Raises:
-        BlockingIOError: another holds it, and nobody waits.
+        BlockingIOError: another has locked it, and `wait` is off.
         OSError: the file system has no locks.
     """
     if sys.platform != "win32":
         import fcntl
 
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if waiting is None:
-                    raise
-                waiting()
-            time.sleep(_POLL)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_temporary(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is one that `atomic_path` yielded: its owner holds its lock already."""
+    """Whether a path is one that `atomic_path` yielded, which its owner has locked."""
     return os.fspath(path).endswith(_PART)
 
 
@@ -251,24 +240,13 @@ def _sweep(folder: Path) -> None:
         return
     with suppress(OSError):
         for part in folder.glob(f".*{_PART}"):
-            with suppress(OSError):
-                _remove_dead(part)
-
-
-def _remove_dead(part: Path) -> None:
-    """Remove a temporary file, and the folder that belongs to it, unless somebody holds it.
-
-    Raises:
-        OSError: somebody does, or it cannot be removed.
-    """
-    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        lock(descriptor, None)
-        if os.fstat(descriptor).st_uid == os.geteuid():
-            shutil.rmtree(f"{part}.d", ignore_errors=True)
-            part.unlink()
-    finally:
-        os.close(descriptor)
+            with suppress(OSError), ExitStack() as stack:
+                descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                stack.callback(os.close, descriptor)
+                lock(descriptor, wait=False)  # a living owner has locked it
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    shutil.rmtree(f"{part}.d", ignore_errors=True)
+                    part.unlink()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -23,7 +23,6 @@ _FOLDERS = (
 _STYLES = ("bold", "italic", "oblique", "light", "thin", "black", "condensed", "mono", "serif", "math")
 _NOWHERE = "\U0010ffff"  # no character: fonts draw for it what they draw for those that they lack
 _PROBE = 20  # pixels
-_EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO")  # how the names of such characters begin
 
 
 def font_for(text: str, size: int) -> FreeTypeFont | ImageFont:
@@ -36,12 +35,10 @@ def undrawable(texts: Iterable[str]) -> str | None:
     lacking = sorted({character for text in texts for character in _lacking(_best(frozenset(text)), frozenset(text))})
     if not lacking:
         return None
-    kinds = {unicodedata.name(character, "").startswith(_EAST_ASIAN) for character in lacking}
-    packages = [name for kind, name in ((True, "fonts-noto-cjk"), (False, "fonts-noto-core")) if kind in kinds]
     others = f" and {len(lacking) - 8} more" if len(lacking) > 8 else ""
     return (
         f"no font here draws {' '.join(lacking[:8])}{others}, so drawn images show boxes for them in class names; "
-        f"install one, such as the package {' and '.join(packages)} of Debian and Ubuntu"
+        "install one, such as the packages fonts-noto-core and fonts-noto-cjk of Debian and Ubuntu"
     )
 
 

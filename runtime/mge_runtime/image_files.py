@@ -1,4 +1,4 @@
-"""What Pillow does not look at in an image file: sizes before it allocates, layouts it misreads, data that is missing.
+"""Checks of image files that Pillow leaves out: sizes before it allocates, layouts it misreads, data that is missing.
 
 Sources of the layouts: ITU-T T.81 (JPEG), PNG 3rd edition, TIFF 6.0, RFC 9649 (WebP).
 """
@@ -37,13 +37,14 @@ _KINDS = (  # of files that are often named, and that no decoder takes: offset a
     (0, b"PK\3\4", "it is a ZIP archive"),
     (0, b"8BPS", "it is a Photoshop file, export it as PNG"),
     (0, b"\x1aE\xdf\xa3", "it is a Matroska or WebM video"),
-    (0, b"\0\0\0\x0cJXL ", "it is a JPEG XL image, convert it to JPEG"),
-    (0, b"\xff\x0a", "it is a JPEG XL image, convert it to JPEG"),
+    *((0, head, "it is a JPEG XL image, convert it to JPEG") for head in (b"\0\0\0\x0cJXL ", b"\xff\x0a")),
 )
 
 
 def kind_of(data: bytes) -> str:
     """What a file that no decoder takes seems to be."""
+    if not data:
+        return "it is empty (0 bytes)"
     head = data[:512]
     for offset, magic, kind in _KINDS:
         if head.startswith(magic, offset):

@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from mge_runtime.fields import Field, parse_json
 
 __all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "has_module", "this_platform"]
 
-# Name in a description -> the module, and the distributions that may bring it.
+# Name in a description, as a rule the distribution's, -> the module.
 _LIBRARIES = {
-    "tensorrt": ("tensorrt", ("tensorrt",)),
-    "tensorrt-rtx": ("tensorrt_rtx", ("tensorrt-rtx",)),
-    "onnxruntime": ("onnxruntime", ("onnxruntime-gpu", "onnxruntime")),
-    "cuda-core": ("cuda.core", ("cuda-core",)),
-    "cuda-bindings": ("cuda.bindings", ("cuda-bindings",)),
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "onnxruntime": "onnxruntime",
+    "cuda-core": "cuda.core",
+    "cuda-bindings": "cuda.bindings",
 }
 _UNKNOWN = "unknown"  # version of a library that was not looked up, or has no metadata and was not imported
 _MODEL = Path("/proc/device-tree/model")  # on boards with a device tree, as a Jetson
@@ -167,14 +168,14 @@ def describe_machine(
         The description. What is missing or broken is said in it; nothing is raised.
     """
     system, arch = this_platform()
-    libraries = {name: _UNKNOWN for name, (module, _) in _LIBRARIES.items() if has_module(module)}
+    libraries = {name: _UNKNOWN for name, module in _LIBRARIES.items() if has_module(module)}
     broken: dict[str, str] = {}
     cuda, problem = _driver_cuda() if gpus else (None, "not asked for")
     devices: tuple[Gpu, ...] = ()
     if cuda is not None:
         devices, problem = _gpus(cuda, libraries, broken)
     if devices or not quick:
-        libraries |= {name: _version(_LIBRARIES[name][1]) for name in libraries}
+        libraries |= {name: _version(name) for name in libraries}
     wanted = [name for name in libraries if imported is None or name in imported] if devices or always else []
     for name in wanted:
         try:
@@ -207,21 +208,19 @@ def has_module(name: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _version(distributions: tuple[str, ...]) -> str:
+def _version(library: str) -> str:
     import importlib.metadata  # brings half the email package
 
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    for distribution in ("onnxruntime-gpu", "onnxruntime") if library == "onnxruntime" else (library,):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
     return _UNKNOWN
 
 
-def _import(name: str) -> Any:
+def _import(library: str) -> Any:
     from mge_runtime.backends.onnxruntime import load_onnxruntime
 
-    return load_onnxruntime() if name == "onnxruntime" else importlib.import_module(_LIBRARIES[name][0])
+    return load_onnxruntime() if library == "onnxruntime" else importlib.import_module(_LIBRARIES[library])
 
 
 def _driver_cuda() -> tuple[str | None, str | None]:
@@ -240,44 +239,39 @@ def _driver_cuda() -> tuple[str | None, str | None]:
 
 def _gpus(cuda: str, libraries: dict[str, str], broken: dict[str, str]) -> tuple[tuple[Gpu, ...], str | None]:
     """Every CUDA device in CUDA's order, or none and why."""
-    install = f'pip install "cuda-core[cu{cuda.partition(".")[0]}]"'
+    driver, install = f"NVIDIA driver for CUDA {cuda} is here", f'pip install "cuda-core[cu{cuda.partition(".")[0]}]"'
     if "cuda-core" not in libraries:
-        return (), f"an NVIDIA driver for CUDA {cuda} is here, and cuda-core is not installed: {install}"
+        return (), f"an {driver}, and cuda-core is not installed: {install}"
     try:
         # The package picks its CUDA 12 or 13 half when it is imported, which a type checker cannot follow.
         core: Any = importlib.import_module("cuda.core")
         bindings: Any = importlib.import_module("cuda.bindings.driver")
     except Exception as error:  # cuda-core without bindings, or with those of another CUDA
         broken["cuda-core"] = brief(error)
-        libraries.pop("cuda-core", None)
+        del libraries["cuda-core"]
         return (), f"cuda-core cannot be imported ({brief(error)}): {install} --upgrade"
     try:
-        gpus: list[Gpu] = []
-        for device in core.Device.get_all_devices():
-            major, minor = device.compute_capability
-            status, memory = bindings.cuDeviceTotalMem(device.device_id)
-            if status != bindings.CUresult.CUDA_SUCCESS:
-                raise RuntimeError(f"cuDeviceTotalMem: {status}")
-            properties = device.properties
-            gpus.append(
-                Gpu(
-                    name=device.name,
-                    capability=f"sm{major}{minor}",
-                    memory=int(memory),
-                    multiprocessors=properties.multiprocessor_count,
-                    integrated=bool(properties.integrated),
-                )
-            )
+        gpus = tuple(_gpu(device, bindings) for device in core.Device.get_all_devices())
     except Exception as error:  # CUDAError, or what cuda-core raises where the driver lacks a function
-        return (), f"the NVIDIA driver for CUDA {cuda} is here, and its devices cannot be used: {brief(error)}"
-    return tuple(gpus), None if gpus else f"the NVIDIA driver for CUDA {cuda} is here, and it finds no device"
+        return (), f"the {driver}, and its devices cannot be used: {brief(error)}"
+    return gpus, None if gpus else f"the {driver}, and it finds no device"
+
+
+def _gpu(device: Any, bindings: Any) -> Gpu:
+    major, minor = device.compute_capability
+    status, memory = bindings.cuDeviceTotalMem(device.device_id)
+    if status != bindings.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuDeviceTotalMem: {status}")
+    properties = device.properties
+    return Gpu(
+        device.name, f"sm{major}{minor}", int(memory), properties.multiprocessor_count, bool(properties.integrated)
+    )
 
 
 def _board() -> str | None:
-    try:
+    with suppress(OSError):
         return _MODEL.read_bytes().rstrip(b"\0").decode(errors="replace").strip() or None
-    except OSError:
-        return None
+    return None
 
 
 def cpu_count() -> int:
@@ -286,9 +280,7 @@ def cpu_count() -> int:
         count = len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
         count = os.cpu_count() or 1
-    try:
+    with suppress(OSError, ValueError):  # no control group, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, max(1, -(-int(quota) // int(period))))
-    except (OSError, ValueError):  # no control group, or "max"
-        pass
     return count

@@ -5,15 +5,14 @@ It is written once, at export, and never changes afterwards: calibrations and en
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import NoReturn
 
 from mge_runtime.errors import BundleError
-from mge_runtime.fields import Field, JsonValue, parse_json
+from mge_runtime.fields import Field, JsonValue, dump_json, parse_json
 
 __all__ = [
     "BATCH",
@@ -28,6 +27,7 @@ __all__ = [
     "ViewSpec",
     "read_class_names",
     "read_entry",
+    "read_plan",
     "read_preprocess",
 ]
 
@@ -116,7 +116,7 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION  # of the format, the one that this runtime reads
 
     @property
-    def answer(self) -> str:
+    def logits(self) -> str:
         """The logits [B, C] of the whole chain."""
         return self.graphs[-1].logits
 
@@ -124,21 +124,6 @@ class Manifest:
     def is_int8(self) -> bool:
         """Whether a graph of it was quantised; others may have stayed in FP16."""
         return any(plan.get("type") == "int8" for plan in self.precision.values())
-
-    def graph(self, name: str) -> GraphSpec:
-        """The graph of this name.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for graph in self.graphs:
-            if graph.name == name:
-                return graph
-        raise KeyError(name)
-
-    def with_entries(self, entries: Mapping[str, Entry]) -> Manifest:
-        """The same manifest over these files."""
-        return replace(self, entries=dict(entries))
 
     def check(self) -> None:
         """Check that the parts fit each other.
@@ -173,8 +158,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The bytes of `manifest.json`: UTF-8, the same for equal manifests."""
-        values = {"schema_version": self.schema_version, **asdict(self)}
-        return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return dump_json({"schema_version": self.schema_version, **asdict(self)})
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
@@ -204,7 +188,7 @@ class Manifest:
             views=tuple(map(_view, fields["views"].items())),
             gate=fields["gate"].optional(Field.text),
             gmacs={graph: value.number(0, _MOST_GMACS) for graph, value in fields["gmacs"].table().items()},
-            precision={graph: plan.free() for graph, plan in fields["precision"].table().items()},
+            precision={graph: read_plan(plan) for graph, plan in fields["precision"].table().items()},
             parity=fields["parity"].optional(Field.free),
             tools={name: value.text() for name, value in fields["tools"].table().items()},
             checkpoint_sha256=fields["checkpoint_sha256"].optional(Field.hexadecimal),
@@ -246,6 +230,13 @@ def _check_tensor(known: Mapping[str, TensorSpec], name: str, role: str, shape: 
 
 def _fail(found: str, expected: str) -> NoReturn:
     raise BundleError(f"{_DOCUMENT}: {found}; expected {expected}: export the bundle again")
+
+
+def read_plan(field: Field) -> Mapping[str, JsonValue]:
+    """The precision plan of a graph or an engine: free, but what it names as its type is a word."""
+    if (kind := field.table().get("type")) is not None:
+        kind.text()
+    return field.free()
 
 
 def read_class_names(f: Field) -> tuple[str, ...]:

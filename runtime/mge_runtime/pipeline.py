@@ -1,4 +1,4 @@
-"""From images to predictions, for one bundle."""
+"""The pipeline: from images to predictions, for one bundle."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import time
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from mge_runtime.backends import Backend, Choice, Streams, choose, open_backend
+from mge_runtime.backends import Choice, Streams, choose, open_executor
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
-from mge_runtime.chain import Chain, ChainResult, Exit, ImageResult, Stops, resolve_exit
-from mge_runtime.decode import MAX_PIXELS, ImageSource, decode_picture, load_decoders
+from mge_runtime.chain import Chain, ChainResult, Exit, ExitPolicy, ImageResult, resolve_exit
+from mge_runtime.decode import MAX_PIXELS, ImageSource, load_decoders, open_image
 from mge_runtime.errors import BackendError, BundleError, InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
-from mge_runtime.pool import batches, map_ahead
+from mge_runtime.pool import batches, prefetch
 from mge_runtime.prediction import Prediction
 from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 
@@ -57,24 +57,23 @@ class Pipeline:
 
     def __init__(
         self,
-        bundle: Bundle,
+        manifest: Manifest,
         choice: Choice,
-        backend: Backend,
+        chain: Chain,
+        calibrated: Calibrated,
         *,
-        exit: Exit = "never",
-        calibration: bool = True,
-        max_pixels: int = MAX_PIXELS,
+        exit: Exit,
+        max_pixels: int,
     ) -> None:
         self._max_pixels = max_pixels
-        self.manifest: Manifest = bundle.manifest
-        self.calibrated: Calibrated = _calibrated(bundle) if calibration else Calibrated()  # temperatures and exits
+        self.manifest: Manifest = manifest
+        self.calibrated: Calibrated = calibrated  # temperatures and exits
         self.exit: Exit = exit  # of predictions that name none
-        resolve_exit(exit, self.calibrated, self.manifest)
         self.choice: Choice = choice  # the backend and device that run, and why not others
-        self._remarked = False
-        self._chain: Chain | None = Chain(bundle, backend)
-        self.streams: int = self._chain.streams  # runs of the chain that may be in flight at once
-        self.max_batch: int | None = self._chain.max_batch  # most frames in one run of the chain; None: no limit
+        self._noted = False
+        self._chain: Chain | None = chain
+        self.streams: int = chain.streams  # runs of the chain that may be in flight at once
+        self.max_batch: int | None = chain.max_batch  # most frames in one run of the chain; None: no limit
         self._free = threading.Semaphore(self.streams)
         self._closing = threading.Lock()
         load_decoders()
@@ -113,7 +112,7 @@ class Pipeline:
             mmap: whether the weights may be mapped from the file. A file that is overwritten in place (`cp`, `scp`)
                 while a run is on may then end the process; outside a run the next one refuses to predict. False loads
                 them: opening takes up to twice the largest graph's weights more memory, running about none.
-            max_pixels: the most that an image may have, as for `decode_picture`.
+            max_pixels: the most that an image may have, as for `open_image`.
 
         Raises:
             BundleError: the file is missing, no bundle, damaged or of a newer schema, or its calibration is damaged.
@@ -126,9 +125,12 @@ class Pipeline:
         with Bundle.open(path, maps_weights=mmap) as bundle:
             choice = choose(device, backend, bundle=bundle)
             if choice.command is not None:
-                logging.getLogger("mge_runtime").warning(choice.remark)
-            opened = open_backend(choice, bundle, threads=threads, streams=streams, graphs=graphs)
-            return cls(bundle, choice, opened, exit=exit, calibration=calibration, max_pixels=max_pixels)
+                logging.getLogger("mge_runtime").warning(choice.note)
+            calibrated = _calibrated(bundle) if calibration else Calibrated()
+            resolve_exit(exit, calibrated, bundle.manifest)
+            executor = open_executor(choice, bundle, threads=threads, streams=streams, graphs=graphs)
+            chain = Chain(bundle, executor)
+            return cls(bundle.manifest, choice, chain, calibrated, exit=exit, max_pixels=max_pixels)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -144,7 +146,7 @@ class Pipeline:
         """
         with self._closing, ExitStack() as stack:
             if self._chain is not None:
-                chains = [stack.enter_context(self._opened()) for _ in range(self.streams)]
+                chains = [stack.enter_context(self._lent()) for _ in range(self.streams)]
                 chains[0].close()
                 self._chain = None
 
@@ -173,9 +175,8 @@ class Pipeline:
             InputError: one of the images cannot be read; none is predicted then.
             BundleError, BackendError: as for `predict`.
         """
-        self._require_open()
-        stops = self._stops(self.exit if exit is None else exit)
-        return self._predict([self._prepare(source) for source in sources], stops) if sources else []
+        policy = self._policy(exit)
+        return self._predict([self._prepare(source) for source in sources], policy) if sources else []
 
     def predict_iter(
         self, sources: Iterable[_Source], *, batch: int = 1, workers: int = 2, exit: Exit | None = None
@@ -187,7 +188,7 @@ class Pipeline:
 
         Args:
             sources: any number of what `predict` takes.
-            batch: images in one run of the chain, at most `max_batch` of them; the last run may hold fewer.
+            batch: images in one run of the chain, at most `max_batch` of them; it may hold fewer.
             workers: threads that decode; several streams decode for themselves instead.
             exit: as for `predict`.
 
@@ -200,11 +201,11 @@ class Pipeline:
         if batch < 1 or workers < 1:
             raise BackendError(f"asked for batches of {batch} and {workers} workers; expected at least 1 of each")
         self._require_open()
-        stops = self._stops(self.exit if exit is None else exit)
+        policy = self._policy(exit)
         batch = min(batch, self.max_batch or batch)
         if self.streams > 1:
-            return self._iterate_in_streams(sources, batch, stops)
-        return self._iterate(sources, batch, workers, stops)
+            return self._iterate_in_streams(sources, batch, policy)
+        return self._iterate(sources, batch, workers, policy)
 
     def run(
         self, frames: Array, *, exit: Exit = "never", outputs: Collection[str] | None = None
@@ -227,22 +228,13 @@ class Pipeline:
         return self.run_timed(frames, exit=exit, outputs=outputs).tensors
 
     def run_timed(self, frames: Array, *, exit: Exit = "never", outputs: Collection[str] | None = None) -> ChainResult:
-        """As `run`, with the milliseconds of each step beside the tensors: for `mge-bench`.
-
-        Raises:
-            InputError, BackendError: as for `run`.
-        """
+        """As `run`, with the milliseconds of each step beside the tensors."""
         size = self.manifest.preprocess.size
-        if not isinstance(cast(object, frames), np.ndarray):
-            raise InputError(
-                f"cannot run frames of type {type(frames).__name__}; expected a uint8 array [B, {size}, {size}, 3]"
-            )
-        if frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3) or not len(frames):
-            raise InputError(
-                f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
-                f"expected uint8 [B, {size}, {size}, 3]"
-            )
-        return self._run(frames, self._stops(exit), outputs)
+        is_array = isinstance(cast(object, frames), np.ndarray)
+        if not is_array or frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3) or not len(frames):
+            found = f"{frames.dtype} {list(frames.shape)}" if is_array else type(frames).__name__
+            raise InputError(f"cannot run frames of type {found}; expected a uint8 array [B, {size}, {size}, 3]")
+        return self._run(frames, self._policy(exit), outputs)
 
     def frame(self, source: ImageSource) -> NDArray[np.uint8]:
         """The frame of one image as `predict` makes it, uint8 RGB [S, S, 3], for `run`.
@@ -260,74 +252,70 @@ class Pipeline:
         """
         return self._require_open().report()
 
-    def _run(self, frames: Array, stops: Stops, outputs: Collection[str] | None = None) -> ChainResult:
-        with self._opened() as chain:
-            return chain.run(frames, graphs=stops.graphs, outputs=outputs, exits=stops.exits)
+    def _run(self, frames: Array, policy: ExitPolicy, outputs: Collection[str] | None = None) -> ChainResult:
+        with self._lent() as chain:
+            return chain.run(frames, graphs=policy.graphs, outputs=outputs, exits=policy.exits)
 
-    def _stops(self, exit: object) -> Stops:
-        stops = resolve_exit(exit, self.calibrated, self.manifest)
-        if stops.exits and not self._remarked:
-            self._remarked = True  # once is enough
-            if remark := self.calibrated.remark(self.choice.backend, self.choice.device):
-                logging.getLogger("mge_runtime").warning(remark)
-        return stops
+    def _policy(self, exit: object) -> ExitPolicy:
+        policy = resolve_exit(self.exit if exit is None else exit, self.calibrated, self.manifest)
+        if policy.exits and not self._noted:
+            self._noted = True  # once is enough
+            if note := self.calibrated.note(self.choice.backend, self.choice.device):
+                logging.getLogger("mge_runtime").warning(note)
+        return policy
 
     def _prepare(self, source: ImageSource) -> _Prepared:
         start = time.perf_counter()
-        image = decode_picture(source, self._max_pixels)
+        image = open_image(source, self._max_pixels)
         decoded = time.perf_counter()
         frame, viewport = to_frame(image, self.manifest.preprocess)
         done = time.perf_counter()
         timings = {"decode": (decoded - start) * 1e3, "preprocess": (done - decoded) * 1e3}
         return _Prepared(frame, viewport, timings)
 
-    def _predict(self, prepared: Sequence[_Prepared], stops: Stops) -> list[Prediction]:
+    def _predict(self, prepared: Sequence[_Prepared], policy: ExitPolicy) -> list[Prediction]:
         if self.max_batch is not None and len(prepared) > self.max_batch:
-            return [found for group in batches(prepared, self.max_batch) for found in self._predict(group, stops)]
-        result = self._run(np.stack([item.frame for item in prepared]), stops)
-        return [self._prediction(image, item) for image, item in zip(result.images(), prepared, strict=True)]
+            return [found for group in batches(prepared, self.max_batch) for found in self._predict(group, policy)]
+        result = self._run(np.stack([item.frame for item in prepared]), policy)
+        return list(map(self._prediction, result.images(), prepared))
 
     def _prediction(self, image: ImageResult, item: _Prepared) -> Prediction:
-        manifest = self.manifest
-        tensors: Mapping[str, NDArray[Any]] = image.tensors
+        manifest, tensors = self.manifest, image.tensors
         views = [view for view in manifest.views if view.logits in tensors]
         crops = [tensors[view.box] for view in views if view.box is not None]
-        boxes = np.array(crops, np.float32).reshape(-1, 4)
         timings = {**item.timings_ms, **image.step_ms}
         return Prediction(
-            tensors[image.answer],
+            tensors[image.logits],
             manifest.class_names,
             expert_logits=np.stack([tensors[view.logits] for view in views]),
             gate=tensors.get(manifest.gate or ""),
-            boxes=compose_boxes(boxes, item.viewport, manifest.preprocess.size),
+            boxes=compose_boxes(np.reshape(crops, (-1, 4)), item.viewport, manifest.preprocess.size),
             heatmaps=tuple(tensors[view.heatmap] for view in views),
             width=item.viewport.width,
             height=item.viewport.height,
             timings_ms={**timings, "total": sum(timings.values())},
-            temperature=self.calibrated.temperatures.get(image.answer),
+            temperature=self.calibrated.temperatures.get(image.logits),
         )
 
     def _iterate(
-        self, sources: Iterable[_Source], batch: int, workers: int, stops: Stops
+        self, sources: Iterable[_Source], batch: int, workers: int, policy: ExitPolicy
     ) -> Generator[tuple[_Source, Prediction | InputError]]:
-        group: list[tuple[_Source, _Prepared | InputError]] = []
-        ready = map_ahead(self._try_prepare, sources, threads=workers, ahead=2 * workers + batch)
+        """Decode in threads, predict in the caller's."""
+        ready = prefetch(self._try_prepare, sources, threads=workers, ahead=2 * workers + batch)
         with closing(ready):
-            for source, item in ready:
-                group.append((source, item))
-                if sum(isinstance(item, _Prepared) for _, item in group) == batch:
-                    yield from self._predict_group(group, stops)
-                    group = []
-            yield from self._predict_group(group, stops)
+            for group in batches(ready, batch):
+                yield from self._predict_group(group, policy)
 
     def _iterate_in_streams(
-        self, sources: Iterable[_Source], batch: int, stops: Stops
+        self, sources: Iterable[_Source], batch: int, policy: ExitPolicy
     ) -> Generator[tuple[_Source, Prediction | InputError]]:
+        """Decode and predict a batch in each of several threads."""
+
         def predict(group: list[_Source]) -> list[tuple[_Source, Prediction | InputError]]:
-            return self._predict_group([(source, self._try_prepare(source)) for source in group], stops)
+            return self._predict_group([(source, self._try_prepare(source)) for source in group], policy)
 
         streams = self.streams
-        with closing(map_ahead(predict, batches(sources, batch), threads=streams, ahead=2 * streams)) as done:
+        with closing(prefetch(predict, batches(sources, batch), threads=streams, ahead=2 * streams)) as done:
             for _, predictions in done:
                 yield from predictions
 
@@ -339,14 +327,14 @@ class Pipeline:
             return error.with_traceback(None)
 
     def _predict_group(
-        self, group: list[tuple[_Source, _Prepared | InputError]], stops: Stops
+        self, group: list[tuple[_Source, _Prepared | InputError]], policy: ExitPolicy
     ) -> list[tuple[_Source, Prediction | InputError]]:
         good = [item for _, item in group if isinstance(item, _Prepared)]
-        found = iter(self._predict(good, stops) if good else [])
+        found = iter(self._predict(good, policy) if good else [])
         return [(source, item if isinstance(item, InputError) else next(found)) for source, item in group]
 
     @contextmanager
-    def _opened(self) -> Generator[Chain]:
+    def _lent(self) -> Generator[Chain]:
         """Lend the chain to as many threads as it has streams."""
         if not self._free.acquire(blocking=self.streams > 1):
             raise BackendError("the pipeline is in use by another thread; open one pipeline for each thread")

@@ -1,4 +1,4 @@
-"""Threads around pipelines: work done ahead of a loop, and pipelines lent to threads that need one for a while."""
+"""Threads around pipelines: work prefetched for a loop, and pipelines lent to threads that need one for a while."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mge_runtime.errors import BackendError
 if TYPE_CHECKING:
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["PipelinePool", "batches", "map_ahead"]
+__all__ = ["PipelinePool", "batches", "prefetch"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def map_ahead(
+def prefetch(
     function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
 ) -> Generator[tuple[_Item, _Result]]:
     """Apply a function to items in threads, and yield each item with its result, in order.
@@ -60,7 +60,7 @@ class PipelinePool:
         with PipelinePool.open("mge.plan", 2) as pool:
             ...
             with pool.lend() as pipeline:      # in any thread; waits until one is free
-                prediction = pipeline.predict(picture)
+                prediction = pipeline.predict(image)
 
     Each pipeline holds a copy of the model on its device. On a CPU two or more share the processors (`threads`).
     """

@@ -1,6 +1,6 @@
-"""From a decoded image to the chain's input, and from boxes in it back to pixels of the image.
+"""The way from a decoded image to the chain's input, and of boxes in it back to pixels of the image.
 
-Positions are *edge coordinates*: pixel j covers [j, j + 1], its centre lies at j + 0.5.
+Positions are *edge coordinates*: pixel j covers [j, j + 1], its center lies at j + 0.5.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mge_runtime.errors import InputError
+from mge_runtime.decode import rgb_array
 from mge_runtime.manifest import Preprocess
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_RESIZED_PIXELS", "Viewport", "compose_boxes", "crop_resized", "resized_size", "to_frame"]
 
-# Pixels of the whole resized image; a longer strip (256:1 at 512) is resized only where the centre crop needs it.
+# Pixels of the whole resized image; a longer strip (256:1 at 512) is resized only where the center crop needs it.
 MAX_RESIZED_PIXELS = 2**26
 
 
@@ -49,11 +49,11 @@ class Viewport:
 
 
 def to_frame(image: np.ndarray | Image, spec: Preprocess) -> tuple[np.ndarray, Viewport]:
-    """Resize the shorter side to `spec.resize` and crop the centre `spec.size` x `spec.size`.
+    """Resize the shorter side to `spec.resize` and crop the center `spec.size` x `spec.size`.
 
     Byte for byte what torchvision's `Resize(spec.resize)` and `CenterCrop(spec.size)` do to a Pillow image: bilinear
     with antialiasing, the longer side truncated to whole pixels, the crop's corner rounded half to even. (Strips whose
-    resized form would exceed `MAX_RESIZED_PIXELS` are equal within one grey level and need no such memory.)
+    resized form would exceed `MAX_RESIZED_PIXELS` are equal within one gray level and need no such memory.)
 
     Args:
         image: uint8 RGB [H, W, 3] or a Pillow image of mode RGB, any size from 1 x 1.
@@ -63,46 +63,31 @@ def to_frame(image: np.ndarray | Image, spec: Preprocess) -> tuple[np.ndarray, V
         The frame, uint8 [S, S, 3], C-contiguous, and where it lies in `image`.
 
     Raises:
-        InputError: `image` is neither, or `spec` is out of range.
+        InputError: the array is of another type or shape.
     """
-    picture = _picture(image)
-    size = spec.size
-    if not 1 <= size <= spec.resize:
-        raise InputError(f"cannot crop {size} of a side resized to {spec.resize}; expected 1 <= size <= resize")
-    width, height = picture.size
-    new_width, new_height = resized_size(width, height, spec.resize)
-    left, top = round((new_width - size) / 2), round((new_height - size) / 2)
-    scale_x, scale_y = width / new_width, height / new_height
-    box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
-    frame = crop_resized(picture, (new_width, new_height), (left, top), size)
-    return frame, Viewport(*box, width=width, height=height)
+    from PIL.Image import fromarray
+
+    if isinstance(image, np.ndarray):
+        image = fromarray(rgb_array(image))
+    size, (width, height) = spec.size, image.size
+    resized = resized_size(width, height, spec.resize)
+    left, top = (round((side - size) / 2) for side in resized)
+    frame = crop_resized(image, resized, (left, top), size)
+    x, y = width / resized[0], height / resized[1]  # source pixels for one resized pixel
+    return frame, Viewport(left * x, top * y, (left + size) * x, (top + size) * y, width, height)
 
 
-def crop_resized(picture: Image, resized: tuple[int, int], corner: tuple[int, int], size: int) -> np.ndarray:
+def crop_resized(image: Image, resized: tuple[int, int], corner: tuple[int, int], size: int) -> np.ndarray:
     """Resize to `resized` (width, height) and cut `size` x `size` at `corner` (left, top): uint8 [size, size, 3]."""
     from PIL.Image import Resampling
 
     (width, height), (left, top) = resized, corner
     if width * height <= MAX_RESIZED_PIXELS:
-        whole = picture.resize(resized, Resampling.BILINEAR)
+        whole = image.resize(resized, Resampling.BILINEAR)
         return np.array(whole.crop((left, top, left + size, top + size)))
-    x, y = picture.width / width, picture.height / height
+    x, y = image.width / width, image.height / height
     box = (left * x, top * y, (left + size) * x, (top + size) * y)
-    return np.array(picture.resize((size, size), Resampling.BILINEAR, box=box))
-
-
-def _picture(image: np.ndarray | Image) -> Image:
-    from PIL.Image import fromarray
-
-    if not isinstance(image, np.ndarray):
-        if image.mode != "RGB":
-            raise InputError(f"cannot make a frame of a Pillow image of mode {image.mode}; expected RGB")
-        return image
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise InputError(
-            f"cannot make a frame of type {image.dtype} and shape {list(image.shape)}; expected uint8 RGB [H, W, 3]"
-        )
-    return fromarray(image)
+    return np.array(image.resize((size, size), Resampling.BILINEAR, box=box))
 
 
 def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
@@ -116,7 +101,7 @@ def compose_boxes(boxes: np.ndarray, viewport: Viewport, size: int) -> np.ndarra
     """Find what each expert saw, in pixels of the source image.
 
     Box k is half-open in pixels of view k: its crop `image[y0:y1, x0:x1]` is resized to `size` x `size` with
-    align_corners=True, so pixel centre j of view k + 1 lies on pixel centre x0 + j * (x1 - x0 - 1) / (size - 1) of
+    align_corners=True, so pixel center j of view k + 1 lies on pixel center x0 + j * (x1 - x0 - 1) / (size - 1) of
     view k; in edge coordinates e: x0 + 0.5 + (e - 0.5) * (x1 - x0 - 1) / (size - 1), clipped to [x0, x1].
     (A crop one pixel wide stays that pixel.) So boxes nest and none is empty.
 
@@ -127,23 +112,14 @@ def compose_boxes(boxes: np.ndarray, viewport: Viewport, size: int) -> np.ndarra
 
     Returns:
         float32 [K, 4]; the first row is what the frame shows.
-
-    Raises:
-        InputError: `boxes` has another shape, or `size` is below 2.
     """
     boxes = np.asarray(boxes, np.float64)
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise InputError(f"cannot compose boxes of shape {list(boxes.shape)}; expected [K - 1, 4]")
-    if size < 2:
-        raise InputError(f"cannot compose boxes in views of {size} pixels; expected at least 2")
-    seen = np.empty((len(boxes) + 1, 4))
-    seen[0] = (0, 0, size, size)
-    for k in range(len(boxes)):
-        view = boxes[k]  # edges of view k + 2, first in pixels of view k + 1, then of each earlier view
+    seen = [np.array([0.0, 0.0, size, size])]
+    for k, edges in enumerate(boxes):  # edges of view k + 2, first in pixels of view k + 1, then of each earlier view
         for earlier in boxes[:k][::-1]:
-            view = _to_outer(view, earlier, size)
-        seen[k + 1] = view
-    return viewport.to_source(seen, size).astype(np.float32)
+            edges = _to_outer(edges, earlier, size)
+        seen.append(edges)
+    return viewport.to_source(np.stack(seen), size).astype(np.float32)
 
 
 def _to_outer(edges: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:

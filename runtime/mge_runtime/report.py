@@ -1,4 +1,4 @@
-"""What `mge-run` prints and writes of its predictions: text for people, JSON lines, CSV, drawn images."""
+"""The outputs of `mge-run`: text for people, JSON lines, CSV, drawn images."""
 
 from __future__ import annotations
 
@@ -20,44 +20,48 @@ if TYPE_CHECKING:
     from mge_runtime.decode import ImageSource
     from mge_runtime.prediction import Prediction
 
-__all__ = ["CsvTable", "Form", "ImageFolder", "csv_table", "image_folder", "is_stdout", "shown", "shown_error"]
+__all__ = ["CsvTable", "Form", "ImageFolder", "Lines", "csv_table", "image_folder", "is_stdout"]
 
-Form: TypeAlias = Literal["line", "block", "json", "nothing"]  # what is printed of an image
+Form: TypeAlias = Literal["line", "block", "json"]  # what is printed of an image
 
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name
 
 
-def shown(form: Form, image: str, prediction: Prediction, top_k: int, saved: Path | None) -> str | None:
-    """What is printed of one image.
+class Lines:
+    """Prints each image: a line (probability, class, name), a block of a few with the boxes, or a line of JSON."""
 
-    Args:
-        form: one line (probability, class, name), a block of a few, or a line of JSON.
-        image: its name.
-        prediction: of it.
-        top_k: likeliest classes in a block or in JSON.
-        saved: where it was drawn.
-    """
-    if form == "nothing":
-        return None
-    if form == "json":  # in ASCII, so that every locale can print it
-        record = {"image": _unicode(image), **prediction.to_dict(top_k=top_k)}
-        return json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))})
-    if form == "line":
-        widest = min(max(map(len, prediction.class_names)), 40)  # the columns line up from line to line
-        return printable(f"{prediction.probability:6.1%}  {prediction.class_name:<{widest}}  {image}")
-    lines = [image, *(f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(top_k))]
-    for k, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
-        share = "" if prediction.gate is None else f"counts {float(prediction.gate[k]):4.0%}, "
-        lines.append(f"  expert {k + 1}  {share}saw x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}")
-    lines[-1] += f" of {prediction.width} x {prediction.height} pixels"
-    lines.append(f"  {prediction.timings_ms['total']:.0f} ms")
-    lines += [] if saved is None else [f"  drawn: {saved}"]
-    return "\n".join(map(printable, lines))
+    def __init__(self, form: Form, top_k: int) -> None:
+        self._form: Form = form
+        self._top_k = top_k  # likeliest classes in a block or in JSON
 
+    def add(self, image: str, prediction: Prediction, saved: Path | None) -> None:
+        """Print a prediction, and where it was drawn.
 
-def shown_error(form: Form, image: str, error: InputError) -> str | None:
-    """What standard output gets of an image that could not be read: a line of JSON, or nothing."""
-    return json.dumps({"image": _unicode(image), "error": one_line(error)}) if form == "json" else None
+        Raises:
+            OutputError: as `echo`.
+        """
+        if self._form == "json":  # in ASCII, so that every locale can print it
+            record = {"image": _unicode(image), **prediction.to_dict(top_k=self._top_k)}
+            echo(json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))}))
+        elif self._form == "line":
+            widest = min(max(map(len, prediction.class_names)), 40)  # the columns line up from line to line
+            echo(printable(f"{prediction.probability:6.1%}  {prediction.class_name:<{widest}}  {image}"))
+        else:
+            echo("\n".join(map(printable, self._block(image, prediction, saved))))
+
+    def add_error(self, image: str, error: InputError) -> None:
+        """Print what JSON has of an image that could not be read; text has its line on standard error."""
+        if self._form == "json":
+            echo(json.dumps({"image": _unicode(image), "error": one_line(error)}))
+
+    def _block(self, image: str, prediction: Prediction, saved: Path | None) -> list[str]:
+        lines = [image, *(f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(self._top_k))]
+        for k, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
+            share = "" if prediction.gate is None else f"counts {float(prediction.gate[k]):4.0%}, "
+            lines.append(f"  expert {k + 1}  {share}saw x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}")
+        lines[-1] += f" of {prediction.width} x {prediction.height} pixels"
+        lines.append(f"  {prediction.timings_ms['total']:.0f} ms")
+        return lines if saved is None else [*lines, f"  drawn: {saved}"]
 
 
 def _unicode(name: str) -> str:
@@ -84,7 +88,7 @@ class CsvTable:
         self._columns = [*header, "width", "height", "total_ms", "error"]
         self._write(self._columns)
 
-    def add(self, image: str, prediction: Prediction) -> None:
+    def add(self, image: str, prediction: Prediction, _saved: Path | None = None) -> None:
         """Write one row; what did not run (gate, later experts) stays empty."""
         values = prediction.to_dict(top_k=self._top_k)
         row = [image, values["class_index"], values["class_name"], values["probability"]]
@@ -128,15 +132,13 @@ def is_stdout(path: Path | None) -> bool:
 
 
 @contextmanager
-def csv_table(path: Path | None, experts: int, top_k: int) -> Generator[CsvTable | None, None, None]:
+def csv_table(path: Path, experts: int, top_k: int) -> Generator[CsvTable]:
     """Open a CSV file that appears whole at the end of the block, or not at all; "-" prints row by row.
 
     Raises:
         OutputError: the place cannot be written; said before anything is computed.
     """
-    if path is None:
-        yield None
-    elif is_stdout(path):
+    if is_stdout(path):
         yield CsvTable(_Stdout(), experts, top_k)
     else:
         with (
@@ -151,22 +153,18 @@ class ImageFolder:
 
     def __init__(self, folder: Path, images: Sequence[NamedImage]) -> None:
         self._paths: dict[NamedImage, Path] = {}
-        taken = {os.path.normcase(image.path.resolve()) for image in images if image.path is not None}
-        names: set[str] = set()
-        last: dict[str, int] = {}  # number given to a stem
-        root = folder.resolve()
+        # Two folders may each hold an a.jpg, "A" and "a" may be one file here, and no image may be written over.
+        taken = {str(image.path.resolve()).casefold() for image in images if image.path is not None}
+        root, numbers = folder.resolve(), dict[str, int]()
         for image in images:
             stem = "stdin" if image.path is None else image.path.stem
             stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
-            number = last.get(stem, 1)
-            name = stem if number == 1 else f"{stem}-{number}"
-            # Two folders may each hold an a.jpg, "A" and "a" may be one file here, and no image may be written over.
-            while name.casefold() in names or os.path.normcase(root / (name + SAVED_SUFFIX)) in taken:
+            number = numbers.get(stem, 1)
+            while (place := str(root / _saved_name(stem, number)).casefold()) in taken:
                 number += 1
-                name = f"{stem}-{number}"
-            names.add(name.casefold())
-            last[stem] = number
-            self._paths[image] = folder / (name + SAVED_SUFFIX)
+            taken.add(place)
+            numbers[stem] = number
+            self._paths[image] = folder / _saved_name(stem, number)
 
     def save(self, image: NamedImage, source: ImageSource, prediction: Prediction) -> Path:
         """Draw a prediction and write the file whole.
@@ -185,16 +183,17 @@ class ImageFolder:
         return path
 
 
+def _saved_name(stem: str, number: int) -> str:
+    return (stem if number == 1 else f"{stem}-{number}") + SAVED_SUFFIX
+
+
 @contextmanager
-def image_folder(folder: Path | None, images: Sequence[NamedImage]) -> Generator[ImageFolder | None, None, None]:
+def image_folder(folder: Path, images: Sequence[NamedImage]) -> Generator[ImageFolder]:
     """Make the folder for drawn images; a new one that stays empty is removed again.
 
     Raises:
         OutputError: it cannot be made or written; said before anything is computed.
     """
-    if folder is None:
-        yield None
-        return
     try:
         existed = folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""From what the user names to the list of images: the one lister, for inference, training and calibration alike."""
+"""The one lister of images, for inference, training and calibration alike: from what the user names to files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 from mge_runtime.errors import InputError
 
@@ -32,7 +30,6 @@ __all__ = [
     "validation_folder",
 ]
 
-_Name = TypeVar("_Name")
 STDIN = "-"
 _STDIN_NAME = "standard input"
 SAVED_SUFFIX = ".mge.png"  # of what `mge-run --save` draws; in a folder these are no images to predict
@@ -79,6 +76,13 @@ class ImageList:
     named: list[str] = field(default_factory=list[str])  # by `find_images`: behind which name each problem lies
     passed_over: Counter[str] = field(default_factory=Counter[str])  # by reason, as "hidden"
 
+    def add(self, other: ImageList) -> None:
+        """Take over what another list holds."""
+        self.images += other.images
+        self.problems += other.problems
+        self.named += other.named
+        self.passed_over += other.passed_over
+
     def whole(self) -> list[NamedImage]:
         """The images, where nothing stood in the way.
 
@@ -89,7 +93,7 @@ class ImageList:
             raise self.problems[0]
         return self.images
 
-    def remark(self) -> str | None:
+    def note(self) -> str | None:
         """One line about what was passed over; None where that was nothing."""
         total = sum(self.passed_over.values())
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.passed_over.items()))
@@ -111,9 +115,9 @@ def find_images(names: Iterable[str], files_from: str | None = None) -> ImageLis
     Returns:
         The images in the order named, and one problem for each name behind which there is nothing.
     """
-    lists = [] if files_from is None else [files_from]
-    parts = (_gather(names, _expand), _gather(lists, _expand_list))
-    found = _gather(parts, lambda part: part)
+    found = _gather(names, _expand)
+    if files_from is not None:
+        found.add(_gather([files_from], _expand_list))
     images: dict[str, NamedImage] = {}
     for image in found.images:
         images.setdefault(STDIN if image.path is None else os.path.normpath(image.path.absolute()), image)
@@ -121,7 +125,7 @@ def find_images(names: Iterable[str], files_from: str | None = None) -> ImageLis
     return found
 
 
-def _gather(names: Iterable[_Name], expand: Callable[[_Name], ImageList]) -> ImageList:
+def _gather(names: Iterable[str], expand: Callable[[str], ImageList]) -> ImageList:
     """What is found behind each name; a problem with one costs no image of the others."""
     total = ImageList()
     for name in names:
@@ -129,10 +133,8 @@ def _gather(names: Iterable[_Name], expand: Callable[[_Name], ImageList]) -> Ima
             found = expand(name)
         except InputError as problem:
             found = ImageList(problems=[problem])
-        total.images += found.images
-        total.problems += found.problems
-        total.named += found.named or [str(name)] * len(found.problems)
-        total.passed_over += found.passed_over
+        found.named = found.named or [name] * len(found.problems)
+        total.add(found)
     return total
 
 
@@ -148,7 +150,7 @@ def list_folder(folder: Path) -> ImageList:
     """
     found = _search(folder)
     if not found.images and not found.problems:
-        held = found.remark() or "it holds nothing"
+        held = found.note() or "it holds nothing"
         found.problems.append(
             InputError(f"no image in the folder {folder}: {held}; expected files such as .jpg or .png")
         )
@@ -156,10 +158,9 @@ def list_folder(folder: Path) -> ImageList:
 
 
 def _search(folder: Path) -> ImageList:
-    found = ImageList()
-    paths: list[str] = []
-    entered: set[tuple[int, int]] = set()
+    found, paths = ImageList(), list[str]()
     folders, links = [str(folder)], list[str]()
+    entered: set[tuple[int, int]] = set()
     while folders or links:
         place = (folders or links).pop()  # links last: an image has the name that needs none
         try:
@@ -169,15 +170,17 @@ def _search(folder: Path) -> ImageList:
             entered.add((status.st_dev, status.st_ino))
             inside, files = _scan(place, found.passed_over)
         except OSError as error:
-            found.problems.append(
-                InputError(f"cannot list the folder {place}: {error.strerror}; expected one that may be read")
-            )
+            found.problems.append(_unlisted(place, error))
             continue
         for entry in inside:
             (links if entry.is_symlink() else folders).append(entry.path)
         paths += files
     found.images = [NamedImage(path, Path(path)) for path in sorted(paths, key=_natural)]
     return found
+
+
+def _unlisted(folder: str | Path, error: OSError) -> InputError:
+    return InputError(f"cannot list the folder {folder}: {error.strerror}; expected one that may be read")
 
 
 def _scan(place: str, passed_over: Counter[str]) -> tuple[list[os.DirEntry[str]], list[str]]:
@@ -228,7 +231,7 @@ def list_labelled(
     try:
         entries, loose = _scan(str(folder), passed_over)
     except OSError as error:
-        raise InputError(f"cannot list the folder {folder}: {error.strerror}; expected one that may be read") from error
+        raise _unlisted(folder, error) from error
     if loose:
         raise InputError(f"{loose[0]} lies in no class folder; expected {folder}/<class>/: sort the images by class")
     names = tuple(entry.name for entry in entries)
@@ -256,8 +259,8 @@ def list_labelled(
         passed_over += found.passed_over
     if not samples:
         raise InputError(f"no image in the class folders of {folder}; expected {folder}/<class>/*.jpg")
-    if remark := ImageList(passed_over=passed_over).remark():
-        say(f"{folder}: {remark}")
+    if message := ImageList(passed_over=passed_over).note():
+        say(f"{folder}: {message}")
     return tuple(known), sorted(samples, key=lambda sample: sample[1])
 
 
@@ -290,11 +293,12 @@ def require_folder(folder: Path, expected: str) -> None:
 
 
 def is_url(name: str) -> bool:
-    """Whether this is an address on the net, or an embedded picture, rather than a path."""
+    """Whether this is an address on the net, or an embedded image, rather than a path."""
     return re.match(r"(https?|ftp|s3|gs|file|data):", name, re.IGNORECASE) is not None
 
 
 def _expand(name: str) -> ImageList:
+    """What a name on the command line stands for."""
     if name == STDIN:
         _require_stdin("the bytes of one image")
         return ImageList([NamedImage(_STDIN_NAME, None)])
@@ -369,9 +373,8 @@ def _require_stdin(expected: str) -> None:
 
 def _natural(path: str) -> list[tuple[list[tuple[int, str]], str]]:
     """Sort key: folder by folder, numbers by value, letters without case."""
-    return [(_counted(name), name) for name in Path(path).parts]
 
+    def counted(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdecimal() else (-1, part.casefold()) for part in re.split(r"(\d+)", name)]
 
-@lru_cache(10_000)  # folders are the same for many files
-def _counted(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part.casefold()) for part in re.split(r"(\d+)", name)]
+    return [(counted(name), name) for name in Path(path).parts]

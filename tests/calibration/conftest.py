@@ -28,19 +28,18 @@ def tiny_path(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def labelled(tiny_path, tmp_path_factory):
-    """240 seeded pictures in class folders, named after what the tiny chain sees in them, one in six after another."""
+def labeled(tiny_path, tmp_path_factory):
+    """180 seeded images in class folders, named after what the tiny chain sees in them, one in six after another."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(3)
     with Pipeline.open(tiny_path, threads=1) as pipeline:
-        for number in range(240):
-            coarse = rng.integers(0, 256, (5, 6, 3), np.uint8)
-            picture = np.kron(coarse, np.ones((7, 7, 1), np.uint8))
-            seen = pipeline.predict(picture).class_index
+        for number in range(180):
+            image = np.kron(rng.integers(0, 256, (5, 6, 3), np.uint8), np.ones((7, 7, 1), np.uint8))
+            seen = pipeline.predict(image).class_index
             label = rng.integers(5) if number % 6 == 0 else seen
             place = folder / f"bird {label}"
             place.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(place / f"{number}.png")
+            Image.fromarray(image).save(place / f"{number}.png")
     return folder
 
 
@@ -51,6 +50,6 @@ def copy(tiny_path, tmp_path):
 
 
 @pytest.fixture
-def data(labelled, tmp_path):
-    """A copy of the labelled pictures, to change."""
-    return Path(shutil.copytree(labelled, tmp_path / "data"))
+def data(labeled, tmp_path):
+    """A copy of the labeled images, to change."""
+    return Path(shutil.copytree(labeled, tmp_path / "data"))

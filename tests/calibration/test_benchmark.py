@@ -10,23 +10,23 @@ from benchmarks.calibration import main
 
 
 @pytest.fixture(scope="module")
-def parts(labelled, tmp_path_factory):
-    """Three folders of 80 pictures."""
+def parts(labeled, tmp_path_factory):
+    """Three folders of 60 images."""
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second", "third")]
-    for number, path in enumerate(sorted(labelled.glob("*/*"))):
+    for number, path in enumerate(sorted(labeled.glob("*/*"))):
         place = folders[number % 3] / path.parent.name
         place.mkdir(exist_ok=True)
         shutil.copy(path, place)
     return folders
 
 
-def test_thresholds_are_held_to_other_images(tiny_path, parts):
+def test_thresholds_are_judged_on_other_images(tiny_path, parts):
     names = ("--data", "--exit-data", "--test-data")
     options = [str(word) for pair in zip(names, parts, strict=True) for word in pair]
     done = CliRunner().invoke(main, [str(tiny_path), *options, "--epsilon", "0.2"])
     assert done.exit_code == 0, done.output
-    count, share = re.search(r"on 80 others: (\d+) disagree \(([\d.]+) %\)", done.output).groups()
-    assert float(share) == pytest.approx(100 * int(count) / 80, abs=0.01)
+    count, share = re.search(r"on 60 others: (\d+) disagree \(([\d.]+) %\)", done.output).groups()
+    assert float(share) == pytest.approx(100 * int(count) / 60, abs=0.01)
     assert len(re.findall(r"NLL [\d.]+ -> [\d.]+ ", done.output)) == 3
 
 
@@ -34,7 +34,7 @@ def test_halves_of_a_folder_are_counted(tiny_path, parts):
     options = ["--data", str(parts[0]), "--exit-data", str(parts[1]), "--halves", "4", "--epsilon", "0.2"]
     done = CliRunner().invoke(main, [str(tiny_path), *options])
     assert done.exit_code == 0, done.output
-    assert "4 random halves, 40 images for thresholds and 40 for the test" in done.output
+    assert "4 random halves, 30 images for thresholds and 30 for the test" in done.output
 
 
 def test_one_of_both_is_asked_for(tiny_path, parts):

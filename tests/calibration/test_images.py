@@ -1,10 +1,11 @@
-"""Which labelled images there are, and how they are split and named."""
+"""Which labeled images there are, and which of them may set exits."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
-from mge_calibration.images import data_sha256, list_labeled, split_by_content
+from mge_calibration.images import choose_images, list_labeled, short_digest
 from mge_runtime.errors import InputError
 
 NAMES = ("ant", "bee", "cow")
@@ -39,77 +40,100 @@ def test_of_a_data_set_the_validation_part_is_taken(data, name):
     shutil.copytree(data, whole / "train")
     root, images = list_labeled(whole, NAMES)
     assert root == whole / name
-    assert len(images) == 4
-    assert data_sha256(images) == data_sha256(list_labeled(data, NAMES)[1])
+    assert [image.sha256 for image in images] == [image.sha256 for image in list_labeled(data, NAMES)[1]]
 
 
-def test_copies_count_once(data):
+def test_copies_count_once_and_have_one_class(data):
     shutil.copy(data / "ant" / "a.png", data / "ant" / "b.png")
     assert len(list_labeled(data, NAMES)[1]) == 4
-
-
-def test_one_image_in_two_classes_is_refused(data):
     shutil.copy(data / "ant" / "a.png", data / "bee" / "b.png")
     with pytest.raises(InputError, match=r"ant/a\.png and bee/b\.png are the same bytes; expected it in the folder of"):
         list_labeled(data, NAMES)
 
 
-def test_the_hash_is_that_of_names_and_contents(data):
-    before = data_sha256(list_labeled(data, NAMES)[1])
-    (data / "ant" / "a.png").write_bytes(b"other")
-    changed = data_sha256(list_labeled(data, NAMES)[1])
-    (data / "ant" / "a.png").rename(data / "ant" / "c.png")
-    assert len({before, changed, data_sha256(list_labeled(data, NAMES)[1])}) == 3
-
-
-def test_a_split_follows_content_and_seed_alone(data):
-    for number in range(60):
-        (data / "cow" / f"{number}.jpg").write_bytes(b"%d" % number)
-    images = list_labeled(data, NAMES)[1]
-    first, second = split_by_content(images, 1 / 3, seed=0)
-    assert (len(first), len(second)) == (21, 43)
-    assert {i.sha256 for i in first} | {i.sha256 for i in second} == {i.sha256 for i in images}
-    (data / "cow").rename(data / "cows")
-    renamed = list_labeled(data, ("ant", "bee", "cows"))[1]
-    assert {i.sha256 for i in split_by_content(renamed[::-1], 1 / 3, seed=0)[0]} == {i.sha256 for i in first}
-    assert {i.sha256 for i in split_by_content(images, 1 / 3, seed=1)[0]} != {i.sha256 for i in first}
-
-
-def spoil_missing(data):
-    shutil.rmtree(data)
-
-
-def spoil_file(data):
+def to_file(data):
     shutil.rmtree(data)
     data.write_text("a file")
 
 
-def spoil_empty(data):
-    for path in list(data.glob("*/*")):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def spoil_unlabelled(data):
-    (data / "loose.jpg").write_bytes(b"loose")
-
-
-def spoil_class(data):
-    (data / "bee").rename(data / "wasp")
+def empty(data):
+    for name in NAMES:
+        shutil.rmtree(data / name)
+        (data / name).mkdir()
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "message"),
     [
-        (spoil_missing, "no folder"),
-        (spoil_file, "is a file; expected a folder"),
-        (spoil_empty, "no image in the class folders"),
-        (spoil_unlabelled, "lies in no class folder"),
-        (spoil_class, "holds class 'wasp', which is not among the model's 3 classes"),
+        (shutil.rmtree, "no folder"),
+        (to_file, "is a file; expected a folder"),
+        (empty, "no image in the class folders"),
+        (lambda data: (data / "loose.jpg").write_bytes(b"loose"), "lies in no class folder"),
+        (lambda data: (data / "bee").rename(data / "wasp"), "'wasp', which is not among the model's 3 classes"),
     ],
-)
-def test_a_folder_that_cannot_serve_is_refused(data, spoil, words):
+    ids=["missing", "file", "empty", "no class", "other class"],
+)  # fmt: skip
+def test_a_folder_that_cannot_serve_is_refused(data, spoil, message):
     spoil(data)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         list_labeled(data, NAMES)
-    assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def manifest(tiny):
+    return replace(tiny.make_manifest(tiny.make_graphs()), class_names=NAMES)
+
+
+def make_images(folder, numbers, names=NAMES):
+    for number in numbers:
+        place = folder / names[number % len(names)]
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number}.jpg").write_bytes(b"%d" % number)
+    return folder
+
+
+def test_images_that_set_temperatures_or_taught_int8_set_no_exits(tmp_path, manifest):
+    data, apart = make_images(tmp_path / "data", range(10)), make_images(tmp_path / "apart", range(8, 30))
+    digests = [short_digest(image.sha256) for image in list_labeled(apart, NAMES)[1]]
+    said = []
+
+    def choose(taught):
+        plan = {"type": "fp16", "calibration": {"digests": taught}}
+        return choose_images(data, apart, replace(manifest, precision={"expert_1": plan}), said.append)
+
+    taught = [digest for digest in digests if digest not in {short_digest(i.sha256) for i in choose([]).fitting}][:5]
+    chosen = choose(taught)
+    assert (len(chosen.fitting), len(chosen.testing), len(chosen.known)) == (10, 15, 5)
+    assert not chosen.known & {short_digest(image.sha256) for image in chosen.testing}
+    assert said[-2:] == [
+        f"2 of 22 images in {apart} are also in {data}: they set no exits",
+        f"5 of 22 images in {apart} taught INT8: they set no exits",
+    ]
+    with pytest.raises(InputError, match="or taught INT8; exits need images other than"):
+        choose(digests)
+    with pytest.raises(InputError, match=r"is also in .*; exits need images other than those"):
+        choose_images(data, data, manifest, said.append)
+
+
+def test_validation_images_set_temperatures_but_exits_with_a_warning_alone(tmp_path, manifest):
+    make_images(tmp_path / "birds" / "val", range(20))
+    apart, said = make_images(tmp_path / "apart", range(20, 40)), []
+    choose_images(tmp_path / "birds", apart, manifest, said.append)
+    assert said == []
+    choose_images(tmp_path / "birds", None, manifest, said.append)
+    assert len(said) == 1
+    assert said[0].startswith(
+        f"exits are set by {tmp_path / 'birds' / 'val'}: if checkpoint or box thresholds were chosen"
+    )
+
+
+def test_most_classes_must_have_images(tmp_path, manifest):
+    said, most = [], make_images(tmp_path / "most", range(9), NAMES[:2])
+    choose_images(most, None, manifest, said.append)
+    assert said[0].startswith(
+        f"{most} has images of 2 of the bundle's 3 classes, none of cow: what is learned from them"
+    )
+    few = make_images(tmp_path / "few", range(9), NAMES[:1])
+    with pytest.raises(InputError, match="of 1 of the bundle's 3 classes, none of bee, cow; expected at least half"):
+        choose_images(few, None, manifest, said.append)

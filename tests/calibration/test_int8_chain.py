@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mge_calibration.int8.chain import _least, quantize_chain
+from mge_calibration.int8.chain import quantize_chain
 from mge_calibration.int8.cpu import cpu_graph
 from mge_calibration.int8.graph import Agreement, Int8Options, quantize_graph, relative_error
 from mge_calibration.int8.insert import find_layers, insert_quantization, quantize_weight
-from mge_calibration.int8.ranges import learn_ranges, open_graph, run_all
+from mge_calibration.int8.ranges import open_graph, run_all
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.compare import box_iou
 from mge_runtime.manifest import GraphSpec, TensorSpec
@@ -28,10 +28,7 @@ def is_backbone(name):
 def make_graph(k, *, last, loud=1.0):
     """Image [B, 3, S, S] to logits [B, C] and, unless it is the last, a dimmed middle of the image as the next one.
 
-    Args:
-        k: graph number.
-        last: whether it puts out no image.
-        loud: one output channel's weight of the block is so much larger than the others.
+    One output channel's weight of the block is `loud` times larger than the others.
     """
     random = np.random.default_rng(k)
     half = lambda *shape: random.normal(0, 0.4, shape).astype(np.float16)  # noqa: E731
@@ -114,8 +111,8 @@ def graph():
     return make_graph(1, last=False)
 
 
-def quantise(model, images, classes=lambda out: out["logits_1"].argmax(1), **options):
-    """A graph alone, held to the classes that follow from its outputs."""
+def quantize(model, images, classes=lambda out: out["logits_1"].argmax(1), **options):
+    """A graph alone, judged by the classes that follow from its outputs."""
     options = Int8Options(**options)
     wanted = run_all(open_graph(model), {"image_1": images})
 
@@ -128,19 +125,14 @@ def quantise(model, images, classes=lambda out: out["logits_1"].argmax(1), **opt
     return quantize_graph(model, is_backbone, {"image_1": images}, judge, options)
 
 
-def test_layers_are_the_backbones_convolutions_and_its_residual_sum(graph):
-    layers = find_layers(graph[1], is_backbone)
-    assert [layer.node for layer in layers] == ["n_stem", "n_block", "n_add"]
-    assert layers[2].activations == ("clipped", "block")
-
-
 @pytest.fixture(scope="module")
-def quantised(graph, images):
-    return quantise(graph[1], images, max_drop=0.2)
+def quantized(graph, images):
+    return quantize(graph[1], images, max_drop=0.2)
 
 
-def test_everything_is_symmetric_int8_with_scales_in_half(quantised):
-    model = quantised.model
+def test_the_backbone_is_symmetric_int8_and_the_rest_reads_what_it_read(graph, quantized):
+    model = quantized.model
+    assert [layer.node for layer in quantized.layers] == ["n_stem", "n_block", "n_add"]
     onnx.checker.check_model(model, full_check=True)
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -150,22 +142,11 @@ def test_everything_is_symmetric_int8_with_scales_in_half(quantised):
         assert not values[node.input[2]].any()
         assert values[node.input[1]].dtype == np.float16
     assert values["backbone.block.weight_scale"].shape == (WIDTH,)
-    assert values["backbone.stem.weight_bias"].dtype == np.float16  # biases are not quantised
+    assert values["backbone.stem.weight_bias"].dtype == np.float16  # biases are not quantized
     assert "backbone.block.weight" not in values  # its codes alone are kept
-
-
-def test_what_is_not_of_the_backbone_reads_what_it_read(graph, quantised):
-    chosen = {layer.node for layer in quantised.layers}
-    for node in quantised.model.graph.node:
-        before = next((other for other in graph[1].graph.node if other.name == node.name), None)
-        if before is not None and node.name not in chosen:
-            assert list(node.input) == list(before.input)
-
-
-def test_the_quantised_graph_answers_nearly_as_before(graph, images, quantised):
-    found, wanted = (run_all(open_graph(model), {"image_1": images}) for model in (quantised.model, graph[1]))
-    difference = np.abs(found["logits_1"] - wanted["logits_1"]).max() / np.abs(wanted["logits_1"]).max()
-    assert 1e-4 < difference < 0.05
+    chosen = {layer.node for layer in quantized.layers}
+    before = {node.name: list(node.input) for node in graph[1].graph.node if node.name not in chosen}
+    assert {node.name: list(node.input) for node in model.graph.node if node.name in before} == before
 
 
 def test_a_weight_is_coded_by_channel():
@@ -177,28 +158,21 @@ def test_a_weight_is_coded_by_channel():
 
 
 def test_the_worst_layer_stays_float_and_is_named(images):
-    # One channel of the block dwarfs the others, which lose their digits where its sum is quantised.
+    # One channel of the block dwarfs the others, which lose their digits where its sum is quantized.
     _, model = make_graph(1, last=False, loud=300)
 
     def fine_classes(outputs):
-        """Steps of a hundredth of the largest logit: they change where an answer's class would not."""
+        """Steps of a hundredth of the largest logit: they change where a class would not."""
         return np.rint(outputs["logits_1"][:, 0] * 100 / np.abs(outputs["logits_1"]).max())
 
-    found = quantise(model, images, fine_classes, method="max", max_drop=0.1)
+    found = quantize(model, images, fine_classes, method="max", max_drop=0.1)
     assert found.all_layers.same_class < 0.9
     assert found.agreement.same_class >= 0.9
     assert [layer.name for layer in found.left] == list(found.sensitivity)[: len(found.left)]
     assert found.left[0].name == max(found.sensitivity, key=found.sensitivity.get)
     assert found.to_dict()["left_float"] == [layer.name for layer in found.left]
     assert {layer.node for layer in (*found.left, *found.layers)} == {"n_stem", "n_block", "n_add"}
-    assert len(found.layers) > 0
-
-
-def test_twice_the_same_images_give_the_same_bytes(graph, images, quantised):
-    again = quantise(graph[1], images, max_drop=0.2)
-    assert again.model.SerializeToString(deterministic=True) == quantised.model.SerializeToString(deterministic=True)
-    other = quantise(graph[1], images * 1.5, max_drop=0.2)
-    assert other.model.SerializeToString(deterministic=True) != quantised.model.SerializeToString(deterministic=True)
+    assert found.layers
 
 
 def test_the_second_graph_is_calibrated_on_what_the_first_one_really_makes(images):
@@ -240,7 +214,7 @@ def test_layers_stay_float_until_the_chains_box_stays(chain, images, least):
     assert found.agreement.box_iou["box_1"] == pytest.approx(ours, abs=1e-6)
 
 
-def test_a_graph_is_judged_by_the_answer_at_the_end_of_the_chain(chain, images):
+def test_a_graph_is_judged_by_the_class_at_the_end_of_the_chain(chain, images):
     options = Int8Options(method="max", max_drop=0.9, min_box_iou=0)
     found = quantize_chain(*chain, is_backbone, images, options)
     models = chain[1]
@@ -262,29 +236,17 @@ def test_a_graph_is_judged_by_the_answer_at_the_end_of_the_chain(chain, images):
     ("images", "max_drop", "most"),
     [(122, 0.005, 1), (399, 0.005, 1), (400, 0.005, 2), (1000, 0.011, 11), (1000, 0.009, 9), (10, 0, 0)],
 )
-def test_a_drop_is_a_limit_and_not_rounded_up(images, max_drop, most):
-    assert Agreement(images, most, {}, 0.0).within(max_drop, {})
-    assert not Agreement(images, most + 1, {}, 0.0).within(max_drop, {})
+def test_limits_are_not_rounded(images, max_drop, most):
+    assert Agreement(images, most, {"box_1": 0.95}, 0.0).within(max_drop, {"box_1": 0.95})
+    assert not Agreement(images, most, {"box_1": 0.95}, 0.0).within(max_drop, {"box_1": 0.96})
+    assert not Agreement(images, most + 1, {"box_1": 0.95}, 0.0).within(max_drop, {"box_1": 0.95})
 
 
-def test_every_box_has_its_own_limit():
-    agreement = Agreement(10, 0, {"box_1": 0.95, "box_2": 0.9}, 0.0)
-    assert agreement.within(0, {"box_1": 0.95, "box_2": 0.9})
-    assert not agreement.within(0, {"box_1": 0.96, "box_2": 0.9})
-    assert not agreement.within(0, {"box_1": 0.95, "box_2": 0.91})
-
-
-@pytest.mark.parametrize(("name", "value"), [("method", "random"), ("max_drop", 1.5), ("min_box_iou", 1.0)])
-def test_options_that_are_none_are_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        Int8Options(**{name: value})
-
-
-def test_on_a_cpu_the_backbone_is_integer_and_answers_alike(graph, images, quantised, tmp_path):
+def test_on_a_cpu_the_backbone_is_integer_and_predicts_alike(graph, images, quantized, tmp_path):
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    fast = cpu_graph(quantised.model, fast=True)
+    fast = cpu_graph(quantized.model, fast=True)
     session = onnxruntime.InferenceSession(fast.SerializeToString(), options, providers=["CPUExecutionProvider"])
     operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     assert operators.count("QLinearConv") == 2
@@ -298,15 +260,13 @@ def test_a_graph_without_half_or_int8_stays_as_it_is():
     _, model = make_graph(1, last=True)
     wide = cpu_graph(model, fast=False)
     assert cpu_graph(wide, fast=True) == wide
-    kinds = {tensor.data_type for tensor in wide.graph.initializer}
-    assert HALF not in kinds
-    assert FULL in kinds
+    assert HALF not in {tensor.data_type for tensor in wide.graph.initializer}
 
 
-def test_weights_in_another_file_stay_there_and_are_widened_by_a_node(images, quantised, tmp_path):
-    inside = cpu_graph(quantised.model, fast=True).SerializeToString()
+def test_weights_in_another_file_stay_there_and_are_widened_by_a_node(images, quantized, tmp_path):
+    inside = cpu_graph(quantized.model, fast=True).SerializeToString()
     onnx.save(
-        quantised.model, tmp_path / "q.onnx", save_as_external_data=True, location="q.weights", size_threshold=200
+        quantized.model, tmp_path / "q.onnx", save_as_external_data=True, location="q.weights", size_threshold=200
     )
     referring = onnx.load(tmp_path / "q.onnx", load_external_data=False)
     (tmp_path / "q.cpu.onnx").write_bytes(cpu_graph(referring, fast=True).SerializeToString())
@@ -318,10 +278,10 @@ def test_weights_in_another_file_stay_there_and_are_widened_by_a_node(images, qu
     assert all(map(np.array_equal, found, wanted))
 
 
-def test_only_layers_that_are_asked_for_are_quantised(graph):
+def test_only_layers_that_are_asked_for_are_quantized(graph):
     layers = find_layers(graph[1], is_backbone)
-    assert insert_quantization(graph[1], [], {}).SerializeToString() == graph[1].SerializeToString()
-    alone = insert_quantization(graph[1], [layers[2]], {"clipped": 7, "block": 3})
+    assert insert_quantization(graph[1], [], {}, {}).SerializeToString() == graph[1].SerializeToString()
+    alone = insert_quantization(graph[1], [layers[2]], {"clipped": 7, "block": 3}, {})
     assert sum(node.op_type == "DequantizeLinear" for node in alone.graph.node) == 2
     scales = {t.name: float(numpy_helper.to_array(t)) for t in alone.graph.initializer if t.name.endswith("_scale")}
     assert 5.98 < scales["clipped_scale"] * 127 < 6  # no code beyond the clip's end, so that a CPU may drop the clip
@@ -343,9 +303,11 @@ def test_a_bias_takes_up_what_rounding_its_weight_adds():
     x = np.random.default_rng(0).uniform(1, 2, (8, 1, 8, 8)).astype(np.float32)
     wanted = run_all(open_graph(model), {"x": x})["y"]
     (layer,) = find_layers(model, is_backbone)
-    ranges, means = learn_ranges(model, ["x"], {"x": x}, "max")
-    plain = run_all(open_graph(insert_quantization(model, [layer], ranges)), {"x": x})["y"] - wanted
-    corrected = run_all(open_graph(insert_quantization(model, [layer], ranges, means)), {"x": x})["y"] - wanted
+    ranges, mean = {"x": 2.0}, x.mean((0, 2, 3))
+    plain, corrected = (
+        run_all(open_graph(insert_quantization(model, [layer], ranges, {"x": values})), {"x": x})["y"] - wanted
+        for values in (np.zeros(1), mean)
+    )
     assert abs(plain.mean()) > 0.03
     assert abs(corrected.mean()) < abs(plain.mean()) / 20
 
@@ -361,10 +323,3 @@ def test_a_graph_that_stays_mostly_float_stays_float_as_a_whole(graph, images):
     assert len(found.left) == 3
     assert found.layers == ()
     assert found.model.SerializeToString() == graph[1].SerializeToString()
-
-
-@pytest.mark.parametrize(
-    ("asked", "later", "least"), [(0.9, 0, 0.9), (0.9, 1, 0.91), (0.9, 2, 0.92), (0.995, 1, 0.9975), (0, 2, 0)]
-)
-def test_a_box_that_others_move_later_has_headroom_and_can_be_reached(asked, later, least):
-    assert _least(asked, later) == pytest.approx(least)

@@ -1,60 +1,35 @@
 import hashlib
 import os
-import resource
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from click.testing import CliRunner
 
-from mge.checkpoint import save_checkpoint
 from mge_export import export, runners
 from mge_export.cli import main
 from mge_runtime.bundle import Bundle, GraphModel, writer
 from mge_runtime.errors import OutputError
 from mge_runtime.files import check_output
+from tests.helpers.commands import fails, succeeds
 
-
-@pytest.fixture
-def checkpoint(tiny, tmp_path):
-    """A single expert: the smallest chain there is."""
-    path = tmp_path / "best.pt"
-    save_checkpoint(path, tiny.make_model(1, size=32))
-    return path
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def refused(result, *words):
-    """One line, exit 1, with these words."""
-    assert isinstance(result.exception, SystemExit), result.exception
-    assert result.exit_code == 1
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    for word in words:
-        assert word in lines[0]
-    return True
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 
 def leftovers(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
-    labels = checkpoint.parent / "classes.txt"
+def test_a_checkpoint_becomes_a_bundle_beside_it(single):
+    labels = single.parent / "classes.txt"
     labels.write_text("wren\nrobin\ntit\nfinch\ndove\n")
-    result = invoke("--ckpt", checkpoint, "--fp16", "--labels", labels, "--image-size", 64, "--verify-images", 2)
-    assert result.exit_code == 0, result.stderr
-    bundle = checkpoint.parent / "mge.plan"
-    assert leftovers(checkpoint.parent) == {"best.pt", "classes.txt", "mge.plan"}
+    result = succeeds(main, "--ckpt", single, "--fp16", "--labels", labels, "--image-size", 64, "--verify-images", 2)
+    bundle = single.parent / "mge.plan"
+    assert leftovers(single.parent) == {"best.pt", "classes.txt", "mge.plan"}
     assert f"mge-run --engine {bundle}" in result.stdout
     assert "MB" in result.stdout
     assert "warning: verified on generated images only" in result.stderr
@@ -64,24 +39,22 @@ def test_a_checkpoint_becomes_a_bundle_beside_it(checkpoint):
         manifest = opened.manifest
     assert manifest.class_names == ("wren", "robin", "tit", "finch", "dove")
     assert manifest.preprocess.size == 64
-    assert manifest.answer == "logits"
     assert manifest.gate is None
     assert manifest.precision["expert_1"]["type"] == "fp16"
-    assert manifest.checkpoint_sha256 == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert manifest.checkpoint_sha256 == hashlib.sha256(single.read_bytes()).hexdigest()
 
 
-def test_out_of_tolerance_there_is_no_bundle_unless_allowed(checkpoint, monkeypatch):
+def test_out_of_tolerance_there_is_no_bundle_unless_allowed(single, monkeypatch):
     run = runners.TypedRun.__call__
     wrong = lambda self, tensors: {name: value * 1.5 for name, value in run(self, tensors).items()}  # noqa: E731
     monkeypatch.setattr(runners.TypedRun, "__call__", wrong)
-    arguments = ["--ckpt", checkpoint, "--verify-images", 2]
-    result = invoke(*arguments)
-    assert refused(result, "out of tolerance", "torch expert_1: logits_1", "--allow-mismatch")
-    assert leftovers(checkpoint.parent) == {"best.pt"}
-    result = invoke(*arguments, "--allow-mismatch")
-    assert result.exit_code == 0
+    line = fails(main, "--ckpt", single, "--verify-images", 2)
+    assert "out of tolerance: torch expert_1: logits_1" in line
+    assert "--allow-mismatch" in line
+    assert leftovers(single.parent) == {"best.pt"}
+    result = succeeds(main, "--ckpt", single, "--verify-images", 2, "--allow-mismatch")
     assert "out of tolerance; the bundle says so" in result.stderr
-    with Bundle.open(checkpoint.parent / "mge.plan") as bundle:
+    with Bundle.open(single.parent / "mge.plan") as bundle:
         assert bundle.manifest.parity["allowed_mismatch"] is True
         assert bundle.manifest.parity["failures"]
 
@@ -104,64 +77,57 @@ def other_types(model):
     ("change", "words"),
     [(other_weights, "computes otherwise than its graphs did: "), (other_types, "cannot be run: ONNX Runtime")],
 )
-def test_a_bundle_that_is_not_what_was_verified_is_never_published(checkpoint, monkeypatch, change, words):
+def test_a_bundle_that_is_not_what_was_verified_is_never_published(single, monkeypatch, change, words):
     original = export.write_bundle
 
     def changed(path, manifest, models, **options):
         return original(path, manifest, {name: change(model) for name, model in models.items()}, **options)
 
     monkeypatch.setattr(export, "write_bundle", changed)
-    (checkpoint.parent / "mge.plan").write_bytes(b"the old one")
-    result = invoke("--ckpt", checkpoint, "--verify-images", 5, "--allow-mismatch")
-    assert refused(result, words, "no bundle was written")
-    assert ".part" not in result.stderr
-    assert leftovers(checkpoint.parent) == {"best.pt", "mge.plan"}
-    assert (checkpoint.parent / "mge.plan").read_bytes() == b"the old one"
+    (single.parent / "mge.plan").write_bytes(b"the old one")
+    line = fails(main, "--ckpt", single, "--verify-images", 5, "--allow-mismatch")
+    assert words in line
+    assert "no bundle was written" in line
+    assert ".part" not in line
+    assert leftovers(single.parent) == {"best.pt", "mge.plan"}
+    assert (single.parent / "mge.plan").read_bytes() == b"the old one"
 
 
-def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(checkpoint, monkeypatch, tmp_path):
-    def interrupt(*_, **__):
-        signal.raise_signal(signal.SIGTERM)
-
-    bundle, work = checkpoint.parent / "mge.plan", tmp_path / "work"
+def test_an_interrupted_export_leaves_the_old_bundle_and_nothing_else(single, monkeypatch, tmp_path):
+    bundle, work = single.parent / "mge.plan", tmp_path / "work"
     bundle.write_bytes(b"the old one")
     work.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(work))
-    monkeypatch.setattr(writer.ArchiveWriter, "finish", interrupt)
-    result = invoke("--ckpt", checkpoint, "--verify-images", 1)
-    assert refused(result, "interrupted (SIGTERM)", f"nothing was written to {bundle}", "run it again")
+    monkeypatch.setattr(writer.ArchiveWriter, "finish", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    line = fails(main, "--ckpt", single, "--verify-images", 1)
+    assert f"the export was interrupted (SIGTERM): nothing was written to {bundle}; run it again" in line
     assert bundle.read_bytes() == b"the old one"
-    assert leftovers(checkpoint.parent) == {"best.pt", "mge.plan", "work"}
+    assert leftovers(single.parent) == {"best.pt", "mge.plan", "work"}
     assert leftovers(work) == set()
 
 
-def test_a_missing_checkpoint(tmp_path):
-    assert refused(invoke("--ckpt", tmp_path / "best.pt"), "best.pt", "does not exist", "mge-train")
-
-
-def test_a_truncated_checkpoint(checkpoint):
-    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
-    assert refused(invoke("--ckpt", checkpoint), "cut short or damaged")
-
-
-def test_a_foreign_checkpoint(tmp_path):
-    torch.save({"state_dict": {"layer.weight": torch.zeros(2)}}, tmp_path / "other.pt")
-    assert refused(invoke("--ckpt", tmp_path / "other.pt"), "other.pt", "expected")
-    assert leftovers(tmp_path) == {"other.pt"}
-
-
-def test_classes_and_labels_that_disagree(checkpoint, tmp_path):
-    labels = tmp_path / "classes.txt"
+def test_a_checkpoint_that_is_none(single):
+    labels = single.parent / "classes.txt"
     labels.write_text("one\ntwo\n")
-    assert refused(invoke("--ckpt", checkpoint, "--labels", labels), "5 classes", "names 2")
+    line = fails(main, "--ckpt", single, "--labels", labels)
+    assert "5 classes" in line
+    assert "names 2" in line
+    single.write_bytes(single.read_bytes()[:5000])
+    assert "cut short or damaged" in fails(main, "--ckpt", single)
+    torch.save({"state_dict": {"layer.weight": torch.zeros(2)}}, single)
+    assert "best.pt holds 1 weights of another model" in fails(main, "--ckpt", single)
+    assert leftovers(single.parent) == {"best.pt", "classes.txt"}
 
 
-def test_a_place_that_cannot_be_written(checkpoint, tmp_path):
-    assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path), "is a folder", str(tmp_path / "mge.plan"))
-    assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path / "none" / "mge.plan"), "no folder", "-o")
-    assert refused(invoke("--ckpt", checkpoint, "-o", checkpoint / "mge.plan"), f"{checkpoint} is a file", "-o")
-    assert refused(invoke("--ckpt", checkpoint, "-o", "/dev/null"), "a device or a pipe")
-    assert refused(invoke("--ckpt", checkpoint, "-o", tmp_path / ("x" * 300)), "too long", "name another place")
+def test_a_place_that_cannot_be_written(single, tmp_path):
+    for place, words in (
+        (tmp_path, f"is a folder; name a file, such as {tmp_path / 'mge.plan'}"),
+        (tmp_path / "none" / "mge.plan", "no folder"),
+        (single / "mge.plan", f"{single} is a file"),
+        (Path("/dev/null"), "a device or a pipe"),
+        (tmp_path / ("x" * 300), "too long; expected a writable folder, name another place"),
+    ):
+        assert words in fails(main, "--ckpt", single, "-o", place)
     assert leftovers(tmp_path) == {"best.pt"}
 
 
@@ -176,44 +142,15 @@ def test_writing_is_tried_not_asked_for(monkeypatch, tmp_path):
     assert (tmp_path / "mge.plan").read_bytes() == b"the old one"
 
 
-def test_a_full_disk_is_found_before_the_work(tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(OutputError, match="File too large"):
-            check_output(tmp_path / "mge.plan")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize(("option", "word"), [("-h", "Usage:"), ("--version", version("mge"))])
-def test_help_and_version(option, word):
-    result = invoke(option)
-    assert result.exit_code == 0
-    assert word in result.stdout
-
-
-def test_photographs_that_are_not_there(checkpoint, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert refused(invoke("--ckpt", checkpoint, "--verify-data", empty), "no image in the folder")
-    assert refused(invoke("--ckpt", checkpoint, "--verify-data", tmp_path / "no"), "no folder", "--verify-data")
-
-
-def test_a_folder_of_text_files_named_jpg(checkpoint, tmp_path):
+def test_photographs_that_are_not_there(single, tmp_path):
     folder = tmp_path / "photographs"
     folder.mkdir()
-    (folder / "a.jpg").write_text("no picture")
-    result = invoke("--ckpt", checkpoint, "--verify-data", folder)
-    assert refused(result, "none of the 1 images", "could be decoded")
-    assert "a.jpg" in result.stderr
-    assert "mge.plan" not in leftovers(tmp_path)
-
-
-def test_usage_errors_exit_with_2(checkpoint):
-    assert invoke().exit_code == 2
-    assert invoke("--ckpt", checkpoint, "--box-threshold", "1.5").exit_code == 2
-    assert invoke("--ckpt", checkpoint, "--int8").exit_code == 2
+    start = ["--ckpt", single, "--verify-data"]
+    assert "no image in the folder" in fails(main, *start, folder)
+    assert "no folder" in fails(main, *start, tmp_path / "no")
+    (folder / "a.jpg").write_text("no image")
+    assert "none of the 1 images (of 1 images in photographs) could be decoded" in fails(main, *start, folder)
+    assert leftovers(tmp_path) == {"best.pt", "photographs"}
 
 
 def test_a_missing_checkpoint_is_told_without_torch(tmp_path):

@@ -1,3 +1,5 @@
+"""What a signal does to an export, and to any block that can be interrupted."""
+
 import contextlib
 import os
 import signal
@@ -6,34 +8,15 @@ import sys
 
 import pytest
 
-from mge.checkpoint import save_checkpoint
 from mge_runtime.errors import ExportError
 from mge_runtime.interrupt import interruptible
 
-# A shell that starts the tests in the background may have set SIGINT to be ignored, which a child inherits.
-PROGRAM = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from mge_export.cli import main
-main()
-"""
 
-
-@pytest.fixture(autouse=True)
-def default_handlers():
-    """Ctrl-C as Python sets it, whatever started the tests."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(tiny, tmp_path, number):
+def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(single, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
-    save_checkpoint(tmp_path / "best.pt", tiny.make_model(1, size=32))
     environment = {**os.environ, "TMPDIR": str(work)}
-    command = [sys.executable, "-c", PROGRAM, "--ckpt", tmp_path / "best.pt", "--verify-images", "100000"]
+    command = [sys.executable, "-m", "mge_export.cli", "--ckpt", single, "--verify-images", "100000"]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
@@ -41,15 +24,13 @@ def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(tiny, tmp_
         for line in process.stderr:
             lines.append(line)
             if line.startswith("expert_1: "):  # its graph is written; now it is verified on many images
-                process.send_signal(number)
+                process.send_signal(signal.SIGINT)
                 break
         lines += process.stderr
         output = process.stdout.read()
         assert process.wait(60) == 1, lines
-    plan = tmp_path / "mge.plan"
-    assert lines[-1] == (
-        f"error: the export was interrupted ({number.name}): nothing was written to {plan}; run it again\n"
-    )
+    end = f"nothing was written to {tmp_path / 'mge.plan'}; run it again\n"
+    assert lines[-1] == f"error: the export was interrupted (SIGINT): {end}"
     assert not [line for line in lines if "Traceback" in line or "Aborted" in line]
     assert output == ""
     assert {path.name for path in tmp_path.iterdir()} == {"best.pt", "work"}
@@ -57,7 +38,7 @@ def test_a_busy_export_that_is_interrupted_says_so_and_leaves_nothing(tiny, tmp_
 
 
 def interrupted(block):
-    """Run a block of the export; return its error."""
+    """What a block of the export that gets signals becomes: the message of its error, or None."""
     try:
         with interruptible("the export", "nothing happened", ExportError) as check:
             block(check)
@@ -66,54 +47,44 @@ def interrupted(block):
     return None
 
 
-def test_what_the_interrupt_became_on_its_way_is_still_the_interrupt():
-    def block(_):
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt:
-            raise ImportError("a module that was being loaded") from None
+def becomes_another(_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise ImportError("a module that was being loaded") from None
 
+
+def gets_lost(check):
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    check()
+
+
+def comes_again_while_cleaning(_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("block", [becomes_another, gets_lost, comes_again_while_cleaning])
+def test_whatever_happens_to_an_interrupt_on_its_way_it_is_said(block):
+    assert interrupted(lambda check: check()) is None
     assert interrupted(block) == "the export was interrupted (SIGINT): nothing happened"
 
 
-def test_an_interrupt_that_got_lost_is_found_at_the_next_check():
+def test_other_errors_pass_ignored_signals_stay_ignored_and_handlers_come_back():
     def block(check):
+        signal.raise_signal(signal.SIGHUP)
         check()
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-        check()
-
-    assert interrupted(lambda check: check()) is None
-    assert "SIGTERM" in interrupted(block)
-
-
-def test_a_second_signal_does_not_disturb_the_cleaning():
-    cleaned = []
-
-    def block(_):
-        try:
-            signal.raise_signal(signal.SIGINT)
-        finally:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)
-            cleaned.append(True)
-
-    assert "SIGINT" in interrupted(block)
-    assert cleaned
-
-
-def test_other_errors_pass_and_handlers_come_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(ZeroDivisionError), interruptible("", "", ExportError):
         raise ZeroDivisionError
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
-
-def test_a_signal_that_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        with interruptible("", "", ExportError) as check:
-            signal.raise_signal(signal.SIGHUP)
-            check()
+        with pytest.raises(ZeroDivisionError):
+            interrupted(block)
     finally:
         signal.signal(signal.SIGHUP, before)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers

@@ -1,14 +1,11 @@
 """`mge-export --target`: engines in the bundle before it is published."""
 
-import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from mge.checkpoint import save_checkpoint
 from mge_export.cli import main
 from mge_export.targets import EnginePlan
 from mge_runtime.bundle import Bundle
@@ -20,27 +17,17 @@ from mge_runtime.trt.builder import build_engine
 from mge_runtime.trt.engines import BundleEngines
 from mge_runtime.trt.target import turing_refusal
 from mge_runtime.trt.vendor import load_vendor
+from tests.helpers.commands import fails, succeeds
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 WITHOUT_GPU = pytest.mark.skipif(bool(describe_machine().gpus), reason="there is a GPU here: native engines are built")
 
 
-@pytest.fixture
-def checkpoint(tiny, tmp_path):
-    path = tmp_path / "best.pt"
-    save_checkpoint(path, tiny.make_model(1, size=32))
-    return path
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def test_engines_travel_in_a_bundle_that_still_opens_on_a_bare_cpu(checkpoint, photographs, tmp_path):
+def test_engines_travel_in_a_bundle_that_still_opens_on_a_bare_cpu(single, photographs, tmp_path):
     arguments = ("--fp16", "--target", "rtx:sm75,sm86,sm120", "--batch", "1,2,4", "--extract", tmp_path / "plain")
-    result = invoke("--ckpt", checkpoint, *arguments, "--verify-data", photographs, "--allow-mismatch")
-    assert result.exit_code == 0, result.stderr
+    result = succeeds(main, "--ckpt", single, *arguments, "--verify-data", photographs, "--allow-mismatch")
     assert "the linear heads are in FP16 for every target, because of sm75" in result.stderr
     assert "expert_1: fp16, attested: network" in result.stderr
     path = tmp_path / "mge.plan"
@@ -64,24 +51,19 @@ def test_engines_travel_in_a_bundle_that_still_opens_on_a_bare_cpu(checkpoint, p
 
 
 @WITHOUT_GPU
-def test_without_a_gpu_the_default_is_onnx_alone_and_says_so(checkpoint):
-    result = invoke("--ckpt", checkpoint, "--verify-images", 2)
-    assert result.exit_code == 0, result.stderr
+def test_without_a_gpu_the_default_is_onnx_alone_and_says_so(single):
+    result = succeeds(main, "--ckpt", single, "--verify-images", 2)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("no engines, ONNX alone: ")]
     assert "there is no GPU cuda:0 here to build for" in line
-    with Bundle.open(checkpoint.parent / "mge.plan") as bundle:
+    with Bundle.open(single.parent / "mge.plan") as bundle:
         assert bundle.targets == ()
 
 
-def test_where_extracting_fails_the_bundle_is_there_and_that_is_said(checkpoint, tmp_path):
+def test_where_extracting_fails_the_bundle_is_there_and_that_is_said(single, tmp_path):
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "a bundle.plan"
-    result = invoke(
-        "--ckpt", checkpoint, "--verify-images", 2, "--target", "onnx", "-o", out, "--extract", tmp_path / "file"
-    )
-    assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].endswith(f"{out} was written before")
-    assert "engine" not in result.stderr.replace("--engine", ""), "nobody asked for them"
+    arguments = ["--verify-images", 2, "--target", "onnx", "-o", out, "--extract", tmp_path / "file"]
+    assert fails(main, "--ckpt", single, *arguments).endswith(f"{out} was written before")
     with Bundle.open(out) as bundle:
         bundle.verify()
 
@@ -94,17 +76,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
-def test_what_cannot_be_built_is_said_before_the_work(checkpoint, arguments, message):
-    result = invoke("--ckpt", checkpoint, *arguments)
-    assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["best.pt"]
+def test_what_cannot_be_built_is_said_before_the_work(single, arguments, message):
+    assert message in fails(main, "--ckpt", single, *arguments)
+    assert [path.name for path in single.parent.iterdir()] == ["best.pt"]
 
 
-def test_where_an_engine_fails_the_bundle_before_stays(checkpoint, monkeypatch):
-    old = checkpoint.parent / "mge.plan"
+def test_where_an_engine_fails_the_bundle_before_stays(single, monkeypatch):
+    old = single.parent / "mge.plan"
     old.write_bytes(b"the bundle before")
     vendor = load_vendor("tensorrt-rtx")
 
@@ -113,11 +91,10 @@ def test_where_an_engine_fails_the_bundle_before_stays(checkpoint, monkeypatch):
         return build_engine(*arguments, **options, progress=lambda share, _: share < 0.2)
 
     monkeypatch.setattr("mge_runtime.trt.build.build_engine", stopped)
-    result = invoke("--ckpt", checkpoint, "--verify-images", 2, "--target", "rtx:sm86")
-    assert result.exit_code == 1
-    assert f"error: tensorrt-rtx {vendor.version} cannot build graph expert_1" in result.stderr
-    assert hashlib.sha256(old.read_bytes()).digest() == hashlib.sha256(b"the bundle before").digest()
-    assert {path.name for path in checkpoint.parent.iterdir()} == {"best.pt", "mge.plan"}
+    line = fails(main, "--ckpt", single, "--verify-images", 2, "--target", "rtx:sm86")
+    assert f"error: tensorrt-rtx {vendor.version} cannot build graph expert_1" in line
+    assert old.read_bytes() == b"the bundle before"
+    assert {path.name for path in single.parent.iterdir()} == {"best.pt", "mge.plan"}
 
 
 MACHINES = Path(__file__).parents[1] / "runtime" / "machines"

@@ -15,45 +15,45 @@ from mge.attention import (
     grad_cam,
     normalized_maxima,
 )
-from mge.config import MGEConfig
 from mge.model import GlobalHead, MGENet
 from mge.training.recipe import loss_terms
 from mge_runtime.errors import TrainingError
+from tests.helpers import by_hand
+from tests.helpers.tiny_models import tiny_config
 
 
-def boxes_of(mask):
-    kept = torch.as_tensor(mask) > 0
-    return extent_box(torch.stack((kept.any(1), kept.any(2)), 2)).tolist()
+def boxes_of(kept, size=10):
+    mask = torch.zeros(1, size, size, dtype=torch.bool)
+    for rows, columns in kept:
+        mask[0, rows, columns] = True
+    (box,) = extent_box(torch.stack((mask.any(1), mask.any(2)), 2)).tolist()
+    return box
 
 
-def test_a_box_ends_before_the_last_kept_pixel():
-    mask = np.zeros((1, 10, 10))
-    mask[0, 2:7, 3:9] = 1  # last kept row 6, last kept column 8
-    assert boxes_of(mask) == [[3, 2, 8, 6]]
-
-
-def test_a_box_spans_components_that_do_not_touch():
-    mask = np.zeros((1, 10, 10))
-    mask[0, 1, 8] = mask[0, 9, 0] = 1
-    assert boxes_of(mask) == [[0, 1, 8, 9]]
-
-
-@pytest.mark.parametrize("kept", [(), ((4, 4),), ((4, 1), (4, 8)), ((1, 4), (8, 4))])
-def test_a_box_without_area_becomes_the_whole_image(kept):
-    mask = np.zeros((1, 10, 10))
-    for row, column in kept:
-        mask[0, row, column] = 1
-    assert boxes_of(mask) == [[0, 0, 10, 10]]
-
-
-def test_each_image_of_a_batch_has_its_own_box():
-    mask = np.zeros((2, 6, 6))
-    mask[0, 0:3, 0:3] = mask[1, 2:6, 3:6] = 1
-    assert boxes_of(mask) == [[0, 0, 2, 2], [3, 2, 5, 5]]
+@pytest.mark.parametrize(
+    ("kept", "box"),
+    [
+        ([(slice(2, 7), slice(3, 9))], [3, 2, 8, 6]),  # it ends before the last kept pixel: row 6, column 8
+        ([(1, 8), (9, 0)], [0, 1, 8, 9]),  # around components that do not touch
+        # Without area it becomes the whole image.
+        ([], [0, 0, 10, 10]),
+        ([(4, 4)], [0, 0, 10, 10]),
+        ([(4, 1), (4, 8)], [0, 0, 10, 10]),
+        ([(1, 4), (8, 4)], [0, 0, 10, 10]),
+    ],
+)
+def test_a_box_spans_what_is_kept(kept, box):
+    assert boxes_of(kept) == box
 
 
 def test_a_flat_map_keeps_the_whole_image():
     assert attention_box(torch.full((1, 4, 4), 3.0), 32, 0.2).tolist() == [[0, 0, 32, 32]]
+    assert torch.equal(normalized_maxima(torch.full((1, 3, 3), 7.0), 9), torch.zeros(1, 9, 2))
+
+
+def test_a_map_that_is_not_square_is_refused():
+    with pytest.raises(ValueError, match="4 x 5 cells; expected a square one"):
+        attention_box(torch.zeros(1, 4, 5), 32, 0.2)
 
 
 def upsampled(cam, size):
@@ -72,19 +72,6 @@ def test_maxima_are_those_of_the_whole_upsampled_map(cells, size):
     assert (found.amax((1, 2)) == 1).all()
 
 
-def test_a_map_that_is_not_square_is_refused():
-    with pytest.raises(ValueError, match="4 x 5 cells; expected a square one"):
-        attention_box(torch.zeros(1, 4, 5), 32, 0.2)
-
-
-def test_maxima_fill_zero_to_one_and_are_zero_where_flat():
-    maps = torch.stack([torch.arange(9.0).view(3, 3) - 4, torch.full((3, 3), 7.0)])
-    scaled = normalized_maxima(maps, 9)
-    assert scaled[0].max() == 1
-    assert 0 < scaled[0].min() < 1
-    assert torch.equal(scaled[1], torch.zeros(9, 2))
-
-
 def test_crop_resize_equals_slicing_and_interpolating():
     random = np.random.default_rng(0)
     images = torch.randn(20, 3, 33, 33, generator=torch.Generator().manual_seed(0))
@@ -96,9 +83,7 @@ def test_crop_resize_equals_slicing_and_interpolating():
     boxes[1] = torch.tensor([0, 0, 33, 33])
     crops = crop_resize(images, boxes, 33)
     for image, box, crop in zip(images, boxes.int().tolist(), crops, strict=True):
-        x0, y0, x1, y1 = box
-        expected = F.interpolate(image[None, :, y0:y1, x0:x1], (33, 33), mode="bilinear", align_corners=True)[0]
-        torch.testing.assert_close(crop, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(crop, by_hand.crop_of(image, box, 33), atol=1e-5, rtol=0)
     torch.testing.assert_close(crops[1], images[1], atol=1e-5, rtol=0)
 
 
@@ -133,10 +118,9 @@ def test_class_gradient_is_autograd_of_the_chosen_score(route, mode, labels):
 
 
 def test_attention_in_inference_mode_is_attention():
-    config = MGEConfig("test_resnet", tuple("abc"), experts=2, image_size=64, resize=64, box_thresholds=(0.5,))
-    model = MGENet(config).eval()
-    model.attention_head = lambda _: head
+    model = MGENet(tiny_config(experts=2)).eval()
     head = torch.nn.Sequential(model.experts[0].global_head, torch.nn.Sigmoid())  # states nothing
+    model.attention_head = lambda _: head
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = model(images)
@@ -150,27 +134,20 @@ def test_attention_in_inference_mode_is_attention():
 def test_a_gradient_of_zeros_is_refused_where_the_scores_depend_on_the_features():
     with pytest.raises(TrainingError, match=r"DetachedHead is zero everywhere.*torch \d.*inference mode off.*no_grad"):
         class_gradient(DetachedHead(), torch.randn(2, 5, 3, 3))
-
-
-def test_a_gradient_of_zeros_stands_where_the_scores_do_not_move():
+    # It stands where the scores do not move.
     head = torch.nn.Sequential(GlobalHead(8, 5), torch.nn.Threshold(1e3, 7))
     assert not class_gradient(head, torch.randn(2, 8, 3, 3))[1].any()
 
 
-def test_grad_cam_takes_the_relu_of_the_gradient_before_the_mean():
+@pytest.mark.parametrize("cells", [4, 1], ids=["cell by cell", "the same at every cell"])
+def test_grad_cam_takes_the_relu_of_the_gradient_before_the_mean(cells):
     features = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    gradient = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    gradient = torch.randn(2, 3, cells, cells, generator=torch.Generator().manual_seed(2))
     expected = np.zeros((2, 4, 4))
     for b in range(2):
         for k in range(3):
             expected[b] += np.maximum(gradient[b, k].numpy(), 0).mean() * features[b, k].numpy()
     np.testing.assert_allclose(grad_cam(features, gradient).numpy(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_grad_cam_of_a_gradient_that_is_the_same_at_every_cell():
-    features = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    gradient = torch.randn(2, 3, 1, 1, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(grad_cam(features, gradient), grad_cam(features, gradient.expand_as(features)))
 
 
 class TensorsFromPython(TorchDispatchMode):
@@ -186,8 +163,7 @@ class TensorsFromPython(TorchDispatchMode):
 def make_step(device="cpu"):
     """Forward, losses and backward of a chain of two crops; returns what runs it."""
     torch.manual_seed(0)
-    config = MGEConfig("test_resnet", tuple("abc"), experts=3, image_size=64, resize=64, box_thresholds=(0.3, 0.5))
-    model = MGENet(config).to(device)
+    model = MGENet(tiny_config(box_thresholds=(0.3, 0.5))).to(device)
     images, labels = torch.rand(2, 3, 64, 64, device=device), torch.tensor([0, 2], device=device)
 
     def step():

@@ -1,4 +1,4 @@
-"""How the experts' logits are combined: formulas by hand, and what is guaranteed on the images that weights are from."""
+"""How the experts' logits are combined: formulas by hand, and what is guaranteed on the images weights are from."""
 
 import numpy as np
 import pytest

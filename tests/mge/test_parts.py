@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mge.evaluation import top_k_correct, view_areas
-from mge.parts import part_report, read_parts, write_parts
+from mge.evaluation import top_k_correct
+from mge.parts import part_report, read_parts, view_areas, write_parts
 from mge_runtime.errors import InputError, OutputError
 
 
@@ -28,6 +28,7 @@ def test_report_by_hand():
 def test_enlargement_is_measured_against_the_frame_not_against_the_image():
     parts, views = np.array([(40, 40, 50, 50)], float), np.array([[(20, 10, 80, 70), (30, 30, 60, 60)]], float)
     assert part_report(parts, views)[1] == pytest.approx((1.0, 2.0))
+    np.testing.assert_allclose(view_areas(views), [[1, 0.25]])
 
 
 def test_table_comes_back_as_written(tmp_path):
@@ -68,8 +69,3 @@ def test_top_k():
     labels = np.array([0, 1, 2])
     assert top_k_correct(logits, labels, 1).tolist() == [True, False, False]
     assert top_k_correct(logits, labels, 2).tolist() == [True, True, False]
-
-
-def test_view_areas_are_shares_of_the_first_view():
-    views = np.array([[[0, 0, 10, 20], [0, 0, 5, 20], [1, 1, 3, 11]]])
-    np.testing.assert_allclose(view_areas(views), [[1, 0.5, 0.1]])

@@ -6,11 +6,10 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from mge.checkpoint import read_checkpoint
+from mge.checkpoint import read_training
+from tests.helpers.tiny_models import save_noise
 
 OPTIONS = ["--init", "none", "--batch-size", "4", "--epochs", "2000", "--accelerator", "cpu", "--devices", "2"]
 MODEL = ["--arch", "plainnet_w16", "--image-size", "64"]
@@ -18,13 +17,8 @@ MODEL = ["--arch", "plainnet_w16", "--image-size", "64"]
 
 @pytest.fixture
 def data(tmp_path):
-    random = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 1)):
-        for name in ("a", "b"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = random.integers(0, 255, (70, 90, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+        save_noise(tmp_path / "data" / split, {"a": count, "b": count})
     return tmp_path / "data"
 
 
@@ -62,19 +56,11 @@ def test_torchrun_trains_once_with_all_its_processes(data, tmp_path):
     arguments = ["--data", data, "--out", last.parent, *MODEL, *OPTIONS[:4], "--accelerator", "cpu", "--workers", "0"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-    def run(*more):
-        return subprocess.run(
-            [*torchrun, "-m", "mge.cli.train", *map(str, arguments), "--epochs", "1", *more],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-
-    assert "torchrun started 2 processes on this machine, --devices asks for 3" in run("--devices", "3").stderr
-    done = run()
+    command = [*torchrun, "-m", "mge.cli.train", *map(str, arguments), "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("16 training and 2 validation images") == 1
-    training = read_checkpoint(last).training
+    training = read_training(last)
     assert (training["processes"], training["progress"]["epoch"]) == (2, 1)
 
 
@@ -86,9 +72,9 @@ def test_ctrl_c_stops_all_processes_at_one_step(data, tmp_path):
         ["--data", data, "--out", last.parent, *MODEL, *OPTIONS, "--workers", "0"], table, os.kill
     )  # the first process alone hears it
     assert out.count("16 training and 2 validation images") == 1
-    half = read_checkpoint(last).training["progress"]
+    half = read_training(last)["progress"]
     assert half["epoch"] >= 1
     stopped_after_an_epoch(["--data", data, "--resume", last, *OPTIONS, "--workers", "1"], table, os.killpg)
-    whole = read_checkpoint(last).training["progress"]
+    whole = read_training(last)["progress"]
     assert whole["history"][: half["epoch"]] == half["history"]
     assert whole["epoch"] > half["epoch"]

@@ -1,11 +1,14 @@
 import ctypes
-import importlib.util
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from mge_runtime.bundle import Bundle
+from tests.runtime import tiny_chain
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,23 +22,20 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny():
     """The module `tiny_chain`."""
-    spec = importlib.util.spec_from_file_location("mge_tests_tiny_chain", Path(__file__).with_name("tiny_chain.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tiny_chain
 
 
 @pytest.fixture(scope="session")
-def bundle_path(tiny, tmp_path_factory):
+def bundle_path(tmp_path_factory):
     """A tiny bundle; tests that change it work on a copy."""
     path = tmp_path_factory.mktemp("bundle") / "mge.plan"
-    tiny.write_tiny_bundle(path)
+    tiny_chain.write_tiny_bundle(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def photos():
-    """Seeded pictures of several shapes, uint8 RGB."""
+    """Seeded images of several shapes, uint8 RGB."""
     rng = np.random.default_rng(7)
     coarse = [
         rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((6, 5), (5, 9), (7, 7), (4, 6), (9, 5), (6, 6), (3, 8))
@@ -80,21 +80,16 @@ def device(request):
 @pytest.fixture
 def bundle(bundle_path):
     """The tiny bundle, open."""
-    from mge_runtime.bundle import Bundle
-
     with Bundle.open(bundle_path) as opened:
         yield opened
 
 
 @pytest.fixture(scope="session")
 def expected(bundle_path):
-    """The tiny chain on the CPU, graph by graph: what others must answer, too."""
-    from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
-    from mge_runtime.bundle import Bundle
-    from mge_runtime.chain import Chain
+    """The tiny chain on the CPU, graph by graph: what others must predict, too."""
+    from tests.helpers.chain_runs import open_chain
 
-    with Bundle.open(bundle_path) as bundle:
-        chain = Chain(bundle, OnnxRuntimeBackend(threads=1))
+    chain = open_chain(bundle_path)
     yield chain
     chain.close()
 
@@ -103,6 +98,15 @@ def expected(bundle_path):
 def copy(bundle_path, tmp_path):
     """A copy of the tiny bundle, to change."""
     return Path(shutil.copy(bundle_path, tmp_path / "mge.plan"))
+
+
+@pytest.fixture
+def make(tiny, tmp_path, monkeypatch):
+    """Make tiny bundles with bytes in place of engines; the working folder is theirs."""
+    from tests.helpers.recorded_machines import write_with_engines
+
+    monkeypatch.chdir(tmp_path)
+    return partial(write_with_engines, tiny, tmp_path / "mge.plan")
 
 
 @pytest.fixture(scope="session")
@@ -115,7 +119,10 @@ def on_cpu(bundle_path):
 
 @pytest.fixture(scope="session")
 def frames(on_cpu):
-    """The frames that a self-check without pictures draws."""
-    from mge_runtime.selfcheck import drawn_frames
+    """The frames of a self-check without images, which are small here."""
+    from mge_runtime import bench_subject
 
-    return drawn_frames(on_cpu.manifest.preprocess).frames
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_subject, "_HEIGHT", 96)
+        patch.setattr(bench_subject, "_WIDTH", 128)
+        return bench_subject.Images.synthetic(on_cpu.manifest.preprocess).frames

@@ -1,4 +1,4 @@
-"""What a run refuses to answer from: a file that was overwritten, outputs that are not finite or not of their shape."""
+"""What a run refuses to predict from: a file that was overwritten, outputs not finite or not of their shape."""
 
 import os
 import subprocess
@@ -10,15 +10,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from mge_runtime import BackendError, BundleError, Pipeline
-from mge_runtime.backends.base import Backend
-from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend, _Sessions, load_onnxruntime
-from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.bundle import Bundle, write_bundle
+from mge_runtime.backends.onnxruntime import CpuExecutor
+from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import ExitPoint
-from mge_runtime.chain import Chain
-from mge_runtime.device.host import HostDevice
-
-onnxruntime = load_onnxruntime()
+from tests.helpers.chain_runs import EXECUTORS, open_chain, write_chain
 
 
 @pytest.fixture(scope="module")
@@ -34,29 +29,16 @@ def other(tiny, tmp_path_factory):
     return path
 
 
-class OnHost(Backend):
-    """Segments on a `HostDevice`, as a GPU runs them."""
-
-    name, device, version, streams = "onnxruntime", "host", onnxruntime.__version__, 1
-
-    def open_chain(self, bundle):
-        return open_ort_chain(onnxruntime, bundle, HostDevice())
-
-
-BACKENDS = {"host": lambda: OnnxRuntimeBackend(threads=1), "device": OnHost}
-
-
-def open_chain(path, backend, **options):
-    with Bundle.open(path, **options) as bundle:
-        return Chain(bundle, BACKENDS[backend]())
+@pytest.fixture(params=EXECUTORS)
+def executor(request):
+    return request.param
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_bundle_overwritten_in_place_is_refused_before_it_runs(copy, other, frames, backend):
-    chain = open_chain(copy, backend)
+def test_a_bundle_overwritten_in_place_is_refused_before_it_runs(copy, other, frames, executor):
+    chain = open_chain(copy, executor)
     chain.run(frames)
     subprocess.run(["cp", other, copy], check=True)
     for _ in range(2):
@@ -67,8 +49,8 @@ def test_a_bundle_overwritten_in_place_is_refused_before_it_runs(copy, other, fr
     chain.close()
 
 
-def test_one_that_is_overwritten_during_a_run_is_not_answered_from(copy, other, frames, monkeypatch):
-    run = _Sessions.run
+def test_one_that_is_overwritten_during_a_run_is_not_predicted_from(copy, other, frames, monkeypatch):
+    run = CpuExecutor.run
 
     def late(*args):
         result = run(*args)
@@ -76,7 +58,7 @@ def test_one_that_is_overwritten_during_a_run_is_not_answered_from(copy, other, 
         return result
 
     with Pipeline.open(copy, device="cpu", threads=1) as pipeline:
-        monkeypatch.setattr(_Sessions, "run", late)
+        monkeypatch.setattr(CpuExecutor, "run", late)
         with pytest.raises(BundleError, match="was overwritten"):
             pipeline.predict(frames[0])
 
@@ -101,20 +83,18 @@ def test_one_that_is_replaced_while_it_opens_is_refused(copy, other, tmp_path, m
         Pipeline.open(copy, device="cpu", threads=1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_damaged_weights_are_refused(copy, backend):
+def test_damaged_weights_are_refused(copy, executor):
     with Bundle.open(copy) as bundle:
         offset = bundle.entry("onnx/expert_2.weights").offset
     with copy.open("r+b") as stream:
         stream.seek(offset + 100)
         stream.write(b"\x55")
     with pytest.raises(BundleError, match=r"onnx/expert_2\.weights do not match"):
-        open_chain(copy, backend)
+        open_chain(copy, executor)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_bundle_replaced_by_a_rename_goes_on_as_it_was(copy, other, frames, backend):
-    chain = open_chain(copy, backend)
+def test_a_bundle_replaced_by_a_rename_goes_on_as_it_was(copy, other, frames, executor):
+    chain = open_chain(copy, executor)
     before = chain.run(frames).tensors
     aside = copy.with_name("aside.plan")
     aside.write_bytes(other.read_bytes())
@@ -124,12 +104,11 @@ def test_a_bundle_replaced_by_a_rename_goes_on_as_it_was(copy, other, frames, ba
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_that_are_loaded_do_not_change_with_the_file(copy, other, frames, backend):
-    mapped = open_chain(copy, backend)
+def test_weights_that_are_loaded_do_not_change_with_the_file(copy, other, frames, executor):
+    mapped = open_chain(copy, executor)
     expected = mapped.run(frames).tensors
     mapped.close()
-    chain = open_chain(copy, backend, maps_weights=False)
+    chain = open_chain(copy, executor, maps_weights=False)
     copy.write_bytes(other.read_bytes())
     copy.write_bytes(b"")  # a page of it that was still mapped would end the process
     found = chain.run(frames).tensors
@@ -157,63 +136,61 @@ def test_no_descriptor_is_left_open(bundle_path):
 # --- outputs ------------------------------------------------------------------------------------------------------
 
 
-def rewrite(tiny, path, output, *nodes, initializers=()):
+def rewrite_chain(tiny, path, output, *nodes, initializers=()):
     """Write a tiny bundle one of whose outputs passes through further nodes, from "was" to its name."""
-    graphs = tiny.make_graphs()
-    (graph,) = (g for g in graphs if output in {tensor.name for tensor in g.spec.outputs})
-    for node in graph.nodes:
-        node.output[:] = ["was" if name == output else name for name in node.output]
-    graph.nodes += nodes
-    graph.initializers += initializers
-    write_bundle(path, tiny.make_manifest(graphs), {g.spec.name: g.model() for g in graphs})
+
+    def change(graph):
+        if output in {tensor.name for tensor in graph.spec.outputs}:
+            for node in graph.nodes:
+                node.output[:] = ["was" if name == output else name for name in node.output]
+            graph.nodes += nodes
+            graph.initializers += initializers
+        return graph.model()
+
+    return write_chain(tiny, path, change)
 
 
 def poison(tiny, path, output, value):
     """Write a tiny bundle that adds `value` to one output."""
     added = helper.make_tensor("added", TensorProto.FLOAT, [1], [value])
-    rewrite(tiny, path, output, helper.make_node("Add", ["was", "added"], [output]), initializers=[added])
+    return rewrite_chain(tiny, path, output, helper.make_node("Add", ["was", "added"], [output]), initializers=[added])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 @pytest.mark.parametrize(
     ("graph", "output"),
     [("expert_1", "heatmap_1"), ("expert_2", "box_2"), ("expert_3", "heatmap_3"), ("expert_2", "logits_2"),
      ("expert_3", "gate"), ("expert_3", "logits")],
 )  # fmt: skip
-def test_an_output_that_is_not_finite_is_named_with_its_graph(tiny, tmp_path, frames, graph, output, value, backend):
-    poison(tiny, tmp_path / "mge.plan", output, value)
-    chain = open_chain(tmp_path / "mge.plan", backend)
+def test_an_output_that_is_not_finite_is_named_with_its_graph(tiny, tmp_path, frames, graph, output, value, executor):
+    chain = open_chain(poison(tiny, tmp_path / "mge.plan", output, value), executor)
     with pytest.raises(BackendError, match=rf"^the output {output} of the graph {graph} holds NaN or infinity"):
         chain.run(frames)
     chain.close()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_images_that_stop_early_are_checked_too(tiny, tmp_path, frames, backend):
-    poison(tiny, tmp_path / "mge.plan", "heatmap_1", np.nan)
-    chain = open_chain(tmp_path / "mge.plan", backend)
+def test_images_that_stop_early_are_checked_too(tiny, tmp_path, frames, executor):
+    chain = open_chain(poison(tiny, tmp_path / "mge.plan", "heatmap_1", np.nan), executor)
     for options in ({"exits": [ExitPoint(1, "mean_logits_1", 1.0, 0.0)]}, {"graphs": 1}, {"outputs": []}):
         with pytest.raises(BackendError, match="the output heatmap_1 of the graph expert_1"):
             chain.run(frames, **options)
     chain.close()
 
 
-def test_a_graph_that_does_not_keep_its_shape_is_refused(tiny, tmp_path, frames):
-    for number, node in enumerate(
-        (
-            helper.make_node("Concat", ["was", "was"], ["logits"], axis=1),
-            helper.make_node("Transpose", ["was"], ["logits"], perm=[1, 0]),
-            helper.make_node("Concat", ["was", "was"], ["logits"], axis=0),
-        )
-    ):
-        path = tmp_path / f"{number}.plan"
-        rewrite(tiny, path, "logits", node)
-        with pytest.raises(BundleError, match=r"logits.*the manifest says"):
-            open_chain(path, "host").run(frames)
+@pytest.mark.parametrize(
+    "node",
+    [
+        helper.make_node("Concat", ["was", "was"], ["logits"], axis=1),
+        helper.make_node("Transpose", ["was"], ["logits"], perm=[1, 0]),
+        helper.make_node("Concat", ["was", "was"], ["logits"], axis=0),
+    ],
+    ids=["classes", "order", "batch"],
+)
+def test_a_graph_that_does_not_keep_its_shape_is_refused(tiny, tmp_path, frames, node):
+    with pytest.raises(BundleError, match=r"logits.*the manifest says"):
+        open_chain(rewrite_chain(tiny, tmp_path / "mge.plan", "logits", node)).run(frames)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("was", "is_now", "kind", "message"),
     [
@@ -221,34 +198,34 @@ def test_a_graph_that_does_not_keep_its_shape_is_refused(tiny, tmp_path, frames)
         (b"heatmap_3", b"heatmap_9", BundleError, "the output 'heatmap_3' as none .*; the manifest says float32"),
     ],
 )
-def test_a_graph_that_is_not_what_it_should_be_is_named(tiny, tmp_path, was, is_now, kind, message, backend):
-    graphs = tiny.make_graphs()
-    models = {g.spec.name: g.model() for g in graphs}
-    models["expert_3"] = replace(models["expert_3"], graph=models["expert_3"].graph.replace(was, is_now))
-    write_bundle(tmp_path / "mge.plan", tiny.make_manifest(graphs), models)
+def test_a_graph_that_is_not_what_it_should_be_is_named(tiny, tmp_path, was, is_now, kind, message, executor):
+    def change(graph):
+        model = graph.model()
+        return replace(model, graph=model.graph.replace(was, is_now))
+
+    path = write_chain(tiny, tmp_path / "mge.plan", change)
     with pytest.raises(kind, match=message):
-        open_chain(tmp_path / "mge.plan", backend)
+        open_chain(path, executor)
 
 
 def test_a_graph_that_fails_is_named(copy, frames):
-    chain = open_chain(copy, "host")
+    chain = open_chain(copy, "cpu")
     with pytest.raises(BackendError, match="failed in graph expert_1"):
         chain.run(frames.astype(np.float32))
     chain.close()
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("float32", (3, 32, 7)), ("float32", (3, 32)), ("float16", (3, 32, 32))])
-def test_the_borders_of_graphs_are_compared_with_the_manifest_when_they_open(tiny, tmp_path, dtype, shape):
-    made = tiny.make_graphs()
-    manifest = tiny.make_manifest(made)
-
+def test_inputs_and_outputs_are_compared_with_the_manifest_when_a_graph_opens(tiny, tmp_path, dtype, shape, executor):
     def told(tensors):
         wrong = {"dtype": dtype, "shape": ("batch", *shape)}
         return tuple(replace(tensor, **wrong) if tensor.name == "image_3" else tensor for tensor in tensors)
 
-    graphs = tuple(replace(g, inputs=told(g.inputs), outputs=told(g.outputs)) for g in manifest.graphs)
-    models = {graph.spec.name: graph.model() for graph in made}
-    write_bundle(tmp_path / "mge.plan", replace(manifest, graphs=graphs), models)
-    for backend in BACKENDS:
-        with pytest.raises(BundleError, match=r"has the output 'image_3' as float32 .*; the manifest says"):
-            open_chain(tmp_path / "mge.plan", backend)
+    def say(made):
+        return replace(
+            made, graphs=tuple(replace(g, inputs=told(g.inputs), outputs=told(g.outputs)) for g in made.graphs)
+        )
+
+    path = write_chain(tiny, tmp_path / "mge.plan", manifest=say)
+    with pytest.raises(BundleError, match=r"has the output 'image_3' as float32 .*; the manifest says"):
+        open_chain(path, executor)

@@ -1,89 +1,56 @@
-"""What choosing and opening do with engines on machines that are not at hand: none is read before it fits."""
+"""Opening and building on machines that are not at hand: what is refused, and that no engine is read before it fits."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from mge_runtime.backends import choose, open_backend
-from mge_runtime.bundle import Bundle, write_bundle
+from mge_runtime.backends import choose, open_executor
+from mge_runtime.backends.onnxruntime import load_onnxruntime
+from mge_runtime.bundle import Bundle
 from mge_runtime.errors import BackendError, BuildError, BundleError
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.trt.build import build_targets, native_library
 from mge_runtime.trt.builder import BuildOptions
 from mge_runtime.trt.target import TargetRequest
 from mge_runtime.trt.vendor import Messages, Vendor
-
-place = Path(__file__).with_name("recorded_machines.py")
-spec = importlib.util.spec_from_file_location("mge_tests_recorded_machines", place)
-machines = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(machines)
-chosen, with_version = machines.chosen, machines.with_version
+from tests.helpers import recorded_machines as machines
+from tests.helpers.chain_runs import write_typed
+from tests.helpers.recorded_machines import chosen, with_version
 
 
-@pytest.fixture
-def make(tiny, tmp_path, monkeypatch):
-    """Make bundles, real ones, with bytes in place of engines; the working folder is theirs."""
-    monkeypatch.chdir(tmp_path)
-    return partial(machines.write_with_engines, tiny, tmp_path / "mge.plan")
+def test_a_gpu_has_one_stream_and_needs_the_library_that_was_described(bundle):
+    choice = choose(bundle=bundle, machine=machines.H100_ORT)
+    if "CUDAExecutionProvider" not in load_onnxruntime().get_available_providers():
+        with pytest.raises(BackendError, match=r"was built without CUDA; expected onnxruntime-gpu: pip uninstall"):
+            open_executor(choice, bundle)
+    with pytest.raises(BackendError, match="asked for 2 streams on cuda:0; expected 1: open one pipeline per thread"):
+        open_executor(choice, bundle, streams=2)
 
 
-@pytest.fixture
-def locked(monkeypatch):
-    """Fail when a byte of an engine is read, or anything that could deserialise one is loaded."""
-
-    def view(_, name):
-        raise AssertionError(f"{name} was read")
-
-    def read(self, name):
-        assert not name.endswith(".plan"), f"{name} was read"
-        return original(self, name)
-
-    original = Bundle.read
-    monkeypatch.setattr(Bundle, "view", view)
-    monkeypatch.setattr(Bundle, "read", read)
-    monkeypatch.setitem(sys.modules, "mge_runtime.backends.tensorrt", None)
-
-
-@pytest.mark.usefixtures("locked")
-def test_choosing_reads_no_engine(make):
-    path = make(*machines.EVERYWHERE)
-    for machine in (
-        machines.CPU,
-        machines.ORIN,
-        machines.THOR,
-        machines.RTX3060,
-        machines.RTX4090,
-        machines.T4_RTX,
-        machines.T4,
-        machines.H100,
-        machines.H100_ORT,
-        machines.RTX5090,
-    ):
-        chosen(path, machine)
-
-
-@pytest.mark.usefixtures("locked")
-def test_opening_asks_the_library_for_its_version_before_it_reads_an_engine(make):
+def test_opening_asks_the_library_for_its_version_and_the_driver_before_it_reads_an_engine(make, monkeypatch, no_gpu):
     """The real TensorRT-RTX is loaded; a description of the machine that lags behind it is found out."""
     pytest.importorskip("tensorrt_rtx")
-    path = make(replace(machines.FOR_RTX, version="1.7.0.99"))
-    with Bundle.open(path) as bundle:
-        choice = choose(bundle=bundle, machine=with_version(machines.RTX3060, "tensorrt-rtx", "1.7.0.99"))
-        assert choice.engines is not None
-        with pytest.raises(BackendError) as caught:
-            open_backend(choice, bundle)
-    assert str(caught.value).startswith(
-        f"{machines.FOR_RTX.target} in the bundle was built by tensorrt-rtx 1.7.0.99, 1."
-    )
-    assert str(caught.value).endswith(
-        "build again: mge-build mge.plan --target rtx:sm86 --into-bundle (on any linux x86_64 machine)"
-    )
+
+    def refused(described):
+        machine = with_version(machines.RTX3060, "tensorrt-rtx", described)
+        path = make(replace(machines.FOR_RTX, version=described))
+        with monkeypatch.context() as patch, Bundle.open(path) as bundle:
+            machines.lock_engines(patch)
+            choice = choose(bundle=bundle, machine=machine)
+            with pytest.raises(BackendError) as caught:
+                open_executor(choice, bundle)
+        return str(caught.value)
+
+    old = refused("1.7.0.99")
+    assert old.startswith(f"{machines.FOR_RTX.target} in the bundle was built by tensorrt-rtx 1.7.0.99, 1.")
+    assert old.endswith("build again: mge-build mge.plan --target rtx:sm86 --into-bundle (on any linux x86_64 machine)")
+    if no_gpu:
+        assert refused(version("tensorrt-rtx")).startswith("cuda:0 cannot be opened: ")
 
 
 def test_a_damaged_engine_is_no_engine(make):
@@ -100,6 +67,33 @@ def test_a_damaged_engine_is_no_engine(make):
             engines.plan("expert_3")
 
 
+@pytest.mark.parametrize("machine", [machines.ORIN, machines.THOR, machines.RTX3060], ids=lambda m: m.gpus[0].name)
+def test_opening_builds_nothing_and_says_once_what_would(make, machine, monkeypatch, caplog):
+    """It runs what is ready; nothing of a builder is even imported."""
+    for module in ("trt.build", "trt.builder"):
+        monkeypatch.setitem(sys.modules, f"mge_runtime.{module}", None)
+    path = make()
+    monkeypatch.setattr("mge_runtime.pipeline.choose", partial(choose, machine=machine))
+    with Pipeline.open(path, threads=1) as pipeline:
+        assert str(pipeline.choice) == "onnxruntime on cpu"
+        assert pipeline.run(np.zeros((1, 32, 32, 3), np.uint8))
+    (record,) = caplog.records
+    assert (record.name, record.getMessage()) == ("mge_runtime", pipeline.choice.note)
+    assert f"no engines are ready for {machine.gpus[0]} (the bundle has none); build them: mge-build mge.plan" in (
+        record.getMessage()
+    )
+
+
+def test_int8_is_not_left_to_a_library_that_nobody_has_seen_run_it(make, tiny, tmp_path):
+    assert str(chosen(make(), machines.H100_ORT)) == "onnxruntime on cuda:0"
+    choice = chosen(write_typed(tiny, tmp_path / "int8.plan", {"expert_1": "int8"}), machines.H100_ORT)
+    assert str(choice) == "onnxruntime on cpu"
+    assert "INT8 has not been checked with ONNX Runtime on CUDA" in choice.note
+
+
+# --- building -----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("machine", "library"),
     [
@@ -112,29 +106,16 @@ def test_a_damaged_engine_is_no_engine(make):
     ],
 )
 def test_a_machine_builds_with_the_library_it_has(machine, library):
-    assert native_library(machine, 0) == library
-    assert native_library(machine, 0, library) == library
+    assert native_library(machine, 0) == native_library(machine, 0, library) == library
 
 
 @pytest.mark.parametrize(
     ("machine", "backend", "line"),
     [
         (machines.ORIN, "tensorrt-rtx", "TensorRT-RTX does not serve sm87 (Jetson Orin); full TensorRT does"),
-        (
-            replace(machines.ORIN, libraries={"cuda-core": "1.2.2"}),
-            "auto",
-            "tensorrt is not installed: TensorRT comes with JetPack: sudo apt install nvidia-jetpack",
-        ),
-        (
-            replace(machines.H100, libraries=machines.H100.libraries | {"tensorrt": "12.0.1"}),
-            "tensorrt",
-            "tensorrt 12.0.1 is not served",
-        ),
-        (
-            replace(machines.ORIN, libraries=machines.ORIN.libraries | {"tensorrt": "8.6.2"}),
-            "auto",
-            "tensorrt 8.6.2 is not served",
-        ),
+        (machines.NO_TENSORRT, "auto", "tensorrt is not installed: TensorRT comes with JetPack: sudo apt install"),
+        (with_version(machines.H100, "tensorrt", "12.0.1"), "tensorrt", "tensorrt 12.0.1 is not served"),
+        (with_version(machines.ORIN, "tensorrt", "8.6.2"), "auto", "tensorrt 8.6.2 is not served"),
         (replace(machines.RTX3060, broken={"tensorrt-rtx": "libcuda"}), "tensorrt-rtx", "cannot be imported (libcuda)"),
         (machines.CPU, "auto", "there is no GPU cuda:0 here to build for (no NVIDIA driver is installed"),
         (machines.RTX5090, "auto", "cuda-core is not installed"),
@@ -146,29 +127,6 @@ def test_where_nothing_can_build_one_line_says_why(machine, backend, line):
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ("mge[rtx]" in str(caught.value)) == (backend == "tensorrt-rtx" and machine.gpus[0].name != "Orin")
-
-
-def test_a_jetson_is_not_told_to_install_what_has_no_wheel_for_it(make):
-    choice = chosen(make(), replace(machines.ORIN, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.23.2"}))
-    (reason,) = (other.reason for other in choice.passed_over if other.backend == "onnxruntime")
-    assert (choice.device, reason) == ("cpu", "onnxruntime-gpu has no wheel for the GPU of a Jetson")
-
-
-@pytest.mark.parametrize("machine", [machines.ORIN, machines.THOR, machines.RTX3060], ids=lambda m: m.gpus[0].name)
-def test_opening_builds_nothing_and_says_once_what_would(make, machine, monkeypatch, caplog):
-    """It runs what is ready; nothing of a builder is even imported."""
-    for module in ("trt.build", "trt.builder"):
-        monkeypatch.setitem(sys.modules, f"mge_runtime.{module}", None)
-    path = make()
-    monkeypatch.setattr("mge_runtime.pipeline.choose", partial(choose, machine=machine))
-    with Pipeline.open(path, threads=1) as pipeline:
-        assert str(pipeline.choice) == "onnxruntime on cpu"
-        assert pipeline.run(np.zeros((1, 32, 32, 3), np.uint8))
-    (record,) = caplog.records
-    assert (record.name, record.getMessage()) == ("mge_runtime", pipeline.choice.remark)
-    assert f"no engines are ready for {machine.gpus[0]} (the bundle has none); build them: mge-build mge.plan" in (
-        record.getMessage()
-    )
 
 
 @pytest.mark.parametrize(
@@ -205,33 +163,3 @@ def test_scratch_memory_is_bounded_where_cpu_and_gpu_share_it(make, machine, opt
         "--workspace names another limit"
     )
     assert (line in said) == (expected == 1_000_000 * 1024)
-
-
-def test_a_gpu_that_is_not_used_is_remarked(make):
-    with Bundle.open(make(machines.FOR_RTX)) as bundle:
-        without = replace(machines.RTX3060, libraries={"cuda-core": "1.2.2", "onnxruntime": "1.31.1"})
-        remark = choose(bundle=bundle, machine=without).remark
-        assert remark.startswith(
-            "running with onnxruntime on cpu; not with tensorrt on cuda:0: tensorrt is not installed"
-        )
-        assert 'tensorrt_rtx is not installed: pip install "mge[rtx]"' in remark
-        assert "\n" not in remark
-        assert "cuda-core is not installed" in choose(bundle=bundle, machine=machines.RTX5090).remark
-        # What runs best, what was asked for, and a machine without a driver leave nothing to say.
-        assert choose(bundle=bundle, machine=machines.RTX3060).remark is None
-        assert choose("cpu", bundle=bundle, machine=without).remark is None
-        assert choose(bundle=bundle, machine=machines.CPU).remark is None
-
-
-def test_int8_is_not_left_to_a_library_that_nobody_has_seen_answer_it(make, tiny, tmp_path):
-    with Bundle.open(make()) as bundle:
-        assert str(choose(bundle=bundle, machine=machines.H100_ORT)) == "onnxruntime on cuda:0"
-    graphs = tiny.make_graphs()
-    manifest = tiny.make_manifest(graphs)
-    manifest = replace(manifest, precision={**manifest.precision, "expert_1": {"type": "int8"}})
-    models = {g.spec.name: replace(g.model(), cpu=g.model().graph) for g in graphs}
-    write_bundle(tmp_path / "int8.plan", manifest, models)
-    with Bundle.open(tmp_path / "int8.plan") as bundle:
-        choice = choose(bundle=bundle, machine=machines.H100_ORT)
-        assert str(choice) == "onnxruntime on cpu"
-        assert "INT8 has not been checked with ONNX Runtime on CUDA" in choice.remark

@@ -1,10 +1,7 @@
 """Graphs of a chain on a device: when a run is captured, when launched, and what is said where it cannot be."""
 
-import importlib.util
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import onnx
@@ -12,18 +9,24 @@ import pytest
 
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
-from mge_runtime.bundle import Bundle, write_bundle
-from mge_runtime.device.base import Graph
+from mge_runtime.bundle import Bundle
 from mge_runtime.device.host import HostDevice
 from mge_runtime.device.program import Addresses
 from mge_runtime.errors import BackendError
+from tests.helpers.chain_runs import (
+    EVERY,
+    CudaOnHost,
+    FakeCuda,
+    ReplayingDevice,
+    frames,
+    need_sessions,
+    open_capturable,
+    open_graphs,
+    same,
+    write_typed,
+)
 
 onnxruntime = load_onnxruntime()
-
-spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
-EVERY, frames, same = runs.EVERY, runs.frames, runs.same
 
 
 def test_the_hand_made_chain_asks_for_fp32_alone(tiny):
@@ -38,33 +41,12 @@ def test_the_hand_made_chain_asks_for_fp32_alone(tiny):
                 assert {kinds[name] for name in node.input} == {onnx.TensorProto.FLOAT}, node
 
 
-class _Replaying(HostDevice):
-    """A host whose graphs do again what was enqueued; or one that refuses, and notes how often it is asked."""
-
-    def __init__(self, refusal=None):
-        super().__init__()
-        self.refusal, self.log = refusal, []
-
-    def capture(self, stream, enqueue):
-        self.log.append("capture")
-        if self.refusal:
-            return super().capture(stream, enqueue)
-        log = self.log
-
-        class Replay(Graph):
-            def launch(self, stream):  # noqa: ARG002
-                log.append("launch")
-                enqueue()
-
-            def close(self):
-                log.append("close")
-
-        return Replay()
+# --- capture ------------------------------------------------------------------------------------------------------
 
 
 def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected):
-    device = _Replaying()
-    chain = runs.open_capturable(bundle, device)
+    device = ReplayingDevice()
+    chain = open_capturable(bundle, device)
     for run, log in enumerate(([], ["capture", "launch"], ["launch"], ["launch"])):
         device.log.clear()
         same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
@@ -79,30 +61,49 @@ def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected
     assert device.log == ["close"]
 
 
-def test_a_refused_capture_is_asked_for_once_and_its_reason_kept(bundle, expected):
-    device = _Replaying(refusal=True)
-    chain = runs.open_capturable(bundle, device)
+@pytest.mark.parametrize(
+    ("open_chain", "device", "asked", "why"),
+    [
+        (open_capturable, ReplayingDevice(refusal=True), ["capture"], "the host has no graphs"),
+        (lambda *args: open_capturable(*args, graphs=False), ReplayingDevice(), [], "graphs are turned off"),
+        (
+            lambda *args: open_ort_chain(onnxruntime, *args),
+            ReplayingDevice(),
+            [],
+            "ONNX Runtime has graphs on CUDA alone",
+        ),
+    ],
+    ids=["refused", "turned off", "declined"],
+)
+def test_a_chain_that_cannot_be_captured_runs_plain_and_keeps_the_reason(
+    bundle, expected, open_chain, device, asked, why
+):
+    chain = open_chain(bundle, device)
     for run in range(4):
         same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
-    assert device.log == ["capture"]
-    assert chain.report()["programs"] == [
-        {"batch": 2, "graphs": 3, "graph": False, "why": "the host has no graphs", "runs": 4}
-    ]
+    assert device.log == asked, "once"
+    assert chain.report()["programs"] == [{"batch": 2, "graphs": 3, "graph": False, "why": why, "runs": 4}]
     chain.close()
 
 
-def test_graphs_can_be_turned_off_and_units_can_decline(bundle):
-    for options, open_chain, why in (
-        ({"graphs": False}, runs.open_capturable, "graphs are turned off"),
-        ({}, lambda b, d: open_ort_chain(onnxruntime, b, d), "ONNX Runtime has graphs on CUDA alone"),
-    ):
-        device = _Replaying()
-        chain = open_chain(bundle, device, **options)
-        for _ in range(3):
-            chain.run(frames(1), 3, EVERY)
-        assert device.log == []
-        assert [(p["graph"], p["why"]) for p in chain.report()["programs"]] == [(False, why)]
-        chain.close()
+def test_graphs_of_a_batch_size_that_goes_are_closed(bundle):
+    device = ReplayingDevice()
+    chain = open_capturable(bundle, device)
+    chain.run(frames(9), 1, {"logits_1"})
+    for batch in range(1, 9):
+        chain.run(frames(batch), 1, {"logits_1"})
+        chain.run(frames(batch), 1, {"logits_1"})
+    assert "close" not in device.log
+    chain.run(frames(1), 1, {"logits_1"})
+    chain.run(frames(9), 1, {"logits_1"})
+    assert device.log.count("close") == 1
+    left = [program["batch"] for program in chain.report()["programs"]]
+    assert left == [3, 4, 5, 6, 7, 8, 1, 9], "the least recently used batch size makes way"
+    chain.close()
+    assert device.log.count("close") == 8
+
+
+# --- turns --------------------------------------------------------------------------------------------------------
 
 
 class _Gate:
@@ -134,7 +135,7 @@ class _Gate:
 @pytest.fixture
 def pair(bundle):
     """Two chains of one process, the gate of the first, and a way to run them in threads of their own."""
-    chains = [runs.open_capturable(bundle, _Replaying()) for _ in range(2)]
+    chains = [open_capturable(bundle, ReplayingDevice()) for _ in range(2)]
     gate = _Gate(chains[0])
     with ThreadPoolExecutor(2) as pool:
         yield chains, gate, lambda number, batch: pool.submit(chains[number].run, frames(batch), 3, {"logits"})
@@ -165,59 +166,44 @@ def test_first_runs_and_captures_take_turns_and_later_runs_do_not(pair):
     assert not running.done()
 
 
-def test_opening_closing_and_a_failed_run_wait_for_another_pipelines_first_run(pair, bundle):
-    (_, failing), gate, start = pair
-    closing = runs.open_capturable(bundle, _Replaying())
-    later = _Gate(failing)
-    for _ in range(2):
-        failing.run(frames(2), 3, {"logits"})
-    failing._device.log.clear()
-    later.fails, gate.stops = True, True
-    running = start(0, 2)
-    assert gate.inside.wait(30)
-    with ThreadPoolExecutor(2) as pool:
-        opening, closed = pool.submit(runs.open_capturable, bundle, _Replaying()), pool.submit(closing.close)
-        failed = start(1, 2)
-        early = wait([opening, closed, failed], 0.3).done
-        freed = "close" in failing._device.log
-        gate.let_on.set()
-    assert not early
-    assert not freed
-    running.result(30)
-    closed.result(30)
-    with pytest.raises(BackendError, match="no kernel was found"):
-        failed.result(30)
-    assert "close" in failing._device.log
-    opening.result(30).close()
+def fail(chain):
+    chain._units[0].session = None
+    with pytest.raises(BackendError, match="failed in graph expert_1"):
+        chain.run(frames(2), 3, {"logits"})
 
 
 @pytest.mark.parametrize(
-    "allocate",
+    "act",
     [
-        pytest.param(lambda chain: chain.run(frames(2), 3, EVERY), id="a larger buffer for more outputs"),
-        pytest.param(lambda chain: chain._space.close(), id="what it frees"),
+        pytest.param(lambda _, bundle: open_capturable(bundle, ReplayingDevice()).close(), id="opening"),
+        pytest.param(lambda chain, _: chain.close(), id="closing"),
+        pytest.param(lambda chain, _: fail(chain), id="a run that fails"),
+        pytest.param(lambda chain, _: chain.run(frames(2), 3, EVERY), id="a larger buffer for more outputs"),
+        pytest.param(lambda chain, _: chain._space.close(), id="what it frees"),
     ],
 )
-def test_a_settled_run_that_allocates_waits_for_another_pipelines_first_run(pair, allocate):
+def test_whatever_allocates_or_frees_waits_for_another_pipelines_first_run(pair, bundle, monkeypatch, act):
     (_, settled), gate, start = pair
     for _ in range(2):
         settled.run(frames(2), 3, {"logits"})
-    device, gate.stops = settled._device, True
-    before = device.allocated + device.allocated_host
     log = []
     for name in ("_allocate", "_allocate_host"):
-        method = getattr(device, name)
-        setattr(device, name, lambda size, method=method: log.append(size) or method(size))
+        method = getattr(HostDevice, name)
+        monkeypatch.setattr(HostDevice, name, lambda *args, method=method: log.append(args) or method(*args))
+    device, gate.stops = settled._device, True
     running = start(0, 2)
     assert gate.inside.wait(30)
+    taken = device.allocated, device.allocated_host
+    log.clear()
+    device.log.clear()
     with ThreadPoolExecutor(1) as pool:
-        allocating = pool.submit(allocate, settled)
-        done, early = wait([allocating], 0.3).done, list(log)
+        acting = pool.submit(act, settled, bundle)
+        done = wait([acting], 0.3).done
+        early = log + [entry for entry in device.log if entry == "close"], (device.allocated, device.allocated_host)
         gate.let_on.set()
-        allocating.result(30)
-    assert not early
+        acting.result(30)
     assert not done
-    assert device.allocated + device.allocated_host != before
+    assert early == ([], taken)
     running.result(30)
 
 
@@ -233,44 +219,12 @@ def test_a_first_run_that_fails_gives_its_turn_back(pair, expected):
         same(chain.run(frames(2), 3, {"logits"}).tensors, wanted)
 
 
-def test_graphs_of_a_batch_size_that_goes_are_closed(bundle):
-    device = _Replaying()
-    chain = runs.open_capturable(bundle, device)
-    chain.run(frames(9), 1, {"logits_1"})
-    for batch in range(1, 9):
-        chain.run(frames(batch), 1, {"logits_1"})
-        chain.run(frames(batch), 1, {"logits_1"})
-    assert "close" not in device.log
-    chain.run(frames(1), 1, {"logits_1"})
-    chain.run(frames(9), 1, {"logits_1"})
-    assert device.log.count("close") == 1
-    left = [program["batch"] for program in chain.report()["programs"]]
-    assert left == [3, 4, 5, 6, 7, 8, 1, 9], "the least recently used batch size makes way"
-    chain.close()
-    assert device.log.count("close") == 8
+# --- ONNX Runtime on CUDA -----------------------------------------------------------------------------------------
 
 
-class _Opening:
-    """ONNX Runtime that notes the options of CUDA's provider and refuses some, and opens the rest on the CPU."""
-
-    __version__ = onnxruntime.__version__
-    SessionOptions = onnxruntime.SessionOptions
-    RunOptions = onnxruntime.RunOptions
-
-    def __init__(self, refuses, providers=("CUDAExecutionProvider",)):
-        self.refuses, self.tried, self.providers = refuses, [], list(providers)
-
-    def InferenceSession(self, graph, options, providers, **_):
-        (name, asked), fallback = providers
-        assert (name, fallback) == ("CUDAExecutionProvider", "CPUExecutionProvider")
-        tried = tuple(asked[option] == "1" for option in ("prefer_nhwc", "enable_cuda_graph", "use_tf32"))
-        self.tried.append(tried)
-        if self.refuses(*tried[:2]):
-            raise RuntimeError("all compute graph nodes have not\nbeen partitioned")
-        session = onnxruntime.InferenceSession(graph, options, providers=[fallback])
-        return SimpleNamespace(
-            get_inputs=session.get_inputs, get_outputs=session.get_outputs, get_providers=lambda: self.providers
-        )
+def open_on_cuda(bundle, ort, **options):
+    device = CudaOnHost()
+    return open_graphs(bundle, device, device.create_stream(), ort=ort, **options)
 
 
 CAPTURED_NHWC, CAPTURED_NCHW, PLAIN_NHWC, PLAIN_NCHW = (True, True), (False, True), (True, False), (False, False)
@@ -290,16 +244,10 @@ CAPTURED_NHWC, CAPTURED_NCHW, PLAIN_NHWC, PLAIN_NCHW = (True, True), (False, Tru
     ],
 )
 def test_fp16_opens_with_tensor_cores_in_the_best_layout_that_works(tiny, tmp_path, kind, graphs, refused, ways):
-    made = tiny.make_graphs()
-    manifest = tiny.make_manifest(made)
-    precision = {**manifest.precision, "expert_2": {"type": kind}, "expert_3": {}}  # a plan may say nothing of a graph
-    models = {g.spec.name: replace(g.model(), cpu=g.model().graph if kind == "int8" else None) for g in made}
-    write_bundle(tmp_path / "mge.plan", replace(manifest, precision=precision), models)
-    ort, device = _Opening(lambda *way: way in refused), HostDevice()
-    device.kind = "cuda"
-    with Bundle.open(tmp_path / "mge.plan") as opened:
-        first, second, third = runs.open_graphs(opened, device, device.create_stream(), ort=ort, graphs=graphs)
-    half = kind != "fp32"
+    path = write_typed(tiny, tmp_path / "mge.plan", {"expert_2": kind, "expert_3": None})
+    ort, half = FakeCuda(lambda *way: way in refused), kind != "fp32"
+    with Bundle.open(path) as opened:
+        first, second, third = open_on_cuda(opened, ort, graphs=graphs)
     tried = [way for way in ort.tried if way[2] == half] if half else ort.tried[: len(ways)]
     assert tried == [(*way, half) for way in ways], "the second graph alone has tensor cores"
     assert first.opened["tensor_cores"] is third.opened["tensor_cores"] is False
@@ -311,39 +259,31 @@ def test_fp16_opens_with_tensor_cores_in_the_best_layout_that_works(tiny, tmp_pa
 
 
 def test_a_graph_that_opens_in_no_way_says_why(bundle):
-    device = HostDevice()
-    device.kind = "cuda"
     with pytest.raises(BackendError, match=r"cannot open graph expert_1: all compute graph nodes have"):
-        list(runs.open_graphs(bundle, device, device.create_stream(), ort=_Opening(lambda *_: True)))
+        next(open_on_cuda(bundle, FakeCuda(lambda *_: True)))
 
 
 def test_where_cuda_does_not_load_one_session_is_tried(tiny, tmp_path):
-    graphs = tiny.make_graphs()
-    manifest = replace(tiny.make_manifest(graphs), precision={g.spec.name: {"type": "fp16"} for g in graphs})
-    write_bundle(tmp_path / "mge.plan", manifest, {g.spec.name: g.model() for g in graphs})
-    ort, device = _Opening(lambda *_: False, ["CPUExecutionProvider"]), HostDevice()
-    device.kind = "cuda"
-    with Bundle.open(tmp_path / "mge.plan") as opened, pytest.raises(BackendError, match="cannot use CUDAExecution"):
-        next(runs.open_graphs(opened, device, device.create_stream(), ort=ort))
+    ort = FakeCuda(providers=["CPUExecutionProvider"])
+    path = write_typed(tiny, tmp_path / "mge.plan", {"expert_1": "fp16"})
+    with Bundle.open(path) as opened, pytest.raises(BackendError, match="cannot use CUDAExecution"):
+        next(open_on_cuda(opened, ort))
     assert len(ort.tried) == 1
 
 
 def test_each_launch_whose_capture_fails_runs_again_without_and_the_unit_says_so(bundle):
-    device = HostDevice()
-    device.kind = "cuda"
-    unit = next(runs.open_graphs(bundle, device, device.create_stream(), ort=_Opening(lambda *_: False)))
+    unit = next(open_on_cuda(bundle, FakeCuda()))
     ids = []
 
     def run_with_iobinding(_binding, options):
         ids.append(options.get_run_config_entry("gpu_graph_id"))
-        if ids[-1] in broken:
+        if ids[-1] in ("1", "2"):
             raise RuntimeError("operation not permitted when stream is capturing")
 
     binding = SimpleNamespace(bind_input=lambda *_: None, bind_output=lambda *_: None)
     unit.session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=run_with_iobinding)
     tensors = dict.fromkeys([t.name for t in (*unit.spec.inputs, *unit.spec.outputs)], 0)
     launches = [unit.prepare(Addresses(batch, tensors, 0, 0), None) for batch in (1, 2, 3)]
-    broken = {"1", "2"}
     for launch in launches:
         launch.enqueue(None)
         launch.enqueue(None)
@@ -364,7 +304,7 @@ def test_what_units_say_of_themselves_is_in_the_report(bundle):
 
 @pytest.mark.gpu
 def test_graphs_of_onnx_runtime_run_on_the_gpu(cuda, bundle):
-    runs.need_sessions(cuda)
+    need_sessions(cuda)
     chain = open_ort_chain(onnxruntime, bundle, cuda)
     plain = open_ort_chain(onnxruntime, bundle, cuda, graphs=False)
     for seed in range(4):

@@ -1,62 +1,37 @@
 """TensorRT on a GPU: engines built on it, run on the device layer, checked against ONNX Runtime on the CPU.
 
-Nobody has run these yet: they need an NVIDIA GPU, and `tensorrt` or `tensorrt_rtx`. Memory, copies and two pipelines at
-once are checked by `test_gpu_selfcheck.py`.
+They need an NVIDIA GPU, and `tensorrt` or `tensorrt_rtx`. Memory, copies and two pipelines at once are checked by
+`test_gpu_selfcheck.py`.
 """
-
-import importlib.util
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mge_runtime import Pipeline
-from mge_runtime.backends import choose, open_backend
-from mge_runtime.backends.tensorrt import TensorRTBackend
+from mge_runtime.backends import choose, open_executor
 from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain
 from mge_runtime.errors import BackendError
-from mge_runtime.trt.vendor import load_vendor
+from tests.helpers.chain_runs import EVERY, frames
+from tests.helpers.gpu import open_on_gpu
 
 pytestmark = pytest.mark.gpu
 
-spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
-EVERY, frames = runs.EVERY, runs.frames
-
 
 @pytest.fixture(scope="module", params=["tensorrt", "tensorrt-rtx"])
-def ready(request, no_gpu, bundle_path, tmp_path_factory):
-    """A bundle and the backend that runs it, its engines built into a cache that is thrown away."""
-    if no_gpu:
-        pytest.skip(no_gpu)
-    folder = tmp_path_factory.mktemp(request.param)
-    path = shutil.copy(bundle_path, folder / "mge.plan")
-    with pytest.MonkeyPatch.context() as patch, Bundle.open(path) as bundle:
-        patch.setenv("MGE_CACHE_DIR", str(folder / "cache"))
-        try:
-            load_vendor(request.param)
-            choice = choose("cuda:0", request.param, bundle=bundle)
-        except BackendError as error:
-            pytest.skip(str(error))
-        yield bundle, open_backend(choice, bundle)
-
-
-@pytest.fixture
-def expected(bundle_path):
-    with Pipeline.open(bundle_path, device="cpu", threads=1) as pipeline:
-        yield lambda frames: pipeline.run(frames, outputs=EVERY)
+def ready(request, bundle_path, tmp_path_factory):
+    """A bundle with engines for the first GPU, and the choice that runs it."""
+    path = open_on_gpu(bundle_path, request.param, tmp_path_factory.mktemp(request.param)).path
+    with Bundle.open(path) as bundle:
+        yield bundle, choose("cuda:0", request.param, bundle=bundle)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_tensor_equals_the_chain_on_the_cpu(ready, expected, batch, graphs):
-    bundle, opened = ready
-    chain = Chain(bundle, TensorRTBackend(opened._vendor, opened._engines, graphs=graphs))
+    bundle, choice = ready
+    chain = Chain(bundle, open_executor(choice, bundle, graphs=graphs))
     for seed in range(3):
-        found, wanted = chain.run(frames(batch, seed), outputs=EVERY).tensors, expected(frames(batch, seed))
+        found, wanted = (each.run(frames(batch, seed), outputs=EVERY).tensors for each in (chain, expected))
         for name in EVERY:
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, atol=1e-3, err_msg=name)
     report = chain.report()
@@ -68,8 +43,8 @@ def test_every_tensor_equals_the_chain_on_the_cpu(ready, expected, batch, graphs
 
 
 def test_more_than_the_engines_were_built_for_is_refused(ready):
-    bundle, backend = ready
-    chain = Chain(bundle, backend)
+    bundle, choice = ready
+    chain = Chain(bundle, open_executor(choice, bundle))
     with pytest.raises(BackendError, match=r"mge-build --batch"):
         chain.run(frames(chain.max_batch + 1))
     chain.close()

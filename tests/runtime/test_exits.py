@@ -1,24 +1,18 @@
 """Early exits in the executors: who leaves after which graph, on the host and on a device."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from mge_runtime.backends.base import Span, split
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.calibrated import ExitPoint, confidence
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
+from tests.helpers import chain_runs as runs
 
 onnxruntime = load_onnxruntime()
 
-spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
 EVERY, frames = runs.EVERY, runs.shuffled_frames
 
 TEMPERATURES = {"mean_logits_1": 2.0, "mean_logits_2": 1.5, "logits": 0.8}
@@ -29,16 +23,30 @@ NONE, ALL = 1.0, 0.0  # thresholds
 def some(expected):
     """Thresholds such that of eight frames four leave after the first graph, two after the second."""
     tensors = expected.run(frames(8), outputs=EVERY).tensors
-    first, second = (confidence(tensors[answer], TEMPERATURES[answer]) for answer in ("mean_logits_1", "mean_logits_2"))
+    first, second = (confidence(tensors[name], TEMPERATURES[name]) for name in ("mean_logits_1", "mean_logits_2"))
     threshold = float(np.sort(first)[3:5].mean())
     return {"mean_logits_1": threshold, "mean_logits_2": float(np.sort(second[first < threshold])[1:3].mean())}
+
+
+@pytest.fixture
+def host():
+    return HostDevice()
+
+
+@pytest.fixture
+def chain(bundle, host):
+    """The chain as a GPU runs it, on the host; it gives back what it took."""
+    opened = open_ort_chain(onnxruntime, bundle, host)
+    yield opened
+    opened.close()
+    assert (host.allocated, host.allocated_host) == (0, 0)
 
 
 def points(first, second):
     pairs = (("mean_logits_1", first), ("mean_logits_2", second))
     return tuple(
-        ExitPoint(number, answer, TEMPERATURES[answer], threshold)
-        for number, (answer, threshold) in enumerate(pairs, 1)
+        ExitPoint(number, name, TEMPERATURES[name], threshold)
+        for number, (name, threshold) in enumerate(pairs, 1)
         if threshold is not None
     )
 
@@ -46,11 +54,7 @@ def points(first, second):
 def rules(some):
     """None, some, all of the images leave after each graph; and chains with one exit alone."""
     first, second = some["mean_logits_1"], some["mean_logits_2"]
-    return [
-        points(a, b)
-        for a in (None, NONE, first, ALL)
-        for b in (None, NONE, second, ALL)
-    ]  # fmt: skip
+    return [points(a, b) for a in (None, NONE, first, ALL) for b in (None, NONE, second, ALL)]
 
 
 def wanted(expected, batch, exits):
@@ -60,7 +64,7 @@ def wanted(expected, batch, exits):
         full = {name: array[0] for name, array in expected.run(frame[None], outputs=EVERY).tensors.items()}
         ran = 3
         for point in reversed(exits):
-            if confidence(full[point.answer], point.temperature) >= point.threshold:
+            if confidence(full[point.logits], point.temperature) >= point.threshold:
                 ran = point.graphs
         images.append((ran, full))
     return images
@@ -104,8 +108,7 @@ def test_a_device_lets_the_same_images_leave(device, expected, bundle, some, bat
     chain.close()
 
 
-def test_a_large_batch_that_shrinks_needs_few_batch_sizes(expected, bundle, some):
-    chain = open_ort_chain(onnxruntime, bundle, HostDevice())
+def test_a_large_batch_that_shrinks_needs_few_batch_sizes(chain, expected, bundle, some):
     chain._min_batch = 3  # as engines that were built for no less
     sizes = set()
     for seed in range(6):
@@ -116,24 +119,11 @@ def test_a_large_batch_that_shrinks_needs_few_batch_sizes(expected, bundle, some
     assert 19 in sizes
     assert len(sizes) > 1
     assert {size for size in sizes if size < 19} <= {3, 6, 9, 12, 15, 18}
-    chain.close()
 
 
-@pytest.mark.parametrize(("running", "batch", "least", "rows"), [
-    (1, 1, 1, 1), (5, 8, 1, 5), (1, 8, 4, 4), (3, 16, 1, 4), (16, 16, 1, 16), (16, 17, 1, 17), (2, 3, 3, 3),
-])  # fmt: skip
-def test_rows_that_are_computed_for_those_that_still_run(bundle, running, batch, least, rows):
-    chain = open_ort_chain(onnxruntime, bundle, HostDevice())
-    chain._min_batch = least
-    assert chain._fitting(running, batch) == rows
-    chain.close()
-
-
-def test_between_two_graphs_what_is_wanted_visits_the_host_and_nothing_else(bundle, some):
-    device = HostDevice()
-    chain = open_ort_chain(onnxruntime, bundle, device)
-    calls, copies, download = [], device.copies, device.download
-    device.download = lambda *args: (calls.append(args[3]), download(*args))
+def test_between_two_graphs_what_is_wanted_visits_the_host_and_nothing_else(chain, host, some):
+    calls, copies, download = [], host.copies, host.download
+    host.download = lambda *args: (calls.append(args[3]), download(*args))
     exits = points(some["mean_logits_1"], some["mean_logits_2"])
     result = chain.run(frames(8), 3, {"mean_logits_1", "mean_logits_2", "logits", "box_1", "image_2"}, exits)
     ran = [int(np.count_nonzero(result.graphs_run > number)) for number in range(3)]
@@ -144,27 +134,18 @@ def test_between_two_graphs_what_is_wanted_visits_the_host_and_nothing_else(bund
     assert (copies["host_to_device"], copies["host_to_device_bytes"]) == (1, 8 * 32 * 32 * 3)
     assert chain.report()["row_copies"] == {key: copies[key] for key in ("on_device", "on_device_bytes")}
     assert copies["on_device"] > 0
-    chain.close()
-    assert (device.allocated, device.allocated_host) == (0, 0)
 
 
-def test_without_exits_a_run_is_one_program_and_copies_as_before(bundle):
-    device = HostDevice()
-    chain = open_ort_chain(onnxruntime, bundle, device)
+def test_without_exits_a_run_is_one_program_and_copies_as_before(chain, host):
     result = chain.run(frames(8), 3, {"logits"})
     assert [(p["batch"], p["graphs"], "after" in p) for p in chain.report()["programs"]] == [(8, 3, False)]
     assert list(result.times_ms) == ["upload", "chain", "download", "host"]
-    assert (device.copies["device_to_host"], device.copies["on_device"]) == (1, 0)
+    assert (host.copies["device_to_host"], host.copies["on_device"]) == (1, 0)
     chain.run(frames(8), 3, {"logits"}, points(None, 0.9))
-    assert {(p["batch"], p.get("after", 0), p["graphs"]) for p in chain.report()["programs"]} >= {
-        (8, 0, 3),
-        (8, 0, 2),
-    }
-    chain.close()
+    assert {(p["batch"], p.get("after", 0), p["graphs"]) for p in chain.report()["programs"]} >= {(8, 0, 3), (8, 0, 2)}
 
 
-def test_steps_are_named_and_belong_to_graphs(bundle, expected):
-    chain = open_ort_chain(onnxruntime, bundle, HostDevice())
+def test_steps_are_named_and_belong_to_graphs(chain, expected):
     every = {"graph_1": 0, "graph_2": 1, "graph_3": 2}
     for exits, steps, ran in (
         (points(NONE, NONE), every, ["graph_1", "graph_2", "graph_3"]),
@@ -179,29 +160,22 @@ def test_steps_are_named_and_belong_to_graphs(bundle, expected):
     result = expected._executor.run(frames(3), 3, {"mean_logits_1"}, points(NONE, ALL))
     assert result.step_graphs == {"expert_1": 0, "expert_2": 1, "expert_3": 2}
     assert list(result.times_ms) == ["expert_1", "expert_2"]
-    chain.close()
 
 
-def test_a_graph_that_fails_for_those_that_are_left_is_named_and_the_next_run_works(
-    bundle, expected, some, monkeypatch
-):
-    device = HostDevice()
-    chain = open_ort_chain(onnxruntime, bundle, device)
+def test_a_graph_that_fails_for_those_that_are_left_is_named(chain, bundle, expected, some, monkeypatch):
     exits = points(some["mean_logits_1"], some["mean_logits_2"])
     chain.run(frames(8), 3, EVERY, exits)
     unit = chain._units[1]
-    session = unit.session
 
     class Failing:
         def run_with_iobinding(self, *_):
             raise RuntimeError("the kernel failed")
 
-    monkeypatch.setattr(unit, "session", Failing())
-    with pytest.raises(BackendError, match=r"failed in graph expert_2"):
-        chain.run(frames(8), 3, EVERY, exits)
-    monkeypatch.setattr(unit, "session", session)
+    with monkeypatch.context() as patch:
+        patch.setattr(unit, "session", Failing())
+        with pytest.raises(BackendError, match=r"failed in graph expert_2"):
+            chain.run(frames(8), 3, EVERY, exits)
     check(chain.run(frames(8), 3, EVERY, exits), bundle.manifest, wanted(expected, frames(8), exits))
-    chain.close()
 
 
 def test_a_unit_is_prepared_once_for_each_batch_size_whatever_programs_it_is_in(bundle, expected, some):
@@ -224,32 +198,11 @@ def test_a_unit_is_prepared_once_for_each_batch_size_whatever_programs_it_is_in(
     chain.close()
 
 
-def test_logits_that_no_graph_reads_decide_too(bundle, expected, some):
+def test_logits_that_no_graph_reads_decide_too(chain, bundle, expected, some):
     """The last graph reads each expert's own: what the second exit looks at is no input of anything."""
     assert "mean_logits_2" not in {tensor.name for graph in bundle.manifest.graphs for tensor in graph.inputs}
-    chain = open_ort_chain(onnxruntime, bundle, HostDevice())
     exits = points(None, some["mean_logits_2"])
     for run in (chain.run, expected._executor.run):
         # Nobody asked for the logits themselves here; they are looked at all the same.
         assert set(run(frames(8), 3, {"logits"}, exits).tensors) == {"logits"}
         check(run(frames(8), 3, EVERY, exits), bundle.manifest, wanted(expected, frames(8), exits))
-    chain.close()
-
-
-def test_rows_that_go_on_fill_those_that_are_left(bundle):
-    device = HostDevice()
-    chain = open_ort_chain(onnxruntime, bundle, device)
-    chain.run(frames(6), 1, {"logits_1"})
-    stops = np.array([True, False, True, False, False, True])
-    assert chain._move_together(np.arange(6), stops, {"mean_logits_1", "image_2"}).tolist() == [3, 1, 4]
-    assert device.copies["on_device"] == 4, "two rows of each"
-    chain.close()
-
-
-def test_a_chain_is_cut_behind_its_exits_but_not_at_its_end():
-    one, two = points(0.5, 0.6)
-    assert split(3, ()) == [Span(0, 3, None)]
-    assert split(3, (two, one)) == [Span(0, 1, one), Span(1, 2, two), Span(2, 3, None)]
-    assert split(3, (two,)) == [Span(0, 2, two), Span(2, 3, None)]
-    assert split(2, (one, two)) == [Span(0, 1, one), Span(1, 2, None)]
-    assert split(1, (one, two)) == [Span(0, 1, None)]

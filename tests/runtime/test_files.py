@@ -3,14 +3,16 @@
 import errno
 import os
 import resource
-import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from mge_runtime import files
 from mge_runtime.errors import OutputError
 from mge_runtime.files import atomic_path, check_writable, temporary_folder
 
@@ -27,22 +29,20 @@ def write(path, text="new"):
         temporary.write_text(text)
 
 
-def test_errors_of_the_file_are_output_errors(target):
+def unchanged(target):
+    return target.read_text() == "old" and list(target.parent.iterdir()) == [target]
+
+
+def test_errors_of_the_file_are_output_errors_and_those_from_elsewhere_pass(target):
     with pytest.raises(OutputError, match=r"cannot write .*table\.csv: No space left"), atomic_path(target):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OutputError, match="Permission denied"), atomic_path(target) as temporary:
         raise PermissionError(errno.EACCES, "Permission denied", temporary)
-    assert target.read_text() == "old"
-    assert list(target.parent.iterdir()) == [target]
-
-
-def test_errors_from_elsewhere_pass(target):
     with pytest.raises(BrokenPipeError), atomic_path(target):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     with pytest.raises(FileNotFoundError, match=r"other\.txt"), atomic_path(target):
         (target.parent / "other.txt").read_text()
-    assert target.read_text() == "old"
-    assert list(target.parent.iterdir()) == [target]
+    assert unchanged(target)
 
 
 def test_a_link_is_followed_and_stays(target, tmp_path):
@@ -94,22 +94,18 @@ def test_a_pipe_gets_the_content_and_stays(tmp_path):
     assert pipe.is_fifo()
 
 
-def device(path, minor):
+def test_a_device_is_written_to_and_stays(tmp_path):
+    null, full = tmp_path / "null", tmp_path / "full"
     try:
-        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, minor))
-        path.write_bytes(b"")
+        os.mknod(null, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        os.mknod(full, stat.S_IFCHR | 0o666, os.makedev(1, 7))
+        null.write_bytes(b"")
     except OSError:
         pytest.skip("no device can be made here")
-    return path
-
-
-def test_a_device_is_written_to_and_stays(tmp_path):
-    null = device(tmp_path / "null", 3)
     write(null)
-    assert null.is_char_device()
-    full = device(tmp_path / "full", 7)
     with pytest.raises(OutputError, match=r"cannot write .*full: No space left on device"):
         write(full)
+    assert null.is_char_device()
     assert full.is_char_device()
 
 
@@ -120,8 +116,6 @@ def test_what_a_descriptor_stands_for_is_appended_to(target):
 
 
 def test_folders_and_sockets_are_refused(tmp_path):
-    import socket
-
     with pytest.raises(OutputError, match="it is a folder; expected a file name"):
         write(tmp_path)
     with socket.socket(socket.AF_UNIX) as server:
@@ -153,8 +147,7 @@ def test_a_file_too_large_for_its_limit_is_one_error_and_leaves_the_old_one(targ
             (folder / "large").write_bytes(bytes(5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert target.read_text() == "old"
-    assert list(target.parent.iterdir()) == [target]
+    assert unchanged(target)
 
 
 @pytest.fixture
@@ -198,65 +191,37 @@ with atomic_path(sys.argv[1] + "/table.csv") as part, temporary_folder("test") a
 """
 
 
-@pytest.fixture
-def writer(tmp_path):
-    """Starts processes that write `table.csv` and never finish."""
-    started = []
-
+def test_what_dead_processes_left_goes_and_what_living_ones_write_stays(tmp_path):
     def start():
         process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
-        started.append(process)
         process.stdout.readline()
         return process
 
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def test_what_dead_processes_left_goes_and_what_living_ones_write_stays(writer, tmp_path):
     def left():
-        return sorted(path.name for path in tmp_path.iterdir() if path.name != "table.csv")
+        return {path.name for path in tmp_path.iterdir()} - {"table.csv"}
 
-    alive = writer()
-    living = left()
-    assert len(living) == 3  # a file; a folder, and the file that says whose it is
-    dead = writer()
-    assert len(left()) == 6
-    dead.send_signal(signal.SIGKILL)
-    dead.wait()
-    (tmp_path / ".table.csv.0a1b2c3d.part").write_text("of another program")
-    write(tmp_path / "table.csv")
-    assert left() == sorted([*living, ".table.csv.0a1b2c3d.part"])
-    assert (tmp_path / "table.csv").read_text() == "new"
-    assert alive.poll() is None
+    with start() as alive:
+        living = left()
+        assert len(living) == 3  # a file; a folder, and the file that says whose it is
+        with start() as dead:
+            assert len(left()) == 6
+            dead.kill()
+        (tmp_path / ".table.csv.0a1b2c3d.part").write_text("of another program")
+        write(tmp_path / "table.csv")
+        assert left() == {*living, ".table.csv.0a1b2c3d.part"}
+        assert (tmp_path / "table.csv").read_text() == "new"
+        assert alive.poll() is None
+        alive.kill()
 
 
 def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     def work(text):
-        from mge_runtime import files
-
         for _ in range(50):
             files._sweep.cache_clear()  # as other processes would
             write(tmp_path / "table.csv", text)
 
     texts = [str(number) * 1000 for number in range(4)]
-    failures = []
-    threads = [threading.Thread(target=lambda text=text: failures.extend(run(work, text))) for text in texts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert failures == []
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, texts)) == [None] * 4
     assert (tmp_path / "table.csv").read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
-
-
-def run(work, *arguments):
-    try:
-        work(*arguments)
-    except BaseException as error:
-        return [error]
-    return []

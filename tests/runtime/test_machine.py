@@ -30,6 +30,7 @@ def test_recorded_machines_are_what_is_printed(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (None, "orin.json is no JSON ("),
         ({"system": 3}, "orin.json: system is 3; expected a text: record the machine again with mge-info --machine"),
         ({"driver": "x"}, 'orin.json: driver is "x"; expected no field of this name: record'),
         ({"gpus": [{"name": "Orin"}]}, "orin.json: gpus[0].capability is null; expected this field, which is missing"),
@@ -40,16 +41,11 @@ def test_recorded_machines_are_what_is_printed(path):
     ],
 )
 def test_a_wrong_field_is_named_by_its_path(change, message):
-    values = {**json.loads(ORIN.to_json()), **change}
+    data = ORIN.to_json()[:-9] if change is None else json.dumps({**json.loads(ORIN.to_json()), **change}).encode()
     with pytest.raises(InputError) as caught:
-        Machine.from_json(json.dumps(values).encode(), "orin.json")
+        Machine.from_json(data, "orin.json")
     assert message in str(caught.value)
     assert "bundle" not in str(caught.value)
-
-
-def test_what_is_no_json_is_no_machine():
-    with pytest.raises(InputError, match=r"machine\.json is no JSON .*record the machine again"):
-        Machine.from_json(b"{")
 
 
 # --- this machine -------------------------------------------------------------------------------------------------
@@ -57,18 +53,16 @@ def test_what_is_no_json_is_no_machine():
 
 def test_describing_a_machine_without_gpu_imports_no_library():
     code = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys\n"
         "from mge_runtime.machine import describe_machine\n"
-        "machine = describe_machine()\n"
-        "print(time.process_time() - start, len(machine.gpus))\n"
+        "print(len(describe_machine().gpus))\n"
         "print([name for name in ('onnxruntime', 'tensorrt_rtx', 'cuda.core', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    (seconds, gpus), loaded = done.stdout.splitlines()[0].split(), done.stdout.splitlines()[1]
+    gpus, loaded = done.stdout.splitlines()
     if int(gpus):
         pytest.skip("this machine has a GPU: its libraries are imported to see whether they work")
     assert loaded == "[]"
-    assert float(seconds) < 0.3
 
 
 def test_versions_from_metadata_are_those_of_the_modules():
@@ -91,20 +85,20 @@ def test_a_folder_of_type_stubs_is_no_library(tmp_path, monkeypatch):
     (tmp_path / "mge_test_stubs").mkdir()
     (tmp_path / "mge_test_stubs" / "__init__.pyi").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(mge_runtime.machine._LIBRARIES, "stubs", ("mge_test_stubs", ()))
-    assert "stubs" not in describe_machine().libraries
+    monkeypatch.setitem(mge_runtime.machine._LIBRARIES, "mge-test-stubs", "mge_test_stubs")
+    assert "mge-test-stubs" not in describe_machine().libraries
     (tmp_path / "mge_test_stubs" / "__init__.py").touch()
     importlib.invalidate_caches()
-    assert describe_machine().libraries["stubs"] == "unknown"
+    assert describe_machine().libraries["mge-test-stubs"] == "unknown"
 
 
 def test_a_library_that_cannot_be_imported_is_broken(tmp_path, monkeypatch):
     (tmp_path / "mge_test_broken.py").write_text("raise OSError('libnothing.so.1:\\n cannot open')")
     (tmp_path / "mge_test_sound.py").write_text("__version__ = '2.5'")
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("broken", "sound"):
-        monkeypatch.setitem(mge_runtime.machine._LIBRARIES, name, (f"mge_test_{name}", ()))
     names = ("broken", "sound")
+    for name in names:
+        monkeypatch.setitem(mge_runtime.machine._LIBRARIES, name, f"mge_test_{name}")
     assert {name: describe_machine().libraries[name] for name in names} == {"broken": "unknown", "sound": "unknown"}
     machine = describe_machine(names, always=True)
     assert machine.libraries["sound"] == "2.5"

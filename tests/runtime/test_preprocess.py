@@ -9,11 +9,9 @@ from PIL import Image
 
 from mge_runtime import preprocess
 from mge_runtime.decode import decode_image
-from mge_runtime.errors import InputError
 from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 
-SHARED = Path(__file__).parents[3] / "shared"
 SHIPPED = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg")
 SIZE = 64  # of the frames in which boxes lie
 SIZES = [(512, 448), (256, 224), (184, 160), (448, 448), (65, 64), (320, 288)]
@@ -31,54 +29,36 @@ def shipped(name: str) -> Path:
     return Path(found.origin).parent / "data" / name
 
 
-def by_torchvision(image: Image.Image, resize: int, size: int) -> np.ndarray:
+def check(source, resize, size):
+    """The frame of a decoded image is torchvision's of Pillow's own."""
     transforms = pytest.importorskip("torchvision.transforms")
-    return np.asarray(transforms.CenterCrop(size)(transforms.Resize(resize)(image)))
-
-
-@pytest.mark.parametrize(("resize", "size"), SIZES)
-@pytest.mark.parametrize("name", SHIPPED)
-def test_photographs_in_scikit_image(name, resize, size):
-    image = decode_image(shipped(name))
-    frame, _ = to_frame(image, spec(resize, size))
-    np.testing.assert_array_equal(frame, by_torchvision(Image.fromarray(image), resize, size))
+    frame, _ = to_frame(decode_image(source), spec(resize, size))
+    with Image.fromarray(source) if isinstance(source, np.ndarray) else Image.open(source) as image:
+        expected = transforms.CenterCrop(size)(transforms.Resize(resize)(image.convert("RGB")))
+    np.testing.assert_array_equal(frame, expected)
     assert frame.dtype == np.uint8
     assert frame.flags.c_contiguous
     assert frame.flags.writeable
 
 
-def test_photographs_of_groceries():
-    if not SHARED.is_dir():
-        pytest.skip("no ../shared beside this checkout: the photographs in scikit-image stand in")
-    paths = sorted((SHARED / "data" / "groceries" / "test").rglob("*.jpg"))[::36]
-    assert len(paths) >= 10, "../shared is there without data/groceries/test"
-    for path, (resize, size) in zip(paths, SIZES * 3, strict=False):
-        with Image.open(path) as image:  # the whole way: file -> frame, against torchvision on Pillow's own image
-            expected = by_torchvision(image.convert("RGB"), resize, size)
-        frame, _ = to_frame(decode_image(path), spec(resize, size))
-        np.testing.assert_array_equal(frame, expected, err_msg=str(path))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_photographs_in_scikit_image(name):
+    for resize, size in SIZES:
+        check(shipped(name), resize, size)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 2), (333, 500), (500, 333), (51, 50), (64, 65), (40, 900)])
 def test_odd_shapes(shape):
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image.flags.writeable = False
     for resize, size in ((65, 64), (64, 64), (71, 32)):
-        frame, _ = to_frame(image, spec(resize, size))
-        np.testing.assert_array_equal(frame, by_torchvision(Image.fromarray(image), resize, size))
+        check(image, resize, size)
 
 
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1)])
 def test_a_line_of_pixels_needs_no_gigabytes(shape):
-    image = np.zeros((*shape, 3), np.uint8)
-    image[0, 2500:] = 255 if shape[0] == 1 else 0
-    image[2500:, 0] = 255 if shape[1] == 1 else image[2500:, 0]
-    frame, view = to_frame(image, spec(512, 448))  # in full: 512 x 2,560,000
+    frame, view = to_frame(np.zeros((*shape, 3), np.uint8), spec(512, 448))  # in full: 512 x 2,560,000
     assert frame.shape == (448, 448, 3)
-    line = frame[224, :, 0] if shape[0] == 1 else frame[:, 224, 0]
-    # The frame shows 2500 -+ 0.4375, the middle of the rise from pixel 2499's centre to 2500's: 1/16 to 15/16 of 255.
-    assert line[0] == pytest.approx(16, abs=1)
-    assert line[-1] == pytest.approx(239, abs=1)
-    assert (np.diff(line.astype(int)) >= 0).all()
     start, end = (view.left, view.right) if shape[0] == 1 else (view.top, view.bottom)
     assert (start + end) / 2 == pytest.approx(2500)
     assert end - start == pytest.approx(448 / 512)
@@ -91,27 +71,6 @@ def test_strips_are_equal_to_the_full_way_within_one_level(monkeypatch):
     short, same_view = to_frame(image, spec(65, 64))
     assert np.abs(full.astype(int) - short).max() <= 1
     assert view == same_view
-
-
-def test_the_source_is_left_alone():
-    image = np.random.default_rng(2).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    before = image.copy()
-    image.flags.writeable = False
-    to_frame(image, spec(33, 32))
-    np.testing.assert_array_equal(image, before)
-
-
-def test_bad_arguments():
-    with pytest.raises(InputError, match=r"shape \[4, 4\]; expected uint8 RGB"):
-        to_frame(np.zeros((4, 4), np.uint8), spec(33, 32))
-    for resize, size in ((31, 32), (10, 0)):
-        with pytest.raises(InputError, match="expected 1 <= size <= resize"):
-            to_frame(np.zeros((4, 4, 3), np.uint8), spec(resize, size))
-    view = Viewport(0, 0, 1, 1, 1, 1)
-    with pytest.raises(InputError, match=r"shape \[4\]; expected \[K - 1, 4\]"):
-        compose_boxes(np.zeros(4), view, SIZE)
-    with pytest.raises(InputError, match="expected at least 2"):
-        compose_boxes(np.zeros((1, 4)), view, 1)
 
 
 # Boxes.
@@ -144,10 +103,10 @@ def test_markers_land_where_the_boxes_say(seed):
     boxes = np.stack([random_box(rng) for _ in range(3)])
     _, viewport = to_frame(np.zeros((height, width, 3), np.uint8), spec(80, SIZE))
 
-    # The frame's pixel centres in source pixels; the frame itself is tested below with real pixels.
-    centres = np.arange(SIZE) + 0.5
-    x = viewport.left + centres * (viewport.right - viewport.left) / SIZE
-    y = viewport.top + centres * (viewport.bottom - viewport.top) / SIZE
+    # The frame's pixel centers in source pixels; the frame itself is tested below with real pixels.
+    centers = np.arange(SIZE) + 0.5
+    x = viewport.left + centers * (viewport.right - viewport.left) / SIZE
+    y = viewport.top + centers * (viewport.bottom - viewport.top) / SIZE
     view = np.stack(np.broadcast_arrays(x[None, :], y[:, None]), -1)  # [S, S, 2]
     composed = compose_boxes(boxes, viewport, SIZE)
     assert composed.dtype == np.float32
@@ -155,7 +114,7 @@ def test_markers_land_where_the_boxes_say(seed):
     for k in range(3):
         pixel = view[1, 1] - view[0, 0]  # one pixel of the view that is cut, in source pixels
         view = resample(view, boxes[k], SIZE)
-        # The outermost pixel centres of a view lie half a pixel of the *cut* view inside the box's edges.
+        # The outermost pixel centers of a view lie half a pixel of the *cut* view inside the box's edges.
         expected = np.concatenate([view[0, 0] - pixel / 2, view[-1, -1] + pixel / 2])
         got = composed[k + 1]
         # The border of an inner view may reach past the outer box by less than half a pixel; there it is clipped.
@@ -197,9 +156,8 @@ def test_the_viewport_finds_a_marker(shape):
     frame, view = to_frame(image, spec(80, SIZE))
     assert (view.height, view.width) == shape
     mass = frame[..., 0].astype(float)
-    centre_x = (mass.sum(0) * (np.arange(SIZE) + 0.5)).sum() / mass.sum()
-    centre_y = (mass.sum(1) * (np.arange(SIZE) + 0.5)).sum() / mass.sum()
-    x, y, *_ = view.to_source(np.array([centre_x, centre_y, 0, 0]), SIZE)
+    center_x, center_y = ((mass.sum(axis) * (np.arange(SIZE) + 0.5)).sum() / mass.sum() for axis in (0, 1))
+    x, y, *_ = view.to_source(np.array([center_x, center_y, 0, 0]), SIZE)
     scale = min(shape) / 80
     assert x == pytest.approx(left + reach / 2, abs=0.05 * scale + 0.02)
     assert y == pytest.approx(top + reach / 2, abs=0.05 * scale + 0.02)

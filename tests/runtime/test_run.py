@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,35 +28,47 @@ from mge_runtime.sources import SAVED_SUFFIX, NamedImage
 COMMAND = [sys.executable, "-c", "from mge_runtime.cli.run import main; main(prog_name='mge-run')"]
 
 
-@pytest.fixture
-def folder(tmp_path, photos, bundle_path, monkeypatch):
-    """A working folder with `mge.plan`, four pictures (two called 1) and a text file named .jpg."""
-    shutil.copy(bundle_path, tmp_path / "mge.plan")
-    for name, pixels in zip(("in/1.png", "in/2.png", "in/10.png", "in/deep/1.png"), photos, strict=False):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@contextmanager
-def held_signals():
-    """Signals as a shell leaves them: one without job control starts what is in the background with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 ORDER = ["in/1.png", "in/2.png", "in/10.png", "in/deep/1.png"]
+RAW = os.fsdecode(b"in/\xff.png")  # no UTF-8
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, photos, bundle_path, monkeypatch):
+    """A working folder with `mge.plan` and four images, two of them called 1."""
+    shutil.copy(bundle_path, tmp_path / "mge.plan")
+    monkeypatch.chdir(tmp_path)
+    Path("in/deep").mkdir(parents=True)
+    for name, pixels in zip(ORDER, photos, strict=False):
+        Image.fromarray(pixels).save(name)
+    return tmp_path
 
 
 def run(*arguments, code=0, **options):
     result = CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False, **options)
     assert result.exit_code == code, result.output
     return result
+
+
+def spawn(script, **options):
+    """Run a shell script, to which the command is "$@"."""
+    shell = ["sh", "-c", script, "sh", *COMMAND]
+    return subprocess.run(shell, capture_output=True, timeout=60, check=False, **options)
+
+
+def shown(result):
+    """The images of lines of text."""
+    return [line.split()[-1] for line in result.stdout.splitlines()]
+
+
+def left():
+    return sorted(path.name for path in Path().iterdir())
+
+
+def copy_raw():
+    try:
+        shutil.copy("in/1.png", RAW)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
 
 
 def records(result):
@@ -86,9 +98,9 @@ def test_one_image_is_a_block(expected):
 
 
 def test_several_images_are_a_line_each(expected):
-    lines = run("in").stdout.splitlines()
-    assert [line.split()[-1] for line in lines] == ORDER
-    for line, name in zip(lines, ORDER, strict=True):
+    result = run("in")
+    assert shown(result) == ORDER
+    for line, name in zip(result.stdout.splitlines(), ORDER, strict=True):
         assert line.strip().startswith(f"{expected[name].probability:.1%}  {expected[name].class_name}  ")
     assert run("in", "--top-k", 2).stdout.count("bird") == 8
 
@@ -119,76 +131,70 @@ def test_csv_is_streamed_to_standard_output(expected):
     printed = csv.DictReader(run("in", "--csv", "-").stdout.splitlines())
     assert [(row["image"], row["class_name"]) for row in printed] == [(n, expected[n].class_name) for n in ORDER]
     assert "would both be printed" in run("in", "--csv", "-", "--json", code=2).stderr
-    raw = os.fsdecode(b"in/\xff.png")
-    try:
-        shutil.copy("in/1.png", raw)
-    except OSError:
-        pytest.skip("this file system takes UTF-8 names alone")
+    copy_raw()
     for where in ("-", "/dev/stdout"):
-        done = subprocess.run([*COMMAND, raw, "--csv", where], capture_output=True, timeout=60, check=True)
+        done = subprocess.run([*COMMAND, RAW, "--csv", where], capture_output=True, timeout=60, check=True)
         assert done.stdout.splitlines()[1].startswith(b"in/\xff.png,")
-    assert sorted(path.name for path in Path().iterdir()) == ["in", "mge.plan"]
+    assert left() == ["in", "mge.plan"]
 
 
 @pytest.mark.parametrize(
     ("script", "line"),
     [
-        ('"$@" in >&-', "error: cannot print: standard output is closed; name another place for the output"),
-        ('"$@" in --csv - >&-', "error: cannot print the CSV table: standard output is closed; name a file for it"),
+        ('"$@" in >&-', "cannot print: standard output is closed; name another place for the output"),
+        ('"$@" in --csv - >&-', "cannot print the CSV table: standard output is closed; name a file for it"),
+        ('"$@" in --csv - >/dev/full', "cannot print: No space left on device; name another place for the output"),
+        ('"$@" - <&-', "cannot read standard input: it is closed; expected the bytes of one image, pipe them in"),
+        ('"$@" - 0>new', "cannot read standard input: Bad file descriptor; expected the bytes of one image"),
         (
             'mkdir gone; cd gone; rmdir ../gone; "$@" ../in',
-            "error: cannot work in this folder: No such file or directory; expected one that exists, cd to it",
+            "cannot work in this folder: No such file or directory; expected one that exists, cd to it",
         ),
     ],
 )
-@pytest.mark.usefixtures("folder")
-def test_where_nothing_can_be_printed_or_found_it_is_one_line(script, line):
-    shell = ["sh", "-c", script, "sh", *COMMAND]
-    done = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (1, "", [line])
+def test_where_nothing_can_be_printed_or_read_it_is_one_line(script, line):
+    if "/dev/full" in script and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    done = spawn(script, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {line}\n")
 
 
-@pytest.mark.usefixtures("folder")
 def test_more_threads_than_processors_are_cut():
     result = run("in/1.png", "-j", 100_000, "--streams", 100_000, "-b", 2)
-    count = cpu_count()
     assert result.stderr.splitlines() == [
-        f"note: {name} 100000 is cut to {count}, the processors that this process may use"
+        f"note: {name} 100000 is cut to {cpu_count()}, the processors that this process may use"
         for name in ("--threads", "--streams")
     ]
 
 
-@pytest.mark.usefixtures("folder")
-def test_the_package_is_the_command():
-    command = [sys.executable, "-m", "mge_runtime", "in/1.png", "--json"]
-    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-    assert json.loads(done.stdout)["image"] == "in/1.png"
+def test_the_package_is_the_command_and_prints_in_any_encoding():
+    shutil.copy("in/1.png", "in/猫.png")
+    command = [sys.executable, "-m", "mge_runtime", "in/猫.png"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=True)
+    assert done.stdout.startswith(b"in/?.png\n")
 
 
-@pytest.mark.usefixtures("folder")
 def test_an_early_exit_leaves_out_what_did_not_run():
     run("in", "--csv", "table.csv", "--exit", 1)
     row = rows()[0]
-    assert row["experts_used"] == "1"
-    assert row["gate_1"] == row["box_2_x0"] == ""
+    assert (row["experts_used"], row["calibrated"], row["gate_1"], row["box_2_x0"]) == ("1", "no", "", "")
     assert float(row["total_ms"]) > 0
     assert "counts" not in run("in/1.png", "--exit", 1).stdout
     assert "this chain has 3" in run("in", "--exit", 4, code=1).stderr
-
-
-def test_calibrated_exits_and_probabilities(folder, bundle_path, expected):
     assert "no calibration; learn them with `mge-calibrate" in run("in", "--exit", "calibrated", code=1).stderr
-    path = shutil.copy(bundle_path, folder / "calibrated.plan")
+
+
+def test_calibrated_exits_and_probabilities(expected):
     exits = {"epsilon": 0.01, "delta": 0.05, "thresholds": {"mean_logits_1": None, "mean_logits_2": 0.0}}
-    add_calibration(path, {"temperatures": {"mean_logits_1": 4.0, "mean_logits_2": 3.0, "logits": 2.0}, "exits": exits})
+    temperatures = {"mean_logits_1": 4.0, "mean_logits_2": 3.0, "logits": 2.0}
+    add_calibration("mge.plan", {"temperatures": temperatures, "exits": exits})
     for exit, experts, extra in (("calibrated", 2, ["--batch", 3]), (1, 1, []), ("never", 3, [])):
-        found = records(run("in", "--json", "--csv", "table.csv", "--engine", path, "--exit", exit, *extra))
+        found = records(run("in", "--json", "--csv", "table.csv", "--exit", exit, *extra))
         assert [(r["experts_used"], r["calibrated"]) for r in found] == [(experts, True)] * len(ORDER)
         assert [(r["experts_used"], r["calibrated"]) for r in rows()] == [(str(experts), "yes")] * len(ORDER)
     for record, name in zip(found, ORDER, strict=True):
         assert record["probability"] == pytest.approx(float(softmax(expected[name].logits / 2.0).max()), abs=1e-5)
-    assert not any(record["calibrated"] for record in records(run("in", "--json", "--csv", "table.csv")))
-    assert {row["calibrated"] for row in rows()} == {"no"}
 
 
 def test_save_draws_every_image_and_overwrites_none(folder):
@@ -197,10 +203,10 @@ def test_save_draws_every_image_and_overwrites_none(folder):
     assert saved == [f"out/{stem}{SAVED_SUFFIX}" for stem in ("1", "2", "10", "1-2")]
     assert len({Path(path).read_bytes() for path in saved}) == 4
     for path in saved:
-        with Image.open(path) as picture:
-            assert min(picture.size) > 400
+        with Image.open(path) as drawn:
+            assert min(drawn.size) > 400
     assert {path: path.read_bytes() for path in before} == before
-    # Again, among the sources: the pictures of the first time are no sources, and no source is written over.
+    # Again, among the sources: what was drawn the first time is no source, and no source is written over.
     Image.open("in/1.png").save(f"in/1{SAVED_SUFFIX}")
     named = Path(f"in/1{SAVED_SUFFIX}").read_bytes()
     run("in", f"in/1{SAVED_SUFFIX}", "--save", "in")
@@ -220,29 +226,11 @@ def test_standard_input(expected):
     assert record["class_name"] == expected["in/2.png"].class_name
     assert record["saved"] == f"out/stdin{SAVED_SUFFIX}"
     assert "cannot decode standard input: it is empty (0 bytes)" in run("-", input=b"", code=1).stderr
-    assert "cannot decode standard input: it is a text file" in run("-", input=b"no picture", code=1).stderr
+    assert "cannot decode standard input: it is a text file" in run("-", input=b"no image", code=1).stderr
 
 
-@pytest.mark.parametrize(
-    ("redirection", "message"),
-    [
-        ("<&-", "cannot read standard input: it is closed"),
-        ("0>written", "cannot read standard input: Bad file descriptor"),
-    ],
-)
-@pytest.mark.usefixtures("folder")
-def test_a_standard_input_that_cannot_be_read_is_one_line(redirection, message):
-    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *COMMAND, "-"]
-    done = subprocess.run(shell, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"error: {message}")
-
-
-@pytest.mark.usefixtures("folder")
-def test_a_bad_image_is_reported_and_the_rest_answered():
-    Path("in/5.jpg").write_text("no picture")
+def test_a_bad_image_is_reported_and_the_rest_predicted():
+    Path("in/5.jpg").write_text("no image")
     whole = Path("in/10.png").read_bytes()
     Path("in/6.png").write_bytes(whole[: len(whole) // 2])
     result = run("in", "missing.jpg", "none/*.jpg", "--json", "--csv", "table.csv", "--save", "out", code=1)
@@ -271,26 +259,22 @@ def test_a_bad_image_is_reported_and_the_rest_answered():
     assert len(list(Path("out").iterdir())) == 4
 
 
-@pytest.mark.usefixtures("folder")
 def test_lists_bounds_and_what_is_passed_over():
     Path("list.txt").write_text("in/2.png\nin/1.png\n")
     Path("in/notes.txt").touch()
     os.mkfifo("in/pipe.png")
-    answered = [line.split()[-1] for line in run("@list.txt").stdout.splitlines()]
-    assert answered == ["in/2.png", "in/1.png"]
+    assert shown(run("@list.txt")) == ["in/2.png", "in/1.png"]
     assert run("--files-from", "-", input=Path("list.txt").read_bytes()).stdout == run("@list.txt").stdout
     assert "note: passed over 2 files: 1 a pipe, socket or device, 1 with another suffix\n" in run("in", code=0).stderr
     assert "expected at most 1e-05 megapixels" in run("in/1.png", "--max-pixels", 10, code=1).stderr
     assert "name images, or a list of them" in run(code=2).stderr
 
 
-@pytest.mark.usefixtures("folder")
-def test_nothing_to_answer():
+def test_nothing_to_predict():
     Path("empty").mkdir()
     result = run("empty", "--csv", "table.csv", "--save", "out", code=1)
     assert result.stderr.startswith("error: no image in the folder empty: it holds nothing")
-    assert not Path("table.csv").exists()
-    assert not Path("out").exists()
+    assert left() == ["empty", "in", "mge.plan"]
 
 
 @pytest.mark.parametrize(
@@ -306,47 +290,44 @@ def test_nothing_to_answer():
         (["--device", "toaster"], "the device is 'toaster'"),
     ],
 )
-def test_what_cannot_work_is_said_before_computing(folder, monkeypatch, options, message):
+def test_what_cannot_work_is_said_before_computing(monkeypatch, options, message):
     monkeypatch.setattr(Pipeline, "predict_iter", lambda *_, **__: pytest.fail("it computed"))
     result = run("in", *options, code=1)
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
-    assert sorted(path.name for path in folder.iterdir()) == ["in", "mge.plan"]
+    assert left() == ["in", "mge.plan"]
 
 
 @pytest.mark.parametrize(
-    "options",
+    "arguments",
     [
-        *(["--exit", "0"], ["--exit", "calibrate"], ["--top-k", "0"], ["--batch", "x"], []),
-        *(["-", "--files-from", "-"], ["-", "@-"], ["@-", "--files-from", "-"]),
+        "in --exit 0", "in --exit calibrate", "in --top-k 0", "in --batch x", "",
+        "in - --files-from -", "in - @-", "in @- --files-from -",
     ],
-)
-@pytest.mark.usefixtures("folder")
-def test_usage_errors_exit_with_2(options):
-    run(*options, *(["in"] if options else []), code=2)
+)  # fmt: skip
+def test_usage_errors_exit_with_2(arguments):
+    run(*arguments.split(), code=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_csv_is_not_left_behind(folder, monkeypatch, number):
+def test_an_interrupted_csv_is_not_left_behind(monkeypatch, number):
     Path("table.csv").write_text("old")
 
-    def stop(_, image, __):
+    def stop(_, image, *__):
         if image == "in/10.png":
             signal.raise_signal(number)
 
     monkeypatch.setattr("mge_runtime.report.CsvTable.add", stop)
-    with held_signals():
-        result = run("in", "--csv", "table.csv", code=1)
+    result = run("in", "--csv", "table.csv", code=1)
     assert result.stderr == (
         f"error: the run was interrupted ({number.name}): 2 of 4 images were done; table.csv was not written\n"
     )
     assert len(result.stdout.splitlines()) == 3
     assert Path("table.csv").read_text() == "old"
-    assert sorted(path.name for path in folder.iterdir()) == ["in", "mge.plan", "table.csv"]
+    assert left() == ["in", "mge.plan", "table.csv"]
 
 
-@pytest.mark.usefixtures("folder")
 def test_names_that_would_upset_a_terminal():
     name = "in/\x1b[31mred\nline.png"
     shutil.copy("in/1.png", name)
@@ -356,110 +337,57 @@ def test_names_that_would_upset_a_terminal():
     result = run("in", "--engine", "\x1b[31m\x9b.plan", code=1)
     assert result.stderr == result.stderr.replace("\x1b", "").replace("\x9b", "")
     assert "?[31m?.plan" in result.stderr
-    raw = os.fsdecode(b"in/\xff.png")
-    try:
-        shutil.copy("in/1.png", raw)
-    except OSError:
-        pytest.skip("this file system takes UTF-8 names alone")
-    assert run(raw, "--csv", "table.csv").stdout.startswith("in/?.png\n")
+    copy_raw()
+    assert run(RAW, "--csv", "table.csv").stdout.startswith("in/?.png\n")
     assert b"in/\xff.png," in Path("table.csv").read_bytes()
-    (line,) = run(raw, "--json").stdout.splitlines()
+    (line,) = run(RAW, "--json").stdout.splitlines()
     assert "\\ud" not in line  # half a character: some readers of JSON refuse the whole line
     assert json.loads(line)["image"].startswith("in/\ufffd")
 
 
-def test_many_images_in_a_closed_pipe_end_quietly(folder):
-    many = folder / "many"
-    many.mkdir()
-    for index in range(300):
-        shutil.copy("in/1.png", many / f"{index}.png")
-    with subprocess.Popen(
-        [*COMMAND, "many", "--csv", "table.csv"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        first = process.stdout.readline()
-        process.stdout.close()
-        errors = process.stderr.read()
-        process.wait(60)
-    assert first.strip().endswith(b"many/0.png")
-    assert errors == b""
-    assert sorted(path.name for path in folder.iterdir()) == ["in", "many", "mge.plan"]
+def many(count, image):
+    """A folder of links to one image."""
+    Path("many").mkdir()
+    for index in range(count):
+        os.link(image, f"many/{index}.png")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.usefixtures("folder")
-def test_a_full_disk_is_one_line():
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(
-            [*COMMAND, "in", "--csv", "-"], stdout=full, stderr=subprocess.PIPE, timeout=60, check=False
-        )
-    assert done.returncode == 1
-    assert done.stderr.decode().splitlines() == [
-        "error: cannot print: No space left on device; name another place for the output"
-    ]
+def test_many_images_in_a_closed_pipe_end_quietly():
+    many(300, "in/1.png")
+    done = spawn('"$@" many --csv table.csv | head -n 1')
+    assert done.stdout.strip().endswith(b"many/0.png")
+    assert done.stderr == b""
+    assert left() == ["in", "many", "mge.plan"]
 
 
-def test_a_terminal_gets_a_progress_bar_and_a_signal_ends_it_in_one_line(folder):
-    many = folder / "many"
-    many.mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)
-    Image.fromarray(noise).save(many / "0.png")
-    for index in range(1, 10_000):  # more than a loaded machine gets through before it is interrupted
-        os.link(many / "0.png", many / f"{index}.png")
+def test_a_terminal_gets_a_progress_bar_and_a_signal_ends_it_in_one_line():
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8)).save("noise.png")
+    many(10_000, "noise.png")  # more than a loaded machine gets through before it is interrupted
     terminal, inner = pty.openpty()
-    process = subprocess.Popen(
-        [*COMMAND, "many", "--csv", "table.csv"],
-        stdout=subprocess.PIPE,
-        stderr=inner,
-    )
+    process = subprocess.Popen([*COMMAND, "many", "--csv", "table.csv"], stdout=subprocess.PIPE, stderr=inner)
     os.close(inner)
-    shown = bytearray()
+    printed = bytearray()
 
     def watch():  # all the time: a terminal that nobody reads is full after 4 kB, and the command would wait
-        while True:
-            try:
-                part = os.read(terminal, 65536)
-            except OSError:  # Linux: the other end is closed
-                return
-            shown.extend(part)
+        with suppress(OSError):  # Linux: the other end is closed
+            while True:
+                printed.extend(os.read(terminal, 65536))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     for _ in range(5):
         assert process.stdout.readline()
     process.terminate()
-    process.stdout.read()
-    process.stdout.close()
-    assert process.wait(60) == 1
+    process.communicate()
     watcher.join(10)
     os.close(terminal)
-    assert b"/10000" in shown
-    assert b"error: the run was interrupted (SIGTERM): " in shown
-    assert b"Traceback" not in shown
-    assert not Path("table.csv").exists()
-    assert sorted(path.name for path in folder.iterdir()) == ["in", "many", "mge.plan"]
+    assert process.returncode == 1
+    assert b"/10000" in printed
+    assert b"error: the run was interrupted (SIGTERM): " in printed
+    assert b"Traceback" not in printed
+    assert left() == ["in", "many", "mge.plan", "noise.png"]
 
 
-@pytest.mark.usefixtures("folder")
-def test_running_needs_no_torch():
-    check = (
-        "import sys\nfrom mge_runtime.cli.run import main\n"
-        "main(['in', '--json', '--save', 'out'], standalone_mode=False)\n"
-        "sys.exit(', '.join(sorted({'torch', 'torchvision', 'mge', 'mge_export', 'onnx'} & set(sys.modules))) or 0)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.usefixtures("folder")
-def test_text_survives_a_narrow_encoding():
-    shutil.copy("in/1.png", "in/猫.png")
-    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    done = subprocess.run([*COMMAND, "in/猫.png"], capture_output=True, env=environment, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(b"in/?.png\n")
-
-
-@pytest.mark.usefixtures("folder")
 def test_verbose_shows_what_onnx_runtime_says():
     result = subprocess.run([*COMMAND, "-vv", "in/1.png"], capture_output=True, text=True, check=True)
     assert "onnxruntime" in result.stderr

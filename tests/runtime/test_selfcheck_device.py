@@ -1,14 +1,13 @@
 """The self-check's comparisons on the host as a device; and that each of them can fail."""
 
-import importlib.util
 import mmap
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mge_runtime import bench_subject
 from mge_runtime.bundle import Bundle
 from mge_runtime.compare import TOLERANCES
 from mge_runtime.device.base import Graph
@@ -21,14 +20,10 @@ from mge_runtime.selfcheck import (
     check_memory,
     check_parity,
     check_together,
-    drawn_frames,
+    memory,
 )
-from mge_runtime.selfcheck.memory import HOST_LIMIT, host_memory
 from mge_runtime.selfcheck.outputs import compared_tensors
-
-spec = importlib.util.spec_from_file_location("mge_tests_chain_runs", Path(__file__).with_name("chain_runs.py"))
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
+from tests.helpers import chain_runs as runs
 
 
 def unchanged(tensors, _):
@@ -38,7 +33,7 @@ def unchanged(tensors, _):
 class GraphDevice(HostDevice):
     """The host with graphs: a launch does again what was enqueued; `stale` ones do nothing."""
 
-    def __init__(self, *, refusal=None, stale=False):
+    def __init__(self, *, refusal=False, stale=False):
         super().__init__()
         self.refusal, self.stale = refusal, stale
 
@@ -61,7 +56,7 @@ class GraphDevice(HostDevice):
 
 
 class OnDevice:
-    """A chain on a device, opened as a check wants it; `change` may alter what a run puts out."""
+    """A chain on a device, opened as a check wants it; `change` may alter its outputs."""
 
     def __init__(self, path, device, graphs, change=unchanged):
         with Bundle.open(path) as bundle:
@@ -85,25 +80,24 @@ class OnDevice:
 def on_device(on_cpu):
     """Make a subject that runs on the host as a device, checked against the CPU."""
 
-    def make(change=unchanged, *, opened=OnDevice, **device):
-        def open_it(graphs):
-            return opened(on_cpu.path, GraphDevice(**device), graphs, change)
+    def make(change=unchanged, *, opened=OnDevice, always=False, **device):
+        def open_it(graphs=True):
+            return opened(on_cpu.path, GraphDevice(**device), graphs or always, change)
 
-        return replace(on_cpu, backend="a device", device="host", open=open_it, reference=lambda: on_cpu.open(True))
+        return replace(on_cpu, backend="a device", device="host", open=open_it, reference=on_cpu.open)
 
     return make
 
 
-def failed(check, text):
+def assert_fails(check, text):
     assert check.outcome == "failed", check
     assert text in check.found
-    return True
 
 
 # --- outputs ------------------------------------------------------------------------------------------------------
 
 
-def test_a_device_that_answers_as_the_cpu_passes(on_device, frames):
+def test_a_device_that_predicts_as_the_cpu_passes(on_device, frames):
     subject = on_device()
     for check in (check_parity, check_batches, check_graphs, check_copies, check_together):
         result = check(subject, frames)
@@ -115,45 +109,42 @@ def test_a_device_that_answers_as_the_cpu_passes(on_device, frames):
     assert parity.numbers["gate_relative"] <= 1e-4
 
 
-def shifted(name, row, by):
+def shifted(name, by):
     def change(tensors, _):
-        tensors[name] = tensors[name].copy()
-        tensors[name][row] += by
-        return tensors
+        return {**tensors, name: tensors[name] + np.float32(by)}
 
     return change
 
 
+def mixed_up(tensors, _):
+    return {name: np.roll(array, 1, 0) for name, array in tensors.items()}
+
+
+def last_of_a_remainder(tensors, frames):
+    if 1 < len(frames) < 8:
+        tensors["gate"][-1] = tensors["gate"][0][::-1]
+    return tensors
+
+
 @pytest.mark.parametrize(
-    ("name", "by", "said"),
+    ("check", "change", "said"),
     [
-        ("logits", 0.1, "logits differs by"),
-        ("logits", [100, 0, 0, 0, 0], "change their class"),
-        ("logits_1", 0.1, "logits_1 differs by"),
-        ("gate", [0.01, -0.01, 0], "gate differs by"),
-        ("gate", np.nan, "gate holds numbers that are not finite"),
-        ("box_1", [4, 4, 0, 0], "box_1: median box IoU"),
-        ("box_2", [4, 4, 0, 0], "box_2: median box IoU"),
+        (check_parity, shifted("logits", 0.1), "logits differs by"),
+        (check_parity, shifted("logits", [100, 0, 0, 0, 0]), "change their class"),
+        (check_parity, shifted("logits_1", 0.1), "logits_1 differs by"),
+        (check_parity, shifted("gate", [0.01, -0.01, 0]), "gate differs by"),
+        (check_parity, shifted("gate", np.nan), "gate holds numbers that are not finite"),
+        (check_parity, shifted("box_1", [4, 4, 0, 0]), "box_1: median box IoU"),
+        (check_parity, shifted("box_2", [4, 4, 0, 0]), "box_2: median box IoU"),
+        (check_batches, mixed_up, "differs by"),
+        (check_batches, last_of_a_remainder, "gate differs by"),
     ],
 )
-def test_answers_that_differ_from_the_cpu_fail(on_device, frames, name, by, said):
-    assert failed(check_parity(on_device(shifted(name, slice(None), by)), frames), said)
+def test_outputs_that_differ_fail(on_device, frames, check, change, said):
+    assert_fails(check(on_device(change), frames), said)
 
 
-def test_a_batch_whose_rows_are_mixed_up_fails(on_device, frames):
-    def rolled(tensors, _):
-        return {name: np.roll(array, 1, 0) for name, array in tensors.items()}
-
-    assert failed(check_batches(on_device(rolled), frames), "differs by")
-
-
-def test_the_last_row_of_a_remainder_counts(on_device, frames):
-    def forgotten(tensors, frames):
-        if 1 < len(frames) < 8:
-            tensors["gate"][-1] = tensors["gate"][0][::-1]
-        return tensors
-
-    assert failed(check_batches(on_device(forgotten), frames[:3]), "gate differs by")
+def test_few_images_are_repeated_until_there_is_a_remainder(on_device, frames):
     assert check_batches(on_device(), frames[:3]).numbers["images"] == 12
 
 
@@ -168,23 +159,17 @@ def test_engines_for_one_image_have_no_batches(on_device, frames):
     assert check_parity(subject, frames).outcome == "passed"
 
 
-def test_graphs_that_replay_old_work_fail(on_device, frames):
-    assert failed(check_graphs(on_device(stale=True), frames), "batch 1: ")
-
-
-def test_graphs_that_were_refused_fail_with_the_reason(on_device, frames):
-    assert failed(check_graphs(on_device(refusal=True), frames), "batch 8: no graph: the host has no graphs")
-
-
-def test_a_switch_that_does_nothing_fails(on_device, frames):
-    class Always(OnDevice):
-        def __init__(self, path, device, graphs, change):  # noqa: ARG002
-            super().__init__(path, device, True, change)
-
-    assert failed(check_graphs(on_device(opened=Always), frames), "where graphs were turned off")
-
-
-# --- copies -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ({"stale": True}, "batch 1: "),
+        ({"refusal": True}, "batch 8: no graph: the host has no graphs"),
+        ({"always": True}, "where graphs were turned off"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_graphs_that_do_old_work_were_refused_or_cannot_be_turned_off_fail(on_device, frames, device, said):
+    assert_fails(check_graphs(on_device(**device), frames), said)
 
 
 def test_one_copy_too_many_fails(on_device, frames):
@@ -198,19 +183,19 @@ def test_one_copy_too_many_fails(on_device, frames):
             buffer.close()
             return tensors
 
-    assert failed(check_copies(on_device(opened=Detour), frames), "run 1 copied host_to_device 1, ")
+    assert_fails(check_copies(on_device(opened=Detour), frames), "run 1 copied host_to_device 1, ")
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
 def test_a_leak_on_the_host_fails(on_cpu, frames):
-    if host_memory() is None:
+    if memory.host_memory() is None:
         pytest.skip("this system does not tell how much memory is in use")
     kept = []
 
-    def leaking(graphs):
-        opened = on_cpu.open(graphs)
+    def leaking():
+        opened = on_cpu.open()
         run = opened.run
 
         def run_and_keep(*arguments, **options):
@@ -221,52 +206,53 @@ def test_a_leak_on_the_host_fails(on_cpu, frames):
         opened.run = run_and_keep
         return opened
 
-    check = check_memory(replace(on_cpu, open=leaking), frames, 60)
-    assert failed(check, "host memory grew by")
-    assert check.numbers["host_growth"] > HOST_LIMIT
+    assert_fails(check_memory(replace(on_cpu, open=leaking), frames, 60), "host memory grew by")
     kept.clear()
     check = check_memory(on_cpu, frames, 60)
     assert check.outcome == "passed", check
 
 
-def test_a_leak_on_the_device_fails(on_device, frames):
+def test_a_leak_on_the_device_fails(on_device, frames, monkeypatch):
     devices = []
 
     class Leaking(OnDevice):
         def run(self, frames, *, outputs=None):
-            devices.append((self.device, self.device.allocate(1024)))
+            devices.append((self.device, self.device.allocate(2**17)))
             return super().run(frames, outputs=outputs)
 
-    def used():
-        return devices[-1][0].allocated if devices else 0
-
-    assert failed(
-        check_memory(on_device(opened=Leaking), frames, 40, meters={"device": (used, 0)}), "device memory grew"
-    )
+    monkeypatch.setattr(memory, "device_memory", lambda _: devices[-1][0].allocated if devices else 0)
+    subject = replace(on_device(opened=Leaking), device="cuda:0")
+    assert_fails(check_memory(subject, frames, 40), "device memory grew")
 
 
-def test_what_others_take_for_a_while_is_no_growth_and_what_nobody_tells_is_not_run(on_cpu, frames):
-    values = iter([100, 900, 100, 900] * 100)
-    assert check_memory(on_cpu, frames, 20, meters={"device": (lambda: next(values), 0)}).numbers["device_growth"] == 0
-    assert check_memory(on_cpu, frames, 2, meters={"host": (lambda: None, 0)}).outcome == "not run"
+MIB = 2**20
 
 
-def test_a_heap_that_settles_once_is_no_leak_and_one_that_grows_each_time_is(on_cpu, frames):
-    samples = 21  # a period
-    settling = iter([0] * 11 + [500] * (2 * samples))  # the first is asked whether the meter tells anything
-    check = check_memory(on_cpu, frames, 20, meters={"host": (lambda: next(settling), 100)})
-    assert (check.outcome, check.numbers["host_growth"]) == ("passed", 0)
-    assert len(check.numbers["host_series"]) == 2 * samples
-    growing = iter(range(0, 50 * (3 * samples + 1), 50))
-    check = check_memory(on_cpu, frames, 20, meters={"host": (lambda: next(growing), 400)})
-    assert (check.outcome, check.numbers["host_growth"]) == ("failed", 500)
-    assert len(check.numbers["host_series"]) == 3 * samples
+@pytest.mark.parametrize(
+    ("used", "outcome", "growth", "periods"),
+    [
+        ([0, 9 * MIB] * 100, "passed", 0, 1),  # what others take for a while
+        ([0] * 10 + [9 * MIB] * 100, "passed", 0, 2),  # a heap that settles once
+        (range(0, 20 * MIB, MIB // 4), "failed", 10 * MIB // 4, 3),  # one that grows each time
+    ],
+)
+def test_growth_counts_where_it_stays_and_goes_on(on_cpu, frames, monkeypatch, used, outcome, growth, periods):
+    values = iter([0, *used])  # the first is asked whether the system tells anything
+    monkeypatch.setattr(memory, "host_memory", lambda: next(values))
+    check = check_memory(on_cpu, frames, 20)
+    assert (check.outcome, check.numbers["host_growth"]) == (outcome, growth)
+    assert len(check.numbers["host_series"]) == 21 * periods
+
+
+def test_what_nobody_tells_is_not_run(on_cpu, frames, monkeypatch):
+    monkeypatch.setattr(memory, "host_memory", lambda: None)
+    assert check_memory(on_cpu, frames, 2).outcome == "not run"
 
 
 # --- two pipelines ------------------------------------------------------------------------------------------------
 
 
-def test_pipelines_that_share_their_answers_fail(on_device, frames):
+def test_pipelines_that_share_their_outputs_fail(on_device, frames):
     lock, last = threading.Lock(), {}
 
     def mixed(tensors, _):
@@ -275,7 +261,7 @@ def test_pipelines_that_share_their_answers_fail(on_device, frames):
         with lock:
             return last.setdefault(len(tensors["gate"]), tensors)
 
-    assert failed(check_together(on_device(mixed), frames), "pipeline 1: ")
+    assert_fails(check_together(on_device(mixed), frames), "pipeline 1: ")
 
 
 def test_a_pipeline_that_fails_beside_another_is_said(on_device, frames):
@@ -289,7 +275,7 @@ def test_a_pipeline_that_fails_beside_another_is_said(on_device, frames):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("mge-selfcheck")]
 
 
-# --- how outputs are compared -------------------------------------------------------------------------------------
+# --- what is checked ----------------------------------------------------------------------------------------------
 
 
 def test_the_tolerances_are_those_of_the_precision(on_cpu):
@@ -299,7 +285,8 @@ def test_the_tolerances_are_those_of_the_precision(on_cpu):
     assert on_cpu.tolerances is TOLERANCES["fp32"]
 
 
-def test_drawn_images_are_the_same_every_time_and_differ(on_cpu):
-    first, second = (drawn_frames(on_cpu.manifest.preprocess).frames for _ in range(2))
+def test_synthetic_images_are_the_same_every_time_and_differ(on_cpu, monkeypatch):
+    monkeypatch.setattr(bench_subject, "_SYNTHETIC", 3)
+    first, second = (bench_subject.Images.synthetic(on_cpu.manifest.preprocess).frames for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert len({frame.tobytes() for frame in first}) == len(first)
+    assert len({frame.tobytes() for frame in first}) == 3

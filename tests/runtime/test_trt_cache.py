@@ -108,21 +108,18 @@ def test_target_names_are_read_as_they_are_written():
 def test_many_that_store_at_once_all_succeed_and_engines_are_found_all_the_while(tmp_path):
     store(tmp_path, b"first")
     (tmp_path / "plan").write_bytes(b"again")
-    missing = []
+    missing, done = [], threading.Event()
 
     def look():
         while not done.is_set():
             if not cached_engines(MANIFEST):
                 missing.append(1)
 
-    done = threading.Event()
     with ThreadPoolExecutor(5) as pool:
         looking = pool.submit(look)
         plans = {"gate": tmp_path / "plan"}
         try:
-            stored = [pool.submit(store_engines, MANIFEST, TARGET, ORIN, plans, details()) for _ in range(40)]
-            for one in stored:
-                one.result()
+            list(pool.map(lambda _: store_engines(MANIFEST, TARGET, ORIN, plans, details()), range(40)))
         finally:
             done.set()
         looking.result()

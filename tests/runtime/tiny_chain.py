@@ -1,6 +1,6 @@
 """A hand-made chain of the same shape as an exported one: K experts, in the last a gate; a few kilobytes, no torch.
 
-The numbers mean nothing, but every output depends on the picture, boxes included. Weights come as float32 and float16,
+The numbers mean nothing, but every output depends on the image, boxes included. Weights come as float32 and float16,
 and everything is computed in FP32 from plain weights: ONNX Runtime on CUDA takes DequantizeLinear and MatMul together,
 and then differs by 2e-3 from the CPU.
 """

@@ -51,12 +51,12 @@ def quantize_chain(
     tensors: Tensors = dict(chain.input)
     done: dict[str, QuantizedGraph] = {}
     for index, graph in enumerate(graphs):
-        judge = _judge(chain, index, tensors, options)
+        judge = chain.judge(index, tensors, options)
         result = done[graph.name] = quantize_graph(models[graph.name], backbone_weight, tensors, judge, options)
         say(_line(graph.name, result))
         # Images are large and only the next experts want them.
         wanted = {tensor.name for later in graphs[index + 1 :] for tensor in later.inputs}
-        made = run_all(open_graph(result.model), {tensor.name: tensors[tensor.name] for tensor in graph.inputs})
+        made = run_all(open_graph(result.model), tensors)
         tensors = {name: value for name, value in (tensors | made).items() if value.ndim < 4 or name in wanted}
     layers = sum(len(result.layers) for result in done.values())
     left = sum(len(result.left) for result in done.values())
@@ -74,61 +74,51 @@ class _FloatChain:
     def __init__(
         self, graphs: Sequence[GraphSpec], models: Mapping[str, onnx.ModelProto], frames: NDArray[np.uint8]
     ) -> None:
-        self.graphs = graphs
-        self._size = frames.shape[2]
-        self._runs: list[Run] = [open_graph(models[graph.name]) for graph in graphs]
-        self._boxes = _boxes(graphs)
         self.input = {graphs[0].inputs[0].name: frames}
+        self._graphs, self._size = graphs, frames.shape[2]
+        self._runs = [open_graph(models[graph.name]) for graph in graphs]
         # Images are large, and every one can be made again.
-        self._reference = run_all(lambda batch: _small(self.finish(batch, 0)), self.input)
+        self._reference = run_all(lambda batch: _small(self._finish(batch, 0)), self.input)
 
-    def run(self, index: int, tensors: Mapping[str, np.ndarray]) -> Tensors:
-        """One graph over all images; its outputs but for images."""
-        inputs = {tensor.name: tensors[tensor.name] for tensor in self.graphs[index].inputs}
-        return run_all(lambda batch: _small(self._runs[index](batch)), inputs)
+    def judge(self, index: int, tensors: Tensors, options: Int8Options) -> Judge:
+        """Judge variants of a graph by what they do to the chain.
 
-    def finish(self, tensors: Mapping[str, np.ndarray], start: int) -> Tensors:
+        Args:
+            index: of the graph.
+            tensors: what the graphs before it made of all images.
+            options: the limits.
+
+        Returns:
+            Run of a variant -> its agreement, and whether it is within the limits.
+        """
+        own = run_all(lambda batch: _small(self._runs[index](batch)), tensors)
+        moved = _boxes(self._graphs[index:])  # boxes that move with the graph
+        least = {name: _least(options.min_box_iou, later) for later, name in enumerate(moved)}
+        logits = self._graphs[-1].logits
+        classes = self._reference[logits].argmax(1)
+
+        def judge(run: Run) -> tuple[Agreement, bool]:
+            found = run_all(lambda batch: _small(self._finish({**batch, **run(batch)}, index + 1)), tensors)
+            changed = int((found[logits].argmax(1) != classes).sum())
+            ious = {name: iou for name, iou in self._median_iou(found).items() if name in moved}
+            error = relative_error({name: found[name] for name in own}, own)
+            agreement = Agreement(len(classes), changed, ious, error)
+            return agreement, agreement.within(options.max_drop, least)
+
+        return judge
+
+    def _finish(self, tensors: Mapping[str, np.ndarray], start: int) -> Tensors:
         """Run the graphs from number `start` on for one batch; return the tensors, with those that follow."""
         known = dict(tensors)
         for run in self._runs[start:]:
             known |= run(known)
         return known
 
-    def changed_classes(self, found: Mapping[str, np.ndarray]) -> int:
-        """Images whose class is not the float chain's."""
-        logits = self.graphs[-1].logits
-        return int((found[logits].argmax(1) != self._reference[logits].argmax(1)).sum())
-
-    def median_iou(self, found: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def _median_iou(self, found: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Median over images of each box's IoU with the float chain's, both in pixels of the frame."""
-        ours, theirs = (frame_boxes([t[name] for name in self._boxes], self._size) for t in (found, self._reference))
-        return {name: float(np.median(iou)) for name, iou in zip(self._boxes, box_iou(ours, theirs), strict=True)}
-
-
-def _judge(chain: _FloatChain, index: int, tensors: Tensors, options: Int8Options) -> Judge:
-    """Judge variants of a graph.
-
-    Args:
-        chain: in floats.
-        index: of the graph.
-        tensors: what the graphs before it made of all images.
-        options: the limits.
-
-    Returns:
-        Run of a variant -> its agreement, and whether it is within the limits.
-    """
-    boxes = _boxes(chain.graphs[index:])  # that move with the graph
-    least = {name: _least(options.min_box_iou, later) for later, name in enumerate(boxes)}
-    own = chain.run(index, tensors)
-
-    def judge(run: Run) -> tuple[Agreement, bool]:
-        found = run_all(lambda batch: _small(chain.finish(dict(batch) | run(batch), index + 1)), tensors)
-        error = relative_error({name: found[name] for name in own}, own)
-        ious = {name: iou for name, iou in chain.median_iou(found).items() if name in boxes}
-        agreement = Agreement(len(found[chain.graphs[-1].logits]), chain.changed_classes(found), ious, error)
-        return agreement, agreement.within(options.max_drop, least)
-
-    return judge
+        boxes = _boxes(self._graphs)
+        ours, theirs = (frame_boxes([t[name] for name in boxes], self._size) for t in (found, self._reference))
+        return {name: float(np.median(iou)) for name, iou in zip(boxes, box_iou(ours, theirs), strict=True)}
 
 
 def _boxes(graphs: Sequence[GraphSpec]) -> list[str]:

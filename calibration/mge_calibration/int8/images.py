@@ -63,17 +63,17 @@ def read_calibration_images(
     require_folder(folder, CALIBRATION_FOLDER)
     found = list_folder(folder)
     paths = [image.path for image in found.whole() if image.path is not None]
-    if remark := found.remark():
-        say(f"{folder}: {remark}")
+    if message := found.note():
+        say(f"{folder}: {message}")
     order: list[int] = np.random.default_rng(seed).permutation(len(paths)).tolist()
     spare = min(hold_out, len(order) // 4 if few else len(order))
     size = preprocess.size
     frames = np.empty((min(limit or len(order), len(order)), size, size, 3), np.uint8)
-    hashes: dict[int, bytes] = {}
+    contents: dict[int, bytes] = {}  # SHA-256 of the files that set ranges
     tried = 0
     for index in order[: limit or None]:
         left = len(order) - tried
-        if left <= spare and (few or left == 1 or len(hashes) >= MIN_IMAGES):
+        if left <= spare and (few or left == 1 or len(contents) >= MIN_IMAGES):
             break
         tried += 1
         path = paths[index]
@@ -83,11 +83,10 @@ def read_calibration_images(
         except (InputError, OSError) as problem:
             say(f"left out of the calibration: {problem}")
             continue
-        frames[len(hashes)] = frame
-        name = path.relative_to(folder).as_posix()
-        hashes[index] = name.encode(errors="surrogateescape") + b"\0" + content
+        frames[len(contents)] = frame
+        contents[index] = content
     held = order[max(tried, len(order) - spare) :]
-    count = len(hashes)
+    count = len(contents)
     if not count or (count + bool(held) < MIN_IMAGES and not few):
         raise InputError(
             f"{folder} gave {count} images to calibrate on{', beside those held out to verify on' if held else ''}; "
@@ -95,9 +94,6 @@ def read_calibration_images(
             + (", verify on others with --verify-data" if held else "")
             + (", or add --force-few-images" if count else "")
         )
-    digest = hashlib.sha256(b"".join(hashes[index] for index in sorted(hashes)))
-    text = f"{count} of {len(paths)} images in {folder.resolve().name}"
-    contents = {entry[-digest.digest_size :] for entry in hashes.values()}
     held_out: dict[Path, bytes] = {}
     for path in (paths[index] for index in held):
         try:
@@ -105,12 +101,22 @@ def read_calibration_images(
         except OSError as problem:
             say(f"left out of the images to verify on: {problem}")
             continue
-        if content not in contents:
+        if content not in contents.values():
             held_out[path] = content
     if hold_out and not held_out:
         raise InputError(
             f"{folder} has no image left to verify on beside {count} that set ranges; expected at least one: "
             "name a folder with more, or others with --verify-data"
         )
-    digests = tuple(sorted(short_digest(content.hex()) for content in contents.union(held_out.values())))
-    return CalibrationImages(frames[:count], digest.hexdigest(), text, digests, tuple(held_out))
+    digest = hashlib.sha256()
+    for index in sorted(contents):
+        name = paths[index].relative_to(folder).as_posix()
+        digest.update(name.encode(errors="surrogateescape") + b"\0" + contents[index])
+    known = {*contents.values(), *held_out.values()}
+    return CalibrationImages(
+        frames[:count],
+        digest.hexdigest(),
+        f"{count} of {len(paths)} images in {folder.resolve().name}",
+        tuple(sorted(short_digest(content.hex()) for content in known)),
+        tuple(held_out),
+    )

@@ -71,7 +71,7 @@ def insert_quantization(
     model: onnx.ModelProto,
     layers: Iterable[Layer],
     ranges: Mapping[str, float],
-    means: Mapping[str, np.ndarray] | None = None,
+    means: Mapping[str, np.ndarray],
 ) -> onnx.ModelProto:
     """Quantize layers: each reads its activations through one Q/DQ pair a tensor, its weight through a DQ.
 
@@ -79,15 +79,15 @@ def insert_quantization(
     so that what stays float stays in that type. Only the chosen layers read the dequantized tensors: whatever else
     reads the same tensor, as the crop reads the image, still reads the original. Biases stay float.
 
-    With `means`, the bias of a convolution takes up what rounding its weight adds to its sums on average: the missing
-    part of the weight, times the mean of what it is multiplied with (M. Nagel et al., "Data-Free Quantization Through
-    Weight Equalization and Bias Correction", ICCV 2019, section 4.2; here the means are measured).
+    The bias of a convolution takes up what rounding its weight adds to its sums on average: the missing part of the
+    weight, times the mean of what it is multiplied with (M. Nagel et al., "Data-Free Quantization Through Weight
+    Equalization and Bias Correction", ICCV 2019, section 4.2; here the means are measured).
 
     Args:
         model: a graph with its weights; left as it is.
         layers: of `find_layers`.
         ranges: tensor name -> magnitude of code 127, for every activation of the layers.
-        means: tensor name -> mean of each channel, [C], of the same; None: biases stay as they are.
+        means: tensor name -> mean of each channel, [C], of the same.
 
     Returns:
         Another model, with its weights; the same nodes in the same order, and the new ones before their readers.
@@ -105,28 +105,29 @@ def insert_quantization(
     kind = numpy_helper.to_array(constants[weight_name]).dtype
     added: dict[str, onnx.TensorProto] = {}
     nodes: list[onnx.NodeProto] = []
-    written: set[str] = set()
+
+    def constant(name: str, value: np.ndarray) -> str:
+        added[name] = numpy_helper.from_array(value, name)
+        return name
 
     def activation(tensor: str) -> str:
         scale, coded, result = f"{tensor}_scale", f"{tensor}_quantized", f"{tensor}_dequantized"
-        if result not in written:
-            written.add(result)
+        if scale not in added:
             bound = positive_bound(tensor, producers, constants)
-            added[_ZERO] = numpy_helper.from_array(np.zeros((), np.int8), _ZERO)
-            added[scale] = numpy_helper.from_array(_scale(ranges[tensor], bound, kind), scale)
-            nodes.append(_pair_node("QuantizeLinear", tensor, scale, _ZERO, coded))
-            nodes.append(_pair_node("DequantizeLinear", coded, scale, _ZERO, result))
+            constant(scale, _scale(ranges[tensor], bound, kind))
+            zero = constant(_ZERO, np.zeros((), np.int8))
+            nodes.append(_coding_node("QuantizeLinear", tensor, scale, zero, coded))
+            nodes.append(_coding_node("DequantizeLinear", coded, scale, zero, result))
         return result
 
     def weight(name: str) -> str:
         scale, zero, coded, result = (f"{name}_{part}" for part in ("scale", "zero_point", "quantized", "dequantized"))
-        if result not in written:
-            written.add(result)
+        if coded not in added:
             codes, scales = quantize_weight(numpy_helper.to_array(constants[name]))
-            added[coded] = numpy_helper.from_array(codes, coded)
-            added[scale] = numpy_helper.from_array(scales, scale)
-            added[zero] = numpy_helper.from_array(np.zeros(len(scales), np.int8), zero)
-            nodes.append(_pair_node("DequantizeLinear", coded, scale, zero, result, axis=0))
+            constant(coded, codes)
+            constant(scale, scales)
+            constant(zero, np.zeros(len(scales), np.int8))
+            nodes.append(_coding_node("DequantizeLinear", coded, scale, zero, result, axis=0))
         return result
 
     for node in graph.node:
@@ -136,14 +137,11 @@ def insert_quantization(
         inputs = [activation(name) if name in layer.activations else name for name in node.input]
         if layer.weight is not None:
             inputs[1] = weight(layer.weight)
-            if means is not None:
-                name = f"{layer.weight}_bias"
-                bias = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 else np.zeros((), kind)
-                values = numpy_helper.to_array(constants[layer.weight])
-                groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-                lost = _lost(values, means[layer.activations[0]], groups)
-                added[name] = numpy_helper.from_array((bias + lost).astype(kind), name)
-                inputs[2:] = [name]
+            bias = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 else np.zeros((), kind)
+            values = numpy_helper.to_array(constants[layer.weight])
+            groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+            lost = _lost(values, means[layer.activations[0]], groups)
+            inputs[2:] = [constant(f"{layer.weight}_bias", (bias + lost).astype(kind))]
         changed = onnx.NodeProto()
         changed.CopyFrom(node)
         changed.input[:] = inputs
@@ -214,13 +212,10 @@ def _scale(largest: float, bound: float | None, kind: np.dtype) -> np.ndarray:
     return scale
 
 
-def _pair_node(
+def _coding_node(
     operator: str, source: str, scale: str, zero: str, result: str, axis: int | None = None
 ) -> onnx.NodeProto:
-    node = helper.make_node(operator, [source, scale, zero], [result], name=f"node_{result}")
-    if axis is not None:
-        node.attribute.append(helper.make_attribute("axis", axis))
-    return node
+    return helper.make_node(operator, [source, scale, zero], [result], name=f"node_{result}", axis=axis)
 
 
 def _short(weight: str) -> str:

@@ -24,14 +24,13 @@ __all__ = [
     "Tensors",
     "learn_ranges",
     "open_graph",
-    "pick_range",
     "run_all",
 ]
 
 BATCH = 4
 WORKERS = max(1, min(8, cpu_count()))  # runs at once, each in one thread
 BINS = 2048  # of a histogram of magnitudes
-STRIDE = 5  # of the values counted: neighbours are alike, and no usual width of a map is a multiple of it
+STRIDE = 5  # of the values counted: neighbors are alike, and no usual width of a map is a multiple of it
 _PERCENTILE = 99.99
 _CANDIDATES = np.arange(LEVELS + 1, BINS + 1, 3)  # bins that a clipped range may keep; fewer could code exactly
 
@@ -124,7 +123,7 @@ def learn_ranges(
             for name in wanted:
                 magnitudes[name].add(found[name])
     count = len(next(iter(tensors.values())))
-    ranges = {name: pick_range(seen, how) for name, seen in magnitudes.items()}
+    ranges = {name: seen.clip_range(how) for name, seen in magnitudes.items()}
     return ranges, {name: total / count for name, total in sums.items()}
 
 
@@ -140,27 +139,17 @@ class Magnitudes:
         self.counts: Counts = np.zeros(BINS, np.int64)
 
     def add(self, values: NDArray[np.floating]) -> None:
-        """Take in a tensor of any shape, every `STRIDE`th of its values."""
+        """Count a tensor of any shape, every `STRIDE`th of its values."""
         scaled = np.abs(values.reshape(-1)[::STRIDE]) * np.float32(BINS / self.largest)
         self.counts += np.bincount(np.minimum(scaled, BINS - 1).astype(np.int32), minlength=BINS)
 
+    def clip_range(self, method: str) -> float:
+        """The magnitude that becomes code 127, in (0, `largest`]; what is above it is clipped.
 
-def pick_range(magnitudes: Magnitudes, method: str) -> float:
-    """The magnitude that becomes code 127; what is above it is clipped.
-
-    Args:
-        magnitudes: of all that was seen.
-        method: one of `METHODS`.
-
-    Returns:
-        In (0, `magnitudes.largest`].
-    """
-    return METHODS[method](magnitudes.counts) * magnitudes.largest / BINS
-
-
-def _max(counts: Counts) -> float:
-    del counts
-    return BINS
+        Args:
+            method: one of `METHODS`.
+        """
+        return METHODS[method](self.counts) * self.largest / BINS
 
 
 def _percentile(counts: Counts) -> float:
@@ -170,13 +159,10 @@ def _percentile(counts: Counts) -> float:
 
 def _mse(counts: Counts) -> float:
     """The range of the least expected squared error, of rounding and clipping together."""
-    centres = np.arange(BINS) + 0.5
-    errors: list[float] = []
-    for kept in _CANDIDATES:
-        step = kept / LEVELS
-        coded = np.minimum(np.rint(centres / step), LEVELS) * step
-        errors.append(float(counts @ (coded - centres) ** 2))
-    return int(_CANDIDATES[int(np.argmin(errors))])
+    centers = np.arange(BINS) + 0.5
+    steps = _CANDIDATES[:, None] / LEVELS
+    coded = np.minimum(np.rint(centers / steps), LEVELS) * steps  # [candidates, bins]
+    return int(_CANDIDATES[np.argmin((coded - centers) ** 2 @ counts)])
 
 
 def _entropy(counts: Counts) -> float:
@@ -215,7 +201,7 @@ def _divergence(reference: NDArray[np.float64], coded: NDArray[np.float64]) -> f
 
 
 METHODS: dict[str, Callable[[Counts], float]] = {
-    "max": _max,
+    "max": lambda _: BINS,
     "entropy": _entropy,
     "percentile": _percentile,
     "mse": _mse,

@@ -1,29 +1,28 @@
-"""What computes the chain: one seam (`Backend`), one module for each implementation, imported when it is chosen."""
+"""What computes the chain: one seam (`Executor`), one module for each implementation, imported when it is chosen."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mge_runtime.backends.base import Backend, Streams
+from mge_runtime.backends.base import Executor, Streams
 from mge_runtime.backends.choice import BACKENDS, Candidate, Choice, choose
 from mge_runtime.errors import BackendError
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
 
-__all__ = ["BACKENDS", "Backend", "Candidate", "Choice", "Streams", "choose", "open_backend"]
+__all__ = ["BACKENDS", "Candidate", "Choice", "Executor", "Streams", "choose", "open_executor"]
 
 
-def open_backend(
+def open_executor(
     choice: Choice,
     bundle: Bundle,
     *,
     threads: int | None = None,
     streams: Streams = 1,
     graphs: bool = True,
-) -> Backend:
-    """The backend that was chosen.
+) -> Executor:
+    """Open the chain of a bundle on the backend that was chosen.
 
     Args:
         choice: what `choose` returned.
@@ -33,35 +32,20 @@ def open_backend(
         graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
 
     Raises:
-        BackendError: its library is missing, broken or too old, or several streams were asked for on a GPU.
+        BackendError: the library is missing, broken or too old, it cannot run a graph, or several streams were asked
+            for on a GPU.
+        BundleError: an entry is damaged.
     """
     if (choice.backend, choice.device) == ("onnxruntime", "cpu"):
-        from mge_runtime.backends.onnxruntime import OnnxRuntimeBackend
+        from mge_runtime.backends.onnxruntime import CpuExecutor
 
-        return OnnxRuntimeBackend(threads, streams)
+        return CpuExecutor(bundle, threads, streams)
     if streams not in (1, "auto"):
         raise BackendError(f"asked for {streams} streams on {choice.device}; expected 1: open one pipeline per thread")
     if choice.backend == "onnxruntime":
-        from mge_runtime.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+        from mge_runtime.backends.onnxruntime_cuda import open_cuda_chain
 
-        return OnnxRuntimeCudaBackend(choice.device_index, graphs=graphs)
-    return _open_tensorrt(choice, bundle, graphs)
+        return open_cuda_chain(bundle, choice.device_index, graphs=graphs)
+    from mge_runtime.backends.tensorrt import open_tensorrt_chain
 
-
-def _open_tensorrt(choice: Choice, bundle: Bundle, graphs: bool) -> Backend:
-    from mge_runtime.trt.engines import why_not
-    from mge_runtime.trt.target import build_command
-    from mge_runtime.trt.vendor import load_vendor
-
-    machine, gpu, engines = choice.machine, choice.gpu, choice.engines
-    if gpu is None or engines is None:
-        raise BackendError(f"{choice} names no GPU or no engines; expected what `choose` returned")
-    vendor = load_vendor(choice.backend)
-    # Package metadata chose the engines; the library itself has the last word, before anything is deserialized.
-    here = replace(machine, libraries={**machine.libraries, vendor.name: vendor.version})
-    if problem := why_not(engines, here, gpu, bundle.manifest):
-        command = build_command(choice.backend, machine, gpu, bundle.path)
-        raise BackendError(f"{engines.target} {engines.place} {problem}; build again: {command}")
-    from mge_runtime.backends.tensorrt import TensorRTBackend
-
-    return TensorRTBackend(vendor, engines, choice.device_index, graphs=graphs)
+    return open_tensorrt_chain(choice, bundle, graphs=graphs)

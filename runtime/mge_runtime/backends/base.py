@@ -1,8 +1,4 @@
-"""The seam between the chain and whatever computes it.
-
-A backend opens the chain of a bundle as an `Executor`, which runs it on a batch: frames in, the wanted tensors out,
-both on the host. What lies between is the executor's own.
-"""
+"""The seam between the chain and whatever computes it: an `Executor`, frames in, tensors out, both on the host."""
 
 from __future__ import annotations
 
@@ -18,13 +14,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from mge_runtime.bundle import Bundle
     from mge_runtime.calibrated import ExitPoint
     from mge_runtime.manifest import GraphSpec
 
     Array: TypeAlias = NDArray[np.generic]
 
-__all__ = ["Backend", "Executor", "ExecutorResult", "Found", "Span", "Streams", "check_tensors", "split"]
+__all__ = ["Executor", "ExecutorResult", "Found", "Span", "Streams", "check_tensors", "split"]
 
 Streams: TypeAlias = "int | Literal['auto']"  # runs in flight at once; "auto": as many as give the most images a second
 Found: TypeAlias = "Mapping[str, tuple[str, Sequence[object]]]"  # by name: NumPy's name of its type, and its shape
@@ -41,9 +36,7 @@ class ExecutorResult:
     tensors: Mapping[str, Array]  # by name, on the host
     times_ms: Mapping[str, float]  # milliseconds for all images together, by step, in the order of the steps
     graphs_run: NDArray[np.intp]  # [B]: how many graphs each image ran; its logits are the last one's
-    step_graphs: Mapping[
-        str, int
-    ]  # the graph, from 0, with which a step begins: images that stopped before had no part
+    step_graphs: Mapping[str, int]  # by step, the graph it begins with, from 0: images that stopped before had no part
 
 
 @dataclass(frozen=True)
@@ -66,9 +59,11 @@ def split(graphs: int, exits: Sequence[ExitPoint]) -> list[Span]:
 
 
 class Executor(ABC):
-    """The opened chain of one bundle. It is used from as many threads at a time as its backend has streams."""
+    """The opened chain of one bundle: every graph is ready to run, and each entry that is used was checked."""
 
+    streams: int = 1  # runs that may be in flight at once, each in a thread of its own
     max_batch: int | None = None  # most frames in one run; None: no limit but memory
+    maps_weights: bool = True  # whether it may read weights where they lie in the bundle's file
 
     @abstractmethod
     def run(
@@ -93,25 +88,6 @@ class Executor(ABC):
     def report(self) -> dict[str, JsonValue]:
         """What is worth knowing about memory and graphs, as plain values; empty where there is nothing to say."""
         return {}
-
-
-class Backend(ABC):
-    """Opens the chain of a bundle on one device."""
-
-    name: str  # "onnxruntime", ...
-    device: str  # "cpu" or "cuda:0"
-    version: str  # of the library behind it
-    streams: int  # how many runs of the chain may be in flight at once
-    maps_weights: bool = True  # whether an opened chain may read weights where they lie in the bundle's file
-
-    @abstractmethod
-    def open_chain(self, bundle: Bundle) -> Executor:
-        """Open every graph; each entry that is used is checked before this returns.
-
-        Raises:
-            BundleError: an entry is damaged.
-            BackendError: the backend cannot run a graph.
-        """
 
 
 def check_tensors(graph: GraphSpec, inputs: Found, outputs: Found, advice: str) -> None:

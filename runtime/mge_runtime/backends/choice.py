@@ -1,4 +1,4 @@
-"""Which backend runs a bundle here, and why the others do not.
+"""The choice of a backend for a bundle on a machine, and why it is not another.
 
 Best first: engines that lie ready (TensorRT, then TensorRT-RTX), ONNX Runtime on CUDA, ONNX Runtime on the CPU. All of
 it is decided from descriptions: of the machine, and of the engines.
@@ -54,12 +54,12 @@ class Choice:
         return f"{self.backend} on {self.device}"
 
     @property
-    def remark(self) -> str | None:
+    def note(self) -> str | None:
         """Why a GPU that is here is not used, or not by TensorRT; None: it is, or there is none."""
-        if not (self.machine.gpus or self.machine.driver_cuda):
+        has_gpu = self.machine.gpus or self.machine.driver_cuda
+        if self.backend != "onnxruntime" or not self.passed_over or not has_gpu:
             return None
-        better = [c for c in self.passed_over if c.device != "cpu"]
-        return f"running with {self}; not with {_grouped(better)}" if self.backend == "onnxruntime" and better else None
+        return f"running with {self}; not with {_grouped(self.passed_over)}"
 
     @property
     def command(self) -> str | None:
@@ -143,13 +143,14 @@ def _gpu(machine: Machine, device: str) -> Gpu | None:
 def _candidates(machine: Machine, device: str, bundle: Bundle, *, cache: bool) -> list[Candidate]:
     """Every way to run on one GPU of a machine and on its CPU, in the order of preference."""
     gpu = _gpu(machine, device)
-    problem = _gpu_missing(machine) if gpu is None else _cuda_core_missing(machine)
+    cuda_core = f'pip install "cuda-core[cu{(machine.driver_cuda or "13").partition(".")[0]}]"'
+    problem = _gpu_missing(machine) if gpu is None else _missing(machine, "cuda-core", cuda_core)
     if gpu is None or problem is not None:
         gpus = [Candidate(name, device, False, str(problem)) for name in BACKENDS]
     else:
         gpus = [*_tensorrt(machine, gpu, device, bundle, cache=cache), _onnxruntime_cuda(machine, device, bundle)]
-    missing = _onnxruntime_missing(machine, "cpu")
-    reason = "runs anywhere; nothing faster is available here" if missing is None else missing
+    missing = _missing(machine, "onnxruntime", 'pip install "mge[cpu]"')
+    reason = missing or "runs anywhere; nothing faster is available here"
     return [*gpus, Candidate("onnxruntime", "cpu", missing is None, reason)]
 
 
@@ -160,11 +161,11 @@ def _gpu_missing(machine: Machine) -> str:
     return f"this machine has no such GPU; expected cuda:0{f' to cuda:{last}' if last else ''}"
 
 
-def _cuda_core_missing(machine: Machine) -> str | None:
-    install = f'pip install "cuda-core[cu{(machine.driver_cuda or "13").partition(".")[0]}]"'
-    if (error := machine.broken.get("cuda-core")) is not None:
-        return f"cuda-core cannot be imported ({error}): {install} --upgrade"
-    return None if "cuda-core" in machine.libraries else f"cuda-core is not installed: {install}"
+def _missing(machine: Machine, library: str, install: str) -> str | None:
+    """Why a library cannot be used, with the command that installs it; None: it can."""
+    if (error := machine.broken.get(library)) is not None:
+        return f"{library} cannot be imported ({error}); install it again: {install}"
+    return None if library in machine.libraries else f"{library} is not installed: {install}"
 
 
 def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache: bool) -> Iterator[Candidate]:
@@ -179,25 +180,24 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache:
     found = find_engines(bundle, machine, gpu, cache=cache)
     for name in ("tensorrt", "tensorrt-rtx"):
         theirs = [engines for engines in found if engines.backend == name]
-        refusal = library_refusal(name, machine, gpu)
         fitting = next((f.engines for f in theirs if f.engines is not None and f.problem is None), None)
-        if refusal is None and fitting is not None:
-            reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
-            yield Candidate(name, device, True, reason, fitting)
-            continue
-        if refusal is None and name == "tensorrt-rtx":
+        refusal = library_refusal(name, machine, gpu)
+        if refusal is None and fitting is None and name == "tensorrt-rtx":
             refusal = rtx_refusal(gpu, bundle.manifest)
         if refusal is not None:
             yield Candidate(name, device, False, refusal)
-            continue
-        command = build_command(name, machine, gpu, bundle.path)
-        why = "; ".join(f"{engines} {engines.problem}" for engines in theirs) or "the bundle has none"
-        reason = f"no engines are ready for {gpu} ({why}); build them: {command}"
-        yield Candidate(name, device, False, reason, command=command)
+        elif fitting is not None:
+            reason = f"the engines {fitting.description.target} {fitting.place} are for {gpu}"
+            yield Candidate(name, device, True, reason, fitting)
+        else:
+            command = build_command(name, machine, gpu, bundle.path)
+            why = "; ".join(f"{engines} {engines.problem}" for engines in theirs) or "the bundle has none"
+            reason = f"no engines are ready for {gpu} ({why}); build them: {command}"
+            yield Candidate(name, device, False, reason, command=command)
 
 
 def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle) -> Candidate:
-    has_cuda, missing = _CUDA_PROVIDER in machine.providers, _onnxruntime_missing(machine, "gpu")
+    has_cuda, missing = _CUDA_PROVIDER in machine.providers, _missing(machine, "onnxruntime", 'pip install "mge[gpu]"')
     version = machine.libraries.get("onnxruntime")
     if machine.is_jetson and not has_cuda:
         reason = "onnxruntime-gpu has no wheel for the GPU of a Jetson"
@@ -212,14 +212,6 @@ def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle) -> Candidat
     else:
         return Candidate("onnxruntime", device, True, f"runs the ONNX graphs with onnxruntime {version} on CUDA")
     return Candidate("onnxruntime", device, False, reason)
-
-
-def _onnxruntime_missing(machine: Machine, extra: str) -> str | None:
-    if (error := machine.broken.get("onnxruntime")) is not None:
-        return f'onnxruntime cannot be imported ({error}); install it again: pip install "mge[{extra}]"'
-    if "onnxruntime" not in machine.libraries:
-        return f'the module onnxruntime is not installed: pip install "mge[{extra}]"'
-    return None
 
 
 def _refusal(device: str, backend: str, wanted: Sequence[Candidate], machine: Machine, bundle: Bundle) -> str:

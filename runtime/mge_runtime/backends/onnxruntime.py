@@ -1,4 +1,4 @@
-"""ONNX Runtime: how it is imported and opens a graph, and the chain on the CPU.
+"""ONNX Runtime: its import, the sessions of a bundle's graphs, and the chain on the CPU.
 
 Sessions read their weights in place, from the bundle's file, or loaded with `mmap=False` (docs/adr/0004).
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.backends.base import Backend, Executor, ExecutorResult, Found, Streams, check_tensors, split
+from mge_runtime.backends.base import Executor, ExecutorResult, Found, Streams, check_tensors, split
 from mge_runtime.bundle.archive import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors, located_graph
 from mge_runtime.errors import BackendError, BundleError, brief
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
     from mge_runtime.manifest import GraphSpec
 
 __all__ = [
-    "OnnxRuntimeBackend",
+    "CpuExecutor",
     "import_onnxruntime",
     "integer_entries",
     "load_onnxruntime",
     "open_session",
-    "session_options",
     "weights_checked",
 ]
 
@@ -100,30 +99,35 @@ def import_onnxruntime(install: str = 'pip install "mge[cpu]"') -> Any:
     return ort
 
 
-def session_options(ort: Any, bundle: Bundle) -> Any:
-    """Session options for one thread, under which a `located_graph` finds its weights."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _log_severity()
-    options.add_session_config_entry(_FOLDER, str(bundle.path.parent))
-    return options
-
-
-def open_session(ort: Any, bundle: Bundle, spec: GraphSpec, options: Any, providers: Sequence[Any]) -> Any:
+def open_session(
+    ort: Any,
+    bundle: Bundle,
+    spec: GraphSpec,
+    providers: Sequence[Any],
+    *,
+    threads: int = 1,
+    entries: Mapping[str, str] | None = None,
+) -> Any:
     """Open a graph of a bundle; whoever calls checks the weights, with `weights_checked`.
 
     Args:
         ort: the module `onnxruntime`.
         bundle: where graph and weights lie.
         spec: what the manifest says of the graph.
-        options: made by `session_options`.
         providers: of execution, best first; where the CPU's is the first, the graph's variant for CPUs is opened.
+        threads: that compute on the CPU, the calling one included.
+        entries: further ones of the session's configuration.
 
     Raises:
         BundleError: the graph is damaged, or has other inputs or outputs than the manifest says.
         BackendError: ONNX Runtime cannot open it.
     """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _log_severity()
+    for key, value in {_FOLDER: str(bundle.path.parent), **(entries or {})}.items():
+        options.add_session_config_entry(key, value)
     graph = located_graph(bundle, spec.name, cpu=providers[0] == "CPUExecutionProvider")
     loaded = {} if bundle.maps_weights else _loaded_weights(ort, bundle, graph)
     if loaded:  # the open session has copies of its own
@@ -182,51 +186,35 @@ def integer_entries() -> dict[str, str]:
     return {} if vnni else {"session.x64quantprecision": "1"}
 
 
-class OnnxRuntimeBackend(Backend):
-    """Runs every graph as one session on the CPU.
+class CpuExecutor(Executor):
+    """Every graph as one session on the CPU; tensors pass from graph to graph by name.
 
     Args:
-        threads: how many threads compute; None: as many as there are processors for this process.
+        bundle: what to open; its weights are checked in other threads meanwhile.
+        threads: how many compute; None: as many as there are processors for this process.
         streams: runs in flight at once, each in the thread that calls it. The threads that are left over help whichever
             run has work to share. One image after the other shares its work badly (a layer is small, and each ends
             with a wait for all threads), so "auto" gives every thread an image of its own, up to 8.
 
     Raises:
-        BackendError: ONNX Runtime is missing, broken or too old.
+        BackendError: ONNX Runtime is missing, broken or too old, or cannot open a graph.
+        BundleError: an entry is damaged.
     """
 
-    name = "onnxruntime"
-    device = "cpu"
-
-    def __init__(self, threads: int | None = None, streams: Streams = 1) -> None:
-        self._ort = import_onnxruntime()
-        self.version: str = self._ort.__version__
-        self.threads = cpu_count() if threads is None else threads
-        self.streams = min(self.threads, _MOST_STREAMS) if streams == "auto" else streams
-
-    def open_chain(self, bundle: Bundle) -> Executor:
-        """Open a session for each graph; the weights are checked in other threads meanwhile."""
-        with weights_checked(bundle):
-            sessions = {spec.name: self._open(bundle, spec) for spec in bundle.manifest.graphs}
-        return _Sessions(bundle.manifest.graphs, sessions)
-
-    def _open(self, bundle: Bundle, spec: GraphSpec) -> Any:
-        options = session_options(self._ort, bundle)
-        # A session's threads are the one that calls and a pool of the others; all calls share the pool.
-        options.intra_op_num_threads = max(1, self.threads - self.streams + 1)
+    def __init__(self, bundle: Bundle, threads: int | None = None, streams: Streams = 1) -> None:
+        ort = import_onnxruntime()
+        threads = cpu_count() if threads is None else threads
+        self.streams = min(threads, _MOST_STREAMS) if streams == "auto" else streams
+        self._graphs = bundle.manifest.graphs
         # The graphs run in turn, each with threads of its own: those of the last must not spin while the next computes.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        for key, value in integer_entries().items() if bundle.manifest.is_int8 else ():
-            options.add_session_config_entry(key, value)
-        return open_session(self._ort, bundle, spec, options, ["CPUExecutionProvider"])
-
-
-class _Sessions(Executor):
-    """Passes tensors from graph to graph by name."""
-
-    def __init__(self, graphs: Sequence[GraphSpec], sessions: dict[str, Any]) -> None:
-        self._graphs = graphs
-        self._sessions = sessions
+        entries = {"session.force_spinning_stop": "1", **(integer_entries() if bundle.manifest.is_int8 else {})}
+        # A session's threads are the one that calls and a pool of the others; all calls share the pool.
+        threads = max(1, threads - self.streams + 1)
+        with weights_checked(bundle):
+            self._sessions = {
+                spec.name: open_session(ort, bundle, spec, ["CPUExecutionProvider"], threads=threads, entries=entries)
+                for spec in self._graphs
+            }
 
     def run(
         self, frames: Array, graphs: int, outputs: Collection[str], exits: Sequence[ExitPoint] = ()
@@ -251,7 +239,7 @@ class _Sessions(Executor):
                 known = {n: tensor for n, tensor in (known | made).items() if last_use.get(n, -1) > number}
             if span.point is None:
                 break
-            stops = span.point.stops(made[span.point.answer])
+            stops = span.point.stops(made[span.point.logits])
             graphs_run[running[stops]] = span.last
             running = running[~stops]
             if not len(running):

@@ -1,6 +1,6 @@
 """ONNX Runtime on an NVIDIA GPU: each graph one session, on one stream, over memory of the device layer.
 
-Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
+Experimental: commit 686f0c1 ran on one GPU, once (docs/lab/cuda.md); what changed since
 has not.
 """
 
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mge_runtime.backends.base import Backend, Executor
-from mge_runtime.backends.onnxruntime import import_onnxruntime, open_session, session_options, weights_checked
+from mge_runtime.backends.base import Executor
+from mge_runtime.backends.onnxruntime import import_onnxruntime, open_session, weights_checked
+from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.program import Addresses, Launch, Unit, shape_of
 from mge_runtime.errors import BackendError, brief
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
     from mge_runtime.manifest import GraphSpec
 
-__all__ = ["OnnxRuntimeCudaBackend", "OrtGraph", "open_ort_chain", "preload_libraries"]
+__all__ = ["OrtGraph", "open_cuda_chain", "open_ort_chain", "preload_libraries"]
 
 _INSTALL = 'pip install "mge[gpu]"'
 _CUDA = "CUDAExecutionProvider"
@@ -34,42 +35,25 @@ _NO_GRAPH = "-1"  # as `gpu_graph_id`: captures nothing
 _HALF = ("fp16", "int8")  # INT8 graphs are in FP16 around their integer layers
 
 
-class OnnxRuntimeCudaBackend(Backend):
-    """Runs every graph as one session of the CUDA execution provider.
-
-    Args:
-        device_index: as CUDA numbers devices, from 0.
-        graphs: whether ONNX Runtime may capture CUDA graphs.
+def open_cuda_chain(bundle: Bundle, device_index: int = 0, *, graphs: bool = True) -> Executor:
+    """Open a chain of ONNX Runtime sessions on a GPU, as CUDA numbers them from 0; see `open_ort_chain`.
 
     Raises:
-        BackendError: ONNX Runtime is missing, broken, too old or built without CUDA.
+        BackendError: ONNX Runtime is missing, broken, too old or built without CUDA, or cannot open a graph.
+        BundleError: an entry is damaged.
     """
-
-    name = "onnxruntime"
-    streams = 1
-
-    def __init__(self, device_index: int = 0, *, graphs: bool = True) -> None:
-        self._ort = import_onnxruntime(_INSTALL)
-        self.version: str = self._ort.__version__
-        if _CUDA not in self._ort.get_available_providers():
-            raise BackendError(
-                f"onnxruntime {self.version} was built without CUDA; expected onnxruntime-gpu: "
-                f"pip uninstall onnxruntime, then {_INSTALL}"
-            )
-        self.device = f"cuda:{device_index}"
-        self._index = device_index
-        self._graphs = graphs
-
-    def open_chain(self, bundle: Bundle) -> Executor:
-        """Open a session for each graph; the weights are checked in other threads meanwhile."""
-        from mge_runtime.device.cuda import CudaDevice
-
-        preload_libraries(self._ort)
-        return open_ort_chain(self._ort, bundle, CudaDevice(self._index), graphs=self._graphs)
+    ort = import_onnxruntime(_INSTALL)
+    if _CUDA not in ort.get_available_providers():
+        raise BackendError(
+            f"onnxruntime {ort.__version__} was built without CUDA; expected onnxruntime-gpu: "
+            f"pip uninstall onnxruntime, then {_INSTALL}"
+        )
+    preload_libraries(ort)
+    return open_ort_chain(ort, bundle, CudaDevice(device_index), graphs=graphs)
 
 
 def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = True) -> Executor:
-    """Open a chain of ONNX Runtime sessions on a device.
+    """Open a chain of ONNX Runtime sessions on a device; the weights are checked in other threads meanwhile.
 
     Args:
         ort: the module `onnxruntime`.
@@ -78,7 +62,7 @@ def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = T
         graphs: whether ONNX Runtime may capture CUDA graphs.
 
     Raises:
-        BundleError, BackendError: as for `Backend.open_chain`; nothing is left open.
+        BundleError, BackendError: as for `open_cuda_chain`; nothing is left open.
     """
 
     def open_units(device: Device, stream: Stream) -> Generator[Unit]:
@@ -107,14 +91,6 @@ class OrtGraph(Unit):
     Runtime's own: it captures at the first run of each batch size, which the run option `gpu_graph_id` tells apart
     (docs/adr/0006).
 
-    Args:
-        ort: the module `onnxruntime`.
-        bundle: where graph and weights lie; whoever calls checks the weights.
-        spec: what the manifest says of the graph.
-        device: where it runs and its tensors lie.
-        stream: what it runs on.
-        graphs: whether ONNX Runtime may capture CUDA graphs.
-
     Raises:
         BundleError: the graph is damaged.
         BackendError: ONNX Runtime cannot open it on this device.
@@ -134,7 +110,7 @@ class OrtGraph(Unit):
             self.session: Any = self._open_cuda(bundle, stream, graphs=graphs)
         else:
             self.why_plain = "ONNX Runtime has graphs on CUDA alone"
-            self.session = open_session(ort, bundle, spec, session_options(ort, bundle), [_CPU])
+            self.session = open_session(ort, bundle, spec, [_CPU])
 
     def prepare(self, addresses: Addresses, stream: Stream) -> Launch:  # noqa: ARG002 - the session knows its stream
         """Bind every input and output to its address."""
@@ -175,10 +151,9 @@ class OrtGraph(Unit):
                 "arena_extend_strategy": "kSameAsRequested",  # the default doubles what it asks for
             }
             way = f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a graph"
-            # Nodes that compute shapes belong on the CPU, so the CPU provider stays allowed.
-            providers = [(_CUDA, options), _CPU]
             try:
-                session = open_session(self._ort, bundle, self.spec, session_options(self._ort, bundle), providers)
+                # Nodes that compute shapes belong on the CPU, so the CPU provider stays allowed.
+                session = open_session(self._ort, bundle, self.spec, [(_CUDA, options), _CPU])
             except BackendError as error:
                 if (capture, nhwc) == ways[-1]:
                     raise

@@ -13,23 +13,27 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from mge_runtime.backends.base import Backend, Executor, Found, check_tensors
+from mge_runtime.backends.base import Executor, Found, check_tensors
+from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.program import Addresses, Launch, Unit, shape_of
 from mge_runtime.errors import BackendError, MGEError, brief
 from mge_runtime.manifest import GraphSpec
+from mge_runtime.trt.engines import why_not
+from mge_runtime.trt.target import build_command
+from mge_runtime.trt.vendor import Vendor, load_vendor
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
+    from mge_runtime.backends.choice import Choice
     from mge_runtime.bundle import Bundle
     from mge_runtime.device.base import Device, Stream
-    from mge_runtime.trt.engines import EngineSet
-    from mge_runtime.trt.vendor import Vendor
 
-__all__ = ["DTYPES", "TensorRTBackend", "TensorRTGraph"]
+__all__ = ["DTYPES", "TensorRTGraph", "open_tensorrt_chain"]
 
 # NumPy's name of a `tensorrt.DataType`.
 DTYPES = {
@@ -42,48 +46,39 @@ DTYPES = {
 }
 
 
-class TensorRTBackend(Backend):
-    """Runs every graph as an engine.
+def open_tensorrt_chain(choice: Choice, bundle: Bundle, *, graphs: bool = True) -> Executor:
+    """Open a chain of engines on a GPU; each is checked against its hash before and the manifest after it is read.
 
     Args:
-        vendor: the library.
-        engines: for this library's version and this GPU; whoever calls has checked that they fit.
-        device_index: as CUDA numbers devices, from 0.
+        choice: one that names engines.
+        bundle: what it was made for, open.
         graphs: whether to capture CUDA graphs.
+
+    Raises:
+        BackendError: the library is missing or broken, the engines are not for it, or it refuses one.
+        BundleError: an engine is damaged, or has other inputs or outputs than the manifest says.
     """
+    machine, gpu, engines = choice.machine, choice.gpu, choice.engines
+    assert gpu is not None and engines is not None  # noqa: S101, PT018 - `choose` names both
+    vendor = load_vendor(choice.backend)
+    # Package metadata chose the engines; the library itself has the last word, before anything is deserialized.
+    here = replace(machine, libraries={**machine.libraries, vendor.name: vendor.version})
+    if problem := why_not(engines, here, gpu, bundle.manifest):
+        command = build_command(choice.backend, machine, gpu, bundle.path)
+        raise BackendError(f"{engines.target} {engines.place} {problem}; build again: {command}")
 
-    streams = 1
-    maps_weights = False  # engines are copied to the device
+    def open_units(device: Device, stream: Stream) -> Generator[Unit]:  # noqa: ARG001 - each launch is told
+        runtime = vendor.api.Runtime(vendor.logger)
+        for spec in bundle.manifest.graphs:
+            yield TensorRTGraph(vendor, runtime, engines.plan(spec.name), spec)
 
-    def __init__(self, vendor: Vendor, engines: EngineSet, device_index: int = 0, *, graphs: bool = True) -> None:
-        self.name = vendor.name
-        self.version = vendor.version
-        self.device = f"cuda:{device_index}"
-        self._vendor = vendor
-        self._engines = engines
-        self._index = device_index
-        self._graphs = graphs
-
-    def open_chain(self, bundle: Bundle) -> Executor:
-        """Deserialize every engine; each is checked against its hash first and against the manifest afterwards."""
-        from mge_runtime.device.cuda import CudaDevice
-
-        def open_units(device: Device, stream: Stream) -> Generator[Unit]:  # noqa: ARG001 - each launch is told
-            runtime = self._vendor.api.Runtime(self._vendor.logger)
-            for spec in bundle.manifest.graphs:
-                yield TensorRTGraph(self._vendor, runtime, self._engines.plan(spec.name), spec)
-
-        return DeviceExecutor(bundle.manifest, CudaDevice(self._index), open_units, graphs=self._graphs)
+    executor = DeviceExecutor(bundle.manifest, CudaDevice(choice.device_index), open_units, graphs=graphs)
+    executor.maps_weights = False  # engines are copied to the device
+    return executor
 
 
 class TensorRTGraph(Unit):
-    """One engine.
-
-    Args:
-        vendor: the library.
-        runtime: deserializes; kept alive with the engine.
-        plan: the engine's bytes, mapped; not needed afterwards.
-        spec: what the manifest says of it.
+    """One engine; its bytes are not needed once it is open, the runtime that deserialized it is kept alive.
 
     Raises:
         BackendError: TensorRT refuses the engine.

@@ -22,14 +22,12 @@ __all__ = [
     "CHAIN",
     "MANIFEST",
     "ArchiveEntry",
-    "ArchiveError",
     "ArchiveWriter",
     "cpu_graph_entry",
     "engine_description",
     "engine_plan",
     "graph_entry",
     "is_target",
-    "not_a_bundle",
     "read_directory",
     "target_of",
     "weights_entry",
@@ -94,10 +92,6 @@ def is_target(name: str) -> bool:
     return re.fullmatch(_TARGET, name) is not None
 
 
-class ArchiveError(Exception):
-    """Why these bytes are not a whole archive that `ArchiveWriter` wrote."""
-
-
 @dataclass(frozen=True)
 class ArchiveEntry:
     """Where one entry's data lies."""
@@ -160,45 +154,52 @@ class ArchiveWriter:
         self._stream.flush()
 
 
-def read_directory(file: BinaryIO, size: int) -> list[ArchiveEntry]:
-    """Find every entry, in the order of the file; only headers are read.
+def read_directory(file: BinaryIO, size: int, path: str) -> dict[str, ArchiveEntry]:
+    """Find every entry, by its name, in the order of the file; only headers are read.
 
     Args:
         file: open for reading.
-        size: of the file, bytes.
+        size: of the file, bytes, > 0.
+        path: how to call it in an error.
 
     Raises:
-        ArchiveError: a header differs from what `ArchiveWriter` writes, or bytes belong to no entry.
+        BundleError: a header differs from what `ArchiveWriter` writes, or bytes belong to no entry; the message says
+            what the file seems to be.
     """
-    file.seek(max(size - _END.size, 0))
-    end = file.read(_END.size)
+
+    def read(position: int, count: int) -> bytes:
+        file.seek(position)
+        return file.read(count)
+
+    def refusal(reason: str) -> BundleError:
+        found, advice = _kind_of(read(0, 256))
+        found = found or f"{reason} (file of {size} bytes)"
+        return BundleError(f"cannot open {path}: {found}; expected a bundle that mge-export wrote: {advice}")
+
+    end = read(max(size - _END.size, 0), _END.size)
     if len(end) != _END.size or not end.startswith(b"PK\5\6") or _END.unpack(end)[5] > _LARGEST_DIRECTORY:
-        raise ArchiveError("its directory is missing at the end of the file")
+        raise refusal("its directory is missing at the end of the file")
     try:
         with zipfile.ZipFile(file) as archive:
             found = archive.infolist()
     except Exception as error:  # damaged bytes make it raise almost anything
-        raise ArchiveError("its directory was changed or damaged after it was written") from error
+        raise refusal("its directory was changed or damaged after it was written") from error
     entries: dict[str, ArchiveEntry] = {}
     position = 0
     for item in found:
         name = item.orig_filename
         if not _ENTRY_NAME.fullmatch(name):
-            raise ArchiveError(f"it holds an entry called {name!r}, which no bundle has")
+            raise refusal(f"it holds an entry called {name!r}, which no bundle has")
         entry = ArchiveEntry(name, position, _data_offset(name, position), item.file_size, item.CRC)
-        if name in entries or entry.offset + entry.size > size or not _holds(file, position, _local_header(entry)):
-            raise ArchiveError(f"the header of its entry {name} was changed or damaged after it was written")
+        header = _local_header(entry)
+        if name in entries or entry.offset + entry.size > size or read(position, len(header)) != header:
+            raise refusal(f"the header of its entry {name} was changed or damaged after it was written")
         entries[name] = entry
         position = entry.offset + entry.size
     directory = _directory(list(entries.values()), position)
-    if position + len(directory) != size or not _holds(file, position, directory):
-        raise ArchiveError("its directory was changed or damaged after it was written")
-    return list(entries.values())
-
-
-def _holds(file: BinaryIO, position: int, expected: bytes) -> bool:
-    file.seek(position)
-    return file.read(len(expected)) == expected
+    if position + len(directory) != size or read(position, len(directory)) != directory:
+        raise refusal("its directory was changed or damaged after it was written")
+    return entries
 
 
 def _data_offset(name: str, header: int) -> int:
@@ -226,30 +227,13 @@ def _directory(entries: Sequence[ArchiveEntry], start: int) -> bytes:
     return directory + _END.pack(b"PK\5\6", 0, 0, len(entries), len(entries), len(directory), start, 0)
 
 
-def not_a_bundle(name: str, head: bytes, size: int, reason: str) -> BundleError:
-    """The error for a file that is no archive of ours; it says what the file seems to be.
-
-    Args:
-        name: how to call the file.
-        head: its first bytes, 64 are enough.
-        size: its size in bytes.
-        reason: why it is no bundle, for a file that begins like one.
-    """
-    found, advice = _kind_of(head)
-    if size == 0:
-        found, advice = "it is empty (0 bytes)", "copy or export it again"
-    elif found is None:
-        found, advice = f"{reason} (file of {size} bytes)", "it was cut short or damaged: copy or export it again"
-    return BundleError(f"cannot open {name}: {found}; expected a bundle that mge-export wrote: {advice}")
-
-
 def _kind_of(head: bytes) -> tuple[str | None, str]:
-    """What a file seems to be and what to do; None where it begins like a bundle."""
+    """What a file that is no bundle seems to be, and what to do; None where it begins like one."""
     if b"PK\3\4".startswith(head[:4]):
         if any(part in head for part in (b"/data.pkl", b"/byteorder", b"/.format")):
             return "it is a PyTorch checkpoint", "turn it into one with `mge-export --ckpt FILE`"
         if head[30:].startswith((b"onnx/", b"manifest.json")) or len(head) < 30 + len(b"onnx/"):
-            return None, ""
+            return None, "it was cut short or damaged: copy or export it again"
         return "it is some other ZIP archive", "name the mge.plan file"
     if head[1:4] == b"trt":
         return "it is a raw TensorRT engine", "name the mge.plan file; engines are kept inside it"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from mge_runtime.bundle.archive import CALIBRATION, engine_description
 from mge_runtime.errors import BundleError
-from mge_runtime.fields import Field, JsonValue, parse_json
+from mge_runtime.fields import Field, JsonValue, dump_json, parse_json
 from mge_runtime.manifest import Entry, read_entry
 
 __all__ = ["Calibration", "EngineDescription"]
@@ -25,7 +24,7 @@ class EngineDescription:
 
     def to_json(self) -> bytes:
         """The bytes of the entry."""
-        return _dump(asdict(self))
+        return dump_json(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, *, target: str, manifest_sha256: str) -> EngineDescription:
@@ -48,7 +47,7 @@ class Calibration:
 
     def to_json(self) -> bytes:
         """The bytes of the entry."""
-        return _dump(asdict(self))
+        return dump_json(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, *, manifest_sha256: str) -> Calibration:
@@ -64,7 +63,3 @@ def _check_hash(field: Field, document: str, expected: str, advice: str) -> None
         raise BundleError(
             f"{document} belongs to the manifest {found[:12]}; expected this bundle's, {expected[:12]}: {advice}"
         )
-
-
-def _dump(values: Mapping[str, object]) -> bytes:
-    return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

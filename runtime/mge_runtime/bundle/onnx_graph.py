@@ -7,7 +7,7 @@ NodeProto.name 3, .op_type 4, TensorProto.dims 1, .data_type 2, .name 8, .extern
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,6 +22,16 @@ __all__ = ["ExternalTensor", "external_tensors", "located_graph", "node_operator
 
 _GRAPH, _NODE, _INITIALIZER, _EXTERNAL_DATA = 7, 1, 5, 13
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+# Where ONNX keeps tensors: for each message, the fields that lead to one, and the message in them.
+_TENSORS_IN = {
+    "Model": {7: "Graph", 20: "TrainingInfo", 25: "Function"},
+    "TrainingInfo": {1: "Graph", 2: "Graph"},
+    "Function": {7: "Node", 11: "Attribute"},
+    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
+    "Node": {5: "Attribute"},
+    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "SparseTensor": {1: "Tensor", 2: "Tensor"},
+}
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,7 @@ def external_tensors(graph: bytes) -> list[ExternalTensor]:
         BundleError: the bytes are no ONNX model.
     """
     with _reading():
-        found = (_external(value) for number, _, value in _main_graph(graph) if number == _INITIALIZER)
-        return [tensor for tensor in found if tensor is not None]
+        return [tensor for value in _in_graph(graph, _INITIALIZER) if (tensor := _external(value)) is not None]
 
 
 def node_operators(graph: bytes) -> dict[str, str]:
@@ -72,7 +81,7 @@ def node_operators(graph: bytes) -> dict[str, str]:
         BundleError: the bytes are no ONNX model.
     """
     with _reading():
-        nodes = ({n: bytes(v) for n, _, v in _fields(node)} for m, _, node in _main_graph(graph) if m == _NODE)
+        nodes = ({n: bytes(value) for n, _, value in _fields(node)} for node in _in_graph(graph, _NODE))
         return {node[3].decode(): node[4].decode() for node in nodes if node.get(3) and 4 in node}
 
 
@@ -90,7 +99,8 @@ def relocate(graph: bytes, *, expected: str, size: int, location: str, start: in
         A serialized ModelProto, equal but for the references.
 
     Raises:
-        BundleError: the bytes are no ONNX model, or its weights refer to another file or beyond the end of this one.
+        BundleError: the bytes are no ONNX model, its weights refer to another file or beyond the end of this one, or
+            something but an initializer keeps its data in a file.
     """
     external = 0
 
@@ -111,25 +121,36 @@ def relocate(graph: bytes, *, expected: str, size: int, location: str, start: in
         pairs = (_field(1, key.encode()) + _field(2, value.encode()) for key, value in place.items())
         return kept + b"".join(_field(_EXTERNAL_DATA, pair) for pair in pairs)
 
-    def moved_all(main: memoryview) -> bytes:
-        return b"".join(_field(n, moved(value)) if n == _INITIALIZER else raw for n, raw, value in _fields(main))
-
     with _reading():
-        found = b"".join(_field(n, moved_all(value)) if n == _GRAPH else raw for n, raw, value in _fields(graph))
-    # Every reference to another file spells out this key, and nothing that mge-export names does.
-    if graph.count(b"location") != external * (1 + expected.count("location")):
+        found = _replaced(graph, _GRAPH, lambda main: _replaced(main, _INITIALIZER, moved))
+        # A reference spells out this key, so as a rule the initializers' are all there are: looking takes a while.
+        hidden = graph.count(b"location") > external and _count_external(memoryview(graph), "Model") > external
+    if hidden:
         raise BundleError(
-            "something outside the graph's initializers may keep its data in another file; expected no other use of "
-            'the word "location": export again'
+            "something but a graph's initializers keeps its data in another file; expected weights in "
+            f"{expected!r} alone: export again"
         )
     return found
 
 
-def _main_graph(model: bytes) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """`_fields` of a ModelProto's graph."""
-    for number, _, value in _fields(model):
-        if number == _GRAPH:
-            yield from _fields(value)
+def _count_external(message: memoryview, kind: str) -> int:
+    """How many tensors in a message of ONNX keep their data in a file."""
+    if kind == "Tensor":
+        return any(number == _EXTERNAL_DATA for number, _, _ in _fields(message))
+    inner = _TENSORS_IN[kind]
+    return sum(_count_external(value, inner[number]) for number, _, value in _fields(message) if number in inner)
+
+
+def _in_graph(model: bytes, number: int) -> Iterator[memoryview]:
+    """The values of one field of a ModelProto's main graph."""
+    for outer, _, graph in _fields(model):
+        if outer == _GRAPH:
+            yield from (value for inner, _, value in _fields(graph) if inner == number)
+
+
+def _replaced(message: bytes | memoryview, number: int, change: Callable[[memoryview], bytes | memoryview]) -> bytes:
+    """A message whose fields of one number have other values."""
+    return b"".join(_field(n, change(value)) if n == number else raw for n, raw, value in _fields(message))
 
 
 def _external(tensor: memoryview) -> ExternalTensor | None:
@@ -150,7 +171,7 @@ def _external(tensor: memoryview) -> ExternalTensor | None:
     if not pairs:
         return None
     if "location" not in pairs or "length" not in pairs:
-        raise _WireError(f"weight {name!r} does not say in which file it lies and how long it is")
+        raise ValueError(f"weight {name!r} does not say in which file it lies and how long it is")
     offset, length = int(pairs.get("offset", "0")), int(pairs["length"])
     return ExternalTensor(name, pairs["location"], offset, length, data_type, tuple(dims))
 
@@ -166,18 +187,18 @@ def _sizes(packed: memoryview) -> Iterator[int]:
 def _reading() -> Generator[None]:
     try:
         yield
-    except (_WireError, UnicodeDecodeError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise BundleError(
             f"a graph of the bundle is no ONNX model ({error}); expected one that mge-export wrote"
         ) from error
 
 
-class _WireError(Exception):
-    """The bytes are no protocol-buffer message."""
-
-
 def _fields(message: bytes | memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """Yield (number, the whole field, its value) of each field of a message."""
+    """Yield (number, the whole field, its value) of each field of a message.
+
+    Raises:
+        ValueError: the bytes are no protocol-buffer message.
+    """
     message, position = memoryview(message), 0
     while position < len(message):
         tag, start = _varint(message, position)
@@ -190,9 +211,9 @@ def _fields(message: bytes | memoryview) -> Iterator[tuple[int, memoryview, memo
         elif kind in (_FIXED64, _FIXED32):
             end = start + (8 if kind == _FIXED64 else 4)
         else:
-            raise _WireError(f"unknown wire type {kind}")
+            raise ValueError(f"unknown wire type {kind}")
         if end > len(message):
-            raise _WireError("it is cut short")
+            raise ValueError("it is cut short")
         yield tag >> 3, message[position:end], message[start:end]
         position = end
 
@@ -202,13 +223,13 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(message):
-            raise _WireError("it is cut short")
+            raise ValueError("it is cut short")
         byte = message[position]
         position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise _WireError("an integer is too long")
+    raise ValueError("an integer is too long")
 
 
 def _field(number: int, value: bytes | memoryview) -> bytes:

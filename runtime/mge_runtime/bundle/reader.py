@@ -7,22 +7,21 @@ import mmap
 import os
 import stat
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from mge_runtime.bundle.archive import (
     CALIBRATION,
     CHAIN,
     MANIFEST,
     ArchiveEntry,
-    ArchiveError,
     cpu_graph_entry,
     engine_description,
     engine_plan,
     graph_entry,
-    not_a_bundle,
     read_directory,
     target_of,
     weights_entry,
@@ -30,12 +29,12 @@ from mge_runtime.bundle.archive import (
 from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import LARGEST
-from mge_runtime.files import atomic_path
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Entry, Manifest
 
 __all__ = ["Bundle", "WatchedFile"]
 
+_T = TypeVar("_T")
 _CHUNK = 1 << 20  # bytes; entries are read through a buffer, so that mapped pages do not fill the memory
 
 
@@ -83,25 +82,22 @@ class Bundle:
     """
 
     def __init__(self, file: WatchedFile, *, maps_weights: bool = True) -> None:
-        self.path = path = file.path
+        self.path = file.path
         self.maps_weights = maps_weights  # whether backends may map the weights; else they load them
         self._file = file
         self._mapped = mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ)
-        try:
-            with os.fdopen(os.dup(file.descriptor), "rb") as stream:
-                entries = read_directory(stream, len(self._mapped))
-        except ArchiveError as error:
-            raise not_a_bundle(str(path), self._mapped[:256], len(self._mapped), str(error)) from error
-        self._entries = {entry.name: entry for entry in entries}
-        self.sizes = {entry.name: entry.size for entry in entries}  # bytes, in the order of the file
+        with os.fdopen(os.dup(file.descriptor), "rb") as stream:
+            self._entries = read_directory(stream, len(self._mapped), str(self.path))
+        self.sizes = {name: entry.size for name, entry in self._entries.items()}  # bytes, in the order of the file
         # What it holds engines for.
         self.targets = tuple(sorted({target for name in self.sizes if (target := target_of(name)) is not None}))
         if MANIFEST not in self._entries:
-            raise BundleError(f"cannot open {path}: it holds no {MANIFEST}; expected a bundle that mge-export wrote")
-        data = self._document(MANIFEST)
-        self.manifest_sha256 = hashlib.sha256(data).hexdigest()
-        with _naming(path):
-            self.manifest = Manifest.from_json(data)
+            raise BundleError(
+                f"cannot open {self.path}: it holds no {MANIFEST}; expected a bundle that mge-export wrote"
+            )
+        self.manifest, self.manifest_sha256 = self._document(
+            MANIFEST, lambda data: (Manifest.from_json(data), hashlib.sha256(data).hexdigest())
+        )
         self._check_entries()
 
     @classmethod
@@ -116,26 +112,24 @@ class Bundle:
             BundleError: the file is missing, no bundle, damaged, cut short or of a newer schema.
         """
         try:
-            resolved = Path(path).resolve(strict=True)
-            # A pipe that nobody writes to would block for ever.
+            resolved = Path(os.path.realpath(path, strict=True))
+            # Not blocking, for a pipe that nobody writes to.
             descriptor = os.open(resolved, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-        except FileNotFoundError as error:
-            raise BundleError(f"no bundle at {path}: the file does not exist; check the name") from error
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
-            raise _cannot_open(path, error) from error
-        file = WatchedFile(resolved, descriptor)
-        try:
+            file = WatchedFile(resolved, descriptor)
             if not stat.S_ISREG(file.status.st_mode):
                 kind = "a folder" if stat.S_ISDIR(file.status.st_mode) else "no regular file"
                 raise BundleError(f"cannot open {path}: it is {kind}; expected an mge.plan file")
-            if file.status.st_size == 0:
-                raise not_a_bundle(str(path), b"", 0, "")
+            if file.status.st_size == 0:  # which cannot be mapped
+                raise BundleError(
+                    f"cannot open {path}: it is empty (0 bytes); expected a bundle that mge-export wrote: copy or "
+                    "export it again"
+                )
             return cls(file, maps_weights=maps_weights)
-        except BaseException as error:
-            file.close()
-            if isinstance(error, (OSError, ValueError)):  # ValueError: it is empty by now
-                raise _cannot_open(path, error) from error
-            raise
+        except FileNotFoundError as error:
+            raise BundleError(f"no bundle at {path}: the file does not exist; check the name") from error
+        except (OSError, ValueError) as error:  # ValueError: no name of a file, or one that is empty by now
+            reason = getattr(error, "strerror", None) or error
+            raise BundleError(f"cannot open {path}: {reason}; expected a readable mge.plan file") from error
 
     def __enter__(self) -> Bundle:
         return self
@@ -153,7 +147,7 @@ class Bundle:
 
     @property
     def sha256(self) -> str:
-        """One hash over everything that can change an answer, whatever the order of the entries; nothing large is read.
+        """One hash over everything that can change a prediction, whatever the entries' order; nothing large is read.
 
         It is the SHA-256 of what `sha256sum` prints of the bundle's JSON documents (`calibration.json`,
         `engines/*/engine.json`, `manifest.json`) and of `onnx/chain.onnx`, sorted by their names. The manifest names
@@ -256,15 +250,11 @@ class Bundle:
         entries = sorted(map(self.entry, names), key=lambda entry: -entry.size)
         threads = min(cpu_count() - 1, 4) if quick else cpu_count()  # quick: one processor is left to the block
         with ThreadPoolExecutor(max(1, threads), thread_name_prefix="mge-hash") as pool:
-            checks = [pool.submit(check, entry) for entry in entries]
+            checks = pool.map(check, entries)
             try:
                 yield
             finally:
-                try:
-                    for done in checks:
-                        done.result()
-                finally:
-                    pool.shutdown(cancel_futures=True)
+                list(checks)
 
     def in_place(self) -> bool:
         """Whether `path` still names the file that is open here, as it was.
@@ -289,9 +279,8 @@ class Bundle:
         """
         if CALIBRATION not in self._entries:
             return None
-        data = self._document(CALIBRATION)
-        with _naming(self.path):
-            return Calibration.from_json(data, manifest_sha256=self.manifest_sha256)
+        digest = self.manifest_sha256
+        return self._document(CALIBRATION, lambda data: Calibration.from_json(data, manifest_sha256=digest))
 
     def engine(self, target: str) -> EngineDescription:
         """What the bundle says of the engines of one target; their plans are entries `engines/<target>/<graph>.plan`.
@@ -302,35 +291,13 @@ class Bundle:
         name = engine_description(target)
         if name not in self._entries:
             raise BundleError(f"{self.path} holds no engine for {target}; it has {', '.join(self.targets) or 'none'}")
-        data = self._document(name)
-        with _naming(self.path):
-            description = EngineDescription.from_json(data, target=target, manifest_sha256=self.manifest_sha256)
+        digest = self.manifest_sha256
+        description = self._document(
+            name, lambda data: EngineDescription.from_json(data, target=target, manifest_sha256=digest)
+        )
         for graph, plan in description.plans.items():
             self._check_listed(engine_plan(target, graph), plan, name)
         return description
-
-    def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every entry to a folder, as any unzip would, checked against its hash.
-
-        `onnx/<graph>.onnx` with `<graph>.weights` beside it is then an ordinary ONNX model with external data. Files of
-        the same names are replaced, each whole or not at all.
-
-        Returns:
-            The files that were written.
-
-        Raises:
-            BundleError: an entry was damaged.
-            OutputError: the folder cannot be written.
-        """
-        written: list[Path] = []
-        for entry in self._entries.values():
-            target = Path(folder) / entry.name  # names were checked: none leads out of the folder
-            with suppress(OSError):  # atomic_path says what is wrong with the folder
-                target.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(target) as temporary, temporary.open("wb") as out:
-                out.writelines(self.chunks(entry.name))
-            written.append(target)
-        return written
 
     def _read_at(self, position: int, buffer: memoryview) -> int:
         if hasattr(os, "preadv"):
@@ -352,14 +319,19 @@ class Bundle:
             "was written: build these engines again with mge-build"
         )
 
-    def _document(self, name: str) -> bytes:
+    def _document(self, name: str, read: Callable[[bytes], _T]) -> _T:
+        """What `read` makes of a JSON document; it knows no file, so its errors get the bundle's path."""
         size = self.entry(name).size
         if size > LARGEST:
             raise BundleError(
                 f"{self.path}: entry {name} has {size} bytes; expected at most {LARGEST}: it was changed after it was "
                 "written, export it again"
             )
-        return b"".join(map(bytes, self.chunks(name, quick=True)))
+        data = b"".join(map(bytes, self.chunks(name, quick=True)))
+        try:
+            return read(data)
+        except BundleError as error:
+            raise BundleError(f"{self.path}: {error}") from error
 
     def _check_entries(self) -> None:
         """Check the manifest's entries against the directory and the graphs."""
@@ -383,17 +355,3 @@ class Bundle:
                 f"{self.path}: entry {name} has {found.size} bytes with the CRC-32 {found.crc:08x}, {document} says "
                 f"{listed.size} and {listed.crc32}; it was changed after it was written: export it again"
             )
-
-
-def _cannot_open(path: str | os.PathLike[str], error: Exception) -> BundleError:
-    reason = getattr(error, "strerror", None) or error
-    return BundleError(f"cannot open {path}: {reason}; expected a readable mge.plan file")
-
-
-@contextmanager
-def _naming(path: Path) -> Generator[None]:
-    """Put the bundle's path before what is wrong with one of its documents, which know no file."""
-    try:
-        yield
-    except BundleError as error:
-        raise BundleError(f"{path}: {error}") from error

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mge_runtime.bundle.archive import (
@@ -35,6 +35,7 @@ from mge_runtime.manifest import Entry, Manifest
 
 __all__ = ["GraphModel", "add_calibration", "add_engine", "write_bundle"]
 
+_LOGGER = logging.getLogger("mge_runtime")
 _CHUNK = 1 << 22  # bytes read at once
 
 
@@ -77,7 +78,7 @@ def write_bundle(
         raise BundleError(f"models of the graphs {sorted(models)} were given; expected {sorted(names)}")
     for name in names:
         _check_model(name, models[name])
-    with ExitStack() as held, atomic_path(path) as temporary:
+    with ExitStack() as locks, atomic_path(path) as temporary:
         with temporary.open("w+b") as stream:
             archive = ArchiveWriter(stream)
             entries: dict[str, Entry] = {}
@@ -89,14 +90,14 @@ def write_bundle(
                         entries[entry(graph)] = _add_hashed(archive, entry(graph), data)
             if chain is not None:
                 archive.add(CHAIN, [chain])
-            manifest = manifest.with_entries(entries)
+            manifest = replace(manifest, entries=entries)
             document = manifest.to_json()
             Manifest.from_json(document)  # what is written can be opened
             archive.add(MANIFEST, [document])
             archive.finish()
         if check is not None:
             check(temporary)
-        held.enter_context(_held(path))  # what others are adding belongs to the file that goes
+        locks.enter_context(_locked(path))  # what others are adding belongs to the file that goes
     return manifest
 
 
@@ -123,7 +124,7 @@ def add_calibration(
         if manifest_sha256 not in (None, bundle.manifest_sha256):
             raise BundleError(
                 f"{bundle.path} was replaced while it was calibrated: found manifest {bundle.manifest_sha256[:12]}, "
-                f"expected {manifest_sha256[:12]}, which the images were answered with; calibrate it again"
+                f"expected {manifest_sha256[:12]}, which predicted the images; calibrate it again"
             )
         moved = chain is not None and CHAIN in bundle.sizes
         _copy(bundle, archive, without={CALIBRATION, CHAIN} if moved else {CALIBRATION})
@@ -141,7 +142,6 @@ def add_engine(
     details: Mapping[str, JsonValue],
     *,
     manifest_sha256: str,
-    waiting: Callable[[], None] = lambda: None,
 ) -> None:
     """Add the engines of one target to a bundle, or replace those it has; everything else stays byte for byte.
 
@@ -151,7 +151,6 @@ def add_engine(
         plans: each graph's engine, by its name.
         details: free: builder, options, attestation.
         manifest_sha256: hash of the manifest whose ONNX they were built from.
-        waiting: is called again and again as long as another process writes the bundle; what it raises ends that.
 
     Raises:
         BundleError: the bundle cannot be read, has another manifest by now, was replaced meanwhile, or has no such
@@ -160,7 +159,7 @@ def add_engine(
     """
     if not is_target(target):
         raise BundleError(f"an engine's target is called {target!r}; expected letters, digits, '.', '_' and '-'")
-    with _updating(path, waiting) as (bundle, archive):
+    with _updating(path) as (bundle, archive):
         if bundle.manifest_sha256 != manifest_sha256:
             raise BundleError(
                 f"the engines were built from the manifest {manifest_sha256[:12]}; {bundle.path} has "
@@ -176,11 +175,9 @@ def add_engine(
 
 
 @contextmanager
-def _updating(
-    path: str | os.PathLike[str], waiting: Callable[[], None] = lambda: None
-) -> Generator[tuple[Bundle, ArchiveWriter]]:
+def _updating(path: str | os.PathLike[str]) -> Generator[tuple[Bundle, ArchiveWriter]]:
     """Rewrite a bundle beside itself; of two that do so at once the second waits for the first."""
-    with _held(path, waiting), Bundle.open(path) as bundle, atomic_path(bundle.path) as temporary:
+    with _locked(path), Bundle.open(path) as bundle, atomic_path(bundle.path) as temporary:
         with temporary.open("w+b") as stream:
             archive = ArchiveWriter(stream)
             yield bundle, archive
@@ -195,27 +192,22 @@ def _updating(
 
 
 @contextmanager
-def _held(path: str | os.PathLike[str], waiting: Callable[[], None] = lambda: None) -> Generator[None]:
+def _locked(path: str | os.PathLike[str]) -> Generator[None]:
     """Keep others from rewriting the file that `path` names by now, until what was written took its place."""
-    said = False
-
-    def wait() -> None:
-        nonlocal said
-        if not said:
-            said = True
-            logging.getLogger("mge_runtime").warning("waiting for another process that writes %s", printable(str(path)))
-        waiting()
-
     with ExitStack() as stack:
-        # Where there is no such file, or no locks (Windows; some network disks), nobody holds it.
+        # Where there is no such file, or no locks (Windows; some network disks), there is nothing to wait for.
         while sys.platform != "win32" and not is_temporary(path):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
                 stack.callback(os.close, descriptor)
-                lock(descriptor, wait)
+                try:
+                    lock(descriptor, wait=False)
+                except BlockingIOError:
+                    _LOGGER.warning("waiting for another process that writes %s", printable(str(path)))
+                    lock(descriptor)
                 if os.path.samestat(Path(path).stat(), os.fstat(descriptor)):
                     break
-                stack.close()  # whoever held it has put a new file in its place
+                stack.close()  # whoever had locked it has put a new file in its place
             except OSError:
                 break
         yield

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,23 +21,14 @@ from mge_runtime.cli.common import (
 from mge_runtime.cli.common import report as report_error
 from mge_runtime.errors import MGEError
 from mge_runtime.files import echo
-from mge_runtime.interrupt import Interrupt, interruptible
+from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
-    from mge_runtime.selfcheck import Subject
-    from mge_runtime.sources import NamedImage
+    from mge_runtime.bench_report import Report
 
-_RUNS = 1000
 _MEASURING = ("batch", "seconds")  # of no use to --selfcheck
 _MOST_BATCH, _MOST_RUNS, _MOST_SECONDS = 4096, 1_000_000, 86_400
-
-
-class _Report(Protocol):
-    @property
-    def failed(self) -> bool: ...
-    def to_json(self) -> str: ...
-    def to_text(self) -> str: ...
-    def to_markdown(self) -> str: ...
+_READ_SHARE = 0.1  # of the time, to read the named images; one is read in any case
 
 
 def _batches(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -55,7 +45,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("images", nargs=-1)
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to measure or check.")
-@click.option("--selfcheck", is_flag=True, help="Check answers, memory, copies and graphs; measures no speed.")
+@click.option("--selfcheck", is_flag=True, help="Check predictions, memory, copies and graphs; measures no speed.")
 @device_option
 @backend_option
 @threads_option
@@ -76,7 +66,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.option(
     "--runs",
     type=click.IntRange(2, _MOST_RUNS),
-    default=_RUNS,
+    default=1000,
     show_default=True,
     help="With --selfcheck: runs of the memory check.",
 )
@@ -129,36 +119,28 @@ def main(
         found = listed.images or listed.whole()
         for problem in listed.problems:
             report_error(problem)
-        if remark := listed.remark():
-            note(remark)
+        if message := listed.note():
+            note(message)
+        from mge_runtime.bench_subject import Images, open_subject
+
+        subject = open_subject(engine, device, backend, threads, mmap=not no_mmap, max_pixels=max_pixels)
         if selfcheck:
-            from mge_runtime.selfcheck import open_subject
+            from mge_runtime.selfcheck import run_checks
 
-            subject = open_subject(engine, device, backend, threads, mmap=not no_mmap)
-            report: _Report = _selfcheck(subject, found, max_pixels, runs, interrupt)
+            read = Images.read(found, subject, problem=report_error)
+            report: Report = run_checks(subject, read, runs=runs, say=_say, interrupt=interrupt)
         else:
-            from mge_runtime.bench import Request, run_bench
+            from mge_runtime.bench import run_bench
 
-            request = Request(Path(engine), device, backend, threads, batch, seconds, not no_mmap, max_pixels)
-            report = run_bench(request, found, say=_say, problem=report_error, interrupt=interrupt)
+            _say(f"this takes {seconds} s at most; --seconds names another time")
+            reading = _READ_SHARE * seconds
+            read = Images.read(found, subject, problem=report_error, seconds=reading)
+            report = run_bench(subject, read, batch, seconds - reading, say=_say, interrupt=interrupt)
         interrupt.consequence = "the report is of what was measured before"
-        _give(report, as_json, out)
+        _write(report, as_json, out)
         interrupt()
     if report.failed:
         raise SystemExit(1)
-
-
-def _selfcheck(subject: Subject, found: list[NamedImage], max_pixels: int, runs: int, interrupt: Interrupt) -> _Report:
-    from mge_runtime.bench import BenchImages
-    from mge_runtime.selfcheck import Frames, drawn_frames, run_checks
-
-    preprocess = subject.manifest.preprocess
-    if found:
-        read = BenchImages.read(found, preprocess, max_pixels, math.inf, report_error)
-        frames = Frames(read.frames, read.source)
-    else:
-        frames = drawn_frames(preprocess)
-    return run_checks(subject, frames, runs=runs, say=_say, interrupt=interrupt)
 
 
 def _say(line: str) -> None:
@@ -167,7 +149,7 @@ def _say(line: str) -> None:
         click.echo(line, err=True)
 
 
-def _give(report: _Report, as_json: bool, out: Path | None) -> None:
+def _write(report: Report, as_json: bool, out: Path | None) -> None:
     """Print a report, and write it in the form that the file's suffix asks for."""
     from mge_runtime.files import atomic_path
 

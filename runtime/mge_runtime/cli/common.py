@@ -1,4 +1,4 @@
-"""What all commands share."""
+"""Options and reports of errors that the commands share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 # The extra of the wheel that the commands of a package need besides the base install.
 _EXTRAS = {"mge": "train", "mge_export": "export", "mge_calibration": "calibrate"}
 
-# What is known of each backend on a GPU; docs/results.md and docs/performance.md say more.
+# What is known of each backend on a GPU; docs/lab/ says more.
 GPU_STATUS = {
     "onnxruntime": "experimental: ran once, on an H100, before its last changes",
     "tensorrt": "experimental: not yet run",

@@ -14,10 +14,10 @@ from mge_runtime.cli.common import GPU_STATUS, reports_errors
 from mge_runtime.errors import BackendError, InputError, OutputError, printable
 from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
+from mge_runtime.machine import Machine, describe_machine
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
-    from mge_runtime.machine import Machine
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,8 +62,6 @@ def main(
 ) -> None:
     """Show what is inside BUNDLE (default: mge.plan) and what would run here and why."""
     if show_machine:
-        from mge_runtime.machine import describe_machine
-
         echo(describe_machine(always=True).to_json().decode(), nl=False)
         return
     if verify and not re.fullmatch("[0-9A-Fa-f]{64}", verify):
@@ -71,7 +69,6 @@ def main(
             raise click.BadParameter(f"{verify!r} is no SHA-256; expected 64 hexadecimal digits", param_hint="--verify")
         bundle, verify = verify, ""  # mge-info --verify mge.plan
     from mge_runtime.bundle import Bundle
-    from mge_runtime.machine import describe_machine
 
     machine = describe_machine() if as_machine is None else _recorded(as_machine)
     with Bundle.open(bundle) as opened:
@@ -79,13 +76,11 @@ def main(
         if verify is not None:
             opened.verify(expected=verify or None)
             facts["verified"] = True
-        written: list[Path] = []
         if extract is not None:
             from mge_runtime.extract import extract_bundle
 
             with interruptible("the extraction", f"{extract} may lack files; each is whole, run it again", OutputError):
-                written = extract_bundle(opened, extract)
-            facts["extracted"] = [str(path) for path in written]
+                facts["extracted"] = [str(path) for path in extract_bundle(opened, extract)]
         if as_json:
             echo(json.dumps(facts, indent=1))  # in ASCII: every locale can print it
             return
@@ -94,12 +89,10 @@ def main(
         for line in info_lines(facts, opened.manifest, machine, everything=everything):
             echo(line)
         if extract is not None:
-            echo(f"extracted  {len(written)} files to {printable(extract)}")
+            echo(f"extracted  {len(facts['extracted'])} files to {printable(extract)}")
 
 
 def _recorded(path: Path) -> Machine:
-    from mge_runtime.machine import Machine
-
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, cast
 
@@ -49,19 +49,13 @@ def info_lines(facts: dict[str, Any], manifest: Manifest, machine: Machine, *, e
 def _subjects(
     facts: dict[str, Any], manifest: Manifest, machine: Machine, runs: str
 ) -> Iterator[tuple[str, Iterable[str]]]:
-    values = manifest.preprocess
+    frame = manifest.preprocess
+    crop = f"shorter side to {frame.resize}, center crop {frame.size} x {frame.size}"
     yield "model", [_pairs(manifest.model) or "unknown"]
     yield "classes", [f"{len(manifest.class_names)}: {', '.join(manifest.class_names)}"]
-    yield (
-        "input",
-        [
-            f"RGB, shorter side to {values.resize}, center crop {values.size} x {values.size}, "
-            f"mean {_plain(values.mean)}, std {_plain(values.std)}"
-        ],
-    )
-    tools = ", ".join(f"{name} {version}" for name, version in manifest.tools.items())
+    yield "input", [f"RGB, {crop}, mean {_plain(frame.mean)}, std {_plain(frame.std)}"]
     checkpoint = f"from the checkpoint {(manifest.checkpoint_sha256 or 'unknown')[:16]}"
-    yield "made by", [tools or "unknown tools", checkpoint]
+    yield "made by", [_pairs(manifest.tools) or "unknown tools", checkpoint]
     kinds = Counter(manifest.precision.get(graph.name, {}).get("type", "unknown") for graph in manifest.graphs)
     yield "precision", [", ".join(f"{kind} in {count} graphs" for kind, count in kinds.items())]
     yield "graphs", _graphs(manifest, facts["entries"])
@@ -71,16 +65,6 @@ def _subjects(
     yield "machine", [machine.summary]
     yield runs, _here(facts["here"])
     yield "", ["everything, operators and the whole parity report included: --json"]
-
-
-def parity_lines(parity: Any) -> list[str]:
-    """The export's parity report: what failed, what it was measured on, a line for each check."""
-    if parity is None:
-        return ["not measured"]
-    head = f"on {parity.get('source', 'unknown images')}; reference: {parity.get('reference', 'unknown')}"
-    checks = _parity_checks(parity)
-    failed = [line for line in checks if line.startswith("out of tolerance")]
-    return [*failed, head, *checks[len(failed) :]]
 
 
 def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[str]]:
@@ -97,15 +81,20 @@ def _free_json(lines: Callable[[Any], Iterator[str]]) -> Callable[[Any], list[st
 
 
 @_free_json
-def _parity_checks(parity: Any) -> Iterator[str]:
+def parity_lines(parity: Any) -> Iterator[str]:
+    """The export's parity report: what failed, what it was measured on, a line for each check."""
+    if parity is None:
+        yield "not measured"
+        return
     yield from (f"out of tolerance: {text}" for text in parity["failures"])
+    yield f"on {parity['source']}; reference: {parity['reference']}"
     for check in parity["checks"].values():
         chain = check["chain"]
         alone = [float(value) for graph in check["graphs"].values() for value in graph["relative"].values()]
         ious = [float(box["p1"]) for box in chain["box_iou"].values()]
         yield (
             f"{check['label']}: each graph within {max(alone):.1e} of its tensors' largest value, the chain's logits "
-            f"within {float(chain['answer_relative']):.1e}; {chain['class_changes']} images change their class"
+            f"within {float(chain['logits_relative']):.1e}; {chain['class_changes']} images change their class"
             + (f"; 1st percentile of box IoU {min(ious):.3f}" if ious else "")
         )
     yield from (f"warning: {text}" for text in parity["warnings"])
@@ -114,24 +103,23 @@ def _parity_checks(parity: Any) -> Iterator[str]:
 def _graphs(manifest: Manifest, sizes: dict[str, int]) -> Iterator[str]:
     for graph in manifest.graphs:
         size = sum(sizes.get(entry(graph.name), 0) for entry in (graph_entry, cpu_graph_entry, weights_entry))
-        plan = dict(manifest.precision.get(graph.name, {}))
-        precision = plan.pop("type", "of unknown precision")
-        attested = plan.pop("attested", None)
+        plan = manifest.precision.get(graph.name, {})
+        precision = plan.get("type", "of unknown precision")
         yield f"{graph.name}: {precision}, {manifest.gmacs[graph.name]:.3g} GMACs, {format_bytes(size)}"
-        yield f"  precision {f'attested: {attested}' if attested else 'not attested'}"
-        # Tables, such as counts of operators, are for --json.
-        if scalars := {key: value for key, value in plan.items() if not isinstance(value, (dict, list))}:
-            yield f"  {_pairs(scalars)}"
+        yield f"  precision {_attested(plan)}"
         for label, tensors in (("in", graph.inputs), ("out", graph.outputs)):
             texts = [f"{t.name} {t.dtype} [{', '.join(map(str, t.shape))}]" for t in tensors]
             yield f"  {label:<4}{'; '.join(texts)}"
 
 
+def _attested(plan: Mapping[str, Any]) -> str:
+    return f"attested: {plan['attested']}" if plan.get("attested") else "not attested"
+
+
 def _engines(facts: dict[str, Any]) -> Iterator[str]:
-    cached = [(f"{engine['target']} {engine['place']}", engine) for engine in facts["cached_engines"]]
-    named = [*facts["engines"].items(), *cached]
-    yield ", ".join(name for name, _ in named) or "none; ONNX alone"
-    for name, engine in named:
+    named = dict(facts["engines"]) | {f"{e['target']} {e['place']}": e for e in facts["cached_engines"]}
+    yield ", ".join(named) or "none; ONNX alone"
+    for name, engine in named.items():
         plans = engine["plans"]
         yield f"{name}: {len(plans)} graphs, {format_bytes(sum(plans.values()))}, {engine['status']}"
         yield from _engine_details(engine["details"])
@@ -145,9 +133,7 @@ def _engine_details(details: Any) -> Iterator[str]:
     yield f"  built by version {details['version']}, {place}, for batch {least} to {most}"
     graphs: dict[str, list[str]] = {}
     for graph, record in details["precision"].items():
-        attested = record.get("attested")
-        kind = f"{record['type']} ({f'attested: {attested}' if attested else 'not attested'})"
-        graphs.setdefault(kind, []).append(graph)
+        graphs.setdefault(f"{record['type']} ({_attested(record)})", []).append(graph)
     if graphs:
         yield "  " + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in graphs.items())
     if scratch := details["options"].get("scratch"):
@@ -167,16 +153,16 @@ def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[
     images = {key: f" (from {count} images)" for key, count in calibrated.images.items()}
     temperatures = ", ".join(f"{name} {value:.4g}" for name, value in calibrated.temperatures.items())
     yield f"temperatures: {temperatures}{images.get('temperatures', '')}"
-    if not calibrated.has_exits or (promise := calibrated.promise) is None:
+    if not calibrated.has_exits or (guarantee := calibrated.guarantee) is None:
         yield "no early exits: none was found that keeps its bound"
         return
     places = [
-        f"after graph {point.graphs} where {point.answer} has a confidence of at least {point.threshold:.6g}"
+        f"after graph {point.graphs} where {point.logits} has a confidence of at least {point.threshold:.6g}"
         for point in calibrated.exit_points(manifest)
     ]
     yield f"exits (--exit calibrated): {', '.join(places)}{images.get('exits', '')}"
     yield (
-        f"  with probability {100 * (1 - promise.delta):.4g}% at most {100 * promise.epsilon:.4g}% of predictions "
+        f"  with probability {100 * (1 - guarantee.delta):.4g}% at most {100 * guarantee.epsilon:.4g}% of predictions "
         "differ from the whole chain's, on images like those"
         + (f", with {calibrated.runs_on}" if calibrated.runs_on else "")
     )
@@ -211,12 +197,15 @@ def _row(label: str, text: str, *, lines: int | None = None) -> Iterator[str]:
     """Wrap a text beside its label; at most `lines` lines of it."""
     # Texts come from the file: what is no printable character must not reach the terminal.
     body = printable(text.lstrip())
-    indent = _INDENT + len(text) - len(body)
-    wrapped = [body]
-    if len(body) > _WIDTH - indent:
-        wrapped = textwrap.wrap(
-            body, _WIDTH - indent, max_lines=lines, placeholder=" ...", break_long_words=False, break_on_hyphens=False
-        )
-    for number, line in enumerate(wrapped):
-        prefix = f"{label:<{_INDENT}}" if number == 0 else ""
-        yield (prefix + " " * (indent - len(prefix)) + line).rstrip()
+    indent = " " * (_INDENT + len(text) - len(body))
+    wrapped = textwrap.wrap(
+        body,
+        _WIDTH,
+        initial_indent=f"{label:<{len(indent)}}",
+        subsequent_indent=indent,
+        max_lines=lines,
+        placeholder=" ...",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    yield from wrapped or [label]

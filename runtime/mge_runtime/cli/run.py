@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,15 +24,10 @@ from mge_runtime.cli.common import (
     verbose_option,
 )
 from mge_runtime.errors import InputError, MGEError, printable
-from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from mge_runtime.chain import Exit
-    from mge_runtime.report import Form
-    from mge_runtime.sources import NamedImage
 
 _TOP = 5
 _MANY = 8  # images; from here on several are predicted at once, and a terminal gets a progress bar
@@ -128,24 +123,21 @@ def main(
         interrupt = stack.enter_context(interruptible("the run", "nothing was predicted", MGEError))
         from mge_runtime.fonts import undrawable
         from mge_runtime.pipeline import Pipeline
-        from mge_runtime.report import csv_table, image_folder, is_stdout, shown, shown_error
+        from mge_runtime.report import CsvTable, Lines, csv_table, image_folder, is_stdout
         from mge_runtime.sources import find_images
 
-        csv_printed = is_stdout(csv_path)
+        csv_printed = csv_path is not None and is_stdout(csv_path)
         if csv_printed and as_json:
             raise click.UsageError("--json and --csv - would both be printed; name a file for the CSV table")
         listed = find_images(images, files_from)
         found, problems = listed.images, listed.problems
         for problem in problems:
             report(problem)
-        if remark := listed.remark():
-            note(remark)
+        if message := listed.note():
+            note(message)
         if not found:
             raise SystemExit(1)
-        failed = len(problems)
-        one_each = len(found) > 1 and top_k is None
-        form: Form = "nothing" if csv_printed else "json" if as_json else "line" if one_each else "block"
-        drawn = stack.enter_context(image_folder(save_to, found))
+        drawn = stack.enter_context(image_folder(save_to, found)) if save_to else None
         pipeline = stack.enter_context(
             Pipeline.open(
                 engine,
@@ -158,64 +150,53 @@ def main(
                 max_pixels=max_pixels,
             )
         )
-        if pipeline.choice.remark and pipeline.choice.command is None:  # else opening has said it
-            note(pipeline.choice.remark)
+        if pipeline.choice.note and pipeline.choice.command is None:  # else opening has said it
+            note(pipeline.choice.note)
         manifest = pipeline.manifest
-        if drawn and (remark := undrawable(map(printable, manifest.class_names))):
-            note(remark)
+        if drawn and (message := undrawable(map(printable, manifest.class_names))):
+            note(message)
+        text = "line" if len(found) > 1 and top_k is None else "block"
         top_k = min(top_k or _TOP, len(manifest.class_names))
-        table = stack.enter_context(csv_table(csv_path, len(manifest.views), top_k))
-        for name, problem in zip(listed.named, problems, strict=True):
-            if text := shown_error(form, name, problem):
-                echo(text)
-            if table:
-                table.add_error(name, problem)
-        show = stack.enter_context(_progress(found))
+        outputs: list[Lines | CsvTable] = [] if csv_printed else [Lines("json" if as_json else text, top_k)]
+        if csv_path:
+            outputs.append(stack.enter_context(csv_table(csv_path, len(manifest.views), top_k)))
+        for output in outputs:
+            for name, problem in zip(listed.named, problems, strict=True):
+                output.add_error(name, problem)
+        failed = len(problems)
         predictions = pipeline.predict_iter((image.source() for image in found), batch=batch)
-        for number, (image, (source, prediction)) in enumerate(zip(found, predictions, strict=True)):
+        results: Iterable[Any] = zip(found, predictions, strict=True)
+        if bar := len(found) >= _MANY and sys.stderr.isatty():
+            results = stack.enter_context(
+                click.progressbar(results, len(found), file=sys.stderr, show_pos=True, item_show_func=_shown)
+            )
+        for number, (image, (source, prediction)) in enumerate(results):
             interrupt.consequence = f"{number} of {len(found)} images were done" + (
                 f"; {csv_path} was not written" if csv_path and not csv_printed else ""
             )
+            if bar:
+                click.echo("\r\x1b[K", nl=False, err=True)  # it makes way for what is printed and comes back below
             try:
                 if isinstance(prediction, InputError):
                     raise prediction
                 saved = drawn.save(image, source, prediction) if drawn else None
             except InputError as error:
                 failed += 1
-                show(image, shown_error(form, image.name, error))
                 report(error)
-                if table:
-                    table.add_error(image.name, error)
+                for output in outputs:
+                    output.add_error(image.name, error)
                 continue
-            show(image, shown(form, image.name, prediction, top_k, saved))
-            if table:
-                table.add(image.name, prediction)
+            for output in outputs:
+                output.add(image.name, prediction, saved)
     if failed:
         if len(found) > 1:
             click.echo(f"{failed} of {len(found) + len(problems)} could not be read", err=True)
         raise SystemExit(1)
 
 
-@contextmanager
-def _progress(images: list[NamedImage]) -> Generator[Callable[[NamedImage, str | None], None], None, None]:
-    """Yield what prints the text of an image; many images get a bar on standard error where that is a terminal."""
-    if len(images) < _MANY or not sys.stderr.isatty():
-        yield lambda _, text: None if text is None else echo(text)
-        return
-    with click.progressbar(length=len(images), file=sys.stderr, show_pos=True, item_show_func=_shown) as bar:
-
-        def step(image: NamedImage, text: str | None) -> None:
-            click.echo("\r\x1b[K", nl=False, err=True)  # the bar makes way for the line and comes back below it
-            if text is not None:
-                echo(text)
-            bar.update(1, image)
-
-        yield step
-
-
-def _shown(image: NamedImage | None) -> str | None:
-    """The name beside the bar: the end of it, which differs from image to image."""
-    return None if image is None else printable(image.name[-40:])
+def _shown(result: Any) -> str | None:
+    """The image beside the bar: the end of its name, which differs from image to image."""
+    return None if result is None else printable(result[0].name[-40:])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a device can do: memory, streams, events, graphs, copies. Every copy is counted."""
+"""The interface of a device: memory, streams, events, graphs, and copies, each of which is counted."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -144,8 +144,6 @@ class Stream(_Resource):
 class Graph(_Resource):
     """Captured work that is launched as one."""
 
-    nodes: Mapping[str, int] | None = None  # how many it has by kind, copies by direction; None: not known
-
     @abstractmethod
     def launch(self, stream: Stream) -> None:
         """Enqueue it."""
@@ -196,8 +194,7 @@ class Device(ABC):
 
         def give_back() -> None:
             self.allocated -= size
-            with FIRST_RUNS:
-                free()
+            free()
 
         return OwnedMemory(address, size, give_back)
 
@@ -209,8 +206,7 @@ class Device(ABC):
 
         def give_back() -> None:
             self.allocated_host -= size
-            with FIRST_RUNS:
-                free()
+            free()
 
         return HostBuffer(buffer, give_back)
 

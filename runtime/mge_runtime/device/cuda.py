@@ -3,7 +3,7 @@
 Their status is checked here alone: cuda-core raises, which `reported` turns into one line; cuda-bindings returns a
 status, which `_check` reads.
 
-Experimental: commit 686f0c1 ran on one GPU, once (docs/performance.md, ONNX Runtime on CUDA); what changed since
+Experimental: commit 686f0c1 ran on one GPU, once (docs/lab/cuda.md); what changed since
 has not.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,12 @@ from mge_runtime.errors import BackendError, MGEError, brief
 if TYPE_CHECKING:
     from mge_runtime.device.base import Bytes
 
-__all__ = ["CudaDevice", "count_nodes"]
+__all__ = ["CudaDevice"]
 
 _OLDEST = 1  # major version of cuda-core; before it, events and graphs had other names
 _INSTALL = (
     'pip install "cuda-core>=1.0.1" cuda-bindings (for drivers of CUDA 12, as on JetPack 6: "cuda-bindings==12.*")'
 )
-_HOST, _DEVICE, _ARRAY, _UNIFIED = 1, 2, 3, 4  # CUmemorytype
-_MEMCPY, _CHILD = 1, 4  # CUgraphNodeType
 
 
 class CudaDevice(Device):
@@ -95,10 +92,7 @@ class CudaDevice(Device):
             builder.begin_building(mode="thread_local")
             enqueue()
             builder.end_building()
-            captured = _CudaGraph(self, builder.complete())
-            with suppress(Exception):  # cuda-core 1.0 cannot tell, and no graph is refused for that
-                captured.nodes = count_nodes(self._driver, builder.graph_definition.handle)
-            return captured
+            return _CudaGraph(self, builder.complete())
         except Exception as error:
             raise CaptureRefusedError(f"{self.name} cannot capture a graph: {brief(error)}") from error
         finally:
@@ -214,59 +208,3 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise BackendError(f"the module {name} cannot be imported: {brief(error)}; install it: {_INSTALL}") from error
-
-
-def count_nodes(driver: Any, graph: Any) -> dict[str, int]:
-    """Count the nodes of a captured graph, those of child graphs included.
-
-    A copy between graphs of the chain that went by way of the host would be one, so this is how its absence is shown.
-
-    Args:
-        driver: the module `cuda.bindings.driver`.
-        graph: a `CUgraph`.
-
-    Returns:
-        Number of nodes by kind: CUDA's name for it in lower case ("kernel", "memset", "host", "memcpy_batch"), and for
-        copies "copy_<from>_to_<to>" with "host", "device" or "unknown" at either end.
-
-    Raises:
-        RuntimeError: the driver refuses a question.
-    """
-    counts: Counter[str] = Counter()
-    (total,) = _values(driver.cuGraphGetNodes(graph))[1:]
-    nodes: list[Any] = _values(driver.cuGraphGetNodes(graph, total))[0] if total else []
-    for node in nodes[:total]:
-        (kind,) = _values(driver.cuGraphNodeGetType(node))
-        if int(kind) == _CHILD:
-            (child,) = _values(driver.cuGraphChildGraphNodeGetGraph(node))
-            counts.update(count_nodes(driver, child))
-        elif int(kind) == _MEMCPY:
-            (copy,) = _values(driver.cuGraphMemcpyNodeGetParams(node))
-            ends = (("srcMemoryType", copy.srcDevice), ("dstMemoryType", copy.dstDevice))
-            source, target = (_place(driver, copy, kind, address) for kind, address in ends)
-            counts[f"copy_{source}_to_{target}"] += 1
-        else:
-            counts[kind.name.removeprefix("CU_GRAPH_NODE_TYPE_").lower()] += 1
-    return dict(sorted(counts.items()))
-
-
-def _place(driver: Any, copy: Any, kind: str, address: Any) -> str:
-    """Where one end of a copy lies. With unified addresses the node may not know it, so the pointer is asked."""
-    said = 0
-    with suppress(TypeError, ValueError):  # cuda-bindings refuses to read what the node does not say
-        said = int(getattr(copy, kind))
-    if said in (_HOST, _ARRAY):
-        return "host" if said == _HOST else "device"
-    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
-    status, *found = driver.cuPointerGetAttribute(attribute, address)
-    if int(status) == 0:
-        return {_HOST: "host", _DEVICE: "device"}.get(int(found[0]), "unknown")
-    # CUDA does not know the pointer: ordinary host memory, unless the node itself says that it is the device's.
-    return {_UNIFIED: "host", _DEVICE: "device"}.get(said, "unknown")
-
-
-def _values(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    status, *values = result
-    if int(status) != 0:
-        raise RuntimeError(f"cannot look into a CUDA graph: {status.name}")
-    return tuple(values)

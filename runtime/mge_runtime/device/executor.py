@@ -1,4 +1,4 @@
-"""The chain on a device: where its tensors lie, and the runs over them."""
+"""The chain on a device: the place of each of its tensors, and the runs over them."""
 
 from __future__ import annotations
 
@@ -152,16 +152,14 @@ class DeviceExecutor(Executor):
         tensors: dict[str, Array] = {}
         for span in spans:
             size = self._fitting(len(running), batch)
-            if not self._programs.is_settled(size, span.first, span.last):
-                turn.enter_context(FIRST_RUNS)
-            program = self._programs.get(span.first, span.last, self._space.addresses(size))
+            program = self._programs.get(span.first, span.last, self._space.addresses(size), turn)
             if span is spans[0]:
                 self._upload(frames, before_upload)
             stream.record(before_span)
             program.enqueue()
             stream.record(after_span)
             wanted = _made(graphs[span.first : span.last]) & outputs
-            looked_at = wanted if span.point is None else wanted | {span.point.answer}
+            looked_at = wanted if span.point is None else wanted | {span.point.logits}
             views = self._download(looked_at, len(running), after_download)
             program.done()
             turn.close()
@@ -172,7 +170,7 @@ class DeviceExecutor(Executor):
             tensors |= {name: views[name][order] for name in wanted}
             if span.point is None:
                 break
-            stops = span.point.stops(views[span.point.answer])
+            stops = span.point.stops(views[span.point.logits])
             graphs_run[running[stops]] = span.last
             if stops.all():
                 break
@@ -251,13 +249,8 @@ class DeviceExecutor(Executor):
         if batch < least or (most is not None and batch > most):
             raise BackendError(
                 f"asked to run {batch} frames at once; the engines were built for {least} to {most or 'any number'}: "
-                f"build them for this too with `mge-build --batch {min(batch, least)},{least},{max(batch, most or 1)}`"
-            )
-        spec = self._space.places[FRAME].spec
-        if frames.dtype != np.dtype(spec.dtype) or frames.shape != shape_of(spec, batch):
-            raise BackendError(
-                f"cannot run frames of type {frames.dtype} and shape {list(frames.shape)}; "
-                f"expected {spec.dtype} {list(shape_of(spec, batch))}"
+                "run as many, or build them for this too with "
+                f"`mge-build --batch {min(batch, least)},{least},{max(batch, most or 1)}`"
             )
 
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mge_runtime.device.base import CaptureRefusedError, Device, Graph, Stream
+from mge_runtime.device.base import FIRST_RUNS, CaptureRefusedError, Device, Graph, Stream
 
 if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
@@ -117,12 +117,10 @@ class Program:
         self._runs += 1
 
     def report(self) -> dict[str, JsonValue]:
-        """Whether it is a graph, why not, how often it ran, and the nodes of the graph by kind where they are known."""
+        """Whether it is a graph, why not, and how often it ran."""
         is_graph = self._graph is not None or all(launch.has_graph for launch in self._launches)
         why = self._why_plain or (None if is_graph else "captured at its second run")
-        nodes = None if self._graph is None else self._graph.nodes
-        told: dict[str, JsonValue] = {} if nodes is None else {"nodes": dict(nodes)}
-        return {"graph": is_graph, "why": why, "runs": self._runs, **told}
+        return {"graph": is_graph, "why": why, "runs": self._runs}
 
     def close(self) -> None:
         """Release the graph; the launches belong to others. Closing twice does nothing."""
@@ -163,38 +161,36 @@ class Programs:
         self._graphs = graphs
         self._batches: OrderedDict[int, _Batch] = OrderedDict()
 
-    def get(self, first: int, last: int, addresses: Addresses) -> Program:
+    def get(self, first: int, last: int, addresses: Addresses, turn: ExitStack) -> Program:
         """The program of graphs `first` to `last` - 1, counted from 0.
 
         Args:
             first: its first graph.
             last: one after its last graph.
             addresses: of the batch size that it computes; the same for one size until `close`.
+            turn: takes the turn of this process's first runs, where something is yet to be prepared or captured.
 
         Raises:
             BackendError: a unit cannot run this batch size.
         """
-        if addresses.batch not in self._batches:
+        ready = self._batches.get(addresses.batch)
+        program = None if ready is None else ready.programs.get((first, last))
+        if program is None or not program.settled:
+            turn.enter_context(FIRST_RUNS)
+        if ready is None:
             while len(self._batches) >= MOST_BATCHES:
                 self._batches.popitem(last=False)[1].resources.close()
-            self._batches[addresses.batch] = _Batch()
+            ready = self._batches[addresses.batch] = _Batch()
         self._batches.move_to_end(addresses.batch)
-        ready = self._batches[addresses.batch]
-        if (first, last) not in ready.programs:
+        if program is None:
             for number in range(first, last):
                 if number not in ready.launches:
                     launch = ready.launches[number] = self._units[number].prepare(addresses, self._stream)
                     ready.resources.callback(launch.close)
             launches = [ready.launches[number] for number in range(first, last)]
-            program = Program(self._device, self._stream, launches, graphs=self._graphs)
+            program = ready.programs[first, last] = Program(self._device, self._stream, launches, graphs=self._graphs)
             ready.resources.callback(program.close)
-            ready.programs[first, last] = program
-        return ready.programs[first, last]
-
-    def is_settled(self, batch: int, first: int, last: int) -> bool:
-        """Whether a program is there and no longer changes: nothing is prepared, searched for or captured any more."""
-        program = self._batches[batch].programs.get((first, last)) if batch in self._batches else None
-        return program is not None and program.settled
+        return program
 
     def report(self) -> list[JsonValue]:
         """Each program: its batch size, after how many graphs it begins (if any) and ends, whether CUDA captured it."""

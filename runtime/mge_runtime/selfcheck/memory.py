@@ -9,32 +9,31 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mge_runtime.bench_report import Result
 from mge_runtime.fields import JsonValue
-from mge_runtime.selfcheck.subject import BATCH, Result, Subject
+from mge_runtime.selfcheck.outputs import batch_size
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from mge_runtime.bench_subject import Subject
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["HOST_LIMIT", "check_memory", "device_memory", "host_memory"]
+__all__ = ["check_memory", "device_memory", "host_memory"]
 
-HOST_LIMIT = 2**20  # bytes: measured on the CPU, 1,000 runs move it by some 20 kB, the interpreter's own
-_DEVICE_LIMIT = 2**21 - 1  # bytes: the driver gives memory away in pages of 2 MiB, and none may go
+# Bytes that memory in use may grow by. Measured on the CPU, 1,000 runs move the host's by some 20 kB, the interpreter's
+# own; a driver gives memory away in pages of 2 MiB, and none may go.
+_LIMITS = {"host": 2**20, "device": 2**21 - 1}
 _WARM_UP = 20  # runs: allocators find their size, graphs are captured
 _SAMPLES = 20  # of each period
 _PERIODS = 3  # at most: a heap that settles grows once or twice, a leak in every period
 
-Meter = tuple[Callable[[], int | None], int]  # bytes in use now (None: unknown), growth that is allowed
+_Meters = Mapping[str, Callable[[], "int | None"]]  # bytes in use now, by name
 
 
 def check_memory(
-    subject: Subject,
-    frames: NDArray[np.uint8],
-    runs: int,
-    say: Callable[[str], None] = lambda _line: None,
-    meters: Mapping[str, Meter] | None = None,
+    subject: Subject, frames: NDArray[np.uint8], runs: int, say: Callable[[str], None] = lambda _line: None
 ) -> Result:
     """Memory in use over many runs, mostly one frame at a time, every tenth a batch.
 
@@ -47,24 +46,22 @@ def check_memory(
         frames: to run, [N, S, S, 3].
         runs: how many, at least 2.
         say: shows how far it is.
-        meters: what tells the memory in use, by name; None: those of this machine.
     """
-    if meters is None:
-        meters = {"host": (host_memory, HOST_LIMIT)}
-        if subject.device.startswith("cuda:"):
-            index = int(subject.device.partition(":")[2])
-            meters = {"device": (lambda: device_memory(index), _DEVICE_LIMIT), **meters}
-    meters = {name: meter for name, meter in meters.items() if meter[0]() is not None}
+    meters: dict[str, Callable[[], int | None]] = {"host": host_memory}
+    if subject.device.startswith("cuda:"):
+        index = int(subject.device.partition(":")[2])
+        meters = {"device": lambda: device_memory(index), **meters}
+    meters = {name: meter for name, meter in meters.items() if meter() is not None}
     if not meters:
         return Result("not run", "this system does not tell how much memory is in use")
-    growth: dict[str, list[int]] = {name: [] for name in meters}
     series: dict[str, list[int]] = {name: [] for name in meters}
+    growth: dict[str, list[int]] = {name: [] for name in meters}  # of each period
     with ExitStack() as stack:
         gc.collect()
         gc.freeze()  # collections look at what is made from here on: others' objects take a second each
         stack.callback(gc.unfreeze)
-        opened = stack.enter_context(closing(subject.open(True)))
-        batch = frames[: min(BATCH, opened.max_batch or BATCH)]
+        opened = stack.enter_context(closing(subject.open()))
+        batch = frames[: batch_size(opened)]
         for _ in range(_WARM_UP):
             opened.run(frames[:1])
             opened.run(batch)
@@ -73,19 +70,17 @@ def check_memory(
                 half = len(values) // 2
                 growth[name].append(min(values[half:]) - min(values[:half]))
                 series[name] += values
-            if all(growth[name][-1] <= limit for name, (_, limit) in meters.items()):
+            if all(growth[name][-1] <= _LIMITS[name] for name in meters):
                 break
     least = {name: min(values) for name, values in growth.items()}
-    lines = {name: f"{name} memory grew by {value} bytes" for name, value in least.items()}
+    lines = {name: f"{name} memory grew by {value} bytes over {runs} runs" for name, value in least.items()}
     failures = [
-        f"{lines[name]} over {runs} runs; expected at most {limit}"
-        for name, (_, limit) in meters.items()
-        if least[name] > limit
+        f"{line}; expected at most {_LIMITS[name]}" for name, line in lines.items() if least[name] > _LIMITS[name]
     ]
     numbers: dict[str, JsonValue] = {"runs": runs}
     for name in meters:
-        numbers |= {f"{name}_growth": least[name], f"{name}_series": [*series[name]]}
-    return Result.of(failures, f"{', '.join(lines.values())} over {runs} runs", numbers)
+        numbers |= {f"{name}_growth": least[name], f"{name}_series": series[name]}
+    return Result.of(failures, ", ".join(lines.values()), numbers)
 
 
 def _period(
@@ -93,7 +88,7 @@ def _period(
     frames: NDArray[np.uint8],
     batch: NDArray[np.uint8],
     runs: int,
-    meters: Mapping[str, Meter],
+    meters: _Meters,
     say: Callable[[str], None],
 ) -> dict[str, list[int]]:
     """What each meter said before, during and after the runs."""
@@ -102,7 +97,7 @@ def _period(
     for run in range(runs + 1):
         if run % step == 0:
             gc.collect()
-            for name, (used, _) in meters.items():
+            for name, used in meters.items():
                 series[name].append(used() or 0)
             if run % (5 * step) == 0:
                 say(f"memory: {run} of {runs} runs")

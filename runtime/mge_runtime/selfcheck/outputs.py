@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from mge_runtime.bench_report import Result
 from mge_runtime.compare import (
-    Tolerances,
     box_failures,
     box_iou,
     class_failures,
@@ -22,91 +22,78 @@ from mge_runtime.compare import (
 )
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
-from mge_runtime.selfcheck.subject import BATCH, Result, Subject
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from mge_runtime.bench_subject import Subject
     from mge_runtime.pipeline import Pipeline
 
 __all__ = [
-    "Comparison",
+    "batch_size",
     "check_batches",
     "check_copies",
     "check_graphs",
     "check_parity",
     "check_together",
-    "compare",
     "compared_tensors",
 ]
 
-_ON_CPU = "the chain runs on the CPU"
+_BATCH = 8  # the largest that is checked
 _ROUNDS = 5  # of two pipelines at once
+_ON_CPU = "the chain runs on the CPU, which has no CUDA graphs and copies nothing"
+
+_Tensors = Mapping[str, "NDArray[Any]"]  # by name; the first axis is the image
 
 
 @dataclass(frozen=True)
-class Comparison:
+class _Comparison:
     """How two runs over the same frames differ."""
 
     failures: list[str]  # everything out of tolerance, one line each
-    numbers: dict[str, JsonValue] = field(default_factory=dict[str, JsonValue])
-
-    def __str__(self) -> str:
-        """For example "12 images, 0 change their class, logits_1 differs by 1.2e-06 of its largest value"."""
-        parts = [f"{self.numbers['images']} images, {self.numbers['class_changes']} change their class"]
-        if self.numbers["identical"]:
-            return f"{parts[0]}, identical bit by bit"
-        for name, value in self.numbers.items():
-            if name.endswith("_relative"):
-                parts.append(f"{name.removesuffix('_relative')} differs by {value} of its largest value")
-            elif name.endswith("_iou_least"):
-                parts.append(f"least IoU of {name.removesuffix('_iou_least')} {value}")
-        return ", ".join(parts)
+    numbers: dict[str, JsonValue]
+    summary: str  # "12 images, 0 change their class, logits_1 differs by 1.2e-06 of its largest value"
 
 
 def compared_tensors(manifest: Manifest) -> list[str]:
-    """Names of the tensors that `compare` looks at: the chain's logits, every expert's logits and box, the gate."""
-    names = [manifest.answer, *(view.logits for view in manifest.views), *_boxes(manifest)]
+    """Names of the tensors that are compared: the chain's logits, every expert's logits and box, the gate."""
+    names = [manifest.logits, *(view.logits for view in manifest.views), *_boxes(manifest)]
     return list(dict.fromkeys([*names, *([] if manifest.gate is None else [manifest.gate])]))
 
 
-def compare(
-    found: Mapping[str, Any], reference: Mapping[str, Any], manifest: Manifest, tolerances: Tolerances
-) -> Comparison:
-    """Compare one run with another.
+def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Comparison:
+    """Compare one run with another, both of `compared_tensors`.
 
     What depends on the frame alone (the first expert's logits, the gate, the first box) is checked on every image. An
     image cropped by another box is another image, so the chain's logits are checked where all boxes are the same; its
     class is checked on every image.
-
-    Args:
-        found: tensors by name, those of `compared_tensors`; the first axis is the image.
-        reference: what they should be.
-        manifest: of the chain.
-        tolerances: how far they may be apart.
     """
+    manifest, tolerances = subject.manifest, subject.tolerances
     names, boxes = compared_tensors(manifest), _boxes(manifest)
     failures = [f"{name} holds numbers that are not finite" for name in names if not np.isfinite(found[name]).all()]
-    logits, wanted = found[manifest.answer], reference[manifest.answer]
+    logits, wanted = found[manifest.logits], reference[manifest.logits]
     everywhere = np.ones(len(wanted), bool)
     same_crops = everywhere.copy()
     for name in boxes:
         same_crops &= (found[name] == reference[name]).all(1)
     changed = logits.argmax(1) != wanted.argmax(1)
+    identical = all(np.array_equal(found[name], reference[name]) for name in names)
     numbers: dict[str, JsonValue] = {
         "images": len(wanted),
-        "identical": all(np.array_equal(found[name], reference[name]) for name in names),
+        "identical": identical,
         "same_crops": int(same_crops.sum()),
         "class_changes": int(changed.sum()),
     }
+    summary = [f"{len(wanted)} images, {changed.sum()} change their class"]
     failures += class_failures("the chain", changed.tolist(), class_margins(logits, wanted).tolist(), tolerances)
-    checked = {manifest.views[0].logits: everywhere, manifest.answer: same_crops if boxes else everywhere}
+    checked = {manifest.views[0].logits: everywhere, manifest.logits: same_crops}
     if manifest.gate is not None:
         checked[manifest.gate] = everywhere
     for name, where in checked.items():
         if where.any():
             relative = relative_difference(found[name][where], reference[name][where])
-            numbers[f"{name}_relative"] = finite(relative.max())
+            largest = numbers[f"{name}_relative"] = finite(relative.max())
+            summary.append(f"{name} differs by {largest} of its largest value")
             if beyond := int((~(relative <= tolerances.relative)).sum()):
                 failures.append(
                     f"{name} differs by {relative.max():.1e} of its largest value on {beyond} of {len(relative)} "
@@ -116,9 +103,10 @@ def compare(
     ours, theirs = (frame_boxes([tensors[name] for name in boxes], size) for tensors in (found, reference))
     for number, (name, ious) in enumerate(zip(boxes, box_iou(ours, theirs), strict=True)):
         numbers[f"{name}_iou_median"], numbers[f"{name}_iou_least"] = finite(np.median(ious)), finite(ious.min())
+        summary.append(f"least IoU of {name} {finite(ious.min())}")
         if number == 0 or tolerances.chain_boxes:
             failures += box_failures(name, ious.tolist(), tolerances)
-    return Comparison(failures, numbers)
+    return _Comparison(failures, numbers, f"{summary[0]}, identical" if identical else ", ".join(summary))
 
 
 def check_parity(subject: Subject, frames: NDArray[np.uint8]) -> Result:
@@ -127,26 +115,26 @@ def check_parity(subject: Subject, frames: NDArray[np.uint8]) -> Result:
         return Result("not run", "this is the reference")
     outputs = compared_tensors(subject.manifest)
     with closing(subject.reference()) as opened:
-        reference = _run_all(opened, frames, outputs, BATCH)
-    with closing(subject.open(True)) as opened:
-        found = _run_all(opened, frames, outputs, _batch(opened))
-    compared = compare(found, reference, subject.manifest, subject.tolerances)
-    return Result.of(compared.failures, str(compared), compared.numbers)
+        reference = _run_all(opened, frames, outputs, _BATCH)
+    with closing(subject.open()) as opened:
+        found = _run_all(opened, frames, outputs, batch_size(opened))
+    compared = _compare(found, reference, subject)
+    return Result.of(compared.failures, compared.summary, compared.numbers)
 
 
 def check_batches(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     """Every frame alone, against batches of eight with a smaller one at the end."""
     outputs = compared_tensors(subject.manifest)
-    with closing(subject.open(True)) as opened:
-        batch = _batch(opened)
+    with closing(subject.open()) as opened:
+        batch = batch_size(opened)
         if batch == 1:
             return Result("not run", "the engines were built for a batch of 1 alone")
         remainder = (batch + 1) // 2  # of more than one image: those alone are in batches of one already
         count = batch * max(1, -(-(len(frames) - remainder) // batch)) + remainder
         every = frames[np.arange(count) % len(frames)]
         alone, together = (_run_all(opened, every, outputs, size) for size in (1, batch))
-    compared = compare(together, alone, subject.manifest, subject.tolerances)
-    found = f"batches of {batch} and {count % batch}: {compared}"
+    compared = _compare(together, alone, subject)
+    found = f"batches of {batch} and {remainder}: {compared.summary}"
     return Result.of(compared.failures, found, {**compared.numbers, "batch": batch})
 
 
@@ -156,16 +144,16 @@ def check_graphs(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     failures: list[str] = []
     found: list[str] = []
     numbers: dict[str, JsonValue] = {}
-    with closing(subject.open(True)) as opened, closing(subject.open(False)) as plain:
+    with closing(subject.open()) as opened, closing(subject.open(graphs=False)) as plain:
         if not opened.report():
-            return Result("not run", f"{_ON_CPU}, which has no CUDA graphs")
-        for batch in dict.fromkeys((1, min(_batch(opened), len(frames)))):
+            return Result("not run", _ON_CPU)
+        for batch in dict.fromkeys((1, min(batch_size(opened), len(frames)))):
             whole = frames[: len(frames) // batch * batch]  # one batch size, so that one graph serves
             # The first run of a batch size is plain, the second is captured.
             for _ in range(2):
                 opened.run(whole[-batch:], outputs=outputs)
             launched, wanted = (_run_all(way, whole, outputs, batch) for way in (opened, plain))
-            compared = compare(launched, wanted, subject.manifest, subject.tolerances)
+            compared = _compare(launched, wanted, subject)
             ran = [program for program in _programs(opened) if program.get("batch") == batch]
             problems = [f"no graph: {program.get('why')}" for program in ran if not program.get("graph")]
             problems += [] if ran else ["no run was reported"]
@@ -173,7 +161,7 @@ def check_graphs(subject: Subject, frames: NDArray[np.uint8]) -> Result:
                 problems.append("a graph was used where graphs were turned off")
             failures += [f"batch {batch}: {problem}" for problem in [*problems, *compared.failures]]
             numbers |= {f"batch_{batch}_{key}": value for key, value in compared.numbers.items()}
-            found.append(f"batch {batch}: {compared}")
+            found.append(f"batch {batch}: {compared.summary}")
         numbers["opened"] = opened.report().get("opened", {})  # layouts, and why not others
     return Result.of(failures, "; ".join(found), numbers)
 
@@ -183,9 +171,9 @@ def check_copies(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     outputs = compared_tensors(subject.manifest)
     failures: list[str] = []
     numbers: dict[str, int] = {}
-    with closing(subject.open(True)) as opened:
+    with closing(subject.open()) as opened:
         if not opened.report():
-            return Result("not run", f"{_ON_CPU}, where nothing is copied to a device")
+            return Result("not run", _ON_CPU)
         for run in range(4):  # plain, captured, launched, and once more
             frame = frames[run % len(frames)][None]
             before = cast("Mapping[str, int]", opened.report()["copies"])
@@ -206,37 +194,37 @@ def check_copies(subject: Subject, frames: NDArray[np.uint8]) -> Result:
 def check_together(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     """Two pipelines in two threads, each with frames in another order and in other batches, against one alone."""
     outputs = compared_tensors(subject.manifest)
-    with closing(subject.open(True)) as opened:
+    with closing(subject.open()) as opened:
         alone = _run_all(opened, frames, outputs, 1)
 
-    def compare_rounds(order: NDArray[np.intp], batch: int) -> list[Comparison]:
+    def compare_rounds(order: NDArray[np.intp], batch: int) -> list[_Comparison]:
         wanted = {name: array[order] for name, array in alone.items()}
-        with closing(subject.open(True)) as opened:
-            size = min(batch, _batch(opened))
+        with closing(subject.open()) as opened:
+            size = min(batch, batch_size(opened))
             found = [_run_all(opened, frames[order], outputs, size) for _ in range(_ROUNDS)]
-        return [compare(tensors, wanted, subject.manifest, subject.tolerances) for tensors in found]
+        return [_compare(tensors, wanted, subject) for tensors in found]
 
     forwards = np.arange(len(frames))
     with ThreadPoolExecutor(2, "mge-selfcheck") as threads:
-        compared = list(threads.map(compare_rounds, (forwards, forwards[::-1]), (1, BATCH)))
+        compared = list(threads.map(compare_rounds, (forwards, forwards[::-1]), (1, _BATCH)))
     failures = [
         f"pipeline {number}: {failure}"
         for number, rounds in enumerate(compared, 1)
         for failure in dict.fromkeys(line for one in rounds for line in one.failures)
     ]
-    return Result.of(failures, f"{_ROUNDS} rounds at once: {compared[0][-1]}", compared[0][-1].numbers)
+    last = compared[0][-1]
+    return Result.of(failures, f"{_ROUNDS} rounds at once: {last.summary}", last.numbers)
 
 
-def _run_all(
-    opened: Pipeline, frames: NDArray[np.uint8], outputs: Collection[str], batch: int
-) -> dict[str, NDArray[Any]]:
+def batch_size(opened: Pipeline) -> int:
+    """The largest batch that is checked: eight, or what engines were built for."""
+    return min(_BATCH, opened.max_batch or _BATCH)
+
+
+def _run_all(opened: Pipeline, frames: NDArray[np.uint8], outputs: Collection[str], batch: int) -> _Tensors:
     """Run any number of frames in groups of `batch`; the last group may be smaller."""
     runs = [opened.run(frames[start : start + batch], outputs=outputs) for start in range(0, len(frames), batch)]
     return {name: np.concatenate([tensors[name] for tensors in runs]) for name in outputs}
-
-
-def _batch(opened: Pipeline) -> int:
-    return min(BATCH, opened.max_batch or BATCH)
 
 
 def _boxes(manifest: Manifest) -> list[str]:

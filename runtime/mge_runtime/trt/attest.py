@@ -24,7 +24,7 @@ __all__ = ["Counts", "attest_engine", "attest_network", "dtype_name"]
 
 _FLOATS = {"float16", "float32", "bfloat16", "fp8"}
 # What a graph's convolutions compute in, by its precision plan's type. In a parsed network a quantized one reads what
-# its DEQUANTIZE layers put out, so there INT8 is FP16, too; in an engine it may be either.
+# its DEQUANTIZE layers give, so there INT8 is FP16, too; in an engine it may be either.
 _WANTED = {"fp32": "float32", "fp16": "float16", "int8": "float16"}
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # `tensorrt.DataType` where it is not NumPy's
@@ -52,7 +52,7 @@ def attest_network(graph: str, network: trt.INetworkDefinition, model: bytes, pl
     """Check every layer of a parsed network against the graph's precision plan.
 
     Every convolution must compute in the plan's type and all of the plan's must be there; every layer that came from an
-    ONNX node may put out only floating types that the plan lists for that operator. A plan that lists no operators is
+    ONNX node may give only floating types that the plan lists for that operator. A plan that lists no operators is
     checked by its convolutions alone.
 
     Args:

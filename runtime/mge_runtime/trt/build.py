@@ -14,7 +14,7 @@ from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.bundle.archive import target_of, weights_entry
 from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.cuda import CudaDevice
-from mge_runtime.errors import BackendError, BuildError, BundleError, printable
+from mge_runtime.errors import BackendError, BuildError, BundleError
 from mge_runtime.fields import JsonValue
 from mge_runtime.files import check_writable, temporary_folder
 from mge_runtime.machine import Gpu, Machine, describe_machine, this_platform
@@ -85,8 +85,7 @@ def build_targets(
 
     Raises:
         BackendError: no library or no GPU for it.
-        BuildError: a graph cannot be built, is not of its precision, or `progress` stopped the build or the
-            wait for another process.
+        BuildError: a graph cannot be built, is not of its precision, or `progress` stopped the build.
         BundleError: the bundle is damaged or was replaced.
         OutputError: the engines cannot be stored.
     """
@@ -128,7 +127,10 @@ def build_targets(
             if job.gpu is not None and not into_bundle:
                 place = store_engines(bundle.manifest_sha256, new.target, job.gpu, new.plans, new.details).place
             else:
-                _add_to_bundle(bundle, new, say, progress)
+                if new.target.name in bundle.targets:
+                    say(f"replaces the engines for {new.target} that {bundle.path} has")
+                name, details, digest = new.target.name, new.details.to_dict(), bundle.manifest_sha256
+                add_engine(bundle.path, name, new.plans, details, manifest_sha256=digest)
                 place = f"in {path}"
             kept(new.target.name, place)
 
@@ -144,7 +146,7 @@ def build_engines(
     say: Say = lambda _line: None,
     progress: GraphProgress = lambda _graph, _share, _phase: True,
 ) -> NewEngines:
-    """Build the engines of every graph.
+    """Build the engine of every graph of an open bundle; see `build_targets`.
 
     Args:
         bundle: open.
@@ -155,10 +157,6 @@ def build_engines(
         options: how.
         say: shows a line for each graph.
         progress: is told of every step and may stop the build.
-
-    Raises:
-        BuildError: a graph cannot be built for this target, or is not of its precision.
-        BundleError: an entry is damaged, or the file was replaced meanwhile.
     """
     manifest = bundle.manifest
     say(f"building for {gpu or 'other machines'}: {target} with {vendor.name} {vendor.version}, batch {options.batch}")
@@ -250,20 +248,3 @@ def _bounded(options: BuildOptions, machine: Machine, gpu: Gpu, say: Say) -> Bui
         "GPU together; --workspace names another limit"
     )
     return replace(options, workspace=workspace)
-
-
-def _add_to_bundle(bundle: Bundle, new: NewEngines, say: Say, progress: GraphProgress) -> None:
-    """Add engines to a bundle, whole or not at all; other targets stay, older engines of this target are replaced."""
-    if new.target.name in bundle.targets:
-        say(f"replaces the engines for {new.target} that {bundle.path} has")
-
-    def waiting() -> None:
-        if not progress("bundle", 0.0, "waits for another process"):
-            raise BuildError(
-                f"stopped while waiting for another process that writes {printable(str(bundle.path))}; the bundle is "
-                "as it was"
-            )
-
-    details = new.details.to_dict()
-    digest = bundle.manifest_sha256
-    add_engine(bundle.path, new.target.name, new.plans, details, manifest_sha256=digest, waiting=waiting)

@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mge_runtime.bundle import Bundle, EngineDescription
-from mge_runtime.bundle.archive import engine_plan
+from mge_runtime.bundle.archive import engine_description, engine_plan
 from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.fields import Field, JsonValue
 from mge_runtime.files import lock
 from mge_runtime.machine import Gpu, Machine
-from mge_runtime.manifest import Entry, Manifest
+from mge_runtime.manifest import Entry, Manifest, read_plan
 from mge_runtime.trt.target import LARGEST_BATCH, BatchRange, Target
 
 __all__ = ["BundleEngines", "EngineDetails", "EngineSet", "FoundEngines", "find_engines", "store_engines", "why_not"]
@@ -57,8 +57,7 @@ class EngineDetails:
         Raises:
             BundleError: another version of mge, or something else, wrote them.
         """
-        document = f"engines/{description.target}/{_DESCRIPTION}"
-        root = Field(dict(description.details), "details", document, _ADVICE)
+        root = Field(dict(description.details), "details", engine_description(description.target), _ADVICE)
         fields = root.members(tuple(cls.__dataclass_fields__))
         sizes = [size.integer(1, LARGEST_BATCH) for size in fields["batch"].items()]
         if len(sizes) != 3 or sizes != sorted(sizes):
@@ -67,11 +66,8 @@ class EngineDetails:
             version=fields["version"].text(),
             gpu=fields["gpu"].optional(Gpu.from_field),
             batch=BatchRange(*sizes),
-            precision={
-                graph: {key: value.value for key, value in facts.table().items()}
-                for graph, facts in fields["precision"].table().items()
-            },
-            options={key: value.value for key, value in fields["options"].table().items()},
+            precision={graph: read_plan(facts) for graph, facts in fields["precision"].table().items()},
+            options=fields["options"].free(),
             built_by=fields["built_by"].text(),
         )
 

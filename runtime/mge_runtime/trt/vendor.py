@@ -65,14 +65,11 @@ class Library:
 
 
 LIBRARIES = {
-    library.name: library
-    for library in (
-        # 10.3 is JetPack 6's. 12 may change the rules again, as 11 did.
-        Library(
-            "tensorrt", "tensorrt", (10, 3), (12, 0), 'pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)'
-        ),
-        Library("tensorrt-rtx", "tensorrt_rtx", (1, 7), (2, 0), 'pip install "mge[rtx]"'),
-    )
+    # 10.3 is JetPack 6's. 12 may change the rules again, as 11 did.
+    "tensorrt": Library(
+        "tensorrt", "tensorrt", (10, 3), (12, 0), 'pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)'
+    ),
+    "tensorrt-rtx": Library("tensorrt-rtx", "tensorrt_rtx", (1, 7), (2, 0), 'pip install "mge[rtx]"'),
 }
 
 

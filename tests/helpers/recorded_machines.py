@@ -1,4 +1,4 @@
-"""The machines whose descriptions lie in `machines/`, engines for them, and what is chosen there."""
+"""The machines whose descriptions lie in `tests/runtime/machines/`, engines for them, and what is chosen there."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from mge_runtime.backends import choose
-from mge_runtime.bundle import Bundle, add_engine, write_bundle
+from mge_runtime.bundle import Bundle, add_engine
 from mge_runtime.errors import BackendError
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import BatchRange
+from tests.helpers.chain_runs import write_chain
 
-FOLDER = Path(__file__).with_name("machines")
+FOLDER = Path(__file__).parents[1] / "runtime" / "machines"
 NO_PLAN = b"no engine: whoever deserialises this fails"
 
 
@@ -25,6 +26,7 @@ RTX3060, RTX4090 = recorded("rtx-3060-linux-tensorrt-rtx-1.7"), recorded("rtx-40
 T4_RTX, T4, RTX5090 = recorded("t4-tensorrt-rtx-1.7"), recorded("t4-tensorrt-10.13"), recorded("rtx-5090-no-cuda-core")
 H100_ORT, H100 = recorded("h100-onnxruntime-gpu"), recorded("h100-tensorrt-11.4")
 RTX3070 = replace(RTX3060, gpus=(Gpu("NVIDIA GeForce RTX 3070", "sm86", 8 << 30, 46),))
+NO_TENSORRT = replace(ORIN, libraries={"cuda-core": "1.2.2"})
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,40 @@ def details(engine):
     return EngineDetails(engine.version, engine.gpu, BatchRange(1, 1, 8), precision, {}, "mge test")
 
 
-def write_with_engines(tiny, path, *engines, operators=None):
-    """Write a tiny bundle that holds bytes in place of these engines; return its path."""
-    graphs = tiny.make_graphs()
-    manifest = tiny.make_manifest(graphs)
-    if operators is not None:
-        plans = {graph: {**plan, "type": "fp16", "operators": operators} for graph, plan in manifest.precision.items()}
-        manifest = replace(manifest, precision=plans)
-    write_bundle(path, manifest, {g.spec.name: g.model() for g in graphs})
+def write_with_engines(tiny, path, *engines, **plan):
+    """Write a tiny bundle that holds bytes in place of these engines; `plan` is said of each graph's precision."""
+
+    def told(made):
+        return replace(made, precision={name: {**known, **plan} for name, known in made.precision.items()})
+
+    write_chain(tiny, path, manifest=told)
     with Bundle.open(path) as bundle:
-        digest, graphs = bundle.manifest_sha256, [s.name for s in bundle.manifest.graphs]
+        digest, graphs = bundle.manifest_sha256, [graph.name for graph in bundle.manifest.graphs]
     for engine in engines:
         plans = {graph: NO_PLAN for graph in graphs if graph not in engine.left_out}
         add_engine(path, engine.target, plans, details(engine).to_dict(), manifest_sha256=digest)
     return path
 
 
+def lock_engines(patch):
+    """Fail when a byte of an engine is read."""
+
+    def view(_, name):
+        pytest.fail(f"{name} was read")
+
+    def read(self, name):
+        assert not name.endswith(".plan"), f"{name} was read"
+        return original(self, name)
+
+    original = Bundle.read
+    patch.setattr(Bundle, "view", view)
+    patch.setattr(Bundle, "read", read)
+
+
 def chosen(path, machine, device="auto", backend="auto", **options):
-    with Bundle.open(path) as bundle:
+    """What runs a bundle on a machine; no engine is read for it."""
+    with pytest.MonkeyPatch.context() as patch, Bundle.open(path) as bundle:
+        lock_engines(patch)
         return choose(device, backend, bundle=bundle, machine=machine, **options)
 
 

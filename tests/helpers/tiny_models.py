@@ -1,8 +1,9 @@
-"""Tiny seeded models and real photographs to export."""
+"""Tiny seeded models, and images to train, evaluate and export them on."""
 
 from pathlib import Path
 
 import numpy as np
+import skimage
 import torch
 from PIL import Image
 from torch import nn
@@ -10,13 +11,22 @@ from torch import nn
 from mge.config import MGEConfig
 from mge.data.folder import normalize
 from mge.model import MGENet
+from mge_runtime.decode import decode_image
+from mge_runtime.preprocess import to_frame
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[3] / "shared"  # data beside a checkout
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 
 
+def tiny_config(experts=3, classes="abc", **changes):
+    """The smallest network that timm has, at 64 px."""
+    values = {"arch": "test_resnet", "image_size": 64, "resize": 64, "gate_width": 8}
+    values |= {"box_thresholds": (0.5,) * (experts - 1)} | changes
+    return MGEConfig(classes=tuple(classes), experts=experts, **values)
+
+
 def make_model(experts=2, *, normalize=True, attention="own", gate="network", size=64, seed=0):
-    """A model whose BatchNorms have statistics of their own and whose classes are clearly apart."""
+    """A ResNet-10 whose BatchNorms have statistics of their own and whose classes are clearly apart."""
     torch.manual_seed(seed)
     config = MGEConfig(
         arch="resnet10t",
@@ -61,8 +71,6 @@ def save_photographs(folder, *, groceries=None):
         folder: where to.
         groceries: whether to take groceries; None: where ../shared lies beside the checkout.
     """
-    import skimage
-
     source = Path(skimage.__file__).parent / "data"
     images = [Image.open(source / name).convert("RGB") for name in PHOTOGRAPHS]
     for image in images:
@@ -80,7 +88,30 @@ def save_photographs(folder, *, groceries=None):
 
 def load_frames(folder, preprocess):
     """All photographs of a folder as frames, uint8 [B, S, S, 3]."""
-    from mge_runtime.decode import decode_image
-    from mge_runtime.preprocess import to_frame
-
     return np.stack([to_frame(decode_image(path), preprocess)[0] for path in sorted(folder.iterdir())])
+
+
+def run_chain(specs, runner, frames):
+    """All tensors of a chain whose graphs run in turn, each on the outputs of those before."""
+    tensors = {"frame": frames}
+    for spec in specs:
+        tensors |= runner(spec, tensors)
+    return tensors
+
+
+def save_noise(folder, counts, size=(90, 70), seed=0):
+    """Save images of noise, `<folder>/<name>/<number>.png`.
+
+    Args:
+        folder: where to.
+        counts: by name of a folder below, how many.
+        size: pixels, width and height.
+        seed: of the noise.
+    """
+    random = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = random.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
