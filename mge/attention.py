@@ -30,6 +30,7 @@ __all__ = [
     "grad_cam",
     "normalized_maxima",
     "shrink",
+    "whole_view",
 ]
 
 FLAT = 1e-6  # of its largest value: a smaller range is what rounding leaves of a flat map that is upsampled
@@ -240,6 +241,13 @@ def shrink(frame: Tensor, size: int) -> Tensor:
     block = frame.shape[1] // size
     rows = frame.unflatten(1, (size, block)).flatten(3).mean(2)  # rows first: each is one run of memory
     return rows.unflatten(2, (size, block, 3)).mean(3).permute(0, 3, 1, 2)
+
+
+def whole_view(images: Tensor) -> Tensor:
+    """Edges of whole images [B, 3, H, W], in pixels: [B, 4]."""
+    height, width = images.shape[2:]
+    edges = _constant((0.0, 0.0, float(width), float(height)), torch.float32, images.device)
+    return edges.expand(images.shape[0], -1)
 
 
 def compose_view(view: Tensor, box: Tensor, size: int) -> Tensor:

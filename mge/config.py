@@ -63,7 +63,11 @@ class MGEConfig:
             ),
             (all(s >= 32 and s % 16 == 0 for s in self.image_sizes), "image_sizes", "multiples of 16 pixels"),
             (self.source_size % size == 0, "source_size", f"0, or a multiple of image_size ({size})"),
-            (self.resize >= self.frame_size, "resize", f"at least the side of the frame ({self.frame_size})"),
+            (
+                self.resize >= self.frame_size,
+                "resize",
+                f"at least {'source_size' if self.source_size else 'image_size'} ({self.frame_size})",
+            ),
             (len(self.box_thresholds) == crops, "box_thresholds", f"{crops}, one for each crop"),
             (all(0 <= t < 1 for t in self.box_thresholds), "box_thresholds", "numbers in [0, 1)"),
             (self.parts_per_class >= 1, "parts_per_class", "at least 1"),

@@ -17,6 +17,7 @@ from mge.attention import (
     crop_resize,
     grad_cam,
     shrink,
+    whole_view,
 )
 from mge.backbones import create_backbone, pretrained_weights
 from mge.config import MGEConfig
@@ -207,7 +208,7 @@ class MGENet(nn.Module):
         sizes, crops_frame = self.config.sizes, self.config.source_size > 0
         frame = images.permute(0, 2, 3, 1)
         image = first = shrink(frame, sizes[0]) if crops_frame else images
-        view = images.new_tensor((0, 0, *images.shape[2:])).expand(len(images), -1)
+        view = whole_view(images)
         for k, expert in enumerate(self.experts):
             assert isinstance(expert, Expert)  # noqa: S101 - tells the type checker what the ModuleList holds
             c4, c5 = expert.features(image)

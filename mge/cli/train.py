@@ -53,8 +53,7 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
     "--recipe",
     type=click.Choice(["default", "paper"]),
     default="default",
-    help="paper: box thresholds fixed at 0.2 and a gate with a backbone of its own, as published; all other defaults "
-    "are the paper's anyway.",
+    help="paper: box thresholds fixed at 0.2, as published; all other defaults are the paper's anyway.",
 )
 @click.option("--arch", default="resnet50", help="timm backbone; any CNN with features at strides 16 and 32.")
 @click.option(
@@ -68,7 +67,7 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option(
     "--gate",
     type=click.Choice(["network", "shared", "none"]),
-    default="none",
+    default="network",
     help="What weighs the experts. network: a backbone of its own (the paper's); shared: a linear layer over what the "
     "experts saw; none: fixed weights, learned on the validation images.",
 )
@@ -143,9 +142,8 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 def main(**options: Any) -> None:
     """Train a mixture of granularity-specific experts on a folder of images.
 
-    The defaults are the paper's but for two: the box thresholds follow --crop-area, because the paper's 0.2 keeps 98 %
-    of most images, which is no attention; and the experts' weights are fixed, learned on the validation images, because
-    the paper's gate costs a fourth backbone and comes to trust one expert alone. --recipe paper brings both back.
+    The defaults are the paper's but for one: the box thresholds follow --crop-area, because the paper's 0.2 keeps 98 %
+    of most images, which is no attention. --recipe paper brings it back.
 
     Ctrl-C, SIGTERM and SIGHUP end the run after the current step; --resume continues it.
     """
@@ -158,7 +156,7 @@ def main(**options: Any) -> None:
     resume: Path | None = options["resume"]
     config = None
     if resume is None:
-        _complete(options, given)
+        _complete(options)
     else:
         config = _take_up(resume, options, given)
     data, out = Path(options["data"]), Path(options["out"])
@@ -219,7 +217,7 @@ def main(**options: Any) -> None:
     echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
 
 
-def _complete(options: dict[str, Any], given: set[str]) -> None:
+def _complete(options: dict[str, Any]) -> None:
     """Put the values that depend on others into the options of a new run."""
     from mge.archive import check_file
     from mge.config import PAPER_THRESHOLD
@@ -238,8 +236,6 @@ def _complete(options: dict[str, Any], given: set[str]) -> None:
         raise click.UsageError("--recipe paper fixes the box thresholds at the paper's; leave out the option for them")
     if options["recipe"] == "paper":
         options["box_threshold"] = (PAPER_THRESHOLD,)
-        if "gate" not in given:
-            options["gate"] = "network"
     elif not options["crop_area"] and not options["box_threshold"]:
         options["crop_area"] = (CROP_AREA,)
     init = options["init"]
