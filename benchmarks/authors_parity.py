@@ -105,7 +105,7 @@ def seed_weights(net: Any, fc: Tensor, bias: Tensor, seed: int) -> None:
 
 def read_images(folder: Path, count: int) -> tuple[list[Path], Tensor]:
     """`count` photographs spread over all of a folder, as the authors' test transform gives them: [N, 3, S, S]."""
-    found = [image.path for image in list_folder(folder).whole() if image.path is not None]
+    found = [image.path for image in list_folder(folder).whole()]
     if not found:
         raise SystemExit(f"error: no photographs in {folder}; expected image files")
     picked = [found[i * len(found) // count] for i in range(count)] if len(found) > count else found

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mge.model import Expert, Gate, MGENet
+from mge_export.graph import OPSET
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 
 __all__ = ["BareBackbones"]
-
-_OPSET = 18  # as `mge-export`
 
 
 class _Backbone(nn.Module):
@@ -96,7 +95,7 @@ def _export(backbone: nn.Module, image: Tensor, path: Path) -> None:
             (image,),
             path,
             dynamo=True,
-            opset_version=_OPSET,
+            opset_version=OPSET,
             input_names=["image"],
             output_names=["c5"],
             external_data=True,

@@ -32,7 +32,6 @@ from benchmarks.rounds import ratio
 from mge_runtime.bundle import Bundle
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.errors import BackendError
-from mge_runtime.extract import extract_bundle
 from mge_runtime.machine import cpu_count
 
 TIME_LIMIT = 1.15  # times plain ONNX Runtime's own
@@ -105,7 +104,7 @@ def main(engine: Path, other: Path | None, runtime: Path, runs: int, rounds: int
     """Measure and judge."""
     with TemporaryDirectory() as folder:
         with Bundle.open(engine) as bundle:
-            extract_bundle(bundle, folder)
+            bundle.extract(folder)
             manifest = bundle.manifest
             names = [graph.name for graph in manifest.graphs]
             weights = sum(size for name, size in bundle.sizes.items() if name.endswith(".weights")) / 1e6

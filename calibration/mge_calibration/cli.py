@@ -19,6 +19,7 @@ from mge_runtime.cli.common import (
     no_mmap_option,
     report,
     reports_errors,
+    say,
     threads_option,
 )
 from mge_runtime.errors import MGEError, OutputError
@@ -138,7 +139,7 @@ def main(
         )
         if report_to is not None:
             _make_folder(report_to)
-        learned = learn(request, say=lambda line: click.echo(line, err=True), problem=report, progress=_progress)
+        learned = learn(request, say=say, problem=report, progress=_progress)
         values = as_values(learned)
         if report_to is not None:
             save_reliability(report_to / _RELIABILITY, learned.temperatures)

@@ -18,7 +18,7 @@ from mge_calibration.temperature import TEMPERATURE, set_temperature
 from mge_export.graph import OPSET, externalize, inlined, weights_name
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.archive import CHAIN, weights_entry
-from mge_runtime.extract import LABELS, write_labels
+from mge_runtime.bundle.reader import LABELS, write_labels
 from mge_runtime.files import atomic_path
 from mge_runtime.manifest import BATCH, FRAME, Manifest
 

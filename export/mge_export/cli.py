@@ -141,15 +141,14 @@ def main(
     # The imports take seconds, too.
     with interruptible("the export", f"nothing was written to {path}; run it again", ExportError) as interrupt:
         from mge.checkpoint import load_checkpoint
-        from mge_calibration.int8.graph import Int8Options
         from mge_calibration.int8.images import read_calibration_images
+        from mge_calibration.int8.quantize import Int8Options
         from mge_export.chain import write_chain
         from mge_export.export import export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
         from mge_export.precision import Precision
         from mge_runtime.bundle import Bundle
-        from mge_runtime.extract import extract_bundle
         from mge_runtime.files import file_sha256
 
         def say(line: str) -> None:
@@ -196,7 +195,7 @@ def main(
             try:
                 with Bundle.open(path) as bundle:
                     if extract is not None:
-                        say(f"extracted {len(extract_bundle(bundle, extract))} files to {extract}")
+                        say(f"extracted {len(bundle.extract(extract))} files to {extract}")
                     if onnx_file is not None:
                         say(f"wrote {', '.join(map(str, write_chain(bundle, onnx_file)))}")
             except OutputError as error:

@@ -23,7 +23,7 @@ from mge_export.precision import Precision, check_precision, infer_types
 from mge_runtime.bundle import GraphModel, write_bundle
 from mge_runtime.errors import ExportError
 from mge_runtime.files import check_output, temporary_folder
-from mge_runtime.manifest import Manifest
+from mge_runtime.manifest import Manifest, ViewSpec
 
 __all__ = ["ExportResult", "export_bundle"]
 
@@ -88,7 +88,7 @@ def export_bundle(
     with temporary_folder("export") as folder:
         say(f"splitting {config.experts} x {config.arch} into graphs, {precision.value}")
         graphs = build_graphs(model, precision, half_linear=half_linear)
-        written = [_write_graph(graph, made, folder, say) for graph, made in _made(graphs, int8, say)]
+        written = [_write_graph(graph, made, folder, say) for graph, made in _made(graphs, int8, views(config), say)]
         step = max(images.count // 10, 1)
 
         def progress(done: int) -> None:
@@ -150,7 +150,7 @@ class _Written:
 
 
 def _made(
-    graphs: Sequence[ExpertGraph], int8: Int8Request | None, say: Say
+    graphs: Sequence[ExpertGraph], int8: Int8Request | None, views: Sequence[ViewSpec], say: Say
 ) -> Iterator[tuple[ExpertGraph, LearnedGraph]]:
     """Each graph as it is written, and of a quantized one what was learned; one at a time, unless INT8 needs all."""
     if int8 is None:
@@ -158,7 +158,8 @@ def _made(
             yield graph, LearnedGraph(export_graph(graph))
         return
     say(f"calibrating INT8 ({int8.options.method}) on {int8.images.source}")
-    learned = quantize_graphs([export_graph(graph) for graph in graphs], int8, say)
+    boxes = [view.box for view in views if view.box is not None]
+    learned = quantize_graphs([export_graph(graph) for graph in graphs], boxes, int8, say)
     yield from zip(graphs, learned, strict=True)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
 
+from mge_runtime.bench_subject import synthetic_image
 from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
 from mge_runtime.manifest import Preprocess
@@ -62,7 +62,7 @@ def find_verify_images(
     if note := listed.note():
         say(f"{folder}: {note}")
     count = min(limit, len(found)) if limit else len(found)
-    chosen = [found[index * len(found) // count].source() for index in range(count)]
+    chosen = [found[index * len(found) // count].path for index in range(count)]
     origin = f"of {len(found)} images in {folder.resolve().name}"
     return photographs(chosen, origin, preprocess, say, max_pixels=max_pixels)
 
@@ -108,21 +108,6 @@ def _decodes(source: Path | bytes, say: Callable[[str], None], max_pixels: int) 
 
 
 def generated_images(preprocess: Preprocess, count: int) -> VerifyImages:
-    """Make images with soft backgrounds, shapes and grain, the same ones each time."""
-    source = f"{count} generated images, no photographs"
-    return VerifyImages(count, False, source, lambda index: _generate(index, preprocess.size))
-
-
-def _generate(seed: int, size: int) -> np.ndarray:
-    random = np.random.default_rng(seed)
-    coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(image)
-    for _ in range(6):
-        x, y = random.uniform(0, size, 2)
-        width, height = random.uniform(size / 20, size / 3, 2)
-        shape = draw.ellipse if random.random() < 0.5 else draw.rectangle
-        red, green, blue = (int(value) for value in random.integers(0, 256, 3))
-        shape((x - width, y - height, x + width, y + height), fill=(red, green, blue))
-    grain = random.normal(0, 8, (size, size, 3))
-    return np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)
+    """Make images, the same ones each time: see `synthetic_image`."""
+    side, source = preprocess.size, f"{count} generated images, no photographs"
+    return VerifyImages(count, False, source, lambda index: np.array(synthetic_image(index, side, side)))

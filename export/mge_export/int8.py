@@ -8,9 +8,8 @@ from typing import Any
 
 import onnx
 
-from mge_calibration.int8.chain import quantize_chain
-from mge_calibration.int8.graph import Int8Options
 from mge_calibration.int8.images import CalibrationImages
+from mge_calibration.int8.quantize import Int8Options, quantize_chain
 from mge_export.graph import OnnxGraph, externalize, inlined, weights_name
 from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
@@ -53,9 +52,15 @@ def is_backbone_weight(name: str) -> bool:
 
 
 def quantize_graphs(
-    graphs: Sequence[OnnxGraph], request: Int8Request, say: Callable[[str], None]
+    graphs: Sequence[OnnxGraph], boxes: Sequence[str], request: Int8Request, say: Callable[[str], None]
 ) -> list[LearnedGraph]:
     """Quantize the backbones of a chain of written graphs, typed for INT8, which are left as they are.
+
+    Args:
+        graphs: in the order they run.
+        boxes: names of the chain's boxes, in the order they are made.
+        request: images to learn from, and how.
+        say: shows progress.
 
     Returns:
         The same graphs; one that stays in FP16 has no quantized nodes.
@@ -66,7 +71,7 @@ def quantize_graphs(
     names = {graph.spec.name: weights_name(graph.spec.name) for graph in graphs}
     models = {g.spec.name: inlined(g.model, {names[g.spec.name]: g.weights}) for g in graphs}
     specs = [graph.spec for graph in graphs]
-    results = quantize_chain(specs, models, is_backbone_weight, request.images.frames, request.options, say)
+    results = quantize_chain(specs, models, boxes, is_backbone_weight, request.images.frames, request.options, say)
     done: list[LearnedGraph] = []
     for graph in graphs:
         result = results[graph.spec.name]

@@ -23,10 +23,10 @@ from mge_runtime.compare import (
     box_area,
     box_failures,
     box_iou,
+    chain_box_iou,
     class_failures,
     class_margins,
     finite,
-    frame_boxes,
     relative_difference,
 )
 from mge_runtime.errors import BackendError, BundleError, ExportError
@@ -261,8 +261,9 @@ def measure_parity(
             if check.name == "torch" and done and not half:
                 continue
             found = _compare_graphs(check, runner, specs, reference, limits.relative)
-            ours, theirs = (_in_frame(tensors, boxes, size) for tensors in (found, reference))
-            check.chain.add(ours, theirs, [specs[-1].logits, *boxes])
+            check.chain.add(found, reference, [specs[-1].logits])
+            for name, ious in chain_box_iou(boxes, found, reference, size).items():
+                check.chain.box_iou[name] += ious.tolist()
         verified = verified or {name: tensor for name, tensor in found.items() if tensor.ndim < 4}
         for name, shares in area.items():
             shares += (box_area(reference[name]) / size**2).tolist()
@@ -332,11 +333,6 @@ def _same(found: Tensors, reference: Tensors, names: Sequence[str], image: int, 
         for name in names
         if found[name] is not reference[name]
     )
-
-
-def _in_frame(tensors: Tensors, boxes: Sequence[str], size: int) -> Tensors:
-    """The tensors, their boxes in pixels of the frame."""
-    return tensors | dict(zip(boxes, frame_boxes([tensors[name] for name in boxes], size), strict=True))
 
 
 def _class_and_box_failures(where: str, differences: Differences, limits: Tolerances, *, boxes: bool) -> list[str]:

@@ -99,9 +99,9 @@ class EnginePlan:
                 into_bundle=True,
                 options=BuildOptions(self.batch),
                 machine=self.machine,
+                interrupt=interrupt,
                 say=say,
-                progress=shown_progress(interrupt),
-                held=interrupt.held,
+                progress=shown_progress(),
             )
         except (BuildError, BackendError) as error:
             if self.asked or interrupt.requested:

@@ -27,11 +27,12 @@ from mge_runtime.preprocess import to_frame
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
     from mge_runtime.decode import ImageSource
     from mge_runtime.sources import NamedImage
 
-__all__ = ["Images", "Subject", "open_subject"]
+__all__ = ["Images", "Subject", "open_subject", "synthetic_image"]
 
 _MOST_IMAGES = 64  # their frames stay in memory, 600 kB each at 448 pixels
 _SYNTHETIC, _HEIGHT, _WIDTH = 12, 960, 1280  # images (a batch of eight and a remainder), pixels
@@ -87,9 +88,8 @@ def open_subject(
     with Bundle.open(path) as bundle:
         bundle.verify()  # a report names the manifest's hash, and opening does not hash the weights
         choice = choose(device, backend, bundle=bundle)
-        if buildable := next((other for other in choice.passed_over if other.command is not None), None):
-            line = f"running with {choice}; not with {buildable.backend} on {buildable.device}: {buildable.reason}"
-            logging.getLogger("mge_runtime").warning(line)
+        if choice.command is not None:
+            logging.getLogger("mge_runtime").warning(choice.note)
         on_cpu = partial(Pipeline.open, path, "cpu", "onnxruntime", **options)
         return Subject(
             path=Path(path),
@@ -159,20 +159,14 @@ class Images:
 
     @classmethod
     def synthetic(cls, spec: Preprocess) -> Images:
-        """Soft color fields with some grain as JPEG files, the same at every call.
+        """`synthetic_image` as JPEG files, the same at every call.
 
         A network is less certain of them than of photographs, so differences change classes sooner.
         """
-        from PIL import Image
-
-        rng = np.random.default_rng(2019)
         files: list[bytes] = []
-        for _ in range(_SYNTHETIC):
-            cells = Image.fromarray(rng.integers(0, 256, (*rng.integers(3, 9, 2), 3), np.uint8))
-            field = np.asarray(cells.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC))
-            pixels = np.clip(field + rng.normal(0, 6, (_HEIGHT, _WIDTH, 1)), 0, 255).astype(np.uint8)
+        for seed in range(_SYNTHETIC):
             buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+            synthetic_image(seed, _WIDTH, _HEIGHT).save(buffer, "JPEG", quality=90)
             files.append(buffer.getvalue())
         frames = np.stack([to_frame(open_image(file), spec)[0] for file in files])
         source = f"{_SYNTHETIC} synthetic JPEG files of {_WIDTH} x {_HEIGHT} pixels; name images to use them instead"
@@ -182,3 +176,21 @@ class Images:
         """The images of one run, in turn and again from the start."""
         places = [(number * size + place) % len(self.files) for place in range(size)]
         return [self.files[place] for place in places], self.frames[places]
+
+
+def synthetic_image(seed: int, width: int, height: int) -> Image:
+    """A soft background, shapes and grain, in RGB; the same for a seed and a size in pixels."""
+    from PIL import Image, ImageDraw
+
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    draw, side = ImageDraw.Draw(image), min(width, height)
+    for _ in range(6):
+        x, y = random.uniform(0, (width, height))
+        across, down = random.uniform(side / 20, side / 3, 2)
+        shape = draw.ellipse if random.random() < 0.5 else draw.rectangle
+        red, green, blue = (int(value) for value in random.integers(0, 256, 3))
+        shape((x - across, y - down, x + across, y + down), fill=(red, green, blue))
+    grain = random.normal(0, 8, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))

@@ -11,6 +11,7 @@ import numpy as np
 from mge_runtime.bundle.archive import CALIBRATION
 from mge_runtime.errors import BackendError
 from mge_runtime.fields import Field, JsonValue
+from mge_runtime.prediction import softmax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -141,10 +142,8 @@ def confidence(logits: NDArray[Any], temperature: float) -> NDArray[np.float64]:
     Returns:
         [...], in (0, 1], or NaN, which reaches no threshold.
     """
-    scaled = logits.astype(np.float64) / temperature
     with np.errstate(invalid="ignore"):
-        shifted = scaled - scaled.max(-1, keepdims=True)
-        confident = 1.0 / np.exp(shifted).sum(-1)
+        confident = softmax(logits.astype(np.float64) / temperature).max(-1)
     # A single -inf would leave a probability; `Chain.run` refuses such a row.
     return np.where(np.isfinite(logits).all(-1), confident, np.nan)
 

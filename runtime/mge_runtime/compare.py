@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "box_area",
     "box_failures",
     "box_iou",
+    "chain_box_iou",
     "class_failures",
     "class_margins",
     "finite",
@@ -126,6 +127,21 @@ def frame_boxes(boxes: Sequence[NDArray[Any]], size: int) -> NDArray[np.float32]
         return np.zeros((0, 0, 4), np.float32)
     frame = Viewport(0, 0, size, size, size, size)
     return np.stack([compose_boxes(of_image, frame, size)[1:] for of_image in np.stack(boxes, 1)], 1)
+
+
+def chain_box_iou(
+    boxes: Sequence[str], found: Mapping[str, NDArray[Any]], reference: Mapping[str, NDArray[Any]], size: int
+) -> dict[str, NDArray[np.float64]]:
+    """IoU [N] of each of a chain's boxes with the reference's, by name, both in pixels of the frame.
+
+    Args:
+        boxes: names of `box_1` .. `box_{K-1}`.
+        found: tensors, these boxes among them.
+        reference: the same.
+        size: side of every view in pixels.
+    """
+    ours, theirs = (frame_boxes([tensors[name] for name in boxes], size) for tensors in (found, reference))
+    return dict(zip(boxes, box_iou(ours, theirs), strict=True))
 
 
 def relative_difference(found: NDArray[Any], reference: NDArray[Any]) -> NDArray[np.float64]:

@@ -1,14 +1,4 @@
-"""Every error that mge raises on purpose.
-
-MGEError
-├── InputError        an image, a folder or an array that cannot be used
-├── CheckpointError   a checkpoint that is missing, damaged, foreign or at odds with its labels
-├── BundleError       a bundle that is missing, damaged, foreign or newer than this runtime
-├── BackendError      no backend can run this, or one failed while it ran
-├── BuildError        an engine that cannot be built, or is not what was asked for
-├── ExportError       a model that cannot be exported, or whose export is out of tolerance
-├── TrainingError     a training that cannot start or go on
-└── OutputError       a place that cannot be written
+"""Every error that mge raises on purpose, each an `MGEError`.
 
 A message is one line: what, found, expected, what to do. The commands catch `MGEError` alone, print that line and exit
 with 1; any other exception is a defect and shows its traceback.

@@ -9,20 +9,19 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mge_runtime.errors import BundleError, InputError, brief
-from mge_runtime.fields import Field, parse_json
+from mge_runtime.errors import BackendError, BundleError, InputError, brief
+from mge_runtime.fields import Field, dump_json, parse_json
 
-__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "has_module", "this_platform"]
+__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "import_library", "this_platform"]
 
 # Name in a description, as a rule the distribution's, -> the module.
 _LIBRARIES = {
@@ -99,6 +98,12 @@ class Machine:
         """Whether this is a Jetson, where CUDA and TensorRT come with JetPack."""
         return self.board is not None and "jetson" in self.board.lower()
 
+    def missing(self, library: str, install: str) -> str | None:
+        """Why a library cannot be used, with the command that installs it; None: it can."""
+        if (error := self.broken.get(library)) is not None:
+            return f"{library} cannot be imported ({error}); install it again: {install}"
+        return None if library in self.libraries else f"{library} is not installed: {install}"
+
     @property
     def summary(self) -> str:
         """All of it in one line, for people."""
@@ -118,7 +123,7 @@ class Machine:
 
     def to_json(self) -> bytes:
         """UTF-8 JSON, the same for equal machines."""
-        return (json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        return dump_json(asdict(self))
 
     @classmethod
     def from_json(cls, data: bytes, document: str = "machine.json") -> Machine:
@@ -168,7 +173,7 @@ def describe_machine(
         The description. What is missing or broken is said in it; nothing is raised.
     """
     system, arch = this_platform()
-    libraries = {name: _UNKNOWN for name, module in _LIBRARIES.items() if has_module(module)}
+    libraries = {name: _UNKNOWN for name, module in _LIBRARIES.items() if _has_module(module)}
     broken: dict[str, str] = {}
     cuda, problem = _driver_cuda() if gpus else (None, "not asked for")
     devices: tuple[Gpu, ...] = ()
@@ -198,7 +203,26 @@ def describe_machine(
     )
 
 
-def has_module(name: str) -> bool:
+def import_library(module: str, install: str, load: Callable[[str], Any] = importlib.import_module) -> Any:
+    """Import a module of a library.
+
+    Args:
+        module: its name.
+        install: what installs it.
+        load: imports it.
+
+    Raises:
+        BackendError: it is missing or broken.
+    """
+    if not _has_module(module):
+        raise BackendError(f"the module {module} is not installed: {install}")
+    try:
+        return load(module)
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        raise BackendError(f"{module} cannot be imported: {brief(error)}; install it again: {install}") from error
+
+
+def _has_module(name: str) -> bool:
     """Whether a module could be imported; its parents are, it is not."""
     try:
         spec = importlib.util.find_spec(name)

@@ -154,11 +154,10 @@ class ImageFolder:
     def __init__(self, folder: Path, images: Sequence[NamedImage]) -> None:
         self._paths: dict[NamedImage, Path] = {}
         # Two folders may each hold an a.jpg, "A" and "a" may be one file here, and no image may be written over.
-        taken = {str(image.path.resolve()).casefold() for image in images if image.path is not None}
+        taken = {str(image.path.resolve()).casefold() for image in images}
         root, numbers = folder.resolve(), dict[str, int]()
         for image in images:
-            stem = "stdin" if image.path is None else image.path.stem
-            stem = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
+            stem = os.fsdecode(os.fsencode(image.path.stem)[:_LONGEST_STEM])
             number = numbers.get(stem, 1)
             while (place := str(root / _saved_name(stem, number)).casefold()) in taken:
                 number += 1

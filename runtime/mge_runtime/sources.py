@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 STDIN = "-"
-_STDIN_NAME = "standard input"
+_STDIN_NAME, _STDIN_PATH = "standard input", Path("/dev/stdin")
 SAVED_SUFFIX = ".mge.png"  # of what `mge-run --save` draws; in a folder these are no images to predict
 VALIDATION_FOLDERS = ("val", "valid", "validation")
 MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
@@ -56,7 +56,7 @@ class NamedImage:
     """One image to predict."""
 
     name: str  # as shown to the user
-    path: Path | None  # None: the bytes of one image on standard input
+    path: Path  # `_STDIN_PATH`: the bytes of one image on standard input
 
     def source(self) -> Path | bytes:
         """What `decode_image` takes; reads standard input to its end where that is the image.
@@ -64,7 +64,7 @@ class NamedImage:
         Raises:
             InputError: standard input is closed or cannot be read.
         """
-        return self.path if self.path is not None else _StandardInput(_read_stdin("the bytes of one image"))
+        return _StandardInput(_read_stdin("the bytes of one image")) if self.path == _STDIN_PATH else self.path
 
 
 @dataclass
@@ -72,15 +72,14 @@ class ImageList:
     """Images, what could not be listed, and how much was passed over."""
 
     images: list[NamedImage] = field(default_factory=list["NamedImage"])
-    problems: list[InputError] = field(default_factory=list[InputError])  # one for each name or folder
-    named: list[str] = field(default_factory=list[str])  # by `find_images`: behind which name each problem lies
+    # A name or a folder, and why there is nothing behind it.
+    problems: list[tuple[str, InputError]] = field(default_factory=list[tuple[str, InputError]])
     passed_over: Counter[str] = field(default_factory=Counter[str])  # by reason, as "hidden"
 
     def add(self, other: ImageList) -> None:
         """Take over what another list holds."""
         self.images += other.images
         self.problems += other.problems
-        self.named += other.named
         self.passed_over += other.passed_over
 
     def whole(self) -> list[NamedImage]:
@@ -90,7 +89,7 @@ class ImageList:
             InputError: the first of `problems`.
         """
         if self.problems:
-            raise self.problems[0]
+            raise self.problems[0][1]
         return self.images
 
     def note(self) -> str | None:
@@ -120,7 +119,7 @@ def find_images(names: Iterable[str], files_from: str | None = None) -> ImageLis
         found.add(_gather([files_from], _expand_list))
     images: dict[str, NamedImage] = {}
     for image in found.images:
-        images.setdefault(STDIN if image.path is None else os.path.normpath(image.path.absolute()), image)
+        images.setdefault(os.path.normpath(image.path.absolute()), image)
     found.images = list(images.values())
     return found
 
@@ -130,11 +129,9 @@ def _gather(names: Iterable[str], expand: Callable[[str], ImageList]) -> ImageLi
     total = ImageList()
     for name in names:
         try:
-            found = expand(name)
+            total.add(expand(name))
         except InputError as problem:
-            found = ImageList(problems=[problem])
-        found.named = found.named or [name] * len(found.problems)
-        total.add(found)
+            total.problems.append((name, problem))
     return total
 
 
@@ -151,9 +148,8 @@ def list_folder(folder: Path) -> ImageList:
     found = _search(folder)
     if not found.images and not found.problems:
         held = found.note() or "it holds nothing"
-        found.problems.append(
-            InputError(f"no image in the folder {folder}: {held}; expected files such as .jpg or .png")
-        )
+        problem = InputError(f"no image in the folder {folder}: {held}; expected files such as .jpg or .png")
+        found.problems.append((str(folder), problem))
     return found
 
 
@@ -170,7 +166,7 @@ def _search(folder: Path) -> ImageList:
             entered.add((status.st_dev, status.st_ino))
             inside, files = _scan(place, found.passed_over)
         except OSError as error:
-            found.problems.append(_unlisted(place, error))
+            found.problems.append((place, _unlisted(place, error)))
             continue
         for entry in inside:
             (links if entry.is_symlink() else folders).append(entry.path)
@@ -241,7 +237,7 @@ def list_labelled(
     samples: list[tuple[Path, int]] = []
     for name in names:
         found = _search(folder / name)
-        paths = sorted(image.path for image in found.whole() if image.path is not None)
+        paths = sorted(image.path for image in found.whole())
         for path in paths or [folder / name]:
             shown = os.fsencode(path).decode(errors="backslashreplace")
             if shown != str(path):
@@ -301,7 +297,7 @@ def _expand(name: str) -> ImageList:
     """What a name on the command line stands for."""
     if name == STDIN:
         _require_stdin("the bytes of one image")
-        return ImageList([NamedImage(_STDIN_NAME, None)])
+        return ImageList([NamedImage(_STDIN_NAME, _STDIN_PATH)])
     if name.startswith("@") and not os.path.lexists(name):
         return _gather([name[1:]], _expand_list)
     if glob.has_magic(name) and not os.path.lexists(name) and not is_url(name):

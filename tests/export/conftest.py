@@ -13,7 +13,6 @@ from mge_export.graph import export_graph
 from mge_export.images import find_verify_images
 from mge_export.precision import Precision
 from mge_runtime.bundle import Bundle
-from mge_runtime.extract import extract_bundle
 from tests.helpers import tiny_models
 from tests.helpers.commands import succeeds
 
@@ -85,7 +84,7 @@ def exported(request, centered, photographs, tmp_path_factory):
     lines = []
     result = export.export_bundle(model, folder / "mge.plan", request.param, images, say=lines.append)
     with Bundle.open(result.path) as bundle:
-        extract_bundle(bundle, folder)
+        bundle.extract(folder)
     experts = build_graphs(model, request.param)
     names = [expert.spec.name for expert in experts]
     return SimpleNamespace(
@@ -129,7 +128,7 @@ def quantised(centered, photographs, checkpoint, export_int8, remembered, tmp_pa
         lines = export_int8(photographs, path).splitlines()
     with Bundle.open(path) as bundle:
         manifest = bundle.manifest
-        extract_bundle(bundle, folder)
+        bundle.extract(folder)
     graphs = {graph.name: onnx.load(folder / f"onnx/{graph.name}.onnx").graph for graph in manifest.graphs}
     return SimpleNamespace(
         model=load_checkpoint(checkpoint),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mge_calibration.images import int8_digests, list_labeled, short_digest
-from mge_calibration.int8.graph import Int8Options
 from mge_calibration.int8.images import MIN_IMAGES, read_calibration_images
+from mge_calibration.int8.quantize import Int8Options
 from mge_export.cli import main
 from mge_export.int8 import Int8Request
 from mge_runtime.errors import ExportError, InputError

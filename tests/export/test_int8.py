@@ -8,9 +8,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from mge_calibration.int8.graph import Agreement, Int8Options
 from mge_calibration.int8.images import CalibrationImages, read_calibration_images
 from mge_calibration.int8.insert import find_layers
+from mge_calibration.int8.quantize import Agreement, Int8Options
 from mge_export.experts import build_graphs
 from mge_export.export import export_bundle
 from mge_export.graph import export_graph
@@ -234,7 +234,7 @@ def test_an_export_in_which_nothing_can_be_quantised_says_so(tiny, photographs, 
     images = read_calibration_images(photographs, model.config.preprocess, limit=2, seed=0, few=True)
     monkeypatch.setattr(Agreement, "within", lambda *_: False)
     with pytest.raises(ExportError, match=r"no graph .* --max-drop 0.5 points and --min-box-iou 0.9; .*--fp16"):
-        quantize_graphs(graphs, Int8Request(images, Int8Options()), lambda _: None)
+        quantize_graphs(graphs, [], Int8Request(images, Int8Options()), lambda _: None)
 
 
 def test_layers_of_the_expert_and_of_the_gate_are_told_apart(centered, remembered):

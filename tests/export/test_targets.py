@@ -44,7 +44,7 @@ def test_engines_travel_in_a_bundle_that_still_opens_on_a_bare_cpu(single, photo
             assert name in result.stdout
             extracted = tmp_path / f"plain/engines/{name}/expert_1.plan"
             assert extracted.read_bytes() == bundle.read(f"engines/{name}/expert_1.plan")
-    assert (tmp_path / "plain/trtexec.sh").is_file()
+    assert (tmp_path / "plain/onnx/labels.txt").is_file()
     with Pipeline.open(path, device="cpu") as pipeline:
         assert pipeline.predict(next(photographs.iterdir())).class_name in "abcde"
     assert {entry.name for entry in tmp_path.iterdir()} == {"best.pt", "mge.plan", "plain"}

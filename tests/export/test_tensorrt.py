@@ -8,7 +8,7 @@ from mge_export.precision import Precision
 from mge_runtime.bundle import Bundle, GraphModel, write_bundle
 from mge_runtime.errors import BuildError
 from mge_runtime.files import temporary_folder
-from mge_runtime.trt.build import ahead_of_time, build_engines
+from mge_runtime.trt.build import Job, ahead_of_time, build_engines
 from mge_runtime.trt.builder import BuildOptions
 from mge_runtime.trt.target import BatchRange, turing_refusal
 from mge_runtime.trt.vendor import load_vendor
@@ -23,8 +23,7 @@ def build_all(path, *capabilities, batch="1"):
     vendor = load_vendor("tensorrt-rtx")
     with Bundle.open(path) as bundle, temporary_folder("test") as folder:
         (target,) = ahead_of_time(vendor, capabilities)
-        options = BuildOptions(BatchRange.parse(batch))
-        new = build_engines(bundle, vendor, target, folder, gpu=None, options=options)
+        new = build_engines(bundle, Job(vendor, target, None, BuildOptions(BatchRange.parse(batch))), folder)
         return {graph: plan.stat().st_size for graph, plan in new.plans.items()}, new.details.precision
 
 

@@ -12,7 +12,7 @@ from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.chain import Chain
 from mge_runtime.device.base import Graph
 from mge_runtime.device.executor import DeviceExecutor
-from mge_runtime.device.host import HostDevice
+from tests.helpers.host_device import HostDevice
 
 onnxruntime = load_onnxruntime()
 

@@ -5,8 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
+from mge_runtime.bench_subject import open_subject
 from mge_runtime.errors import BackendError
-from mge_runtime.selfcheck import all_checks, open_subject
+from mge_runtime.selfcheck import all_checks
 from mge_runtime.trt.build import build_targets
 from mge_runtime.trt.target import TargetRequest
 

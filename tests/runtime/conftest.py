@@ -70,7 +70,7 @@ def device(request):
     if request.param == "cuda":
         found = request.getfixturevalue("cuda")
     else:
-        from mge_runtime.device.host import HostDevice
+        from tests.helpers.host_device import HostDevice
 
         found = HostDevice()
     yield found
@@ -112,7 +112,7 @@ def make(tiny, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def on_cpu(bundle_path):
     """The tiny bundle on the CPU, as the self-check takes it."""
-    from mge_runtime.selfcheck import open_subject
+    from mge_runtime.bench_subject import open_subject
 
     return open_subject(bundle_path, "cpu", threads=1)
 

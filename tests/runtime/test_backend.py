@@ -10,7 +10,6 @@ import pytest
 from mge_runtime.backends.onnxruntime import CpuExecutor, import_onnxruntime, load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import preload_libraries
 from mge_runtime.errors import BackendError
-from mge_runtime.extract import extract_bundle
 from tests.helpers.chain_runs import EVERY, frames
 
 onnxruntime = load_onnxruntime()
@@ -18,7 +17,7 @@ onnxruntime = load_onnxruntime()
 
 def by_hand(bundle, folder, batch):
     """The chain as anyone would run the extracted files: every graph once its inputs are there."""
-    extract_bundle(bundle, folder)
+    bundle.extract(folder)
     tensors, todo = {"frame": batch}, list(bundle.manifest.graphs)
     while todo:
         graph = next(s for s in todo if all(t.name in tensors for t in s.inputs))
@@ -36,12 +35,13 @@ def by_hand(bundle, folder, batch):
 
 
 def test_a_missing_old_or_broken_onnxruntime_is_said_with_its_command(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(__version__="1.9.2"))
+    old = SimpleNamespace(__version__="1.9.2", __spec__=SimpleNamespace(origin="onnxruntime.py"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", old)
     with pytest.raises(BackendError, match=r"1\.9\.2 is too old; expected 1\.22.*pip install"):
         import_onnxruntime()
     monkeypatch.delitem(sys.modules, "onnxruntime")
     monkeypatch.setattr(sys, "path", [])
-    with pytest.raises(BackendError, match=r'needs the module onnxruntime: pip install "mge\[cpu\]"'):
+    with pytest.raises(BackendError, match=r'module onnxruntime is not installed: pip install "mge\[cpu\]"'):
         import_onnxruntime()
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('bad\\nELF')")
     sys.path.append(str(tmp_path))

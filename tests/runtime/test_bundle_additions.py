@@ -165,10 +165,10 @@ from mge_runtime.trt import build
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import BatchRange, Target
 
-def build_engines(bundle, vendor, target, folder, **options):
+def build_engines(bundle, job, folder, **options):
     plan = Path(sys.argv[1]).with_name("gate.engine")
     plan.write_bytes(b"an engine")
-    return build.NewEngines(target, {"expert_3": plan}, EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge"))
+    return build.NewEngines({"expert_3": plan}, EngineDetails("1.7", None, BatchRange(1, 1, 8), {}, {}, "mge"))
 
 build.load_vendor = lambda name: SimpleNamespace(name=name, version="1.7", messages=SimpleNamespace())
 build.ahead_of_time = lambda vendor, capabilities: [Target.parse("tensorrt-rtx-1.7-sm86-linux-x86_64")]

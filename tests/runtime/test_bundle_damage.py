@@ -12,7 +12,6 @@ import pytest
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.archive import ArchiveWriter
 from mge_runtime.errors import BundleError
-from mge_runtime.extract import extract_bundle
 from tests.helpers.bundles import TARGET, add_engines, change_byte, read_entries, write_entries
 
 PLAN = f"engines/{TARGET}/expert_3.plan"
@@ -140,7 +139,7 @@ def test_a_damaged_engine_is_refused(copy, tmp_path):
     add_engines(copy, plans={"expert_3": b"good"})
     write_entries(copy, {**read_entries(copy), PLAN: b"evil"})
     with Bundle.open(copy) as bundle:
-        for use in (lambda: bundle.read(PLAN), lambda: extract_bundle(bundle, tmp_path / "out")):
+        for use in (lambda: bundle.read(PLAN), lambda: bundle.extract(tmp_path / "out")):
             with pytest.raises(BundleError, match=r"expert_3\.plan has 4 bytes with the CRC-32 \w+, .*json says 4 and"):
                 use()
     assert not (tmp_path / "out" / PLAN).exists()

@@ -8,11 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 from mge_runtime import Pipeline
+from mge_runtime.bench_subject import open_subject
 from mge_runtime.bundle import Bundle, add_calibration, write_bundle
 from mge_runtime.cli.info import main
 from mge_runtime.errors import BundleError
-from mge_runtime.extract import extract_bundle
-from mge_runtime.selfcheck import open_subject
 from tests.helpers.bundles import TARGET, add_engines, change_byte, manifest_hash, read_entries, write_entries
 
 WEIGHTS = "onnx/expert_3.weights"
@@ -128,7 +127,7 @@ def test_opening_looks_at_the_crc_of_weights_and_all_else_at_their_hash(copy, tm
         for use in (
             bundle.verify,
             lambda: bundle.read(WEIGHTS),
-            lambda: extract_bundle(bundle, tmp_path / "out"),
+            lambda: bundle.extract(tmp_path / "out"),
             lambda: open_subject(copy, "cpu"),  # the self-check
         ):
             with pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match"):

@@ -295,7 +295,7 @@ def test_engines_that_are_ready_serve_every_gpu_of_their_capabilities_and_go_bef
         (
             replace(machines.RTX3060, libraries=CUDA),
             "tensorrt-rtx",
-            'tensorrt_rtx is not installed: pip install "mge[rtx]"',
+            'tensorrt-rtx is not installed: pip install "mge[rtx]"',
         ),
         (
             machines.NO_TENSORRT,

@@ -11,9 +11,9 @@ from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import OrtGraph, open_ort_chain
 from mge_runtime.bundle import Bundle
 from mge_runtime.device.executor import DeviceExecutor
-from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
 from tests.helpers.chain_runs import EVERY, frames, need_sessions, open_graphs, same, write_chain
+from tests.helpers.host_device import HostDevice
 
 onnxruntime = load_onnxruntime()
 

@@ -10,7 +10,6 @@ import pytest
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.bundle import Bundle
-from mge_runtime.device.host import HostDevice
 from mge_runtime.device.program import Addresses
 from mge_runtime.errors import BackendError
 from tests.helpers.chain_runs import (
@@ -25,6 +24,7 @@ from tests.helpers.chain_runs import (
     same,
     write_typed,
 )
+from tests.helpers.host_device import HostDevice
 
 onnxruntime = load_onnxruntime()
 

@@ -9,8 +9,8 @@ import pytest
 
 from mge_runtime.device.base import CaptureRefusedError, OwnedMemory
 from mge_runtime.device.executor import Space
-from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
+from tests.helpers.host_device import HostDevice
 
 
 def test_owned_memory_is_freed_once(device):

@@ -7,9 +7,9 @@ from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.calibrated import ExitPoint, confidence
 from mge_runtime.device.executor import DeviceExecutor
-from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
 from tests.helpers import chain_runs as runs
+from tests.helpers.host_device import HostDevice
 
 onnxruntime = load_onnxruntime()
 

@@ -11,9 +11,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mge_runtime.backends.onnxruntime import load_onnxruntime
+from mge_runtime.bench_subject import Images
 from mge_runtime.cli.bench import main
 from mge_runtime.errors import BackendError
-from mge_runtime.selfcheck import Images, check_refused, run_checks
+from mge_runtime.selfcheck import run_checks
+from mge_runtime.selfcheck.checks import check_refused
 from mge_runtime.selfcheck.memory import host_memory
 
 

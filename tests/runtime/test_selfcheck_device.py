@@ -11,19 +11,19 @@ from mge_runtime import bench_subject
 from mge_runtime.bundle import Bundle
 from mge_runtime.compare import TOLERANCES
 from mge_runtime.device.base import Graph
-from mge_runtime.device.host import HostDevice
 from mge_runtime.errors import BackendError
-from mge_runtime.selfcheck import (
+from mge_runtime.selfcheck import memory
+from mge_runtime.selfcheck.memory import check_memory
+from mge_runtime.selfcheck.outputs import (
     check_batches,
     check_copies,
     check_graphs,
-    check_memory,
     check_parity,
     check_together,
-    memory,
+    compared_tensors,
 )
-from mge_runtime.selfcheck.outputs import compared_tensors
 from tests.helpers import chain_runs as runs
+from tests.helpers.host_device import HostDevice
 
 
 def unchanged(tensors, _):

@@ -80,7 +80,7 @@ def test_names_that_overlap_and_absolute_patterns(here):
 def test_standard_input_is_one_image(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"bytes")))
     (image,) = find_images(["-", "-"]).whole()
-    assert (image.name, image.path, image.source()) == ("standard input", None, b"bytes")
+    assert (image.name, image.path.stem, image.source()) == ("standard input", "stdin", b"bytes")
     touch("-")
     assert find_images(["./-"]).images[0].path == Path("-")
 
@@ -103,10 +103,10 @@ def test_standard_input_is_one_image(monkeypatch):
 def test_a_name_behind_which_there_is_nothing_costs_no_other_image(argument, message):
     os.mkfifo("pipe")
     found = find_images([argument, "photos/img2.JPG"])
-    (problem,) = found.problems
+    ((name, problem),) = found.problems
     assert isinstance(problem, InputError)
     assert message in str(problem)
-    assert found.named == [argument.removeprefix("@")]
+    assert name == argument.removeprefix("@")
     assert [image.name for image in found.images] == ["photos/img2.JPG"]
 
 
@@ -138,7 +138,7 @@ def test_a_folder_that_may_not_be_read_costs_no_other_image(here, monkeypatch):
     close(monkeypatch, here / "photos" / "sub 2")
     found = find_images([str(here / "photos")])
     assert len(found.images) == len(FOLDER) - 1
-    assert [str(problem) for problem in found.problems] == [
+    assert [str(problem) for _, problem in found.problems] == [
         f"cannot list the folder {here / 'photos' / 'sub 2'}: Permission denied; expected one that may be read"
     ]
     with pytest.raises(InputError, match="cannot list the folder"):

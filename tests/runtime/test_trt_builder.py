@@ -5,11 +5,11 @@ import json
 import pytest
 from onnx import TensorProto, helper
 
-from mge_runtime.errors import BackendError, BuildError
+from mge_runtime.errors import BackendError, BuildError, BundleError
 from mge_runtime.manifest import GraphSpec, TensorSpec
 from mge_runtime.trt.attest import attest_engine
 from mge_runtime.trt.build import ahead_of_time
-from mge_runtime.trt.builder import BuildOptions, _configure, _profile, build_engine, parse_graph
+from mge_runtime.trt.builder import BuildOptions, build_engine, configure, parse_graph, profile
 from mge_runtime.trt.target import BatchRange
 from mge_runtime.trt.vendor import load_vendor
 
@@ -57,10 +57,10 @@ def test_an_unsupported_or_damaged_graph_fails_in_one_line_and_names_the_node(rt
 def test_inputs_and_outputs_are_checked_against_the_specification(rtx, tmp_path):
     _, data = graph(RELU)
     wrong = GraphSpec("s", (spec("x", 3, 8, 9),), (spec("y", 3, 8, 8),), "y")
-    with pytest.raises(BuildError, match=r"graph s was parsed with the inputs \[\('x', 'float32', \(-1, 3, 8, 8\)\)\]"):
+    with pytest.raises(BundleError, match=r"graph s has the input 'x' as float32 \[None, 3, 8, 8\]; the manifest says"):
         build(rtx, wrong, data, tmp_path)
     wrong = GraphSpec("s", (spec("x", 3, 8, 8),), (spec("z", 3, 8, 8),), "z")
-    with pytest.raises(BuildError, match="graph s was parsed with the outputs"):
+    with pytest.raises(BundleError, match="graph s has the output 'y' as float32"):
         build(rtx, wrong, data, tmp_path)
 
 
@@ -88,10 +88,10 @@ def test_every_option_reaches_the_library_and_the_rest_is_left_to_it(rtx, tmp_pa
     trt, workspace = rtx.api, rtx.api.MemoryPoolType.WORKSPACE
     parsed = parse_graph(rtx, *graph(RELU), tmp_path)  # a configuration lives no longer than its builder
     untouched = parsed.builder.create_builder_config()
-    config = _configure(rtx, parsed, BuildOptions(), ["sm86"])
+    config = configure(rtx, parsed, BuildOptions(), ["sm86"])
     assert config.builder_optimization_level == untouched.builder_optimization_level
     assert config.get_memory_pool_limit(workspace) == untouched.get_memory_pool_limit(workspace)
-    config = _configure(rtx, parsed, BuildOptions(optimization_level=1, workspace=1 << 24), ["sm86", "sm120"])
+    config = configure(rtx, parsed, BuildOptions(optimization_level=1, workspace=1 << 24), ["sm86", "sm120"])
     assert config.builder_optimization_level == 1
     assert config.get_memory_pool_limit(workspace) == 1 << 24
     assert untouched.get_flag(trt.BuilderFlag.TF32)  # it is on unless it is cleared
@@ -104,8 +104,8 @@ def test_every_option_reaches_the_library_and_the_rest_is_left_to_it(rtx, tmp_pa
 
 
 def test_the_batch_range_becomes_the_profile(rtx, tmp_path):
-    profile = _profile(parse_graph(rtx, *graph(RELU), tmp_path), BatchRange(2, 4, 6))
-    assert [tuple(shape) for shape in profile.get_shape("x")] == [(size, 3, 8, 8) for size in (2, 4, 6)]
+    made = profile(parse_graph(rtx, *graph(RELU), tmp_path), BatchRange(2, 4, 6))
+    assert [tuple(shape) for shape in made.get_shape("x")] == [(size, 3, 8, 8) for size in (2, 4, 6)]
 
 
 def test_what_the_library_says_can_be_shown(rtx, tmp_path):

@@ -62,7 +62,7 @@ def read_calibration_images(
     """
     require_folder(folder, CALIBRATION_FOLDER)
     found = list_folder(folder)
-    paths = [image.path for image in found.whole() if image.path is not None]
+    paths = [image.path for image in found.whole()]
     if message := found.note():
         say(f"{folder}: {message}")
     order: list[int] = np.random.default_rng(seed).permutation(len(paths)).tolist()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.trt.engines import EngineSet
 
-__all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_name"]
+__all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_index", "device_name"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # best first
 _CUDA = re.compile(r"cuda|(?:cuda:)?(\d{1,4})", re.ASCII)
@@ -68,8 +68,8 @@ class Choice:
 
     @property
     def device_index(self) -> int:
-        """CUDA's number of the device; 0 on the CPU."""
-        return _index(self.device)
+        """See `device_index`."""
+        return device_index(self.device)
 
     @property
     def gpu(self) -> Gpu | None:
@@ -132,24 +132,25 @@ def _this_machine(device: str, backend: str) -> Machine:
     return describe_machine(None if backend == "auto" else (backend, "cuda-core"), quick=True)
 
 
-def _index(device: str) -> int:
+def device_index(device: str) -> int:
+    """CUDA's number of a device such as "cuda:1"; 0 for the CPU."""
     return int(device.partition(":")[2] or 0)
 
 
 def _gpu(machine: Machine, device: str) -> Gpu | None:
-    return next(iter(machine.gpus[_index(device) :]), None) if device != "cpu" else None
+    return next(iter(machine.gpus[device_index(device) :]), None) if device != "cpu" else None
 
 
 def _candidates(machine: Machine, device: str, bundle: Bundle, *, cache: bool) -> list[Candidate]:
     """Every way to run on one GPU of a machine and on its CPU, in the order of preference."""
     gpu = _gpu(machine, device)
     cuda_core = f'pip install "cuda-core[cu{(machine.driver_cuda or "13").partition(".")[0]}]"'
-    problem = _gpu_missing(machine) if gpu is None else _missing(machine, "cuda-core", cuda_core)
+    problem = _gpu_missing(machine) if gpu is None else machine.missing("cuda-core", cuda_core)
     if gpu is None or problem is not None:
         gpus = [Candidate(name, device, False, str(problem)) for name in BACKENDS]
     else:
         gpus = [*_tensorrt(machine, gpu, device, bundle, cache=cache), _onnxruntime_cuda(machine, device, bundle)]
-    missing = _missing(machine, "onnxruntime", 'pip install "mge[cpu]"')
+    missing = machine.missing("onnxruntime", 'pip install "mge[cpu]"')
     reason = missing or "runs anywhere; nothing faster is available here"
     return [*gpus, Candidate("onnxruntime", "cpu", missing is None, reason)]
 
@@ -159,13 +160,6 @@ def _gpu_missing(machine: Machine) -> str:
         return machine.gpu_problem or "this machine has no NVIDIA GPU"
     last = len(machine.gpus) - 1
     return f"this machine has no such GPU; expected cuda:0{f' to cuda:{last}' if last else ''}"
-
-
-def _missing(machine: Machine, library: str, install: str) -> str | None:
-    """Why a library cannot be used, with the command that installs it; None: it can."""
-    if (error := machine.broken.get(library)) is not None:
-        return f"{library} cannot be imported ({error}); install it again: {install}"
-    return None if library in machine.libraries else f"{library} is not installed: {install}"
 
 
 def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache: bool) -> Iterator[Candidate]:
@@ -197,7 +191,7 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache:
 
 
 def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle) -> Candidate:
-    has_cuda, missing = _CUDA_PROVIDER in machine.providers, _missing(machine, "onnxruntime", 'pip install "mge[gpu]"')
+    has_cuda, missing = _CUDA_PROVIDER in machine.providers, machine.missing("onnxruntime", 'pip install "mge[gpu]"')
     version = machine.libraries.get("onnxruntime")
     if machine.is_jetson and not has_cuda:
         reason = "onnxruntime-gpu has no wheel for the GPU of a Jetson"

@@ -21,7 +21,7 @@ from mge_runtime.backends.base import Executor, ExecutorResult, Found, Streams, 
 from mge_runtime.bundle.archive import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors, located_graph
 from mge_runtime.errors import BackendError, BundleError, brief
-from mge_runtime.machine import cpu_count
+from mge_runtime.machine import cpu_count, import_library
 from mge_runtime.manifest import FRAME
 
 if TYPE_CHECKING:
@@ -47,14 +47,11 @@ _TYPES = {f"tensor({name})": name for name in _DTYPES.values()} | {"tensor(float
 _MOST_STREAMS = 8  # each keeps activations of its own: with "auto", memory must not grow with the number of processors
 
 
-def load_onnxruntime(module: str = "onnxruntime") -> Any:
+def load_onnxruntime() -> Any:
     """Import ONNX Runtime: the one place that does, since some things must be said before and directly after.
 
     From 1.29 on it sends telemetry, and writes an identifier and a queue below HOME, as soon as it is loaded. Unless
     the environment already says something else, `ORT_DISABLE_TELEMETRY=1` keeps it from all of that.
-
-    Args:
-        module: "onnxruntime", or one of its submodules.
 
     Raises:
         ImportError: it is missing or broken.
@@ -66,7 +63,7 @@ def load_onnxruntime(module: str = "onnxruntime") -> Any:
         ort.set_default_logger_severity(_log_severity())
         if off:
             ort.disable_telemetry_events()  # on Windows the variable is not read
-    return ort if module == "onnxruntime" else importlib.import_module(module)
+    return ort
 
 
 def _log_severity() -> int:
@@ -87,12 +84,7 @@ def import_onnxruntime(install: str = 'pip install "mge[cpu]"') -> Any:
     Raises:
         BackendError: it is missing, broken or too old.
     """
-    try:
-        ort = load_onnxruntime()
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
-            raise BackendError(f"the backend onnxruntime needs the module onnxruntime: {install}") from error
-        raise BackendError(f"onnxruntime cannot be imported: {brief(error)}; install it again: {install}") from error
+    ort = import_library("onnxruntime", install, load=lambda _: load_onnxruntime())
     if tuple(int(part) for part in ort.__version__.split(".")[:2]) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
         raise BackendError(f"onnxruntime {ort.__version__} is too old; expected {oldest} or newer: {install}")

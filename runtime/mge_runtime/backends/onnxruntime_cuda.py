@@ -58,7 +58,7 @@ def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = T
     Args:
         ort: the module `onnxruntime`.
         bundle: what to run.
-        device: where; a `HostDevice` runs the same sessions on the CPU.
+        device: where; on one of kind "cpu" the same sessions run on the CPU.
         graphs: whether ONNX Runtime may capture CUDA graphs.
 
     Raises:
@@ -87,7 +87,7 @@ def preload_libraries(ort: Any) -> None:
 class OrtGraph(Unit):
     """One graph as a session whose inputs and outputs lie where the device layer says.
 
-    It runs with the CUDA provider on a `CudaDevice`, with the CPU provider on a `HostDevice`. CUDA graphs are ONNX
+    It runs with the CUDA provider on a `CudaDevice`, with the CPU's on a device of kind "cpu". CUDA graphs are ONNX
     Runtime's own: it captures at the first run of each batch size, which the run option `gpu_graph_id` tells apart
     (docs/adr/0006).
 

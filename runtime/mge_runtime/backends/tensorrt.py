@@ -24,7 +24,7 @@ from mge_runtime.errors import BackendError, MGEError, brief
 from mge_runtime.manifest import GraphSpec
 from mge_runtime.trt.engines import why_not
 from mge_runtime.trt.target import build_command
-from mge_runtime.trt.vendor import Vendor, load_vendor
+from mge_runtime.trt.vendor import Vendor, dtype_name, load_vendor, sizes
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -33,17 +33,7 @@ if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.device.base import Device, Stream
 
-__all__ = ["DTYPES", "TensorRTGraph", "open_tensorrt_chain"]
-
-# NumPy's name of a `tensorrt.DataType`.
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "UINT8": "uint8",
-    "INT8": "int8",
-    "INT32": "int32",
-    "INT64": "int64",
-}
+__all__ = ["TensorRTGraph", "open_tensorrt_chain"]
 
 
 def open_tensorrt_chain(choice: Choice, bundle: Bundle, *, graphs: bool = True) -> Executor:
@@ -137,7 +127,7 @@ class TensorRTGraph(Unit):
         if missing := context.infer_shapes():
             self.fail(f"cannot infer shapes for a batch of {batch} without {missing}")
         for tensor in self.spec.outputs:
-            found = _axes(context.get_tensor_shape(tensor.name))
+            found = sizes(context.get_tensor_shape(tensor.name))
             if found != shape_of(tensor, batch):
                 self.fail(f"has the output {tensor.name} as {list(found)}; expected {list(shape_of(tensor, batch))}")
         for tensor in (*self.spec.inputs, *self.spec.outputs):
@@ -225,14 +215,9 @@ def _tensors(engine: trt.ICudaEngine, mode: str) -> Found:
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
         if engine.get_tensor_mode(name).name == mode:
-            kind, place = engine.get_tensor_dtype(name).name, engine.get_tensor_location(name).name
-            dtype = DTYPES.get(kind, kind) if place == "DEVICE" else f"{kind} on the host"
-            found[name] = dtype, _axes(engine.get_tensor_shape(name))
+            dtype, place = dtype_name(engine.get_tensor_dtype(name)), engine.get_tensor_location(name).name
+            found[name] = dtype if place == "DEVICE" else f"{dtype} on the host", sizes(engine.get_tensor_shape(name))
     return found
-
-
-def _axes(dims: trt.Dims) -> tuple[int, ...]:
-    return tuple(dims[axis] for axis in range(len(dims)))
 
 
 def _batch_range(engine: trt.ICudaEngine, spec: GraphSpec, profile: int) -> tuple[int, int]:

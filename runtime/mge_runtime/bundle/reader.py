@@ -7,7 +7,7 @@ import mmap
 import os
 import stat
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,10 +29,13 @@ from mge_runtime.bundle.archive import (
 from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import LARGEST
+from mge_runtime.files import atomic_path
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Entry, Manifest
 
-__all__ = ["Bundle", "WatchedFile"]
+__all__ = ["LABELS", "Bundle", "WatchedFile", "write_labels"]
+
+LABELS = "labels.txt"  # beside ONNX files: the names of the classes
 
 _T = TypeVar("_T")
 _CHUNK = 1 << 20  # bytes; entries are read through a buffer, so that mapped pages do not fill the memory
@@ -216,6 +219,34 @@ class Bundle:
                 f"written: copy it again, or {'build these engines' if is_engine else 'export it'} again"
             )
 
+    def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write every entry as an ordinary file, checked against its hash, and `onnx/labels.txt`, a class a line.
+
+        `onnx/chain.onnx`, the whole chain, and each `onnx/<graph>.onnx` are then ordinary ONNX models with external
+        data, for Triton, DeepStream, trtexec or C++.
+
+        Args:
+            folder: where to; files of the same names are replaced, each whole or not at all.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            BundleError: an entry was damaged.
+            OutputError: the folder cannot be written.
+        """
+        written: list[Path] = []
+        for name in self.sizes:
+            target = Path(folder) / name  # names were checked: none leads out of the folder
+            with suppress(OSError):  # atomic_path says what is wrong with the folder
+                target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(target) as temporary, temporary.open("wb") as out:
+                out.writelines(self.chunks(name))
+            written.append(target)
+        labels = Path(folder) / "onnx" / LABELS
+        write_labels(labels, self.manifest.class_names)
+        return [*written, labels]
+
     def verify(self, names: Iterable[str] | None = None, *, expected: str | None = None) -> None:
         """Check entries (all of them by default) against their hashes, in parallel.
 
@@ -355,3 +386,13 @@ class Bundle:
                 f"{self.path}: entry {name} has {found.size} bytes with the CRC-32 {found.crc:08x}, {document} says "
                 f"{listed.size} and {listed.crc32}; it was changed after it was written: export it again"
             )
+
+
+def write_labels(path: Path, class_names: Sequence[str]) -> None:
+    """Write one class a line, by index.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from mge_runtime.cli.common import (
     note,
     options_given,
     reports_errors,
+    say,
     threads_option,
 )
 from mge_runtime.cli.common import report as report_error
@@ -117,7 +117,7 @@ def main(
             check_writable(out)
         listed = find_images(images)
         found = listed.images or listed.whole()
-        for problem in listed.problems:
+        for _, problem in listed.problems:
             report_error(problem)
         if message := listed.note():
             note(message)
@@ -128,25 +128,19 @@ def main(
             from mge_runtime.selfcheck import run_checks
 
             read = Images.read(found, subject, problem=report_error)
-            report: Report = run_checks(subject, read, runs=runs, say=_say, interrupt=interrupt)
+            report: Report = run_checks(subject, read, runs=runs, say=say, interrupt=interrupt)
         else:
             from mge_runtime.bench import run_bench
 
-            _say(f"this takes {seconds} s at most; --seconds names another time")
+            say(f"this takes {seconds} s at most; --seconds names another time")
             reading = _READ_SHARE * seconds
             read = Images.read(found, subject, problem=report_error, seconds=reading)
-            report = run_bench(subject, read, batch, seconds - reading, say=_say, interrupt=interrupt)
+            report = run_bench(subject, read, batch, seconds - reading, say=say, interrupt=interrupt)
         interrupt.consequence = "the report is of what was measured before"
         _write(report, as_json, out)
         interrupt()
     if report.failed:
         raise SystemExit(1)
-
-
-def _say(line: str) -> None:
-    """Progress, on standard error; nobody there to read it is no reason to stop."""
-    with suppress(OSError):
-        click.echo(line, err=True)
 
 
 def _write(report: Report, as_json: bool, out: Path | None) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, verbose_option
+from mge_runtime.cli.common import GPU_STATUS, engine_batch_option, reports_errors, say, verbose_option
 from mge_runtime.errors import BackendError, BuildError
 from mge_runtime.files import echo
-from mge_runtime.interrupt import Interrupt, interruptible
+from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
     from mge_runtime.trt.build import GraphProgress
@@ -84,10 +84,10 @@ def main(
             backend=backend,
             device=device,
             options=options,
-            say=lambda line: click.echo(line, err=True),
-            progress=shown_progress(interrupt),
-            held=interrupt.held,
-            log=(lambda line: click.echo(line, err=True)) if verbose else None,
+            interrupt=interrupt,
+            verbose=bool(verbose),
+            say=say,
+            progress=shown_progress(),
             kept=kept,
         )
     click.echo(
@@ -95,18 +95,17 @@ def main(
     )
 
 
-def shown_progress(interrupt: Interrupt) -> GraphProgress:
-    """Show the progress of a build on a terminal, and stop the build where a signal asks for it."""
+def shown_progress() -> GraphProgress:
+    """Show the progress of a build on a terminal."""
     terminal = sys.stderr.isatty()
     shown = ""
 
-    def progress(graph: str, share: float, phase: str) -> bool:
+    def progress(graph: str, share: float, phase: str) -> None:
         nonlocal shown
         text = f"{graph}: {share:4.0%} {phase}"[:79]
         if terminal and text != shown:
             shown = text
             click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
-        return not interrupt.requested
 
     return progress
 

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 import click
@@ -28,6 +29,7 @@ __all__ = [
     "options_given",
     "report",
     "reports_errors",
+    "say",
     "threads_option",
     "verbose_option",
 ]
@@ -88,6 +90,12 @@ def _require_working_folder() -> None:
         os.getcwd()  # noqa: PTH109 - Path would have to be imported for it
     except OSError as error:
         raise InputError(f"cannot work in this folder: {error.strerror}; expected one that exists, cd to it") from error
+
+
+def say(line: str) -> None:
+    """Print progress on standard error; nobody there to read it is no reason to stop."""
+    with suppress(OSError):
+        click.echo(line, err=True)
 
 
 def note(line: str) -> None:

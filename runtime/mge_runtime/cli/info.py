@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     "--extract",
     metavar="DIR",
     help="Write plain files to this folder: ONNX with weights (chain.onnx is the whole chain), class names, engines, "
-    "manifest, and trtexec.sh, which rebuilds engines.",
+    "manifest.",
 )
 @click.option(
     "--machine",
@@ -77,10 +77,8 @@ def main(
             opened.verify(expected=verify or None)
             facts["verified"] = True
         if extract is not None:
-            from mge_runtime.extract import extract_bundle
-
             with interruptible("the extraction", f"{extract} may lack files; each is whole, run it again", OutputError):
-                facts["extracted"] = [str(path) for path in extract_bundle(opened, extract)]
+                facts["extracted"] = [str(path) for path in opened.extract(extract)]
         if as_json:
             echo(json.dumps(facts, indent=1))  # in ASCII: every locale can print it
             return

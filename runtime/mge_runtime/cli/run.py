@@ -131,7 +131,7 @@ def main(
             raise click.UsageError("--json and --csv - would both be printed; name a file for the CSV table")
         listed = find_images(images, files_from)
         found, problems = listed.images, listed.problems
-        for problem in problems:
+        for _, problem in problems:
             report(problem)
         if message := listed.note():
             note(message)
@@ -161,7 +161,7 @@ def main(
         if csv_path:
             outputs.append(stack.enter_context(csv_table(csv_path, len(manifest.views), top_k)))
         for output in outputs:
-            for name, problem in zip(listed.named, problems, strict=True):
+            for name, problem in problems:
                 output.add_error(name, problem)
         failed = len(problems)
         predictions = pipeline.predict_iter((image.source() for image in found), batch=batch)

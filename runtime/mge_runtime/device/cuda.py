@@ -10,7 +10,6 @@ has not.
 from __future__ import annotations
 
 import ctypes
-import importlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from mge_runtime.device.base import CaptureRefusedError, Device, Direction, Event, Graph, Stream
 from mge_runtime.errors import BackendError, MGEError, brief
+from mge_runtime.machine import import_library
 
 if TYPE_CHECKING:
     from mge_runtime.device.base import Bytes
@@ -47,7 +47,7 @@ class CudaDevice(Device):
         super().__init__()
         self.index = index
         self.name = f"cuda:{index}"
-        self._core, self._driver = _import("cuda.core"), _import("cuda.bindings.driver")
+        self._core, self._driver = (import_library(name, _INSTALL) for name in ("cuda.core", "cuda.bindings.driver"))
         found: str = self._core.__version__
         if int(found.split(".")[0]) < _OLDEST:
             raise BackendError(f"cuda-core {found} is too old; expected {_OLDEST}.0 or newer: {_INSTALL}")
@@ -201,10 +201,3 @@ class _CudaGraph(Graph):
 def _native(stream: Stream) -> Any:
     assert isinstance(stream, _CudaStream)  # noqa: S101 - streams of another device are a defect
     return stream.native
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise BackendError(f"the module {name} cannot be imported: {brief(error)}; install it: {_INSTALL}") from error

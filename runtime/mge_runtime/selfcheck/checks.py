@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mge_runtime.backends.choice import device_index
 from mge_runtime.bench_report import CheckReport, Result
 from mge_runtime.bundle import EngineDescription
 from mge_runtime.errors import MGEError, one_line
@@ -98,7 +99,7 @@ class _Described(EngineSet):
 
 def check_refused(subject: Subject) -> Result:
     """Engines for another GPU, another version and another operating system are refused here by their descriptions."""
-    machine, index = subject.machine, int(subject.device.partition(":")[2] or 0)
+    machine, index = subject.machine, device_index(subject.device)
     gpu = machine.gpus[index] if index < len(machine.gpus) else _STAND_IN
     backend = subject.backend if subject.backend.startswith("tensorrt") else "tensorrt"
     installed = machine.libraries.get(backend, "10.3.0")

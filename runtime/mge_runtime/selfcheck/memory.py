@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mge_runtime.backends.choice import device_index
 from mge_runtime.bench_report import Result
 from mge_runtime.fields import JsonValue
 from mge_runtime.selfcheck.outputs import batch_size
@@ -49,7 +50,7 @@ def check_memory(
     """
     meters: dict[str, Callable[[], int | None]] = {"host": host_memory}
     if subject.device.startswith("cuda:"):
-        index = int(subject.device.partition(":")[2])
+        index = device_index(subject.device)
         meters = {"device": lambda: device_memory(index), **meters}
     meters = {name: meter for name, meter in meters.items() if meter() is not None}
     if not meters:

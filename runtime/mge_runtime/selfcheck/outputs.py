@@ -13,11 +13,10 @@ import numpy as np
 from mge_runtime.bench_report import Result
 from mge_runtime.compare import (
     box_failures,
-    box_iou,
+    chain_box_iou,
     class_failures,
     class_margins,
     finite,
-    frame_boxes,
     relative_difference,
 )
 from mge_runtime.fields import JsonValue
@@ -99,9 +98,7 @@ def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Compari
                     f"{name} differs by {relative.max():.1e} of its largest value on {beyond} of {len(relative)} "
                     f"images; expected at most {tolerances.relative:g}"
                 )
-    size = manifest.preprocess.size
-    ours, theirs = (frame_boxes([tensors[name] for name in boxes], size) for tensors in (found, reference))
-    for number, (name, ious) in enumerate(zip(boxes, box_iou(ours, theirs), strict=True)):
+    for number, (name, ious) in enumerate(chain_box_iou(boxes, found, reference, manifest.preprocess.size).items()):
         numbers[f"{name}_iou_median"], numbers[f"{name}_iou_least"] = finite(np.median(ious)), finite(ious.min())
         summary.append(f"least IoU of {name} {finite(ious.min())}")
         if number == 0 or tolerances.chain_boxes:

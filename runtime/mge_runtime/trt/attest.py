@@ -16,18 +16,18 @@ from mge_runtime.bundle.onnx_graph import node_operators
 from mge_runtime.errors import BuildError
 from mge_runtime.fields import JsonValue
 from mge_runtime.trt.target import PRODUCTS
+from mge_runtime.trt.vendor import dtype_name
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["Counts", "attest_engine", "attest_network", "dtype_name"]
+__all__ = ["Counts", "attest_engine", "attest_network"]
 
 _FLOATS = {"float16", "float32", "bfloat16", "fp8"}
 # What a graph's convolutions compute in, by its precision plan's type. In a parsed network a quantized one reads what
 # its DEQUANTIZE layers give, so there INT8 is FP16, too; in an engine it may be either.
 _WANTED = {"fp32": "float32", "fp16": "float16", "int8": "float16"}
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # `tensorrt.DataType` where it is not NumPy's
 # Words of the inspector, in the order in which they are looked for. TensorRT 10 says "Format/Datatype": "Channel major
 # FP16 format where channel % 8 == 0", TensorRT 11 says "DataType": "Half".
 _WORDS = {
@@ -41,11 +41,6 @@ _WORDS = {
 }
 
 Counts = Mapping[str, Mapping[str, int]]  # operator or layer type -> floating type -> how many
-
-
-def dtype_name(dtype: trt.DataType) -> str:
-    """NumPy's name of a TensorRT type, or TensorRT's own where NumPy has none: "float16", "int64", "fp8"."""
-    return _DTYPES.get(dtype.name, dtype.name.lower())
 
 
 def attest_network(graph: str, network: trt.INetworkDefinition, model: bytes, plan: Mapping[str, JsonValue]) -> Counts:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,15 +17,25 @@ from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.errors import BackendError, BuildError, BundleError
 from mge_runtime.fields import JsonValue
 from mge_runtime.files import check_writable, temporary_folder
+from mge_runtime.interrupt import Interrupt
 from mge_runtime.machine import Gpu, Machine, describe_machine, this_platform
 from mge_runtime.trt.builder import BuildOptions, build_engine
 from mge_runtime.trt.engines import EngineDetails, store_engines
 from mge_runtime.trt.target import TURING, Target, TargetRequest, turing_refusal
 from mge_runtime.trt.vendor import LIBRARIES, Vendor, library_refusal, load_vendor
 
-__all__ = ["GraphProgress", "NewEngines", "Say", "ahead_of_time", "build_engines", "build_targets", "native_library"]
+__all__ = [
+    "GraphProgress",
+    "Job",
+    "NewEngines",
+    "Say",
+    "ahead_of_time",
+    "build_engines",
+    "build_targets",
+    "native_library",
+]
 
-GraphProgress = Callable[[str, float, str], bool]  # graph, share done in [0, 1], phase -> whether to go on
+GraphProgress = Callable[[str, float, str], None]  # graph, share done in [0, 1], phase
 Say = Callable[[str], None]
 
 _MEMORY = Path("/proc/meminfo")
@@ -36,18 +46,17 @@ _SMALLEST_WORKSPACE = 1 << 20  # bytes
 class NewEngines:
     """Engines that were built and are not stored yet."""
 
-    target: Target
     plans: Mapping[str, Path]  # a file for each graph
     details: EngineDetails
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What is to be built."""
+class Job:
+    """The engines of one target, to be built."""
 
-    vendor: Vendor
+    vendor: Vendor  # the library
     target: Target
-    gpu: Gpu | None  # to build on; None: ahead of time
+    gpu: Gpu | None  # the current CUDA device, to build on and for; None: ahead of time for the target's capabilities
     options: BuildOptions
 
 
@@ -60,10 +69,10 @@ def build_targets(
     device: str = "cuda:0",
     options: BuildOptions | None = None,
     machine: Machine | None = None,
+    interrupt: Interrupt | None = None,
+    verbose: bool = False,
     say: Say = lambda _line: None,
-    progress: GraphProgress = lambda _graph, _share, _phase: True,
-    held: Callable[[], AbstractContextManager[None]] = nullcontext,
-    log: Say | None = None,
+    progress: GraphProgress = lambda _graph, _share, _phase: None,
     kept: Callable[[str, str], None] = lambda _target, _place: None,
 ) -> None:
     """Build the engines of every target that was asked for.
@@ -77,35 +86,26 @@ def build_targets(
         options: how; where the GPU shares the machine's memory, the workspace defaults to a quarter of what is
             available.
         machine: this one; None: look.
-        say: shows a line for each graph.
-        progress: is told of every step and may stop the build.
-        held: keeps signals from raising inside its block: the library calls `progress` in the middle of foreign code.
-        log: shows what the library says.
+        interrupt: stops a build where a signal came; none is raised in the middle of the library's own code.
+        verbose: say what the library says, too.
+        say: shows a line.
+        progress: is told of every step.
         kept: is told of each target that is stored, and where.
 
     Raises:
         BackendError: no library or no GPU for it.
-        BuildError: a graph cannot be built, is not of its precision, or `progress` stopped the build.
+        BuildError: a graph cannot be built, is not of its precision, or the build was interrupted.
         BundleError: the bundle is damaged or was replaced.
         OutputError: the engines cannot be stored.
     """
-    options = options or BuildOptions()
-    # Everything that can be found out before a build is found out before the first one.
+    options, interrupt = options or BuildOptions(), interrupt or Interrupt()
     kind, _, number = device_name(device).partition(":")
     if kind != "cuda":
         raise BackendError(f"the device is {device!r}; engines are built for a GPU: expected cuda:0, or another index")
-    index, jobs = int(number), list[_Job]()
-    for capabilities in [request.capabilities for request in requests if request.capabilities is not None]:
-        if backend == "tensorrt":
-            raise BackendError("engines are built ahead of time by tensorrt-rtx alone; leave --backend out")
-        vendor = load_vendor("tensorrt-rtx")
-        jobs += [_Job(vendor, target, None, options) for target in ahead_of_time(vendor, capabilities)]
+    index = int(number)
     with Bundle.open(path) as bundle:
-        if any(request.capabilities is None for request in requests):
-            machine = machine or describe_machine()
-            vendor, gpu = load_vendor(native_library(machine, index, backend)), machine.gpus[index]
-            target = _target(vendor, (gpu.capability,), machine.system, machine.arch)
-            jobs.append(_Job(vendor, target, gpu, _bounded(options, machine, gpu, say)))
+        # Everything that can be found out before a build is found out before the first one.
+        jobs = _jobs(requests, index, backend, options, machine, say)
         for job in jobs:
             rtx_on_turing = TURING in job.target.capabilities and job.vendor.name == "tensorrt-rtx"
             if rtx_on_turing and (refusal := turing_refusal(bundle.manifest)):
@@ -115,50 +115,58 @@ def build_targets(
             bundle.verify([name for name in bundle.sizes if target_of(name) not in replaced])
             check_writable(bundle.path)
     for job in jobs:
-        job.vendor.messages.say = log
+        job.vendor.messages.say = say if verbose else None
         # Opened for each target: the one before has put a new file in this one's place.
         with Bundle.open(path) as bundle, temporary_folder("build") as folder:
-            with held():
+            with interrupt.held():
                 if job.gpu is not None:
                     CudaDevice(index).activate()  # TensorRT builds for the thread's current device
-                new = build_engines(
-                    bundle, job.vendor, job.target, folder, gpu=job.gpu, options=job.options, say=say, progress=progress
-                )
+                new = build_engines(bundle, job, folder, interrupt=interrupt, say=say, progress=progress)
             if job.gpu is not None and not into_bundle:
-                place = store_engines(bundle.manifest_sha256, new.target, job.gpu, new.plans, new.details).place
+                place = store_engines(bundle.manifest_sha256, job.target, job.gpu, new.plans, new.details).place
             else:
-                if new.target.name in bundle.targets:
-                    say(f"replaces the engines for {new.target} that {bundle.path} has")
-                name, details, digest = new.target.name, new.details.to_dict(), bundle.manifest_sha256
-                add_engine(bundle.path, name, new.plans, details, manifest_sha256=digest)
+                if job.target.name in bundle.targets:
+                    say(f"replaces the engines for {job.target} that {bundle.path} has")
+                details, digest = new.details.to_dict(), bundle.manifest_sha256
+                add_engine(bundle.path, job.target.name, new.plans, details, manifest_sha256=digest)
                 place = f"in {path}"
-            kept(new.target.name, place)
+            kept(job.target.name, place)
+
+
+def _jobs(
+    requests: Sequence[TargetRequest],
+    index: int,
+    backend: str,
+    options: BuildOptions,
+    machine: Machine | None,
+    say: Say,
+) -> list[Job]:
+    """What the requests come to: the ones ahead of time first; native engines are for the GPU with this index."""
+    jobs: list[Job] = []
+    for capabilities in [request.capabilities for request in requests if request.capabilities is not None]:
+        if backend == "tensorrt":
+            raise BackendError("engines are built ahead of time by tensorrt-rtx alone; leave --backend out")
+        vendor = load_vendor("tensorrt-rtx")
+        jobs += [Job(vendor, target, None, options) for target in ahead_of_time(vendor, capabilities)]
+    if any(request.capabilities is None for request in requests):
+        machine = machine or describe_machine()
+        vendor, gpu = load_vendor(native_library(machine, index, backend)), machine.gpus[index]
+        target = _target(vendor, (gpu.capability,), machine.system, machine.arch)
+        jobs.append(Job(vendor, target, gpu, _bounded(options, machine, gpu, say)))
+    return jobs
 
 
 def build_engines(
     bundle: Bundle,
-    vendor: Vendor,
-    target: Target,
+    job: Job,
     folder: Path,
     *,
-    gpu: Gpu | None,
-    options: BuildOptions,
+    interrupt: Interrupt | None = None,
     say: Say = lambda _line: None,
-    progress: GraphProgress = lambda _graph, _share, _phase: True,
+    progress: GraphProgress = lambda _graph, _share, _phase: None,
 ) -> NewEngines:
-    """Build the engine of every graph of an open bundle; see `build_targets`.
-
-    Args:
-        bundle: open.
-        vendor: the library.
-        target: what to build for.
-        folder: where the engines are written.
-        gpu: the current CUDA device, to build on and for; None: ahead of time for the target's compute capabilities.
-        options: how.
-        say: shows a line for each graph.
-        progress: is told of every step and may stop the build.
-    """
-    manifest = bundle.manifest
+    """Build the engine of every graph of an open bundle into a folder; the rest is as for `build_targets`."""
+    manifest, vendor, target, gpu, options = bundle.manifest, job.vendor, job.target, job.gpu, job.options
     say(f"building for {gpu or 'other machines'}: {target} with {vendor.name} {vendor.version}, batch {options.batch}")
     bundle.verify([name for graph in manifest.graphs if (name := weights_entry(graph.name)) in bundle.sizes])
     plans: dict[str, Path] = {}
@@ -166,6 +174,11 @@ def build_engines(
     scratch: dict[str, int] = {}
     timing = b""  # experts are alike: what was measured for one holds for the next
     replaced = f"{bundle.path} was replaced or removed while engines were built from it; build them again"
+
+    def go_on(graph: str, share: float, phase: str) -> bool:
+        progress(graph, share, phase)
+        return interrupt is None or not interrupt.requested
+
     for graph in manifest.graphs:
         start = time.perf_counter()
         plan = manifest.precision.get(graph.name, {})
@@ -179,7 +192,7 @@ def build_engines(
                 capabilities=target.capabilities if gpu is None else None,
                 options=options,
                 timing=timing,
-                progress=lambda share, phase, graph=graph.name: progress(graph, share, phase),
+                progress=partial(go_on, graph.name),
             )
         except BuildError as error:
             if not bundle.in_place():  # the likely reason: weights are read from the file by its name
@@ -198,7 +211,7 @@ def build_engines(
         raise BundleError(replaced)
     facts = {"optimization_level": options.optimization_level, "workspace": options.workspace, "scratch": scratch}
     details = EngineDetails(vendor.version, gpu, options.batch, precision, facts, f"mge {version('mge')}")
-    return NewEngines(target, plans, details)
+    return NewEngines(plans, details)
 
 
 def ahead_of_time(vendor: Vendor, capabilities: Sequence[str]) -> list[Target]:

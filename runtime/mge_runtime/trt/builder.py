@@ -7,17 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mge_runtime.backends.base import Found, check_tensors
 from mge_runtime.errors import BuildError, one_line
 from mge_runtime.fields import JsonValue
-from mge_runtime.manifest import BATCH, GraphSpec
-from mge_runtime.trt.attest import Counts, attest_engine, attest_network, dtype_name
+from mge_runtime.manifest import GraphSpec
+from mge_runtime.trt.attest import Counts, attest_engine, attest_network
 from mge_runtime.trt.target import BatchRange
-from mge_runtime.trt.vendor import Api, Vendor
+from mge_runtime.trt.vendor import Api, Vendor, dtype_name, sizes
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["BuildOptions", "BuiltEngine", "Progress", "build_engine", "parse_graph"]
+__all__ = ["BuildOptions", "BuiltEngine", "Progress", "build_engine", "configure", "parse_graph", "profile"]
 
 Progress = Callable[[float, str], bool]  # share done in [0, 1] and the phase's name -> whether to go on
 
@@ -78,10 +79,11 @@ def build_engine(
 
     Raises:
         BuildError: the graph cannot be parsed or built, is not of its plan's precision, or the build was stopped.
+        BundleError: the graph has other inputs or outputs than the manifest says.
     """
     parsed = parse_graph(vendor, spec, model, path)
     layers = attest_network(spec.name, parsed.network, model, plan)
-    config: Any = _configure(vendor, parsed, options, capabilities)
+    config: Any = configure(vendor, parsed, options, capabilities)
     cache = None if vendor.is_rtx else config.create_timing_cache(timing)
     if cache is not None:
         config.set_timing_cache(cache, False)
@@ -109,7 +111,8 @@ def parse_graph(vendor: Vendor, spec: GraphSpec, model: bytes, path: Path) -> Pa
     """Parse a graph, as for `build_engine`, and check the network's inputs and outputs against the specification.
 
     Raises:
-        BuildError: an operator is not supported (the message names the node), or inputs or outputs differ.
+        BuildError: an operator is not supported; the message names the node.
+        BundleError: inputs or outputs differ.
     """
     api, messages = vendor.api, vendor.messages
     messages.take()
@@ -130,24 +133,18 @@ def parse_graph(vendor: Vendor, spec: GraphSpec, model: bytes, path: Path) -> Pa
     messages.take()  # what it warned of, and parsed all the same
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    for role, tensors, expected in (("inputs", inputs, spec.inputs), ("outputs", outputs, spec.outputs)):
-        found = sorted((tensor.name, dtype_name(tensor.dtype), _sizes(tensor.shape)) for tensor in tensors)
-        wanted = sorted(
-            (tensor.name, tensor.dtype, tuple(-1 if axis == BATCH else int(axis) for axis in tensor.shape))
-            for tensor in expected
-        )
-        if [item[:2] for item in found] != [item[:2] for item in wanted] or (role == "inputs" and found != wanted):
-            raise BuildError(f"graph {spec.name} was parsed with the {role} {found}; expected {wanted}: export again")
+    check_tensors(spec, _found(inputs), _found(outputs), "export it again")
     return Parsed(builder, network, parser)
 
 
-def _sizes(shape: trt.Dims) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in range(len(shape)))
+def _found(tensors: Sequence[trt.ITensor]) -> Found:
+    return {t.name: (dtype_name(t.dtype), [None if size < 0 else size for size in sizes(t.shape)]) for t in tensors}
 
 
-def _configure(
+def configure(
     vendor: Vendor, parsed: Parsed, options: BuildOptions, capabilities: Sequence[str] | None
 ) -> trt.IBuilderConfig:
+    """The library's settings for a build; the arguments are those of `build_engine`."""
     api = vendor.api
     config = parsed.builder.create_builder_config()
     config.clear_flag(api.BuilderFlag.TF32)  # on by default: FP32 would mean ten bits of mantissa
@@ -156,7 +153,7 @@ def _configure(
         config.builder_optimization_level = options.optimization_level
     if options.workspace is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace)
-    config.add_optimization_profile(_profile(parsed, options.batch))
+    config.add_optimization_profile(profile(parsed, options.batch))
     if vendor.is_rtx:
         rtx: Any = api  # TensorRT has none of the following
         rtx_config: Any = config
@@ -169,13 +166,14 @@ def _configure(
     return config
 
 
-def _profile(parsed: Parsed, batch: BatchRange) -> trt.IOptimizationProfile:
-    profile = parsed.builder.create_optimization_profile()
+def profile(parsed: Parsed, batch: BatchRange) -> trt.IOptimizationProfile:
+    """The batch sizes that an engine is built for, as TensorRT is told them."""
+    made = parsed.builder.create_optimization_profile()
     for index in range(parsed.network.num_inputs):
         tensor = parsed.network.get_input(index)
-        least, usual, most = ((size, *_sizes(tensor.shape)[1:]) for size in batch.sizes)
-        profile.set_shape(tensor.name, least, usual, most)  # pyright: ignore[reportArgumentType] - tuples are taken
-    return profile
+        least, usual, most = ((size, *sizes(tensor.shape)[1:]) for size in batch.sizes)
+        made.set_shape(tensor.name, least, usual, most)  # pyright: ignore[reportArgumentType] - tuples are taken
+    return made
 
 
 def _monitor(api: Api, progress: Progress) -> trt.IProgressMonitor:

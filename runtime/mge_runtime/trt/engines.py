@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import sys
 import tempfile
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ from mge_runtime.bundle import Bundle, EngineDescription
 from mge_runtime.bundle.archive import engine_description, engine_plan
 from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.fields import Field, JsonValue
-from mge_runtime.files import lock
+from mge_runtime.files import atomic_path, file_sha256, lock
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.manifest import Entry, Manifest, read_plan
 from mge_runtime.trt.target import LARGEST_BATCH, BatchRange, Target
@@ -248,26 +249,22 @@ def store_engines(
             lock(held.fileno())
             entries: dict[str, Entry] = {}
             for graph, path in plans.items():
-                data = path.read_bytes()
-                entry = entries[graph] = Entry(hashlib.sha256(data).hexdigest(), len(data))
-                _replace(place / _plan_name(graph, entry), data)
+                entry = entries[graph] = Entry(file_sha256(path), path.stat().st_size)
+                with atomic_path(place / _plan_name(graph, entry)) as part:
+                    shutil.copyfile(path, part)
             description = EngineDescription(manifest_sha256, target.name, entries, details.to_dict())
-            _replace(place / _DESCRIPTION, description.to_json())
+            with atomic_path(place / _DESCRIPTION) as part:
+                part.write_bytes(description.to_json())
             for older in set(place.glob("*.plan")) - {place / _plan_name(*item) for item in entries.items()}:
                 with suppress(OSError):  # Windows removes no file that is mapped
                     older.unlink()
             return CachedEngines(place, manifest_sha256)
-    except OSError as error:
+    except (OSError, OutputError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"cannot keep the engines in {place}: {error.strerror or error}; expected a writable folder with room, "
+            f"cannot keep the engines in {place}: {reason}; expected a writable folder with room, "
             "set MGE_CACHE_DIR to one, or build with --into-bundle"
         ) from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    part = path.with_name(".part")  # the caller holds the lock: nobody else writes it
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def _plan_name(graph: str, entry: Entry) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from mge_runtime.errors import BackendError, brief
-from mge_runtime.machine import Gpu, Machine, has_module
+from mge_runtime.errors import BackendError
+from mge_runtime.machine import Gpu, Machine, import_library
 from mge_runtime.trt.target import rtx_refusal
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["LIBRARIES", "Api", "Library", "Messages", "Vendor", "library_refusal", "load_vendor"]
+__all__ = ["LIBRARIES", "Api", "Library", "Messages", "Vendor", "dtype_name", "library_refusal", "load_vendor", "sizes"]
 
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # `tensorrt.DataType` where it is not NumPy's
 _KEPT = 50  # messages; a failing build can say thousands
 _LONGEST = 400  # characters of one message that an error quotes
 _JETPACK = "TensorRT comes with JetPack: sudo apt install nvidia-jetpack, in an environment with --system-site-packages"
@@ -114,19 +114,21 @@ def load_vendor(name: str) -> Vendor:
         BackendError: it is not installed, broken, or of a version that is not served.
     """
     library = LIBRARIES[name]
-    if not has_module(library.module):
-        raise BackendError(f"the module {library.module} is not installed: {library.install}")
-    try:
-        module: Any = importlib.import_module(library.module)
-    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-        raise BackendError(
-            f"{library.module} cannot be imported: {brief(error)}; install it again: {library.install}"
-        ) from error
-    api = cast("Api", module)
+    api = cast("Api", import_library(library.module, library.install))
     if refusal := library.refusal(api.__version__):
         raise BackendError(refusal)
     messages = Messages()
     return Vendor(name, api.__version__, api, _logger(api, messages), messages)
+
+
+def dtype_name(dtype: trt.DataType) -> str:
+    """NumPy's name of a TensorRT type, or TensorRT's own where NumPy has none: "float16", "int64", "fp8"."""
+    return _DTYPES.get(dtype.name, dtype.name.lower())
+
+
+def sizes(dims: trt.Dims) -> tuple[int, ...]:
+    """The axes of a shape, -1 for one that is open."""
+    return tuple(dims[axis] for axis in range(len(dims)))
 
 
 def library_refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
@@ -134,12 +136,8 @@ def library_refusal(name: str, machine: Machine, gpu: Gpu) -> str | None:
     library = LIBRARIES[name]
     if name == "tensorrt-rtx" and (refusal := rtx_refusal(gpu, None)) is not None:
         return refusal
-    if (error := machine.broken.get(name)) is not None:
-        return f"{library.module} cannot be imported ({error}); install it again: {library.install}"
-    if (version := machine.libraries.get(name)) is None:
-        install = _JETPACK if name == "tensorrt" and machine.is_jetson else library.install
-        return f"{library.module} is not installed: {install}"
-    return library.refusal(version)
+    install = _JETPACK if name == "tensorrt" and machine.is_jetson else library.install
+    return machine.missing(name, install) or library.refusal(machine.libraries[name])
 
 
 def _logger(api: Api, messages: Messages) -> trt.ILogger:

@@ -1,4 +1,4 @@
-"""The CPU as a device: NumPy memory, and streams that run at once what is enqueued."""
+"""The CPU as a device: the layer above runs where there is no GPU."""
 
 from __future__ import annotations
 
@@ -14,16 +14,11 @@ from mge_runtime.device.base import CaptureRefusedError, Device, Direction, Even
 if TYPE_CHECKING:
     from mge_runtime.device.base import Bytes
 
-__all__ = ["HostDevice"]
-
 _ALIGNMENT = 256
 
 
 class HostDevice(Device):
-    """The CPU as a device of the same interface as a GPU: the layer above runs where there is no GPU, for tests.
-
-    It pretends no CUDA: graphs are refused. The chain on a CPU is faster with `mge_runtime.backends.onnxruntime`.
-    """
+    """NumPy memory, streams that run at once what is enqueued, and no graphs: it pretends no CUDA."""
 
     name = "host"
     kind = "cpu"
@@ -59,7 +54,7 @@ class _HostStream(Stream):
     handle = 0
 
     def record(self, event: Event) -> None:
-        assert isinstance(event, _HostEvent)  # noqa: S101 - events of another device are a defect
+        assert isinstance(event, _HostEvent)
         event.seconds = time.perf_counter()
 
     def synchronize(self) -> None:
@@ -73,7 +68,7 @@ class _HostEvent(Event):
     seconds = 0.0
 
     def ms_since(self, earlier: Event) -> float:
-        assert isinstance(earlier, _HostEvent)  # noqa: S101 - as above
+        assert isinstance(earlier, _HostEvent)
         return (self.seconds - earlier.seconds) * 1e3
 
     def close(self) -> None:
