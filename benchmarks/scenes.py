@@ -26,7 +26,7 @@ from PIL import Image
 from mge.data.folder import TrainingDataset, crop_resized, normalize
 from mge.parts import write_parts
 from mge_runtime.cli.common import reports_errors
-from mge_runtime.decode import decode_picture
+from mge_runtime.decode import open_image
 from mge_runtime.preprocess import resized_size
 
 CANVAS = 1280  # pixels, of far products
@@ -67,7 +67,7 @@ def compose(kind: str, product: Image.Image, others: Sequence[Path], random: np.
 
 
 def _draw(others: Sequence[Path], random: np.random.Generator) -> Image.Image:
-    return decode_picture(others[int(random.integers(len(others)))])
+    return open_image(others[int(random.integers(len(others)))])
 
 
 def _square(image: Image.Image, side: int, random: np.random.Generator) -> np.ndarray:
@@ -87,7 +87,7 @@ class SceneDataset(TrainingDataset):
         """The scene of image `index` in `epoch`, flipped or not."""
         path, label = self.samples[key[1]]
         random = np.random.default_rng((self._seed, *key))
-        scene, _ = compose(self.kind, decode_picture(path), self.others, random)
+        scene, _ = compose(self.kind, open_image(path), self.others, random)
         if self._flip and random.random() < 0.5:
             scene = scene[:, ::-1]
         side = self.config.frame_size
@@ -114,7 +114,7 @@ def write_scenes(data: Path, out: Path, kind: str, seed: int) -> None:
             (out / split / path.parent.name).mkdir(parents=True, exist_ok=True)
             for copy in range(copies):
                 random = np.random.default_rng((seed, number, index, copy))
-                scene, box = compose(kind, decode_picture(path), others, random)
+                scene, box = compose(kind, open_image(path), others, random)
                 name = f"{path.parent.name}/{path.stem}-{copy}.jpg"
                 Image.fromarray(scene).save(out / split / name, quality=95)
                 boxes[name] = box

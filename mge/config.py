@@ -13,7 +13,7 @@ from typing import Any
 
 from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
-from mge_runtime.manifest import Preprocess, read_class_names, read_preprocess
+from mge_runtime.manifest import Crops, Preprocess, read_class_names, read_preprocess
 
 __all__ = ["GATES", "PAPER_THRESHOLD", "MGEConfig", "read_labels"]
 
@@ -103,6 +103,11 @@ class MGEConfig:
     def frame_size(self) -> int:
         """Side of the chain's input in pixels."""
         return self.source_size or self.image_size
+
+    @property
+    def crops(self) -> Crops:
+        """What the boxes of its chain are pixels of."""
+        return Crops(self.sizes, self.source_size)
 
     @property
     def preprocess(self) -> Preprocess:

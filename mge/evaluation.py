@@ -75,7 +75,7 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
     import torch  # here: a bundle is evaluated without it
 
     device = next(model.parameters()).device
-    size = model.config.image_size
+    crops = model.config.crops
     was_training = model.training
     model.eval()
     labels: list[Tensor] = []
@@ -88,16 +88,16 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
             output = model(images.to(device))
             labels.append(targets.cpu())
             gates.append(output.gate.float().cpu())
-            crops = [expert.box.cpu() for expert in output.experts if expert.box is not None]
-            boxes = torch.stack(crops, 1).numpy() if crops else np.zeros((len(images), 0, 4))
+            cut = [expert.box.cpu() for expert in output.experts if expert.box is not None]
+            boxes = torch.stack(cut, 1).numpy() if cut else np.zeros((len(images), 0, 4))
             for row, viewport in zip(boxes, viewports.cpu().tolist(), strict=True):
-                views.append(compose_boxes(row, Viewport(*viewport[:4], *map(int, viewport[4:])), size))
+                views.append(compose_boxes(row, Viewport(*viewport[:4], *map(int, viewport[4:])), crops))
             found: dict[str, Tensor] = {}
             for k, expert in enumerate(output.experts, 1):
                 found |= {f"expert {k} global": expert.global_logits, f"expert {k} parts": expert.part_logits}
                 found[f"expert {k}"] = expert.logits
                 heatmaps[k - 1].append(expert.heatmap.float().cpu())
-            if crops:
+            if cut:
                 found |= {"average": output.average, "mixture": output.logits}
             for name, logits in found.items():
                 heads.setdefault(name, []).append(logits.float().cpu())

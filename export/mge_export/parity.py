@@ -249,7 +249,7 @@ def measure_parity(
         label = "ONNX Runtime, CPU" + (", weights rounded only" if half else "")
         ways.append(("onnx", label, onnx_runner(folder, specs)))
     checks = [Check(name, label, {spec.name: Differences() for spec in specs}) for name, label, _ in ways]
-    size, boxes = model.config.image_size, [f"box_{k}" for k in range(1, model.config.experts)]
+    crops, boxes = model.config.crops, [f"box_{k}" for k in range(1, model.config.experts)]
     area: dict[str, list[float]] = {name: [] for name in boxes}
     limits = TOLERANCES[precision.value]
     verified: Tensors = {}
@@ -262,11 +262,14 @@ def measure_parity(
                 continue
             found = _compare_graphs(check, runner, specs, reference, limits.relative)
             check.chain.add(found, reference, [specs[-1].logits])
-            for name, ious in chain_box_iou(boxes, found, reference, size).items():
+            for name, ious in chain_box_iou(boxes, found, reference, crops).items():
                 check.chain.box_iou[name] += ious.tolist()
         verified = verified or {name: tensor for name, tensor in found.items() if tensor.ndim < 4}
-        for name, shares in area.items():
-            shares += (box_area(reference[name]) / size**2).tolist()
+        before = np.full(len(frames), float(crops.frame**2))
+        for (name, shares), side in zip(area.items(), crops.sizes, strict=False):
+            cut = box_area(reference[name])
+            shares += (cut / (before if crops.frame else side**2)).tolist()
+            before = cut
         done += len(frames)
         progress(done)
     return ParityReport(precision, images, checks, {name: run.peak for name, run in typed.items()}, area, verified)

@@ -98,10 +98,9 @@ def typed_copy(part: M, precision: Precision, size: int) -> M:
         ExportError: a weight is not finite in this precision.
     """
     typed = copy.deepcopy(part).eval().requires_grad_(False)
-    if isinstance(typed, Expert | Gate):
-        example = torch.rand((1, 3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
-        fold_batch_norms(typed.backbone, example)
-        typed.backbone = TypedBackbone(typed.backbone, precision.dtype)
+    example = torch.rand((1, 3, size, size), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    fold_batch_norms(typed.backbone, example)
+    typed.backbone = TypedBackbone(typed.backbone, precision.dtype)
     if isinstance(typed, Expert):
         if not isinstance(typed.norm4, nn.Identity):
             typed.norm4 = Float32Island(typed.norm4)

@@ -16,6 +16,7 @@ from mge_runtime.compare import (
     frame_boxes,
     relative_difference,
 )
+from mge_runtime.manifest import Crops
 
 
 def test_boxes_overlap_by_their_common_pixels():
@@ -27,11 +28,11 @@ def test_boxes_overlap_by_their_common_pixels():
 
 def test_boxes_of_crops_are_carried_to_the_frame():
     boxes = [np.array([[8, 8, 24, 24]], np.float32), np.array([[0, 0, 32, 32]], np.float32)]
-    frame = frame_boxes(boxes, 32)
+    frame = frame_boxes(boxes, Crops((32,) * 3))
     assert frame.shape == (2, 1, 4)
     assert frame[0, 0].tolist() == [8, 8, 24, 24]
     assert box_iou(frame[0], frame[1]) == pytest.approx([1], abs=0.15)
-    assert frame_boxes([], 32).shape == (0, 0, 4)
+    assert frame_boxes([], Crops((32,))).shape == (0, 0, 4)
 
 
 def test_differences_are_of_the_largest_value():

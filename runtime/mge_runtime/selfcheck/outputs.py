@@ -98,7 +98,7 @@ def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Compari
                     f"{name} differs by {relative.max():.1e} of its largest value on {beyond} of {len(relative)} "
                     f"images; expected at most {tolerances.relative:g}"
                 )
-    for number, (name, ious) in enumerate(chain_box_iou(boxes, found, reference, manifest.preprocess.size).items()):
+    for number, (name, ious) in enumerate(chain_box_iou(boxes, found, reference, manifest.crops).items()):
         numbers[f"{name}_iou_median"], numbers[f"{name}_iou_least"] = finite(np.median(ious)), finite(ious.min())
         summary.append(f"least IoU of {name} {finite(ious.min())}")
         if number == 0 or tolerances.chain_boxes:
