@@ -284,7 +284,7 @@ def crop_frame(frame: Tensor, view: Tensor, size: int) -> Tensor:
     position = (start + extent * steps - 0.5).clamp(0, frame.shape[1] - 1)  # [B, 2, 2S]: columns, rows
     low = position.floor().clamp_max(frame.shape[1] - 2)
     fraction = (position - low).to(frame.dtype)[..., None]
-    number = low.long() + torch.arange(len(frame), device=frame.device)[:, None, None] * frame.shape[1]
+    number = low.long() + torch.arange(frame.shape[0], device=frame.device)[:, None, None] * frame.shape[1]
     rows = _between(frame, number[:, 1], fraction[:, 1]).unflatten(1, (size, 2)).mean(2)  # [B, S, N, 3]
     turned = rows.permute(0, 2, 1, 3)
     return _between(turned, number[:, 0], fraction[:, 0]).unflatten(1, (size, 2)).mean(2).permute(0, 3, 2, 1)
