@@ -34,19 +34,19 @@ class MGEConfig:
     classes: tuple[str, ...]  # names, by class index
     experts: int = 3  # K >= 1, experts in the chain
     image_size: int = 448  # pixels, S, a multiple of 16, the side of the first expert's square input
-    image_sizes: tuple[int, ...] = ()  # pixels, one for each expert, the first is image_size; (): image_size for all
-    source_size: int = 0  # pixels, N, a multiple of image_size: crops are cut from a frame of this side; 0: each from
-    # the image of the expert before
     resize: int = 512  # pixels, the shorter side before the center crop of the frame, >= its side
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel, > 0
     box_thresholds: tuple[float, ...] = (PAPER_THRESHOLD, PAPER_THRESHOLD)  # in [0, 1), one for each of the K - 1 crops
     parts_per_class: int = 10  # channels of the part convolution for each class
-    gate: str = "network"  # what weighs the experts: "network", a backbone of its own; "shared", a linear layer over
-    # the experts' pooled features; "none", weights that are the same for every image
     gate_width: int = 512  # hidden units of the gate's network
     normalize_features: bool = False  # BatchNorm before the heads, for backbones whose last features are linear
     attention_head: str = "own"  # whose global head Grad-CAM reads: "own", each expert's; "first", always expert 1's
+    gate: str = "network"  # what weighs the experts: "network", a backbone of its own; "shared", a linear layer over
+    # the experts' pooled features; "none", weights that are the same for every image
+    image_sizes: tuple[int, ...] = ()  # pixels, one for each expert, the first is image_size; (): image_size for all
+    source_size: int = 0  # pixels, N, a multiple of image_size: crops are cut from a frame of this side; 0: each from
+    # the image of the expert before
 
     def __post_init__(self) -> None:
         size, crops = self.image_size, self.experts - 1
