@@ -7,7 +7,7 @@ authors' layout through `mge.checkpoint.load_checkpoint`, so the loader is check
     git clone https://github.com/lbzhang/MGE-CNN ../MGE-CNN
     python -m benchmarks.authors_parity --authors ../MGE-CNN --resnet50 resnet50.safetensors --images DIR
 
-The authors' code has no licence, so nothing of it is here: it is imported from the user's own clone. It was written for
+The authors' code has no license, so nothing of it is here: it is imported from the user's own clone. It was written for
 a GPU and PyTorch 1; on a CPU it runs once `.cuda()` is an identity, the packages that it imports without need are empty
 modules, and its ImageNet download gives the weights of `--resnet50` instead.
 """

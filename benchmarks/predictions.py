@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mge.evaluation import top_k_correct
-from mge_calibration.temperature import mean_interval
+from mge_calibration.quality import mean_interval
 from mge_runtime.compare import box_area, box_iou
 
 CHANGES = 1  # images whose class may change, in each head

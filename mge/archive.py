@@ -8,14 +8,16 @@ import re
 import stat
 import warnings
 import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mge_runtime.errors import CheckpointError
+from mge_runtime.errors import CheckpointError, TrainingError, brief
 
-__all__ = ["check_file", "read_archive", "read_plain"]
+__all__ = ["check_file", "read_archive", "read_plain", "taking_up"]
 
 # Harmless types that optimizer and scheduler states of other training loops hold and that PyTorch does not allow by
 # itself: NumPy scalars (a learning rate, a best score), under NumPy's old and new names.
@@ -159,3 +161,19 @@ def _why_unreadable(error: Exception) -> str:
     # PyTorch wraps the reason in advice to load the file unsafely, which is not ours.
     reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0][:120]
     return f"is cut short, damaged or not a file of torch.save ({type(error).__name__}: {reason}); {_EXPECTED}"
+
+
+@contextmanager
+def taking_up(path: Path) -> Generator[None]:
+    """Say in one line that the training state of a file does not fit, whatever gives out inside the block.
+
+    Raises:
+        TrainingError: a part is missing, or of another kind than this version writes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TrainingError(
+            f"{path} holds a training state that cannot be taken up ({type(error).__name__}: {brief(error)}); expected "
+            f"last.pt of this version of mge: fine-tune its model with --init {path}"
+        ) from error

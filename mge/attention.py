@@ -45,7 +45,7 @@ class StatesGradient(Protocol):
         ...
 
     def class_gradient(self, features: Tensor, class_index: Tensor) -> Tensor:
-        """D score_t / d features, as [B, D, h, w], or as [B, D, 1, 1] where it is the same at every cell.
+        """The gradient d score_t / d features: [B, D, h, w], or [B, D, 1, 1] where it is the same at every cell.
 
         Args:
             features: [B, D, h, w].

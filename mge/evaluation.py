@@ -1,4 +1,4 @@
-"""Predictions on labelled images, of a model or a bundle: the figures of the paper's table, as text and as a file."""
+"""Predictions on labeled images, of a model or a bundle: the figures of the paper's table, as text and as a file."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ class Predictions:
     """What was predicted for N images."""
 
     labels: np.ndarray  # [N] int64
-    heads: dict[str, np.ndarray]  # name -> logits [N, C], in the order of the table; the last are the whole's
+    heads: dict[str, np.ndarray]  # name -> logits [N, C], in the order of the table; the last are the final ones
     gate: np.ndarray  # [N, K], rows sum to 1
     views: np.ndarray  # [N, K, 4], what each expert saw, in pixels of the source image
     heatmaps: tuple[Tensor, ...] = ()  # K of [N, h, w]; empty for a bundle
-    temperature: float | None = None  # of the whole's logits, where a bundle's calibration learned one
+    temperature: float | None = None  # of the final logits, where a bundle's calibration learned one
 
     @property
     def final(self) -> np.ndarray:
-        """[N, C], the logits of the whole: the mixture's, or the single expert's."""
+        """[N, C], the final logits: the mixture's, or the single expert's."""
         return list(self.heads.values())[-1]
 
 
@@ -114,7 +114,7 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
 def collect_bundle(
     pipeline: Pipeline, samples: Sequence[tuple[Path, int]], batch: int = 1, workers: int = 2
 ) -> Predictions:
-    """Run a bundle over labelled images; its heads are the experts, their average and the mixture only.
+    """Run a bundle over labeled images; its heads are the experts, their average and the mixture only.
 
     Logits are those of the graphs, before any temperature.
 
@@ -148,7 +148,7 @@ def top_k_correct(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndar
 
 
 def summarize(predictions: Predictions) -> list[Row]:
-    """One row for every head; the last one's is the whole's, for which a calibrated bundle has a temperature."""
+    """One row for every head; the last one has the final logits, for which a calibrated bundle has a temperature."""
     rows, labels = [], predictions.labels
     for name, logits in predictions.heads.items():
         top1, top5 = (float(top_k_correct(logits, labels, k).mean()) for k in (1, 5))

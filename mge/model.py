@@ -42,9 +42,9 @@ class ExpertOutput(NamedTuple):
     """What one expert saw and predicted; a named tuple, which distribution wrappers can walk."""
 
     image: Tensor  # [B, 3, S_k, S_k], its input
-    global_logits: Tensor  # [B, C], large part
-    part_logits: Tensor  # [B, C], small parts; for training only
-    logits: Tensor  # [B, C], from both parts: the expert's prediction
+    global_logits: Tensor  # [B, C], of the global head
+    part_logits: Tensor  # [B, C], of the part head; for training only
+    logits: Tensor  # [B, C], of the concatenated head: the expert's prediction
     heatmap: Tensor  # [B, h, w], its attention (Grad-CAM), of any sign and scale
     box: Tensor | None  # [B, 4], what the next expert sees, in pixels of `image`, with a source of the frame's; None
     # for the last
@@ -107,14 +107,17 @@ class Expert(nn.Module):
     def part_features(self, c4: Tensor) -> Tensor:
         """GMP(ReLU(Conv1x1(c4))) with the authors' padding of 1: [B, D4, h, w] -> [B, P].
 
-        The border of the padded map holds ReLU(bias), and ReLU and the maximum commute, so this equals
-        max(max_hw(W c4) + b, b, 0) without the padding.
+        The cells of the padding hold ReLU(bias), and ReLU and the maximum commute, so this equals
+        max(max_hw(W c4) + b, b, 0) without the padding. P = C * `parts_per_class`, the channels of the convolution.
         """
         response = F.conv2d(c4, self.part_conv.weight).amax((2, 3))
         return (response.relu() + cast("Tensor", self.part_conv.bias)).relu()
 
     def concat_logits(self, pooled: Tensor, parts: Tensor) -> Tensor:
-        """The concatenated head: both halves normalized to length 10, neither trained through: -> [B, C]."""
+        """The concatenated head: pooled features [B, D5] and parts [B, P] to scores [B, C].
+
+        Both halves are normalized to length 10; neither is trained through.
+        """
         halves = (NORM_SCALE * _unit(pooled), NORM_SCALE * _unit(parts.detach()))
         return self.concat_head(torch.cat(halves, 1))
 
@@ -173,7 +176,7 @@ def mix(gate: nn.Module | None, weights: Tensor, logits: Tensor) -> Tensor:
 class MGENet(nn.Module):
     """K experts and what weighs them, randomly initialized; `initialize_backbones` and `mge.checkpoint` have weights.
 
-    A single expert needs no gate: its logits are the whole's (`gate` is None and the gate's weights are ones).
+    A single expert needs no gate: its logits are the final ones (`gate` is None and the gate's weights are ones).
     """
 
     def __init__(self, config: MGEConfig) -> None:
@@ -203,6 +206,10 @@ class MGENet(nn.Module):
         Args:
             images: [B, 3, S, S], S the side of the frame, normalized with the config's mean and std.
             labels: [B] int64: attention looks for these classes (training); None: for its head's own first guess.
+
+        Returns:
+            What each expert saw and predicted, the gate's weights [B, K] and the final logits [B, C]. The mixture
+            trains the gate alone: the experts' logits enter it detached.
         """
         outputs: list[ExpertOutput] = []
         sizes, crops_frame = self.config.sizes, self.config.source_size > 0

@@ -174,4 +174,4 @@ def test_a_missing_extra_is_one_line(data, files, tmp_path, command, arguments, 
     assert "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]  # below a note on parts.csv
     assert line.startswith("error: this command needs ")
-    assert line.endswith(f'is not installed; install it: pip install "mge[{extra}]"')
+    assert line.endswith(f"is not installed; install mge again, with its extra {extra}")

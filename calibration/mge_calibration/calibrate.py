@@ -14,7 +14,7 @@ import numpy as np
 from mge_calibration.collect import FEWEST, collect
 from mge_calibration.exits import ExitOutcome, fewest_images, learn_exits
 from mge_calibration.images import LabeledImage, choose_images
-from mge_calibration.temperature import TemperatureOutcome, learn_temperatures, with_temperature
+from mge_calibration.temperature import TemperatureOutcome, learn_temperatures, set_temperature
 from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.calibrated import Guarantee, RunsOn
 from mge_runtime.decode import MAX_PIXELS
@@ -139,9 +139,12 @@ def publish(learned: Learned, values: Mapping[str, JsonValue]) -> None:
         OutputError: it cannot be written.
     """
     *_, last = learned.temperatures.values()  # of the whole chain
-    add_calibration(
-        learned.request.bundle,
-        values,
-        manifest_sha256=learned.manifest_sha256,
-        chain=lambda chain: with_temperature(chain, last.fit.temperature),
-    )
+
+    def changed(chain: bytes) -> bytes:
+        import onnx
+
+        model = onnx.load_model_from_string(chain)  # its weights stay where they are
+        set_temperature(model, last.fit.temperature)
+        return model.SerializeToString(deterministic=True)
+
+    add_calibration(learned.request.bundle, values, manifest_sha256=learned.manifest_sha256, chain=changed)

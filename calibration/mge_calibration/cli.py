@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import click
 
 from mge_runtime.cli.common import (
+    Number,
     backend_option,
     device_option,
     max_pixels_option,
@@ -25,21 +25,10 @@ from mge_runtime.cli.common import (
 from mge_runtime.errors import MGEError, OutputError
 from mge_runtime.files import echo
 
-__all__ = ["SHARE", "Number", "main"]
+__all__ = ["SHARE", "main"]
 
 _REPORT = "calibration.json"
 _RELIABILITY = "reliability.png"
-
-
-class Number(click.FloatRange):
-    """A range that "nan" is not in: it passes every comparison of `FloatRange`."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse; a usage error for "nan"."""
-        number = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is no number; expected one in the range {self._describe_range()}.", param, ctx)
-        return number
 
 
 SHARE = Number(1e-6, 1, max_open=True)  # below one in a million no number of images would do

@@ -43,7 +43,7 @@ class ChainLogits:
         """Split into a third for temperatures and the others for exits, by a seeded hash of each image's bytes.
 
         Args:
-            known: digests of images that may set temperatures alone; they count towards their third.
+            known: digests of images that may set temperatures alone; they count toward their third.
             seed: another one gives another split.
         """
         hashes = [image.sha256 for image in self.images]

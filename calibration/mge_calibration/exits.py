@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mge_calibration.collect import FEWEST, TEMPERATURE_SHARE, ChainLogits
-from mge_calibration.temperature import Interval, mean_interval
+from mge_calibration.quality import Interval, mean_interval
 from mge_runtime.calibrated import Guarantee, confidence
 
 __all__ = [

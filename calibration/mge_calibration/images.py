@@ -58,11 +58,11 @@ def list_labeled(
         The folder that holds the class folders, and the images, sorted by class and path.
 
     Raises:
-        InputError: as for `sources.list_labelled`, or one image is in the folders of two classes.
+        InputError: as for `sources.list_labeled`, or one image is in the folders of two classes.
     """
     split = sources.validation_folder(folder)
     root = folder if split is None or split.name in class_names else split
-    _, samples = sources.list_labelled(root, class_names, say)
+    _, samples = sources.list_labeled(root, class_names, say)
     with ThreadPoolExecutor(cpu_count()) as pool:
         hashes = list(pool.map(_content_sha256, (path for path, _ in samples)))
     unique: dict[str, LabeledImage] = {}

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from mge_calibration.cli import Number
-from mge_runtime.cli.common import engine_batch_option, max_pixels_option, reports_errors
+from mge_runtime.cli.common import Number, engine_batch_option, max_pixels_option, reports_errors
 from mge_runtime.errors import ExportError, OutputError
 from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mge.model import MGENet
-from mge_export.experts import ExpertGraph
+from mge_export.experts import ExpertGraph, views
 from mge_export.images import VerifyImages
 from mge_export.precision import Precision
 from mge_export.runners import FP16_MAX, Peak, Runner, Tensors, TypedRun, onnx_runner, reference_tensors
@@ -30,7 +30,7 @@ from mge_runtime.compare import (
     relative_difference,
 )
 from mge_runtime.errors import BackendError, BundleError, ExportError
-from mge_runtime.manifest import FRAME, GraphSpec
+from mge_runtime.manifest import FRAME, GraphSpec, ViewSpec
 from mge_runtime.pipeline import Pipeline
 
 __all__ = ["Check", "Differences", "ParityReport", "check_bundle", "measure_parity"]
@@ -45,6 +45,26 @@ def _lists() -> dict[str, list[Any]]:
     return defaultdict(list)
 
 
+@dataclass(frozen=True)
+class _Kinds:
+    """Names of a chain's tensors that are compared by more than their difference."""
+
+    boxes: tuple[str, ...]  # in the order of the crops
+    logits: frozenset[str]  # of every expert and of the chain: their classes are compared
+    heatmaps: frozenset[str]
+    crops: frozenset[str]  # images that a graph cuts out for the next one
+
+    @classmethod
+    def of(cls, specs: Sequence[GraphSpec], views: Sequence[ViewSpec]) -> _Kinds:
+        """As the graphs and the views of a chain name them."""
+        return cls(
+            tuple(view.box for view in views if view.box is not None),
+            frozenset([specs[-1].logits, *(view.logits for view in views)]),
+            frozenset(view.heatmap for view in views),
+            frozenset(tensor.name for spec in specs for tensor in spec.outputs if len(tensor.shape) == 4),
+        )
+
+
 @dataclass
 class Differences:
     """Tensors compared with their reference, by name and image."""
@@ -55,7 +75,7 @@ class Differences:
     class_margins: dict[str, list[float]] = field(default_factory=_lists)  # see `class_margins`
     box_iou: dict[str, list[float]] = field(default_factory=_lists)
 
-    def add(self, found: Tensors, reference: Tensors, names: Iterable[str]) -> None:
+    def add(self, found: Tensors, reference: Tensors, names: Iterable[str], kinds: _Kinds) -> None:
         """Add a batch.
 
         Args:
@@ -63,18 +83,19 @@ class Differences:
             reference: the same.
             names: of those to compare, a box before the image that is cropped by it. An image cropped by another box
                 is another image, so it is left out (its box is not).
+            kinds: what they are.
         """
         same_box: Any = slice(None)
         for name in names:
             ours, theirs = found[name], reference[name]
-            if name.startswith("box_"):
+            if name in kinds.boxes:
                 self.box_iou[name] += box_iou(ours, theirs).tolist()
                 same_box = (ours == theirs).all(1)
                 continue
-            if name.startswith("logits"):
+            if name in kinds.logits:
                 self.class_changes[name] += (ours.argmax(1) != theirs.argmax(1)).tolist()
                 self.class_margins[name] += class_margins(ours, theirs).tolist()
-            if name.startswith("image_"):
+            if name in kinds.crops:
                 ours, theirs = ours[same_box], theirs[same_box]
             axes = tuple(range(1, ours.ndim))
             self.absolute[name] += np.abs(ours.astype(np.float64) - theirs).max(axes).tolist()
@@ -89,6 +110,7 @@ class Check:
     label: str  # what this check does and does not show
     graphs: dict[str, Differences]  # each on the reference's inputs
     chain: Differences = field(default_factory=Differences)  # on its own: logits, and boxes in pixels of the frame
+    heatmaps: Collection[str] = ()  # names of them
 
     def failures(self, limits: Tolerances) -> list[str]:
         """What is out of tolerance, one line each."""
@@ -97,7 +119,7 @@ class Check:
             where = f"{self.name} {graph}"
             for name, values in differences.relative.items():
                 # Attention looks at one class: on a near tie of two classes the map is another one, as is its box.
-                allowed = limits.allowed_outliers(len(values)) if name.startswith("heatmap_") else 0
+                allowed = limits.allowed_outliers(len(values)) if name in self.heatmaps else 0
                 beyond = sum(not value <= limits.relative for value in values)
                 if beyond > allowed:
                     found.append(
@@ -193,8 +215,8 @@ class ParityReport:
             *lines,
             "",
             *(
-                f"Crop {name.removeprefix('box_')}: keeps a median of {100 * np.median(shares):.0f} % of its view"
-                for name, shares in self.crop_area.items()
+                f"Crop {number}: keeps a median of {100 * np.median(shares):.0f} % of its view"
+                for number, shares in enumerate(self.crop_area.values(), 1)
             ),
             f"Tolerances ({limits.reason}):",
             f"  rel diff <= {limits.relative:g}; class may change on {changes} of {count}"
@@ -248,9 +270,12 @@ def measure_parity(
     else:
         label = "ONNX Runtime, CPU" + (", weights rounded only" if half else "")
         ways.append(("onnx", label, onnx_runner(folder, specs)))
-    checks = [Check(name, label, {spec.name: Differences() for spec in specs}) for name, label, _ in ways]
-    crops, boxes = model.config.crops, [f"box_{k}" for k in range(1, model.config.experts)]
-    area: dict[str, list[float]] = {name: [] for name in boxes}
+    kinds, crops = _Kinds.of(specs, views(model.config)), model.config.crops
+    checks = [
+        Check(name, label, {spec.name: Differences() for spec in specs}, heatmaps=kinds.heatmaps)
+        for name, label, _ in ways
+    ]
+    area: dict[str, list[float]] = {name: [] for name in kinds.boxes}
     limits = TOLERANCES[precision.value]
     verified: Tensors = {}
     found: Tensors = {}
@@ -260,9 +285,9 @@ def measure_parity(
         for check, (_, _, runner) in zip(checks, ways, strict=True):
             if check.name == "torch" and done and not half:
                 continue
-            found = _compare_graphs(check, runner, specs, reference, limits.relative)
-            check.chain.add(found, reference, [specs[-1].logits])
-            for name, ious in chain_box_iou(boxes, found, reference, crops).items():
+            found = _compare_graphs(check, runner, specs, reference, limits.relative, kinds)
+            check.chain.add(found, reference, [specs[-1].logits], kinds)
+            for name, ious in chain_box_iou(kinds.boxes, found, reference, crops).items():
                 check.chain.box_iou[name] += ious.tolist()
         verified = verified or {name: tensor for name, tensor in found.items() if tensor.ndim < 4}
         before = np.full(len(frames), float(crops.frame**2))
@@ -281,7 +306,7 @@ def check_bundle(path: Path, images: VerifyImages, verified: Tensors) -> None:
     Args:
         path: the bundle.
         images: that the graphs were verified on.
-        verified: what their chain made of the first of `images.batches()`.
+        verified: what their chain made of the first of `images.batches()`: by name, [B, ...], float32.
 
     Raises:
         ExportError: it cannot be opened or run, or its outputs differ.
@@ -305,7 +330,7 @@ def check_bundle(path: Path, images: VerifyImages, verified: Tensors) -> None:
 
 
 def _compare_graphs(
-    check: Check, runner: Runner, specs: Sequence[GraphSpec], reference: Tensors, relative: float
+    check: Check, runner: Runner, specs: Sequence[GraphSpec], reference: Tensors, relative: float, kinds: _Kinds
 ) -> Tensors:
     """Add a batch to a check's graphs; return all tensors of the chain.
 
@@ -324,7 +349,7 @@ def _compare_graphs(
             made = {name: tensor.copy() for name, tensor in made.items()}
             for name, tensor in alone.items():
                 made[name][differs] = tensor
-        check.graphs[spec.name].add(made, reference, made)
+        check.graphs[spec.name].add(made, reference, made, kinds)
     return found
 
 

@@ -1,1 +1,1 @@
-"""The commands that need torch: mge-train and mge-eval."""
+"""The commands around a model: `mge-train`, `mge-eval` and `mge-field-guide`."""

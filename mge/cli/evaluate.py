@@ -105,19 +105,19 @@ def _run_checkpoint(ckpt: Path, folder: Path, batch: int, workers: int, max_pixe
     from mge.checkpoint import load_checkpoint
     from mge.data.folder import FolderDataset, batches, make_loader
     from mge.evaluation import collect
-    from mge_runtime.sources import list_labelled
+    from mge_runtime.sources import list_labeled
 
     model = load_checkpoint(ckpt)
-    _, samples = list_labelled(folder, model.config.classes, note)
+    _, samples = list_labeled(folder, model.config.classes, note)
     loader = make_loader(FolderDataset(samples, model.config, max_pixels=max_pixels), batch, workers=workers)
     return collect(model, batches(loader)), samples
 
 
 def _run_bundle(pipeline: Pipeline, folder: Path, batch: int, workers: int) -> tuple[Predictions, Any]:
     from mge.evaluation import collect_bundle
-    from mge_runtime.sources import list_labelled
+    from mge_runtime.sources import list_labeled
 
-    _, samples = list_labelled(folder, pipeline.manifest.class_names, note)
+    _, samples = list_labeled(folder, pipeline.manifest.class_names, note)
     return collect_bundle(pipeline, samples, batch, max(workers, 1)), samples
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mge_runtime.cli.common import max_pixels_option, note, reports_errors
+from mge_runtime.cli.common import Number, max_pixels_option, note, reports_errors
 from mge_runtime.errors import CheckpointError, OutputError, TrainingError, brief
 from mge_runtime.files import atomic_path, check_writable, echo, lock
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 PATH = click.Path(path_type=Path)
-UNIT = click.FloatRange(0, 1, max_open=True)
+UNIT = Number(0, 1, max_open=True)
 CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
 # What may differ from the run that --resume goes on with; of --epochs, more.
 FREE = frozenset(
@@ -73,7 +73,7 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 )
 @click.option(
     "--gate-balance",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=0.0,
     help="Weight of the loss term that keeps a gate from trusting one expert alone.",
 )
@@ -109,7 +109,7 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 )
 @click.option(
     "--crop-area",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     multiple=True,
     help="Share of its image that the median crop keeps, once or for each crop; box thresholds are set to it after "
     f"each epoch, on the validation images.  [default: {CROP_AREA}]",
@@ -120,14 +120,14 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 )
 @click.option("--epochs", type=click.IntRange(1), default=100)
 @click.option("--batch-size", type=click.IntRange(2), default=10, help="Images in a step of each process.")
-@click.option("--head-lr", type=click.FloatRange(0, min_open=True), default=0.01, help="Learning rate of the heads.")
-@click.option("--backbone-lr", type=click.FloatRange(0), default=0.001, help="Learning rate of the backbones.")
-@click.option("--weight-decay", type=click.FloatRange(0), default=1e-4)
+@click.option("--head-lr", type=Number(0, min_open=True), default=0.01, help="Learning rate of the heads.")
+@click.option("--backbone-lr", type=Number(0), default=0.001, help="Learning rate of the backbones.")
+@click.option("--weight-decay", type=Number(0), default=1e-4)
 @click.option("--schedule", type=click.Choice(["step", "onecycle", "cosine"]), default="step")
 @click.option("--step-epochs", type=click.IntRange(1), default=30, help="Of --schedule step: rates then fall tenfold.")
 @click.option("--label-smoothing", type=UNIT, default=0.0)
 @click.option("--diversity", type=click.Choice(["code", "paper", "none"]), default="code", help="Form of that loss.")
-@click.option("--clip-norm", type=click.FloatRange(0, min_open=True), help="Largest gradient norm.")
+@click.option("--clip-norm", type=Number(0, min_open=True), help="Largest gradient norm.")
 @click.option("--flip/--no-flip", default=True, help="Random horizontal flips.")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")
@@ -256,7 +256,7 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfi
     Raises:
         TrainingError: a given option differs, or the file holds no run.
     """
-    from mge.archive import check_file, read_plain
+    from mge.archive import check_file, read_plain, taking_up
     from mge.config import MGEConfig
 
     check_file(resume)
@@ -269,10 +269,20 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfi
     if "training" not in content:
         raise TrainingError(f"{resume} holds a model but no training state; expected last.pt of an unfinished run")
     config, training = MGEConfig.from_dict(content["config"]), content["training"]
-    before = asdict(config) | training["options"] | training["command"]
+    context = click.get_current_context()
+    kinds = {parameter.name: parameter for parameter in context.command.params}
+    with taking_up(resume):
+        before = asdict(config) | training["options"] | training["command"]
+        trained = int(training["options"]["epochs"])
     for name in options.keys() - {"out", "overwrite", "resume"}:
         if name not in given:
-            options[name] = before.get(name, options[name])
+            try:
+                options[name] = kinds[name].type_cast_value(context, before.get(name, options[name]))
+            except (click.BadParameter, TypeError) as error:
+                reason = getattr(error, "message", error)
+                raise TrainingError(
+                    f"{resume} was trained with a --{name.replace('_', '-')} that is none: {reason}; give it anew"
+                ) from error
         elif name not in FREE and options[name] != before.get(name):
             option = "--" + name.replace("_", "-")
             raise TrainingError(
@@ -281,7 +291,7 @@ def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfi
             )
     if options["data"] is None:
         raise TrainingError(f"{resume} does not say where its images lie; add --data")
-    if options["epochs"] < (trained := training["options"]["epochs"]):
+    if options["epochs"] < trained:
         raise TrainingError(
             f"{resume} was trained with epochs = {trained} (now {options['epochs']}); expected no fewer"
         )

@@ -1,4 +1,4 @@
-"""Images of labelled folders for training and evaluation: datasets, the order of an epoch, loaders.
+"""Images of labeled folders for training and evaluation: datasets, the order of an epoch, loaders.
 
 Images are decoded and cropped exactly as the runtime does.
 """
@@ -35,7 +35,7 @@ def normalize(frame: np.ndarray, config: MGEConfig) -> Tensor:
 
 
 class _Images(Dataset[Any]):
-    """Labelled images; one that cannot be read is its error as a value: raised, it would carry a worker's traceback."""
+    """Labeled images; one that cannot be read is its error as a value: raised, it would carry a worker's traceback."""
 
     def __init__(self, samples: Sequence[tuple[Path, int]], config: MGEConfig, *, max_pixels: int = MAX_PIXELS) -> None:
         self.samples = list(samples)

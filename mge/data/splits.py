@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from mge_runtime.errors import InputError
-from mge_runtime.sources import list_labelled, validation_folder
+from mge_runtime.sources import list_labeled, validation_folder
 
 __all__ = ["HOLDOUT", "training_splits"]
 
@@ -35,7 +35,7 @@ def training_splits(
         InputError: no training images, a validation class without a training folder, or two classes that Unicode calls
             one.
     """
-    classes, samples = list_labelled(data / "train", say=say)
+    classes, samples = list_labeled(data / "train", say=say)
     names: dict[str, str] = {}
     for name in classes:
         if (other := names.setdefault(unicodedata.normalize("NFC", name), name)) != name:
@@ -44,7 +44,7 @@ def training_splits(
                 f"Unicode ({other!a}, {name!a}); expected one for each class: merge them"
             )
     if (held_out := validation_folder(data)) is not None:
-        return classes, samples, list_labelled(held_out, classes, say)[1]
+        return classes, samples, list_labeled(held_out, classes, say)[1]
 
     def rank(path: Path) -> bytes:
         name = path.relative_to(data).as_posix()

@@ -18,6 +18,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from mge.archive import taking_up
 from mge.checkpoint import read_training, save_checkpoint
 from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader
 from mge.evaluation import Predictions, collect, gate_report, summarize
@@ -118,10 +119,11 @@ class Trainer:
         wrapped, optimizer = self.fabric.setup(self.model, sgd)
         parts = {"optimizer": optimizer, "precision": self.fabric.strategy.precision}
         progress = Progress()
-        if resume is not None:
-            progress = self._load(resume, parts)
-        done = progress.epoch * self.steps_per_epoch + progress.step
-        schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
+        with nullcontext() if resume is None else taking_up(resume):
+            if resume is not None:
+                progress = self._load(resume, parts)
+            done = progress.epoch * self.steps_per_epoch + progress.step
+            schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
         meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
         with Interrupt(noted=True) as interrupt, self._open_board(progress) as board:
             if resume is None and self.options.crop_area and self.model.config.experts > 1:

@@ -121,7 +121,7 @@ class BenchReport(Report):
         self.batches: list[BatchTimes] = []
         self.start_up_s: list[float] = []  # of fresh processes, to their first prediction
         self.peak_bytes: list[int] = []  # most that was resident in each; empty: unknown
-        self.memory: Mapping[str, JsonValue] = {}  # the executor's memory and graphs; empty on a CPU
+        self.memory: Mapping[str, JsonValue] = {}  # the executor's memory and CUDA graphs; empty on a CPU
         self.not_run: dict[str, str] = {}  # why, by name
 
     @property

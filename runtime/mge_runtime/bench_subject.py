@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import math
 import os
 import time
@@ -51,7 +50,7 @@ class Subject:
     device: str  # "cpu" or "cuda:0"
     options: Mapping[str, Any]  # other arguments of `Pipeline.open`: threads, mmap, max_pixels
     machine: Machine
-    open: Callable[..., Pipeline]  # opens it anew; takes `graphs` of `Pipeline.open`
+    open: Callable[..., Pipeline]  # opens it anew; takes `cuda_graphs` of `Pipeline.open`
     reference: Callable[..., Pipeline] | None  # opens ONNX Runtime on the CPU; None: that is what is checked
 
     @property
@@ -88,8 +87,7 @@ def open_subject(
     with Bundle.open(path) as bundle:
         bundle.verify()  # a report names the manifest's hash, and opening does not hash the weights
         choice = choose(device, backend, bundle=bundle)
-        if choice.command is not None:
-            logging.getLogger("mge_runtime").warning(choice.note)
+        choice.warn_of_missing_engines()
         on_cpu = partial(Pipeline.open, path, "cpu", "onnxruntime", **options)
         return Subject(
             path=Path(path),

@@ -67,6 +67,7 @@ class Calibrated:
     exits: Mapping[str, float] | None = None
     guarantee: Guarantee | None = None  # what the exits guarantee
     images: Mapping[str, int] = field(default_factory=dict[str, int])  # used for "temperatures" and "exits", if told
+    why_no_exits: str | None = None  # for people; None: there are some, or it is not told
     runs_on: RunsOn | None = None  # what predicted the images; the guarantee holds there alone. None: not told
 
     @classmethod
@@ -77,18 +78,21 @@ class Calibrated:
             BundleError: a temperature or a threshold is missing, out of range or of another type, or names no logits
                 of this chain.
         """
-        absent = dict.fromkeys(("temperatures", "exits", "data", "runs_on"))
+        absent = dict.fromkeys(("temperatures", "exits", "data", "runs_on", "report"))
         root = Field({**absent, **values}, "", CALIBRATION, "calibrate again with mge-calibrate").table()
         logits = [graph.logits for graph in manifest.graphs]
         temperatures = root["temperatures"].members(logits)
         exits = root["exits"].optional(lambda f: f.members(("epsilon", "delta", "thresholds")))
         parts = root["data"].optional(Field.table) or {}
         data = {part: f.optional(Field.table) or {} for part, f in parts.items()}
+        report = root["report"].optional(Field.table) or {}
+        of_exits = report["exits"].optional(Field.table) if "exits" in report else None
         return cls(
             {name: f.number(*_TEMPERATURES) for name, f in temperatures.items()},
             None if exits is None else _thresholds(exits["thresholds"], logits[:-1]),
             None if exits is None else Guarantee(_share(exits["epsilon"]), _share(exits["delta"])),
             images={part: table["images"].integer() for part, table in data.items() if "images" in table},
+            why_no_exits=of_exits["none_because"].text() if of_exits and "none_because" in of_exits else None,
             runs_on=root["runs_on"].optional(_runs_on),
         )
 
@@ -120,7 +124,7 @@ class Calibrated:
             )
         if not self.exits:
             raise BackendError(
-                "asked for calibrated exits, but this bundle's calibration found none that keep their guarantee; "
+                f"asked for calibrated exits, but this bundle has none ({self.why_no_exits or 'none were learned'}); "
                 "calibrate with more images or a larger epsilon (mge-calibrate), or run the whole chain with exit never"
             )
         return tuple(

@@ -139,7 +139,7 @@ class Chain:
         )
 
     def report(self) -> dict[str, JsonValue]:
-        """What the executor says of its memory and graphs; empty on a CPU."""
+        """What the executor says of its memory and CUDA graphs; empty on a CPU."""
         return self._executor.report()
 
     def close(self) -> None:

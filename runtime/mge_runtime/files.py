@@ -110,11 +110,11 @@ def check_output(path: Path) -> None:
     """
     with suppress(OSError):  # check_writable says it
         if path.exists() and not path.is_file():
-            found = f"a folder; name a file, such as {path / 'mge.plan'}" if path.is_dir() else "a device or a pipe"
+            found = "a folder; name a file in it" if path.is_dir() else "a device or a pipe"
             raise OutputError(f"cannot write {path}: it is {found}")
         if not path.parent.is_dir():
-            found = f"{path.parent} is a file" if path.parent.exists() else f"there is no folder {path.parent}"
-            raise OutputError(f"cannot write {path}: {found}; make a folder or name another place with -o")
+            found = "is a file;" if path.parent.exists() else "does not exist; make it or"
+            raise OutputError(f"cannot write {path}: {path.parent} {found} name another place")
     check_writable(path)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from mge_runtime.errors import BackendError, BundleError, InputError, brief
 from mge_runtime.fields import Field, dump_json, parse_json
 
-__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "import_library", "this_platform"]
+__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "import_library", "install_extra", "this_platform"]
 
 # Name in a description, as a rule the distribution's, -> the module.
 _LIBRARIES = {
@@ -99,7 +99,7 @@ class Machine:
         return self.board is not None and "jetson" in self.board.lower()
 
     def missing(self, library: str, install: str) -> str | None:
-        """Why a library cannot be used, with the command that installs it; None: it can."""
+        """Why a library cannot be used, with what installs it; None: it can."""
         if (error := self.broken.get(library)) is not None:
             return f"{library} cannot be imported ({error}); install it again: {install}"
         return None if library in self.libraries else f"{library} is not installed: {install}"
@@ -201,6 +201,11 @@ def describe_machine(
         providers=tuple(getattr(onnxruntime, "get_available_providers", tuple)()),
         board=_board(),
     )
+
+
+def install_extra(name: str) -> str:
+    """What to do where a library of an extra is missing; mge is on no index, so pip alone would not find it."""
+    return f"install mge again, with its extra {name}"
 
 
 def import_library(module: str, install: str, load: Callable[[str], Any] = importlib.import_module) -> Any:

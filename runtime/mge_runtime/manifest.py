@@ -87,10 +87,10 @@ class Crops:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a decoded RGB image to the chain's input `frame`; normalisation is inside the graph."""
+    """From a decoded RGB image to the chain's input `frame`; normalization is inside the graph."""
 
     resize: int  # pixels, the shorter side after resizing (Pillow's bilinear, antialiased); >= size
-    size: int  # pixels, the side of the centre crop and of every expert's input
+    size: int  # pixels, the side of the center crop and of every expert's input
     mean: tuple[float, float, float]  # per RGB channel in [0, 1], subtracted in the graph
     std: tuple[float, float, float]  # per RGB channel, > 0, divided by in the graph
 
@@ -132,7 +132,7 @@ class Manifest:
 
     @property
     def is_int8(self) -> bool:
-        """Whether a graph of it was quantised; others may have stayed in FP16."""
+        """Whether a graph of it was quantized; others may have stayed in FP16."""
         return any(plan.get("type") == "int8" for plan in self.precision.values())
 
     def check(self) -> None:
@@ -189,7 +189,7 @@ class Manifest:
         if version.integer(1) != SCHEMA_VERSION:
             raise BundleError(
                 f"the bundle has schema version {version.value}; expected {SCHEMA_VERSION}, which this runtime reads: "
-                "upgrade it with `pip install --upgrade mge`, or export again with this version"
+                "upgrade mge, or export again with this version"
             )
         fields = root.members(cls.__dataclass_fields__)
         if len(graphs := fields["graphs"].items()) > _MOST_GRAPHS:

@@ -52,7 +52,7 @@ class Pipeline:
 
     Opened with several streams it may be used from that many threads at a time (further calls wait), and `predict_iter`
     computes that many batches at once in threads of its own. On a GPU a pipeline has one stream: one run fills the
-    device, and its memory and graphs belong to one run at a time. Close it there, since device memory is not Python's.
+    device, and its memory and CUDA graphs belong to one run at a time. Close it there: device memory is not Python's.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Pipeline:
         backend: str = "auto",
         threads: int | None = None,
         streams: Streams = 1,
-        graphs: bool = True,
+        cuda_graphs: bool = True,
         exit: Exit = "never",
         calibration: bool = True,
         mmap: bool = True,
@@ -103,7 +103,7 @@ class Pipeline:
             threads: processors to compute with; None: all that this process may use.
             streams: images (or batches) computed at once by `predict_iter`, sharing the processors. 1 predicts one
                 image soonest; "auto" predicts the most images a second, at the price of several runs' memory.
-            graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
+            cuda_graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
             exit: where predictions stop that do not say it themselves: "never" for the whole chain, "calibrated" to
                 stop each image as soon as its logits are as confident as the calibration asks for, or the number of
                 the graph to stop after, from 1.
@@ -124,11 +124,10 @@ class Pipeline:
             raise BackendError(f'asked for {streams} streams; expected at least 1, or "auto"')
         with Bundle.open(path, maps_weights=mmap) as bundle:
             choice = choose(device, backend, bundle=bundle)
-            if choice.command is not None:
-                logging.getLogger("mge_runtime").warning(choice.note)
+            choice.warn_of_missing_engines()
             calibrated = _calibrated(bundle) if calibration else Calibrated()
             resolve_exit(exit, calibrated, bundle.manifest)
-            executor = open_executor(choice, bundle, threads=threads, streams=streams, graphs=graphs)
+            executor = open_executor(choice, bundle, threads=threads, streams=streams, cuda_graphs=cuda_graphs)
             chain = Chain(bundle, executor)
             return cls(bundle.manifest, choice, chain, calibrated, exit=exit, max_pixels=max_pixels)
 
@@ -147,7 +146,7 @@ class Pipeline:
         with self._closing, ExitStack() as stack:
             if self._chain is not None:
                 chains = [stack.enter_context(self._lent()) for _ in range(self.streams)]
-                chains[0].close()
+                chains[0].close()  # there is one, lent once for each stream: no run is in flight now
                 self._chain = None
 
     def predict(self, source: ImageSource, *, exit: Exit | None = None) -> Prediction:
@@ -245,7 +244,7 @@ class Pipeline:
         return self._prepare(source).frame
 
     def report(self) -> dict[str, JsonValue]:
-        """Memory, graphs and copies of a chain on a GPU, as plain values; empty on a CPU.
+        """Memory, CUDA graphs and copies of a chain on a GPU, as plain values; empty on a CPU.
 
         Raises:
             BackendError: the pipeline is closed.

@@ -25,7 +25,7 @@ __all__ = [
     "is_folder",
     "is_url",
     "list_folder",
-    "list_labelled",
+    "list_labeled",
     "require_folder",
     "validation_folder",
 ]
@@ -204,7 +204,7 @@ def _scan(place: str, passed_over: Counter[str]) -> tuple[list[os.DirEntry[str]]
     return folders, images
 
 
-def list_labelled(
+def list_labeled(
     folder: Path, classes: Sequence[str] | None = None, say: Callable[[str], None] = lambda _: None
 ) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     """List the images of `folder/<class>/...` with the index of their class.
@@ -222,7 +222,7 @@ def list_labelled(
             outside of the class folders, or a class is unknown; without `classes` also where there are fewer than two,
             or one has no image.
     """
-    require_folder(folder, f"a folder with labelled images, {folder}/<class>/*.jpg")
+    require_folder(folder, f"a folder with labeled images, {folder}/<class>/*.jpg")
     passed_over: Counter[str] = Counter()
     try:
         entries, loose = _scan(str(folder), passed_over)
@@ -306,6 +306,10 @@ def _expand(name: str) -> ImageList:
 
 
 def _expand_path(name: str) -> ImageList:
+    if not name:  # Path("") is the working folder
+        raise InputError(
+            "found an empty name where an image belongs; expected a file or a folder: is a variable unset?"
+        )
     path = Path(name)
     return list_folder(path) if is_folder(path) else ImageList([NamedImage(name, path)])
 

@@ -195,7 +195,9 @@ def test_too_few_images_for_the_guarantee_give_temperatures_alone(copy, labeled)
     assert values["exits"] is None
     assert images_of(values) == [180, 0]
     with Bundle.open(copy) as bundle:
-        assert Calibrated.from_values(values, bundle.manifest).exits is None
+        read = Calibrated.from_values(values, bundle.manifest)
+    assert read.exits is None
+    assert read.why_no_exits.startswith("too few images for the guarantee: 180")
 
 
 def test_images_that_taught_int8_set_no_exits(tiny, labeled, tmp_path):

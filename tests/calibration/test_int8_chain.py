@@ -244,10 +244,10 @@ def test_limits_are_not_rounded(images, max_drop, most):
 def test_on_a_cpu_the_backbone_is_integer_and_predicts_alike(graph, images, quantized, tmp_path):
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     fast = cpu_graph(quantized.model, fast=True)
     session = onnxruntime.InferenceSession(fast.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    operators = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert operators.count("QLinearConv") == 2
     assert "Clip" not in operators  # its work is done by the codes' own end
     (found, *_) = session.run(["logits_1"], {"image_1": images})

@@ -4,13 +4,8 @@ import numpy as np
 import pytest
 
 from mge_calibration.collect import ChainLogits
-from mge_calibration.temperature import (
-    BOUNDS,
-    fit_temperature,
-    learn_temperatures,
-    measure_quality,
-    noise_floor,
-)
+from mge_calibration.quality import measure_quality, noise_floor
+from mge_calibration.temperature import BOUNDS, fit_temperature, learn_temperatures
 from mge_runtime.metrics import calibration_error, log_softmax
 
 

@@ -119,7 +119,7 @@ def export_int8(photographs, checkpoint):
 
 
 @pytest.fixture(scope="session")
-def quantised(centered, photographs, checkpoint, export_int8, remembered, tmp_path_factory):
+def quantized(centered, photographs, checkpoint, export_int8, remembered, tmp_path_factory):
     """A model of two experts in INT8: bundle, graphs and what was said."""
     folder = tmp_path_factory.mktemp("int8")
     path = folder / "mge.plan"

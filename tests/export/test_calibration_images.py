@@ -105,8 +105,11 @@ def test_a_folder_just_large_enough_serves_ranges_and_verification(tmp_path, cou
             "images to calibrate on, beside those held out to verify on; expected at least 100",
         ),
         (["--int8", "--calib-data", "{damaged}", "--force-few-images"], "gave 0 images to calibrate on"),
-        (["--int8", "--calib-data", "{few}", "--max-drop", "nan"], "'--max-drop': 'nan' is no number; expected one in"),
-        (["--int8", "--calib-data", "{few}", "--min-box-iou", "nan"], "'--min-box-iou': 'nan' is no number; expected"),
+        (["--int8", "--calib-data", "{few}", "--max-drop", "nan"], "'--max-drop': 'nan' is no finite number; expected"),
+        (
+            ["--int8", "--calib-data", "{few}", "--min-box-iou", "nan"],
+            "'--min-box-iou': 'nan' is no finite number; expected",
+        ),
         (["--int8", "--calib-data", "{few}", "--min-box-iou", "1"], "'--min-box-iou': 1.0 is not in the range 0<=x<1"),
     ],
     ids=["no-data", "data-alone", "missing", "file", "empty", "few", "damaged", "nan-drop", "nan-iou", "iou"],

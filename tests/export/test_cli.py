@@ -121,13 +121,14 @@ def test_a_checkpoint_that_is_none(single):
 
 def test_a_place_that_cannot_be_written(single, tmp_path):
     for place, words in (
-        (tmp_path, f"is a folder; name a file, such as {tmp_path / 'mge.plan'}"),
-        (tmp_path / "none" / "mge.plan", "no folder"),
+        (tmp_path, "it is a folder; name a file in it"),
+        (tmp_path / "none" / "mge.plan", f"{tmp_path / 'none'} does not exist; make it or name another place"),
         (single / "mge.plan", f"{single} is a file"),
         (Path("/dev/null"), "a device or a pipe"),
         (tmp_path / ("x" * 300), "too long; expected a writable folder, name another place"),
     ):
-        assert words in fails(main, "--ckpt", single, "-o", place)
+        for option in ("-o", "--onnx"):
+            assert words in fails(main, "--ckpt", single, option, place)
     assert leftovers(tmp_path) == {"best.pt"}
 
 

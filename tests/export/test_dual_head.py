@@ -16,7 +16,7 @@ CHANNELS, CLASSES, SIDE = 24, 5, 3
 
 
 class DeepHead(nn.Module):
-    """Normalised features, a hidden layer, two non-linearities: no closed form."""
+    """Normalized features, a hidden layer, two non-linearities: no closed form."""
 
     def __init__(self):
         super().__init__()

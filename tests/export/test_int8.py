@@ -45,7 +45,7 @@ def is_backbone_convolution(graph):
     return judge
 
 
-def quantised_convolutions(graph):
+def quantized_convolutions(graph):
     made = producers(graph)
     return [
         node
@@ -70,19 +70,19 @@ def is_residual_sum(graph):
     return lambda node: node.op_type == "Add" and all(map(from_backbone, node.input))
 
 
-def quantised_nodes(graph):
-    return {node.name for node in quantised_convolutions(graph)} | {node.name for node in quantised_sums(graph)}
+def quantized_nodes(graph):
+    return {node.name for node in quantized_convolutions(graph)} | {node.name for node in quantized_sums(graph)}
 
 
-def quantised_sums(graph):
+def quantized_sums(graph):
     made, residual = producers(graph), is_residual_sum(graph)
     return [node for node in graph.node if residual(node) and made[node.input[0]].op_type == "DequantizeLinear"]
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_nothing_but_the_backbone_reads_what_was_quantized(quantised, name):
+def test_nothing_but_the_backbone_reads_what_was_quantized(quantized, name):
     """Not the image nor what is cut from it, no head, no output."""
-    graph = quantised.graphs[name]
+    graph = quantized.graphs[name]
     made, backbone, residual = producers(graph), is_backbone_convolution(graph), is_residual_sum(graph)
     coded = {name for name, node in made.items() if node.op_type in CODING}
     readers = [node for node in graph.node if coded & set(node.input) and node.op_type not in CODING]
@@ -112,11 +112,11 @@ def with_pair(model, name, index):
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_backbones_alone_are_quantised(quantised, name):
-    graph, plan = quantised.graphs[name], quantised.manifest.precision[name]
+def test_backbones_alone_are_quantized(quantized, name):
+    graph, plan = quantized.graphs[name], quantized.manifest.precision[name]
     outputs = {tensor.name for tensor in graph.output}
     backbone = is_backbone_convolution(graph)
-    found = quantised_convolutions(graph)
+    found = quantized_convolutions(graph)
     assert len(found) == plan["quantized"]["convolutions"] > 0
     assert all(backbone(node) for node in found)
     left = [node for node in graph.node if backbone(node) and node not in found]
@@ -124,7 +124,7 @@ def test_backbones_alone_are_quantised(quantised, name):
     assert len(left) == len(plan["quantized"]["left_float"]) - sums
     # Of resnet10t: three of the stem, two of each block, the shortcuts'; the last graph has the gate's, too.
     assert len(found) + len(left) == (14 if "gate" not in outputs else 28)
-    assert len(quantised_sums(graph)) == plan["quantized"]["adds"]
+    assert len(quantized_sums(graph)) == plan["quantized"]["adds"]
     others = [node for node in graph.node if node.op_type == "Conv" and not backbone(node)]
     assert len(others) == 1  # the part convolution
     for node in graph.node:
@@ -134,8 +134,8 @@ def test_backbones_alone_are_quantised(quantised, name):
             assert not numpy_helper.to_array(zero).any()
 
 
-def test_the_manifest_tells_how_it_was_learned(quantised, photographs):
-    manifest = quantised.manifest
+def test_the_manifest_tells_how_it_was_learned(quantized, photographs):
+    manifest = quantized.manifest
     for graph in GRAPHS:
         plan = manifest.precision[graph]
         assert plan["type"] == "int8"
@@ -148,30 +148,30 @@ def test_the_manifest_tells_how_it_was_learned(quantised, photographs):
         }  # fmt: skip
         assert {key: plan["calibration"].get(key) for key in expected} == expected
         assert photographs.name not in json.dumps(plan["calibration"])
-    assert any("expert_2: " in line and " layers in INT8" in line for line in quantised.lines)
+    assert any("expert_2: " in line and " layers in INT8" in line for line in quantized.lines)
 
 
-def test_the_bundle_predicts_on_a_cpu_nearly_as_the_model(quantised):
-    wanted = reference_tensors(quantised.model, quantised.frames)["logits_1"]
-    with Pipeline.open(quantised.path, device="cpu", backend="onnxruntime") as pipeline:
-        found = pipeline.run(quantised.frames)["logits_1"]
+def test_the_bundle_predicts_on_a_cpu_nearly_as_the_model(quantized):
+    wanted = reference_tensors(quantized.model, quantized.frames)["logits_1"]
+    with Pipeline.open(quantized.path, device="cpu", backend="onnxruntime") as pipeline:
+        found = pipeline.run(quantized.frames)["logits_1"]
     # A code's step is 1/127 of the range, which is some eight deviations of an activation: 6 % of one, and its rounding
     # error 2 %. Weights add 1 %. Over 14 layers that is 8 %; the largest of 50 differences may be twice that.
     assert 1e-4 < np.abs(found - wanted).max() / np.abs(wanted).max() < 0.15
 
 
 @pytest.mark.usefixtures("traced_once")
-def test_twice_the_same_folder_gives_the_same_bytes(quantised, export_int8, photographs, tmp_path):
+def test_twice_the_same_folder_gives_the_same_bytes(quantized, export_int8, photographs, tmp_path):
     # Its name and the dates of its files are no part of what is learned.
     renamed = tmp_path / "renamed"
     shutil.copytree(photographs, renamed, copy_function=shutil.copyfile)
     export_int8(renamed, tmp_path / "again.plan")
-    assert (tmp_path / "again.plan").read_bytes() == quantised.path.read_bytes()
+    assert (tmp_path / "again.plan").read_bytes() == quantized.path.read_bytes()
 
 
-def test_a_graph_that_is_not_what_was_quantised_is_refused(quantised):
-    model = onnx.load(quantised.folder / "expert_2.onnx")
-    nodes = quantised_nodes(model.graph)
+def test_a_graph_that_is_not_what_was_quantized_is_refused(quantized):
+    model = onnx.load(quantized.folder / "expert_2.onnx")
+    nodes = quantized_nodes(model.graph)
 
     def refused(message, nodes=nodes, model=model):
         with pytest.raises(ExportError, match=rf"expert_2: {message}"):
@@ -228,7 +228,7 @@ def test_a_graph_whose_box_moves_too_far_stays_in_half_and_says_so(centered, pho
     assert np.isfinite(found["logits"]).all()
 
 
-def test_an_export_in_which_nothing_can_be_quantised_says_so(tiny, photographs, monkeypatch):
+def test_an_export_in_which_nothing_can_be_quantized_says_so(tiny, photographs, monkeypatch):
     model = tiny.make_model(1, size=32)
     graphs = [export_graph(graph) for graph in build_graphs(model, Precision.INT8)]
     images = read_calibration_images(photographs, model.config.preprocess, limit=2, seed=0, few=True)
@@ -244,17 +244,17 @@ def test_layers_of_the_expert_and_of_the_gate_are_told_apart(centered, remembere
     assert {"conv1.0", "gate.conv1.0"} <= set(names)
 
 
-def test_the_chain_in_one_graph_computes_bit_for_bit_as_the_runtime(quantised):
+def test_the_chain_in_one_graph_computes_bit_for_bit_as_the_runtime(quantized):
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     for key, value in integer_entries().items():
         options.add_session_config_entry(key, value)
-    chain = onnxruntime.InferenceSession(quantised.folder / "chain.onnx", options, providers=["CPUExecutionProvider"])
+    chain = onnxruntime.InferenceSession(quantized.folder / "chain.onnx", options, providers=["CPUExecutionProvider"])
     names = [tensor.name for tensor in chain.get_outputs()]
-    computed = dict(zip(names, chain.run(names, {"frame": quantised.frames}), strict=True))
-    with Pipeline.open(quantised.path, device="cpu", threads=1) as pipeline:
-        for name, tensor in pipeline.run(quantised.frames).items():
+    computed = dict(zip(names, chain.run(names, {"frame": quantized.frames}), strict=True))
+    with Pipeline.open(quantized.path, device="cpu", threads=1) as pipeline:
+        for name, tensor in pipeline.run(quantized.frames).items():
             if name in computed:
                 np.testing.assert_array_equal(computed[name], tensor, err_msg=name)
-    assert [entry.version for entry in onnx.load(quantised.folder / "chain.onnx").opset_import] == [19]
+    assert [entry.version for entry in onnx.load(quantized.folder / "chain.onnx").opset_import] == [19]

@@ -38,13 +38,13 @@ def test_every_graph_is_built_in_its_precision(exported):
         assert sizes[name] > exported.result.manifest.entries[f"onnx/{name}.weights"].size  # an engine holds them
 
 
-def test_every_graph_is_built_in_int8(quantised):
-    sizes, precision = build_all(quantised.path, "sm86", "sm120", batch="1,2,8")
+def test_every_graph_is_built_in_int8(quantized):
+    sizes, precision = build_all(quantized.path, "sm86", "sm120", batch="1,2,8")
     assert tuple(sizes) == GRAPHS
     for graph, convolutions in zip(GRAPHS, (15, 29), strict=True):
         assert (precision[graph]["type"], precision[graph]["attested"]) == ("int8", "network")
         assert precision[graph]["layers"]["CONVOLUTION"] == {"float16": convolutions}
-        assert quantised.manifest.precision[graph]["quantized"]["convolutions"] > 0  # which the build counted
+        assert quantized.manifest.precision[graph]["quantized"]["convolutions"] > 0  # which the build counted
 
 
 # --- Turing -------------------------------------------------------------------------------------------------------
@@ -106,8 +106,8 @@ def test_a_graph_that_is_not_its_precision_plan_is_refused(exported, tmp_path):
             build_all(path, "sm86")
 
 
-def test_a_bundle_that_tells_of_more_int8_than_it_has_is_refused(quantised, tmp_path):
-    told = {**quantised.manifest.precision["expert_2"]["quantized"], "convolutions": 99}
-    path = relabeled(quantised.manifest, quantised.folder, tmp_path / "mge.plan", "expert_2", quantized=told)
+def test_a_bundle_that_tells_of_more_int8_than_it_has_is_refused(quantized, tmp_path):
+    told = {**quantized.manifest.precision["expert_2"]["quantized"], "convolutions": 99}
+    path = relabeled(quantized.manifest, quantized.folder, tmp_path / "mge.plan", "expert_2", quantized=told)
     with pytest.raises(BuildError, match=r"graph expert_2: \d+ convolutions read two DequantizeLinear; expected 99"):
         build_all(path, "sm86")

@@ -78,10 +78,10 @@ def need_sessions(device):
             pytest.skip("onnxruntime was built without CUDA: onnxruntime-gpu is not installed")
 
 
-def open_graphs(bundle, device, stream, *, ort=onnxruntime, graphs=True):
+def open_graphs(bundle, device, stream, *, ort=onnxruntime, cuda_graphs=True):
     """The graphs of a bundle as units, one after the other."""
     for graph in bundle.manifest.graphs:
-        yield OrtGraph(ort, bundle, graph, device, stream, graphs=graphs)
+        yield OrtGraph(ort, bundle, graph, device, stream, cuda_graphs=cuda_graphs)
 
 
 def open_capturable(bundle, device, **options):

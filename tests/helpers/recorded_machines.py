@@ -14,7 +14,7 @@ from mge_runtime.trt.target import BatchRange
 from tests.helpers.chain_runs import write_chain
 
 FOLDER = Path(__file__).parents[1] / "runtime" / "machines"
-NO_PLAN = b"no engine: whoever deserialises this fails"
+NO_PLAN = b"no engine: whoever deserializes this fails"
 
 
 def recorded(name):

@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_named(tmp_path, pairs, change, message):
 
 
 def natural_images(size):
-    """Images that need no download, normalised [B, 3, S, S]."""
+    """Images that need no download, normalized [B, 3, S, S]."""
     images = []
     for pixels in (data.astronaut(), data.coffee(), data.chelsea()):
         short = min(pixels.shape[:2])

@@ -250,7 +250,7 @@ def test_a_tensor_beyond_its_storage(path, content, place, zipped):
         (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), "torch.qint8"),
         (lambda tensor: tensor.to(torch.complex64), "torch.complex64"),
     ],
-    ids=["sparse", "meta", "quantised", "complex"],
+    ids=["sparse", "meta", "quantized", "complex"],
 )
 def test_a_weight_that_holds_no_plain_numbers(path, content, make, kind):
     content["model"]["gate.output.bias"] = make(torch.zeros(3))
@@ -351,7 +351,7 @@ def set_weight(name, value):
         (lambda c: c.pop("config"), "no dict 'config'"),
         (lambda c: c.pop("model"), "no dict 'model'"),
         (lambda c: c["config"].pop("classes"), "'classes' is missing"),
-        (lambda c: c["config"].update(colour="red"), "unknown field 'colour'"),
+        (lambda c: c["config"].update(color="red"), "unknown field 'color'"),
         (lambda c: c["config"].update(arch="resnet9000"), "arch is 'resnet9000'"),
         (lambda c: c["config"].update(classes=["a", "b"]), r"'experts.0.global_head.fc.weight' is float32 \[3, 96\]"),
         (lambda c: c["config"].update(experts=2, box_thresholds=[0.2]), "'experts.2.* has no place"),

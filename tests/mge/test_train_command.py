@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from mge.backbones import create_backbone
-from mge.checkpoint import load_checkpoint, read_training
+from mge.checkpoint import load_checkpoint, read_training, save_checkpoint
 from mge.cli.train import main as train
 from tests.helpers.commands import fails, succeeds
 from tests.helpers.tiny_models import save_noise
@@ -46,9 +46,46 @@ def test_training_says_what_it_does_and_what_comes_next(trained):
     assert read_training(out / "last.pt")["options"]["crop_area"] == (0.5,)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        (("command",), None, "cannot be taken up (KeyError: 'command')"),
+        (("options",), [], "cannot be taken up"),
+        (("options", "epochs"), "x", "cannot be taken up"),
+        (("progress", "foo"), 1, "cannot be taken up"),
+        (("optimizer", "param_groups"), [], "different number of parameter groups"),
+        (("command", "workers"), -3, "with a --workers that is none: -3 is not in the range"),
+        (("command", "data"), 5, "with a --data that is none"),
+    ],
+)
+def test_a_training_state_that_does_not_fit_is_refused_in_one_line(trained, tmp_path, key, value, named):
+    last = trained[0] / "last.pt"
+    training = read_training(last)
+    at = training
+    for name in key[:-1]:
+        at = at[name]
+    at[key[-1]] = value
+    if value is None:
+        del at[key[-1]]
+    save_checkpoint(tmp_path / "last.pt", load_checkpoint(last), training=training)
+    assert named in fails(train, "--resume", tmp_path / "last.pt", "--epochs", "2")
+
+
 def test_a_threshold_is_fixed_or_follows_an_area_not_both(data):
     for options in (["--box-threshold", "0.3"], ["--recipe", "paper"]):
         fails(train, "--data", data, "--init", "none", *TINY, *options, "--crop-area", "0.5", code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((f"--{name}", "nan") for name in ("crop-area", "clip-norm", "box-threshold", "label-smoothing")),
+        *((f"--{name}", value) for name in ("head-lr", "backbone-lr", "weight-decay") for value in ("nan", "inf")),
+    ],
+)
+def test_what_is_no_finite_number_is_a_usage_error(data, tmp_path, option, value):
+    start = ["--data", data, "--out", tmp_path / "run", "--init", "none", *TINY]
+    assert f"'{option}': '{value}' is no finite number" in fails(train, *start, option, value, code=2)
 
 
 def test_resume_alone_goes_on(trained, data, tmp_path):
@@ -199,7 +236,7 @@ def test_bad_options_are_refused_before_pytorch_is_loaded(trained, data, tmp_pat
         "with --head-lr 0.01, now it is 0.5": [*resume, "--head-lr", "0.5"],
         "holds a model but no training state": ["train", "--resume", trained[0] / "best.pt"],
         "data folder has 2 others": [*resume, "--data", tmp_path / "other"],
-        "no folder": [*export, "-o", tmp_path / "none/x.plan"],
+        "does not exist; make it or name another place": [*export, "-o", tmp_path / "none/x.plan"],
         "--verify-images 0 takes all images": [*export, "--verify-images", "0"],
     }
     lines = json.dumps([[str(word) for word in words] for words in expected.values()])

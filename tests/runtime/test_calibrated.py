@@ -54,10 +54,10 @@ def test_values_are_read(manifest):
 @pytest.mark.parametrize(
     ("exits", "message"),
     [
-        (..., "found none that keep their guarantee; .*more images"),
-        (None, "found none"),
-        (EXITS | {"thresholds": {}}, "found none"),
-        (EXITS | {"thresholds": {"mean_logits_1": None, "mean_logits_2": None}}, "found none"),
+        (..., r"has none \(none were learned\); .*more images"),
+        (None, "has none"),
+        (EXITS | {"thresholds": {}}, "has none"),
+        (EXITS | {"thresholds": {"mean_logits_1": None, "mean_logits_2": None}}, "has none"),
         ("no calibration", r"^asked for calibrated exits, but .* no calibration; .*mge-calibrate"),
     ],
 )
@@ -95,6 +95,7 @@ def test_what_is_null_or_missing_stays_out(manifest):
         ("exits.thresholds.logits", 0.5, r"logits is 0\.5; expected thresholds of mean_logits_1, mean_logits_2 alone"),
         ("runs_on", "cpu", r"runs_on is \"cpu\"; expected an object"),
         ("runs_on", {"backend": "onnxruntime"}, r"runs_on\.device is null; expected this field, which is missing"),
+        ("report", {"exits": {"none_because": 3}}, r"report\.exits\.none_because is 3; expected"),
         ("data.exits.images", 1.5, r"data\.exits\.images is 1\.5; expected a whole number"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_gpu_that_is_not_there_is_named(choose):
             {"libraries": {}, "broken": {"cuda-core": "no bindings"}},
             "cuda-core cannot be imported (no bindings); install it again: pip",
         ),
-        ("onnxruntime", {"libraries": CUDA}, 'onnxruntime is not installed: pip install "mge[gpu]"'),
+        ("onnxruntime", {"libraries": CUDA}, "onnxruntime is not installed: install mge again, with its extra gpu"),
         (
             "onnxruntime",
             {"libraries": CUDA, "broken": {"onnxruntime": "bad ELF"}},
@@ -121,7 +121,7 @@ def test_a_broken_library_is_passed_over_with_its_error(choose):
 
 
 def test_a_missing_onnxruntime_is_said_with_its_command(choose):
-    with pytest.raises(BackendError, match=r'onnxruntime is not installed: pip install "mge\[cpu\]"\)$'):
+    with pytest.raises(BackendError, match=r"onnxruntime is not installed: install mge again, with its extra cpu\)$"):
         choose(machine=machine(gpu_problem="none"))
 
 
@@ -152,7 +152,7 @@ def test_choosing_for_the_cpu_asks_no_driver_and_imports_no_library():
         (
             machines.H100_ORT,
             "onnxruntime on cuda:0",
-            'tensorrt is not installed: pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)',
+            "tensorrt is not installed: install mge again, with its extra tensorrt (on a Jetson it comes with JetPack)",
         ),
     ],
 )
@@ -279,6 +279,8 @@ def test_engines_that_are_ready_serve_every_gpu_of_their_capabilities_and_go_bef
     choice = chosen(path, RTX3060_TENSORRT)
     assert choice.backend == "tensorrt-rtx"
     assert [(c.backend, c.command is not None) for c in choice.passed_over] == [("tensorrt", True)]
+    assert choice.note.startswith("running with tensorrt-rtx on cuda:0; not with tensorrt on cuda:0: no engines ")
+    assert choice.command in choice.note
 
 
 @pytest.mark.parametrize(
@@ -290,12 +292,12 @@ def test_engines_that_are_ready_serve_every_gpu_of_their_capabilities_and_go_bef
         (
             machines.RTX3060,
             "tensorrt",
-            'tensorrt is not installed: pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)',
+            "tensorrt is not installed: install mge again, with its extra tensorrt (on a Jetson it comes with JetPack)",
         ),
         (
             replace(machines.RTX3060, libraries=CUDA),
             "tensorrt-rtx",
-            'tensorrt-rtx is not installed: pip install "mge[rtx]"',
+            "tensorrt-rtx is not installed: install mge again, with its extra rtx",
         ),
         (
             machines.NO_TENSORRT,

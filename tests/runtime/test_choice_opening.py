@@ -126,7 +126,7 @@ def test_where_nothing_can_build_one_line_says_why(machine, backend, line):
         native_library(machine, 0, backend)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert ("mge[rtx]" in str(caught.value)) == (backend == "tensorrt-rtx" and machine.gpus[0].name != "Orin")
+    assert ("extra rtx" in str(caught.value)) == (backend == "tensorrt-rtx" and machine.gpus[0].name != "Orin")
 
 
 @pytest.mark.parametrize(

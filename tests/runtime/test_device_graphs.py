@@ -52,7 +52,7 @@ def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected
         same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
         assert device.log == log
         program = chain.report()["programs"][0]
-        assert (program["graph"], program["runs"]) == (run > 0, run + 1)
+        assert (program["cuda_graph"], program["runs"]) == (run > 0, run + 1)
     device.log.clear()
     chain.run(frames(2), 1, EVERY)
     chain.run(frames(1), 3, EVERY)
@@ -65,12 +65,12 @@ def test_the_second_run_is_captured_and_later_ones_are_launched(bundle, expected
     ("open_chain", "device", "asked", "why"),
     [
         (open_capturable, ReplayingDevice(refusal=True), ["capture"], "the host has no graphs"),
-        (lambda *args: open_capturable(*args, graphs=False), ReplayingDevice(), [], "graphs are turned off"),
+        (lambda *args: open_capturable(*args, cuda_graphs=False), ReplayingDevice(), [], "CUDA graphs are turned off"),
         (
             lambda *args: open_ort_chain(onnxruntime, *args),
             ReplayingDevice(),
             [],
-            "ONNX Runtime has graphs on CUDA alone",
+            "ONNX Runtime has CUDA graphs with its CUDA provider alone",
         ),
     ],
     ids=["refused", "turned off", "declined"],
@@ -82,7 +82,7 @@ def test_a_chain_that_cannot_be_captured_runs_plain_and_keeps_the_reason(
     for run in range(4):
         same(chain.run(frames(2, run), 3, EVERY).tensors, expected.run(frames(2, run), outputs=EVERY).tensors)
     assert device.log == asked, "once"
-    assert chain.report()["programs"] == [{"batch": 2, "graphs": 3, "graph": False, "why": why, "runs": 4}]
+    assert chain.report()["programs"] == [{"batch": 2, "graphs": 3, "cuda_graph": False, "why": why, "runs": 4}]
     chain.close()
 
 
@@ -231,7 +231,7 @@ CAPTURED_NHWC, CAPTURED_NCHW, PLAIN_NHWC, PLAIN_NCHW = (True, True), (False, Tru
 
 
 @pytest.mark.parametrize(
-    ("kind", "graphs", "refused", "ways"),
+    ("kind", "cuda_graphs", "refused", "ways"),
     [
         ("fp32", True, (), [CAPTURED_NCHW]),
         ("fp32", True, (CAPTURED_NCHW,), [CAPTURED_NCHW, PLAIN_NCHW]),
@@ -243,15 +243,15 @@ CAPTURED_NHWC, CAPTURED_NCHW, PLAIN_NHWC, PLAIN_NCHW = (True, True), (False, Tru
         ("fp16", False, (PLAIN_NHWC,), [PLAIN_NHWC, PLAIN_NCHW]),
     ],
 )
-def test_fp16_opens_with_tensor_cores_in_the_best_layout_that_works(tiny, tmp_path, kind, graphs, refused, ways):
+def test_fp16_opens_with_tensor_cores_in_the_best_layout_that_works(tiny, tmp_path, kind, cuda_graphs, refused, ways):
     path = write_typed(tiny, tmp_path / "mge.plan", {"expert_2": kind, "expert_3": None})
     ort, half = FakeCuda(lambda *way: way in refused), kind != "fp32"
     with Bundle.open(path) as opened:
-        first, second, third = open_on_cuda(opened, ort, graphs=graphs)
+        first, second, third = open_on_cuda(opened, ort, cuda_graphs=cuda_graphs)
     tried = [way for way in ort.tried if way[2] == half] if half else ort.tried[: len(ways)]
     assert tried == [(*way, half) for way in ways], "the second graph alone has tensor cores"
     assert first.opened["tensor_cores"] is third.opened["tensor_cores"] is False
-    names = [f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a graph" for nhwc, capture in ways]
+    names = [f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a CUDA graph" for nhwc, capture in ways]
     assert (second.opened["way"], second.opened["tensor_cores"]) == (names[-1], half)
     assert list(second.opened["refused"]) == names[:-1]
     assert all("have not been partitioned" in why for why in second.opened["refused"].values())
@@ -290,15 +290,15 @@ def test_each_launch_whose_capture_fails_runs_again_without_and_the_unit_says_so
     assert ids == ["1", "-1", "-1", "2", "-1", "-1", "3", "3"]
     assert [launch.has_graph for launch in launches] == [False, False, True]
     assert not unit.prepare(Addresses(4, tensors, 0, 0), None).has_graph
-    assert unit.opened["way"] == "NCHW without a graph"
-    assert "stream is capturing" in unit.opened["refused"]["NCHW with a graph"]
+    assert unit.opened["way"] == "NCHW without a CUDA graph"
+    assert "stream is capturing" in unit.opened["refused"]["NCHW with a CUDA graph"]
 
 
 def test_what_units_say_of_themselves_is_in_the_report(bundle):
     chain = open_ort_chain(onnxruntime, bundle, HostDevice())
     assert chain.report()["opened"] == {}
-    chain._units[1].opened = {"way": "NHWC with a graph"}
-    assert chain.report()["opened"] == {"expert_2": {"way": "NHWC with a graph"}}
+    chain._units[1].opened = {"way": "NHWC with a CUDA graph"}
+    assert chain.report()["opened"] == {"expert_2": {"way": "NHWC with a CUDA graph"}}
     chain.close()
 
 
@@ -306,10 +306,10 @@ def test_what_units_say_of_themselves_is_in_the_report(bundle):
 def test_graphs_of_onnx_runtime_run_on_the_gpu(cuda, bundle):
     need_sessions(cuda)
     chain = open_ort_chain(onnxruntime, bundle, cuda)
-    plain = open_ort_chain(onnxruntime, bundle, cuda, graphs=False)
+    plain = open_ort_chain(onnxruntime, bundle, cuda, cuda_graphs=False)
     for seed in range(4):
         same(chain.run(frames(2, seed), 3, EVERY).tensors, plain.run(frames(2, seed), 3, EVERY).tensors)
-    assert chain.report()["programs"][0]["graph"], chain.report()
-    assert not plain.report()["programs"][0]["graph"]
+    assert chain.report()["programs"][0]["cuda_graph"], chain.report()
+    assert not plain.report()["programs"][0]["cuda_graph"]
     chain.close()
     plain.close()

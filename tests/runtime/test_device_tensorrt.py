@@ -26,16 +26,16 @@ def ready(request, bundle_path, tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("graphs", [True, False])
-def test_every_tensor_equals_the_chain_on_the_cpu(ready, expected, batch, graphs):
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_every_tensor_equals_the_chain_on_the_cpu(ready, expected, batch, cuda_graphs):
     bundle, choice = ready
-    chain = Chain(bundle, open_executor(choice, bundle, graphs=graphs))
+    chain = Chain(bundle, open_executor(choice, bundle, cuda_graphs=cuda_graphs))
     for seed in range(3):
         found, wanted = (each.run(frames(batch, seed), outputs=EVERY).tensors for each in (chain, expected))
         for name in EVERY:
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, atol=1e-3, err_msg=name)
     report = chain.report()
-    assert report["programs"][0]["graph"] is graphs, report
+    assert report["programs"][0]["cuda_graph"] is cuda_graphs, report
     assert report["scratch_bytes"] <= report["scratch_bytes_if_not_shared"]
     assert report["copies"]["host_to_device"] == 3
     assert report["copies"]["device_to_host"] == 3 * len(EVERY)

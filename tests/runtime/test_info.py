@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -142,11 +143,12 @@ def test_it_shows_temperatures_and_exits_in_words(copy):
 
 
 def test_it_shows_additions(copy):
-    add_calibration(copy, {"temperatures": TEMPERATURES})
+    report = {"exits": {"none_because": "too few images for the guarantee"}}
+    add_calibration(copy, {"temperatures": TEMPERATURES, "report": report})
     add_orin(copy)
     output = shown("--all", copy)
     for text in (
-        "mean_logits_2 1.5, logits 1 no early exits: none was found that",
+        "mean_logits_2 1.5, logits 1 no early exits: too few images for",
         f"engines {TARGET} {TARGET}: 3 graphs, 18 B, experimental: not yet run",
         "built by version 10.3.0, on Orin (sm87), for batch 1 to 8",
         "fp32 (attested: engine): expert_3; fp16 (attested: network): expert_1; fp16 (not attested): expert_2",
@@ -185,6 +187,15 @@ def test_it_says_what_would_run_on_a_recorded_machine(copy, bundle_path):
     bare = shown("--all", bundle_path, "--as-machine", MACHINES / "bare-cpu-x86_64.json")
     assert "not tensorrt, tensorrt-rtx, onnxruntime on cuda:0: no NVIDIA driver is installed" in bare
     assert "x86_64, Python 3.11.7, no GPU, tensorrt-rtx 1.7.1.116" in bare
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="POSIX")
+def test_a_description_that_never_ends_is_not_read(bundle_path, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for endless in (tmp_path / "pipe", Path("/dev/zero")):
+        assert "it is no regular file; expected a machine's description" in refused(
+            bundle_path, "--as-machine", endless
+        )
 
 
 def test_engines_in_this_machines_cache_are_shown(bundle, tmp_path, monkeypatch):

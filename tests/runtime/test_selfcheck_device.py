@@ -17,7 +17,7 @@ from mge_runtime.selfcheck.memory import check_memory
 from mge_runtime.selfcheck.outputs import (
     check_batches,
     check_copies,
-    check_graphs,
+    check_cuda_graphs,
     check_parity,
     check_together,
     compared_tensors,
@@ -58,10 +58,10 @@ class GraphDevice(HostDevice):
 class OnDevice:
     """A chain on a device, opened as a check wants it; `change` may alter its outputs."""
 
-    def __init__(self, path, device, graphs, change=unchanged):
+    def __init__(self, path, device, cuda_graphs, change=unchanged):
         with Bundle.open(path) as bundle:
             self.manifest = bundle.manifest
-            self.chain = runs.open_capturable(bundle, device, graphs=graphs)
+            self.chain = runs.open_capturable(bundle, device, cuda_graphs=cuda_graphs)
         self.max_batch, self.device, self.change = None, device, change
 
     def run(self, frames, *, outputs=None):
@@ -81,8 +81,8 @@ def on_device(on_cpu):
     """Make a subject that runs on the host as a device, checked against the CPU."""
 
     def make(change=unchanged, *, opened=OnDevice, always=False, **device):
-        def open_it(graphs=True):
-            return opened(on_cpu.path, GraphDevice(**device), graphs or always, change)
+        def open_it(cuda_graphs=True):
+            return opened(on_cpu.path, GraphDevice(**device), cuda_graphs or always, change)
 
         return replace(on_cpu, backend="a device", device="host", open=open_it, reference=on_cpu.open)
 
@@ -99,11 +99,11 @@ def assert_fails(check, text):
 
 def test_a_device_that_predicts_as_the_cpu_passes(on_device, frames):
     subject = on_device()
-    for check in (check_parity, check_batches, check_graphs, check_copies, check_together):
+    for check in (check_parity, check_batches, check_cuda_graphs, check_copies, check_together):
         result = check(subject, frames)
         assert result.outcome == "passed", result
         assert result.found
-    assert check_graphs(subject, frames).numbers["opened"] == {}
+    assert check_cuda_graphs(subject, frames).numbers["opened"] == {}
     parity = check_parity(subject, frames)
     assert parity.numbers["images"] == len(frames)
     assert parity.numbers["gate_relative"] <= 1e-4
@@ -163,13 +163,13 @@ def test_engines_for_one_image_have_no_batches(on_device, frames):
     ("device", "said"),
     [
         ({"stale": True}, "batch 1: "),
-        ({"refusal": True}, "batch 8: no graph: the host has no graphs"),
-        ({"always": True}, "where graphs were turned off"),
+        ({"refusal": True}, "batch 8: no CUDA graph: the host has no graphs"),
+        ({"always": True}, "where they were turned off"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_graphs_that_do_old_work_were_refused_or_cannot_be_turned_off_fail(on_device, frames, device, said):
-    assert_fails(check_graphs(on_device(**device), frames), said)
+    assert_fails(check_cuda_graphs(on_device(**device), frames), said)
 
 
 def test_one_copy_too_many_fails(on_device, frames):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mge_runtime.errors import InputError
-from mge_runtime.sources import VALIDATION_FOLDERS, find_images, list_folder, list_labelled, validation_folder
+from mge_runtime.sources import VALIDATION_FOLDERS, find_images, list_folder, list_labeled, validation_folder
 
 LONG = "a" * 300
 
@@ -175,6 +175,11 @@ def test_lists_of_paths(text, monkeypatch):
     assert [image.name for image in find_images([], "-").whole()] == listed
 
 
+def test_an_empty_name_is_not_the_working_folder():
+    (problem,) = find_images(["", "photos/img2.JPG"]).problems
+    assert "is a variable unset?" in str(problem[1])
+
+
 def test_in_a_list_every_line_is_a_path():
     touch("-", "@at.jpg", "v\udcf6gel.jpg")
     Path("list.txt").write_bytes(b"-\n@at.jpg\nv\xf6gel.jpg\nmissing*.jpg\n")
@@ -182,7 +187,7 @@ def test_in_a_list_every_line_is_a_path():
     assert names("@at.jpg") == ["@at.jpg"]  # there is such a file
 
 
-# Labelled folders: the list that training, evaluation and calibration share.
+# Labeled folders: the list that training, evaluation and calibration share.
 
 
 @pytest.fixture
@@ -198,9 +203,9 @@ def train(tmp_path):
     return train
 
 
-def test_labelled_images_follow_links_and_pass_over_what_is_hidden(train):
+def test_labeled_images_follow_links_and_pass_over_what_is_hidden(train):
     said = []
-    classes, samples = list_labelled(train, say=said.append)
+    classes, samples = list_labeled(train, say=said.append)
     assert classes == ("ant", "bee")
     assert [(path.relative_to(train).as_posix(), label) for path, label in samples] == [
         ("ant/1.JPG", 0),
@@ -213,7 +218,7 @@ def test_labelled_images_follow_links_and_pass_over_what_is_hidden(train):
 
 def test_labels_are_indices_of_the_classes_that_are_known(train):
     (train / "New Folder").mkdir()  # of no use, but no class either
-    classes, samples = list_labelled(train, ("wasp", "bee", "ant"))
+    classes, samples = list_labeled(train, ("wasp", "bee", "ant"))
     assert classes == ("wasp", "bee", "ant")
     assert [label for _, label in samples] == [1, 1, 2, 2]
 
@@ -221,7 +226,7 @@ def test_labels_are_indices_of_the_classes_that_are_known(train):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda train: train.rename(train.with_name("other")), "no folder {}; expected a folder with labelled images"),
+        (lambda train: train.rename(train.with_name("other")), "no folder {}; expected a folder with labeled images"),
         (lambda train: touch(train / "new" / "a.txt"), "the class folder {}/new holds no image; expected at least one"),
         (lambda train: touch(train / "bee/v\udcf6gel.jpg"), r"the name of {}/bee/v\xf6gel.jpg is no text in UTF-8"),
         (lambda train: (train / "bee").rename(train / "caf\udce9"), r"the name of {}/caf\xe9"),
@@ -229,19 +234,19 @@ def test_labels_are_indices_of_the_classes_that_are_known(train):
     ],
     ids=["missing", "empty class", "file name", "class name", "loose"],
 )
-def test_a_labelled_folder_that_cannot_serve_is_one_line(train, spoil, message):
+def test_a_labeled_folder_that_cannot_serve_is_one_line(train, spoil, message):
     spoil(train)
     with pytest.raises(InputError) as caught:
-        list_labelled(train)
+        list_labeled(train)
     assert message.format(train) in str(caught.value)
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", [".", "bee", "bee/more"])
-def test_a_labelled_folder_that_may_not_be_read_is_one_line(train, monkeypatch, name):
+def test_a_labeled_folder_that_may_not_be_read_is_one_line(train, monkeypatch, name):
     close(monkeypatch, train / name)
     with pytest.raises(InputError, match=f"cannot list the folder {train / name}: Permission denied"):
-        list_labelled(train)
+        list_labeled(train)
 
 
 def test_validation_folders_by_any_of_their_names(tmp_path):
@@ -256,4 +261,4 @@ def test_validation_folders_by_any_of_their_names(tmp_path):
         validation_folder(tmp_path)
     assert validation_folder(Path(LONG)) is None
     with pytest.raises(InputError, match="no folder"):
-        list_labelled(Path(LONG))
+        list_labeled(Path(LONG))

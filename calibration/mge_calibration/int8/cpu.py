@@ -2,8 +2,8 @@
 
 One graph serves all targets: FP16 tensors, and symmetric INT8 between QuantizeLinear and DequantizeLinear, which is all
 that TensorRT takes. ONNX Runtime's CPU provider wants neither. Measured with 1.31: it has no integer convolution
-between FP16 scales (a graph of 48 took 17 times as long as FP32, and its optimizer changed every answer), and it drops
-a ReLU before a quantisation only where zero is the lowest code.
+between FP16 scales (a graph of 48 took 17 times as long as FP32, and its optimizer changed every output), and it drops
+a ReLU before a quantization only where zero is the lowest code.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def quantize_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lost(weight: np.ndarray, mean: np.ndarray, groups: int) -> np.ndarray:
-    """What rounding a weight takes from each output channel's mean, [O]; borders, where the map is padded, aside."""
+    """What rounding a weight takes from each output channel's mean, [O]; the map's edges, where it is padded, aside."""
     codes, scales = quantize_weight(weight)
     decoded = codes * scales.astype(np.float64).reshape(-1, *[1] * (weight.ndim - 1))
     missing = (weight - decoded).reshape(*weight.shape[:2], -1).sum(2)  # [O, I / groups]

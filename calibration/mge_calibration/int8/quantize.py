@@ -244,8 +244,8 @@ def quantize_graph(
     Args:
         model: with its weights; left as it is.
         backbone_weight: whether an initializer is a convolution's weight in the backbone.
-        tensors: the graph's inputs over all calibration images, by name, in an order that is a random draw; others are
-            ignored.
+        tensors: the graph's inputs over all N calibration images, [N, ...] by name, in an order that is a random draw;
+            others are ignored.
         judge: a variant of the graph -> how the chain then agrees, and whether that is enough.
         options: how.
         boxes: outputs that tell nothing of a layer: each follows from a heat map.

@@ -76,11 +76,11 @@ def open_graph(model: onnx.ModelProto, outputs: Sequence[str] = ()) -> Run:
 
 
 def run_all(run: Run, tensors: Mapping[str, np.ndarray], *, workers: int = WORKERS) -> Tensors:
-    """Run batch after batch; return the outputs, one after the other along the first axis.
+    """Run batch after batch; return the outputs [N, ...] of all N images by name.
 
     Args:
         run: on one batch.
-        tensors: over all images.
+        tensors: inputs over all images, [N, ...] by name.
         workers: batches at once.
     """
     with ThreadPoolExecutor(workers) as pool:

@@ -20,7 +20,7 @@ def open_executor(
     *,
     threads: int | None = None,
     streams: Streams = 1,
-    graphs: bool = True,
+    cuda_graphs: bool = True,
 ) -> Executor:
     """Open the chain of a bundle on the backend that was chosen.
 
@@ -29,7 +29,7 @@ def open_executor(
         bundle: what it was made for, open.
         threads: processors to compute with on the CPU; None: all that this process may use.
         streams: runs of the chain that may be in flight at once; they share the processors. A GPU has one.
-        graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
+        cuda_graphs: on a GPU, whether to run the chain as CUDA graphs where that is possible.
 
     Raises:
         BackendError: the library is missing, broken or too old, it cannot run a graph, or several streams were asked
@@ -45,7 +45,7 @@ def open_executor(
     if choice.backend == "onnxruntime":
         from mge_runtime.backends.onnxruntime_cuda import open_cuda_chain
 
-        return open_cuda_chain(bundle, choice.device_index, graphs=graphs)
+        return open_cuda_chain(bundle, choice.device_index, cuda_graphs=cuda_graphs)
     from mge_runtime.backends.tensorrt import open_tensorrt_chain
 
-    return open_tensorrt_chain(choice, bundle, graphs=graphs)
+    return open_tensorrt_chain(choice, bundle, cuda_graphs=cuda_graphs)

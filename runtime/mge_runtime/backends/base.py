@@ -86,7 +86,7 @@ class Executor(ABC):
         """Release everything; closing twice does nothing."""
 
     def report(self) -> dict[str, JsonValue]:
-        """What is worth knowing about memory and graphs, as plain values; empty where there is nothing to say."""
+        """What is worth knowing about memory and CUDA graphs, as plain values; empty where there is nothing to say."""
         return {}
 
 

@@ -6,6 +6,7 @@ it is decided from descriptions: of the machine, and of the engines.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from mge_runtime.errors import BackendError
-from mge_runtime.machine import Gpu, Machine
+from mge_runtime.machine import Gpu, Machine, install_extra
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -55,9 +56,12 @@ class Choice:
 
     @property
     def note(self) -> str | None:
-        """Why a GPU that is here is not used, or not by TensorRT; None: it is, or there is none."""
+        """Why a GPU that is here is not used, or not by TensorRT, or what would build engines for a better way.
+
+        None: there is nothing to say of it.
+        """
         has_gpu = self.machine.gpus or self.machine.driver_cuda
-        if self.backend != "onnxruntime" or not self.passed_over or not has_gpu:
+        if self.command is None and (self.backend != "onnxruntime" or not self.passed_over or not has_gpu):
             return None
         return f"running with {self}; not with {_grouped(self.passed_over)}"
 
@@ -65,6 +69,11 @@ class Choice:
     def command(self) -> str | None:
         """What would build the engines for a better way to run; None: engines are not what is missing."""
         return next((c.command for c in self.passed_over if c.command is not None), None)
+
+    def warn_of_missing_engines(self) -> None:
+        """Where engines are missing that would run, log the note, which has the command to build them."""
+        if self.command is not None:
+            logging.getLogger("mge_runtime").warning(self.note)
 
     @property
     def device_index(self) -> int:
@@ -150,7 +159,7 @@ def _candidates(machine: Machine, device: str, bundle: Bundle, *, cache: bool) -
         gpus = [Candidate(name, device, False, str(problem)) for name in BACKENDS]
     else:
         gpus = [*_tensorrt(machine, gpu, device, bundle, cache=cache), _onnxruntime_cuda(machine, device, bundle)]
-    missing = machine.missing("onnxruntime", 'pip install "mge[cpu]"')
+    missing = machine.missing("onnxruntime", install_extra("cpu"))
     reason = missing or "runs anywhere; nothing faster is available here"
     return [*gpus, Candidate("onnxruntime", "cpu", missing is None, reason)]
 
@@ -191,14 +200,14 @@ def _tensorrt(machine: Machine, gpu: Gpu, device: str, bundle: Bundle, *, cache:
 
 
 def _onnxruntime_cuda(machine: Machine, device: str, bundle: Bundle) -> Candidate:
-    has_cuda, missing = _CUDA_PROVIDER in machine.providers, machine.missing("onnxruntime", 'pip install "mge[gpu]"')
+    has_cuda, missing = _CUDA_PROVIDER in machine.providers, machine.missing("onnxruntime", install_extra("gpu"))
     version = machine.libraries.get("onnxruntime")
     if machine.is_jetson and not has_cuda:
         reason = "onnxruntime-gpu has no wheel for the GPU of a Jetson"
     elif missing is not None:
         reason = missing
     elif not has_cuda:
-        install = 'pip uninstall onnxruntime, then pip install "mge[gpu]"'
+        install = f"pip uninstall onnxruntime, then {install_extra('gpu')}"
         reason = f"onnxruntime {version} here is the build for CPUs: {install}"
     elif bundle.manifest.is_int8:
         # On the CPU its optimizer changed every output of such graphs, which have variants of their own there.

@@ -21,7 +21,7 @@ from mge_runtime.backends.base import Executor, ExecutorResult, Found, Streams, 
 from mge_runtime.bundle.archive import weights_entry
 from mge_runtime.bundle.onnx_graph import external_tensors, located_graph
 from mge_runtime.errors import BackendError, BundleError, brief
-from mge_runtime.machine import cpu_count, import_library
+from mge_runtime.machine import cpu_count, import_library, install_extra
 from mge_runtime.manifest import FRAME
 
 if TYPE_CHECKING:
@@ -75,15 +75,16 @@ def _log_severity() -> int:
     return {"1": 2, "2": 0}.get(os.environ.get("MGE_VERBOSE", ""), 4)
 
 
-def import_onnxruntime(install: str = 'pip install "mge[cpu]"') -> Any:
+def import_onnxruntime(extra: str = "cpu") -> Any:
     """The module `onnxruntime`.
 
     Args:
-        install: the command that installs it.
+        extra: of mge, which brings it.
 
     Raises:
         BackendError: it is missing, broken or too old.
     """
+    install = install_extra(extra)
     ort = import_library("onnxruntime", install, load=lambda _: load_onnxruntime())
     if tuple(int(part) for part in ort.__version__.split(".")[:2]) < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))

@@ -19,6 +19,7 @@ from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.program import Addresses, Launch, Unit, shape_of
 from mge_runtime.errors import BackendError, brief
+from mge_runtime.machine import install_extra
 
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
@@ -28,38 +29,38 @@ if TYPE_CHECKING:
 
 __all__ = ["OrtGraph", "open_cuda_chain", "open_ort_chain", "preload_libraries"]
 
-_INSTALL = 'pip install "mge[gpu]"'
+_EXTRA = "gpu"  # of mge: onnxruntime-gpu and the libraries of CUDA that fit it
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
 _NO_GRAPH = "-1"  # as `gpu_graph_id`: captures nothing
 _HALF = ("fp16", "int8")  # INT8 graphs are in FP16 around their integer layers
 
 
-def open_cuda_chain(bundle: Bundle, device_index: int = 0, *, graphs: bool = True) -> Executor:
+def open_cuda_chain(bundle: Bundle, device_index: int = 0, *, cuda_graphs: bool = True) -> Executor:
     """Open a chain of ONNX Runtime sessions on a GPU, as CUDA numbers them from 0; see `open_ort_chain`.
 
     Raises:
         BackendError: ONNX Runtime is missing, broken, too old or built without CUDA, or cannot open a graph.
         BundleError: an entry is damaged.
     """
-    ort = import_onnxruntime(_INSTALL)
+    ort = import_onnxruntime(_EXTRA)
     if _CUDA not in ort.get_available_providers():
         raise BackendError(
             f"onnxruntime {ort.__version__} was built without CUDA; expected onnxruntime-gpu: "
-            f"pip uninstall onnxruntime, then {_INSTALL}"
+            f"pip uninstall onnxruntime, then {install_extra(_EXTRA)}"
         )
     preload_libraries(ort)
-    return open_ort_chain(ort, bundle, CudaDevice(device_index), graphs=graphs)
+    return open_ort_chain(ort, bundle, CudaDevice(device_index), cuda_graphs=cuda_graphs)
 
 
-def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = True) -> Executor:
+def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, cuda_graphs: bool = True) -> Executor:
     """Open a chain of ONNX Runtime sessions on a device; the weights are checked in other threads meanwhile.
 
     Args:
         ort: the module `onnxruntime`.
         bundle: what to run.
         device: where; on one of kind "cpu" the same sessions run on the CPU.
-        graphs: whether ONNX Runtime may capture CUDA graphs.
+        cuda_graphs: whether ONNX Runtime may capture CUDA graphs.
 
     Raises:
         BundleError, BackendError: as for `open_cuda_chain`; nothing is left open.
@@ -67,7 +68,7 @@ def open_ort_chain(ort: Any, bundle: Bundle, device: Device, *, graphs: bool = T
 
     def open_units(device: Device, stream: Stream) -> Generator[Unit]:
         for spec in bundle.manifest.graphs:
-            yield OrtGraph(ort, bundle, spec, device, stream, graphs=graphs)
+            yield OrtGraph(ort, bundle, spec, device, stream, cuda_graphs=cuda_graphs)
 
     with ExitStack() as stack:
         with weights_checked(bundle):
@@ -97,7 +98,7 @@ class OrtGraph(Unit):
     """
 
     def __init__(
-        self, ort: Any, bundle: Bundle, spec: GraphSpec, device: Device, stream: Stream, *, graphs: bool
+        self, ort: Any, bundle: Bundle, spec: GraphSpec, device: Device, stream: Stream, *, cuda_graphs: bool
     ) -> None:
         self.name = spec.name
         self.spec = spec
@@ -107,9 +108,9 @@ class OrtGraph(Unit):
         self._graph_ids: dict[tuple[int, ...], int] = {}
         self._refused: dict[str, JsonValue] = {}  # ways that did not work, and why
         if device.kind == "cuda":
-            self.session: Any = self._open_cuda(bundle, stream, graphs=graphs)
+            self.session: Any = self._open_cuda(bundle, stream, cuda_graphs=cuda_graphs)
         else:
-            self.why_plain = "ONNX Runtime has graphs on CUDA alone"
+            self.why_plain = "ONNX Runtime has CUDA graphs with its CUDA provider alone"
             self.session = open_session(ort, bundle, spec, [_CPU])
 
     def prepare(self, addresses: Addresses, stream: Stream) -> Launch:  # noqa: ARG002 - the session knows its stream
@@ -132,14 +133,14 @@ class OrtGraph(Unit):
         """Release the session."""
         self.session = None
 
-    def _open_cuda(self, bundle: Bundle, stream: Stream, *, graphs: bool) -> Any:
-        """Open in the first way that works: with a graph before without, in half precision in NHWC before NCHW.
+    def _open_cuda(self, bundle: Bundle, stream: Stream, *, cuda_graphs: bool) -> Any:
+        """Open in the first way that works: with a CUDA graph before without, in half precision in NHWC before NCHW.
 
         The option for TF32 stands for tensor cores in general: without it FP16 gets none either. With graphs a session
         opens only if every node computes on the GPU and no copy between host and device was put in.
         """
         half = bundle.manifest.precision.get(self.name, {}).get("type") in _HALF
-        ways = list(product((True, False) if graphs else (False,), (True, False) if half else (False,)))
+        ways = list(product((True, False) if cuda_graphs else (False,), (True, False) if half else (False,)))
         session: Any = None
         for capture, nhwc in ways:
             options = {
@@ -150,7 +151,7 @@ class OrtGraph(Unit):
                 "prefer_nhwc": str(int(nhwc)),
                 "arena_extend_strategy": "kSameAsRequested",  # the default doubles what it asks for
             }
-            way = f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a graph"
+            way = f"{'NHWC' if nhwc else 'NCHW'} {'with' if capture else 'without'} a CUDA graph"
             try:
                 # Nodes that compute shapes belong on the CPU, so the CPU provider stays allowed.
                 session = open_session(self._ort, bundle, self.spec, [(_CUDA, options), _CPU])
@@ -162,9 +163,9 @@ class OrtGraph(Unit):
             if _CUDA not in session.get_providers():  # it warns and goes on with the CPU where CUDA does not load
                 raise BackendError(
                     f"ONNX Runtime {self._ort.__version__} cannot use {_CUDA}; expected CUDA and cuDNN libraries that "
-                    f"fit it: {_INSTALL}"
+                    f"fit it: {install_extra(_EXTRA)}"
                 )
-            self.why_plain = None if capture else next(map(str, self._refused.values()), "graphs are turned off")
+            self.why_plain = None if capture else next(map(str, self._refused.values()), "CUDA graphs are turned off")
             self.opened = {"way": way, "tensor_cores": half, "refused": self._refused}
             break
         return session

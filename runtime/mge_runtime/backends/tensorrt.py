@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 __all__ = ["TensorRTGraph", "open_tensorrt_chain"]
 
 
-def open_tensorrt_chain(choice: Choice, bundle: Bundle, *, graphs: bool = True) -> Executor:
+def open_tensorrt_chain(choice: Choice, bundle: Bundle, *, cuda_graphs: bool = True) -> Executor:
     """Open a chain of engines on a GPU; each is checked against its hash before and the manifest after it is read.
 
     Args:
         choice: one that names engines.
         bundle: what it was made for, open.
-        graphs: whether to capture CUDA graphs.
+        cuda_graphs: whether to capture CUDA graphs.
 
     Raises:
         BackendError: the library is missing or broken, the engines are not for it, or it refuses one.
@@ -62,7 +62,7 @@ def open_tensorrt_chain(choice: Choice, bundle: Bundle, *, graphs: bool = True) 
         for spec in bundle.manifest.graphs:
             yield TensorRTGraph(vendor, runtime, engines.plan(spec.name), spec)
 
-    executor = DeviceExecutor(bundle.manifest, CudaDevice(choice.device_index), open_units, graphs=graphs)
+    executor = DeviceExecutor(bundle.manifest, CudaDevice(choice.device_index), open_units, cuda_graphs=cuda_graphs)
     executor.maps_weights = False  # engines are copied to the device
     return executor
 

@@ -63,7 +63,7 @@ class WatchedFile:
             os.close(descriptor)
 
     def check(self) -> None:
-        """Make sure that nobody wrote into the file; this takes some microseconds.
+        """Check that nobody wrote into the file; this takes some microseconds.
 
         Raises:
             BundleError: its size or its time of change is another.

@@ -1,1 +1,1 @@
-"""The commands that run on a device: `mge-run` and `mge-info`."""
+"""The commands that run on a device: `mge-run`, `mge-bench`, `mge-build` and `mge-info`."""

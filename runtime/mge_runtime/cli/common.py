@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from mge_runtime.errors import InputError, MGEError, one_line, printable
-from mge_runtime.machine import cpu_count
+from mge_runtime.machine import cpu_count, install_extra
 from mge_runtime.sources import MAX_PIXELS
 
 __all__ = [
     "GPU_STATUS",
+    "Number",
     "at_most_cpus",
     "backend_option",
     "batch_option",
@@ -48,6 +50,17 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
+class Number(click.FloatRange):
+    """A range of finite numbers: `FloatRange` lets "nan" pass, and infinity where a bound is missing."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse; a usage error for what is not finite."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number; expected one in the range {self._describe_range()}.", param, ctx)
+        return number
+
+
 def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """Print an `MGEError`, or what is not installed, as one line on standard error and exit with 1.
 
@@ -76,7 +89,7 @@ def reports_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             if extra is None or package.startswith("mge"):  # no extra would bring it: a defect
                 raise
             click.echo(
-                f'error: this command needs {package}, which is not installed; install it: pip install "mge[{extra}]"',
+                f"error: this command needs {package}, which is not installed; {install_extra(extra)}",
                 err=True,
             )
             raise SystemExit(1) from error

@@ -91,12 +91,13 @@ def main(
 
 
 def _recorded(path: Path) -> Machine:
+    expected = f"expected a machine's description: mge-info --machine > {path.name}"
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device may never end
+        raise InputError(f"cannot read {path}: it is no regular file; {expected}")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}; expected a machine's description: mge-info --machine > {path.name}"
-        ) from error
+        raise InputError(f"cannot read {path}: {error.strerror}; {expected}") from error
     return Machine.from_json(data, str(path))
 
 

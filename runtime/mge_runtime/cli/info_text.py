@@ -154,7 +154,7 @@ def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[
     temperatures = ", ".join(f"{name} {value:.4g}" for name, value in calibrated.temperatures.items())
     yield f"temperatures: {temperatures}{images.get('temperatures', '')}"
     if not calibrated.has_exits or (guarantee := calibrated.guarantee) is None:
-        yield "no early exits: none was found that keeps its bound"
+        yield f"no early exits: {calibrated.why_no_exits or 'none were learned'}"
         return
     places = [
         f"after graph {point.graphs} where {point.logits} has a confidence of at least {point.threshold:.6g}"

@@ -43,7 +43,7 @@ class DeviceExecutor(Executor):
         device: where it runs.
         open_units: opens a unit for each graph in the order they run, for this device and stream. Where one cannot be
             opened, those before it are closed again.
-        graphs: whether to capture CUDA graphs.
+        cuda_graphs: whether to capture CUDA graphs.
 
     Raises:
         BundleError, BackendError: a unit cannot be opened, or memory is short; nothing is left behind.
@@ -55,7 +55,7 @@ class DeviceExecutor(Executor):
         device: Device,
         open_units: Callable[[Device, Stream], Iterable[Unit]],
         *,
-        graphs: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         self._manifest = manifest
         self._device = device
@@ -75,7 +75,7 @@ class DeviceExecutor(Executor):
             self._scratch = [_aligned(unit.scratch_bytes) for unit in self._units]
             self._space = Space(device, manifest, self.max_batch or 1, max(self._scratch))
             stack.callback(lambda: self._space.close())
-            self._programs = Programs(device, self._stream, self._units, graphs=graphs)
+            self._programs = Programs(device, self._stream, self._units, cuda_graphs=cuda_graphs)
             stack.callback(self._programs.close)
             self._resources = stack.pop_all()
         self._open = True
@@ -107,7 +107,7 @@ class DeviceExecutor(Executor):
                 raise
 
     def report(self) -> dict[str, JsonValue]:
-        """Bytes of device memory and host buffers, whether graphs run and why not, copies so far.
+        """Bytes of device memory and host buffers, whether CUDA graphs run and why not, copies so far.
 
         "opened" is what units say of themselves, as the layout they compute in and why not in another; "copies" are
         those between host and device, "row_copies" those that move images together on the device.

@@ -86,12 +86,12 @@ class Program:
     and launched as a graph, as are all that follow. Where capture is refused every run is plain; the reason is kept.
     """
 
-    def __init__(self, device: Device, stream: Stream, launches: Sequence[Launch], *, graphs: bool) -> None:
+    def __init__(self, device: Device, stream: Stream, launches: Sequence[Launch], *, cuda_graphs: bool) -> None:
         self._device = device
         self._stream = stream
         self._launches = launches
         self._graph: Graph | None = None
-        self._why_plain: str | None = None if graphs else "graphs are turned off"
+        self._why_plain: str | None = None if cuda_graphs else "CUDA graphs are turned off"
         self._runs = 0  # that were waited for without an error
 
     @property
@@ -117,10 +117,10 @@ class Program:
         self._runs += 1
 
     def report(self) -> dict[str, JsonValue]:
-        """Whether it is a graph, why not, and how often it ran."""
+        """Whether it is a CUDA graph, why not, and how often it ran."""
         is_graph = self._graph is not None or all(launch.has_graph for launch in self._launches)
         why = self._why_plain or (None if is_graph else "captured at its second run")
-        return {"graph": is_graph, "why": why, "runs": self._runs}
+        return {"cuda_graph": is_graph, "why": why, "runs": self._runs}
 
     def close(self) -> None:
         """Release the graph; the launches belong to others. Closing twice does nothing."""
@@ -154,11 +154,11 @@ class _Batch:
 class Programs:
     """Prepares the units of a chain for a batch size when it is first asked for; the least recently used makes way."""
 
-    def __init__(self, device: Device, stream: Stream, units: Sequence[Unit], *, graphs: bool) -> None:
+    def __init__(self, device: Device, stream: Stream, units: Sequence[Unit], *, cuda_graphs: bool) -> None:
         self._device = device
         self._stream = stream
         self._units = units
-        self._graphs = graphs
+        self._cuda_graphs = cuda_graphs
         self._batches: OrderedDict[int, _Batch] = OrderedDict()
 
     def get(self, first: int, last: int, addresses: Addresses, turn: ExitStack) -> Program:
@@ -188,7 +188,8 @@ class Programs:
                     launch = ready.launches[number] = self._units[number].prepare(addresses, self._stream)
                     ready.resources.callback(launch.close)
             launches = [ready.launches[number] for number in range(first, last)]
-            program = ready.programs[first, last] = Program(self._device, self._stream, launches, graphs=self._graphs)
+            program = Program(self._device, self._stream, launches, cuda_graphs=self._cuda_graphs)
+            ready.programs[first, last] = program
             ready.resources.callback(program.close)
         return program
 

@@ -16,7 +16,7 @@ from mge_runtime.errors import MGEError, one_line
 from mge_runtime.machine import Gpu
 from mge_runtime.manifest import Entry
 from mge_runtime.selfcheck.memory import check_memory
-from mge_runtime.selfcheck.outputs import check_batches, check_copies, check_graphs, check_parity, check_together
+from mge_runtime.selfcheck.outputs import check_batches, check_copies, check_cuda_graphs, check_parity, check_together
 from mge_runtime.trt.engines import EngineDetails, EngineSet, why_not
 from mge_runtime.trt.target import BatchRange, Target
 
@@ -46,7 +46,7 @@ def all_checks(
     return {
         "the same outputs as ONNX Runtime on the CPU": partial(check_parity, frames=frames),
         "the same outputs in batches": partial(check_batches, frames=frames),
-        "the same outputs with CUDA graphs as without": partial(check_graphs, frames=frames),
+        "the same outputs with CUDA graphs as without": partial(check_cuda_graphs, frames=frames),
         "one copy in, one out for each wanted tensor": partial(check_copies, frames=frames),
         "the same outputs from two pipelines at once": partial(check_together, frames=frames),
         "engines that do not fit are refused": check_refused,

@@ -32,7 +32,7 @@ __all__ = [
     "batch_size",
     "check_batches",
     "check_copies",
-    "check_graphs",
+    "check_cuda_graphs",
     "check_parity",
     "check_together",
     "compared_tensors",
@@ -135,13 +135,13 @@ def check_batches(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     return Result.of(compared.failures, found, {**compared.numbers, "batch": batch})
 
 
-def check_graphs(subject: Subject, frames: NDArray[np.uint8]) -> Result:
+def check_cuda_graphs(subject: Subject, frames: NDArray[np.uint8]) -> Result:
     """CUDA graphs against the plain chain, with other frames at every launch; and that a graph was really used."""
     outputs = compared_tensors(subject.manifest)
     failures: list[str] = []
     found: list[str] = []
     numbers: dict[str, JsonValue] = {}
-    with closing(subject.open()) as opened, closing(subject.open(graphs=False)) as plain:
+    with closing(subject.open()) as opened, closing(subject.open(cuda_graphs=False)) as plain:
         if not opened.report():
             return Result("not run", _ON_CPU)
         for batch in dict.fromkeys((1, min(batch_size(opened), len(frames)))):
@@ -152,10 +152,10 @@ def check_graphs(subject: Subject, frames: NDArray[np.uint8]) -> Result:
             launched, wanted = (_run_all(way, whole, outputs, batch) for way in (opened, plain))
             compared = _compare(launched, wanted, subject)
             ran = [program for program in _programs(opened) if program.get("batch") == batch]
-            problems = [f"no graph: {program.get('why')}" for program in ran if not program.get("graph")]
+            problems = [f"no CUDA graph: {program.get('why')}" for program in ran if not program.get("cuda_graph")]
             problems += [] if ran else ["no run was reported"]
-            if any(program.get("graph") for program in _programs(plain)):
-                problems.append("a graph was used where graphs were turned off")
+            if any(program.get("cuda_graph") for program in _programs(plain)):
+                problems.append("a CUDA graph was used where they were turned off")
             failures += [f"batch {batch}: {problem}" for problem in [*problems, *compared.failures]]
             numbers |= {f"batch_{batch}_{key}": value for key, value in compared.numbers.items()}
             found.append(f"batch {batch}: {compared.summary}")

@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
 from mge_runtime.errors import BackendError
-from mge_runtime.machine import Gpu, Machine, import_library
+from mge_runtime.machine import Gpu, Machine, import_library, install_extra
 from mge_runtime.trt.target import rtx_refusal
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class Library:
 LIBRARIES = {
     # 10.3 is JetPack 6's. 12 may change the rules again, as 11 did.
     "tensorrt": Library(
-        "tensorrt", "tensorrt", (10, 3), (12, 0), 'pip install "mge[tensorrt]" (on a Jetson it comes with JetPack)'
+        "tensorrt", "tensorrt", (10, 3), (12, 0), f"{install_extra('tensorrt')} (on a Jetson it comes with JetPack)"
     ),
-    "tensorrt-rtx": Library("tensorrt-rtx", "tensorrt_rtx", (1, 7), (2, 0), 'pip install "mge[rtx]"'),
+    "tensorrt-rtx": Library("tensorrt-rtx", "tensorrt_rtx", (1, 7), (2, 0), install_extra("rtx")),
 }
 
 
