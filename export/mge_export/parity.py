@@ -28,6 +28,7 @@ from mge_runtime.compare import (
     class_margins,
     finite,
     relative_difference,
+    same_boxes,
 )
 from mge_runtime.errors import BackendError, BundleError, ExportError
 from mge_runtime.manifest import FRAME, GraphSpec, ViewSpec
@@ -90,7 +91,7 @@ class Differences:
             ours, theirs = found[name], reference[name]
             if name in kinds.boxes:
                 self.box_iou[name] += box_iou(ours, theirs).tolist()
-                same_box = (ours == theirs).all(1)
+                same_box = same_boxes(ours, theirs)
                 continue
             if name in kinds.logits:
                 self.class_changes[name] += (ours.argmax(1) != theirs.argmax(1)).tolist()

@@ -28,6 +28,7 @@ __all__ = [
     "finite",
     "frame_boxes",
     "relative_difference",
+    "same_boxes",
 ]
 
 FEW_IMAGES = 100  # with fewer, one image is more than one percent
@@ -102,6 +103,9 @@ TOLERANCES = {
 }
 
 
+_SAME_PIXEL = 1e-2  # pixels; sides of 4096 are rounded to 2e-4
+
+
 def box_area(boxes: NDArray[Any]) -> NDArray[np.float64]:
     """Area of boxes [..., 4] (x0, y0, x1, y1), half-open, in square pixels: [...]."""
     return np.maximum(boxes[..., 2:].astype(np.float64) - boxes[..., :2], 0).prod(-1)
@@ -112,6 +116,14 @@ def box_iou(boxes: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:
     low, high = np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:])
     inner = box_area(np.concatenate([low, high], -1))
     return inner / (box_area(boxes) + box_area(others) - inner)
+
+
+def same_boxes(boxes: NDArray[Any], others: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether boxes [..., 4] are the same but for rounding, pair by pair: [...].
+
+    They are whole pixels, or where crops are cut from the frame composed of such by a few products.
+    """
+    return np.asarray((np.abs(boxes.astype(np.float64) - others) <= _SAME_PIXEL).all(-1))
 
 
 def frame_boxes(boxes: Sequence[NDArray[Any]], crops: Crops) -> NDArray[np.float32]:

@@ -15,6 +15,7 @@ from mge_runtime.compare import (
     finite,
     frame_boxes,
     relative_difference,
+    same_boxes,
 )
 from mge_runtime.manifest import Crops
 
@@ -73,3 +74,9 @@ def test_classes_may_change_on_ties_and_on_few_of_many(images, changed, margin, 
 def test_boxes_may_lie_elsewhere_on_one_image_or_one_percent(ious, said):
     assert box_failures("box", ious, TOLERANCES["fp32"]) == [f"box: {line}" for line in said]
     assert box_failures("box", ious, replace(TOLERANCES["fp32"], box_iou_p1=0, box_iou_median=0)) == []
+
+
+def test_boxes_are_the_same_but_for_rounding():
+    boxes = np.array([[1, 2, 30, 40], [0, 0, 5, 5]], np.float32)
+    assert same_boxes(boxes, boxes + np.float32(1e-4)).tolist() == [True, True]
+    assert same_boxes(boxes, boxes + np.array([[0, 0, 1, 0], [0, 0, 0, 0]])).tolist() == [False, True]
