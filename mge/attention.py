@@ -22,11 +22,15 @@ __all__ = [
     "StatesGradient",
     "attention_box",
     "class_gradient",
+    "compose_view",
+    "crop_frame",
     "crop_resize",
     "differentiate",
     "extent_box",
     "grad_cam",
     "normalized_maxima",
+    "shrink",
+    "whole_view",
 ]
 
 FLAT = 1e-6  # of its largest value: a smaller range is what rounding leaves of a flat map that is upsampled
@@ -222,6 +226,68 @@ def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:
     first_columns, first_rows = number.split(size, 1)
     turned = _between(image.permute(0, 3, 1, 2), first_columns, columns)  # [B, size, 3, H]
     return _between(turned.permute(0, 3, 1, 2), first_rows, rows).permute(0, 3, 1, 2)
+
+
+def shrink(frame: Tensor, size: int) -> Tensor:
+    """Average square blocks of a frame: what the first expert sees where crops are taken from a larger frame.
+
+    Args:
+        frame: [B, N, N, 3] floating point, N a multiple of `size`.
+        size: pixels, S.
+
+    Returns:
+        [B, 3, S, S].
+    """
+    block = frame.shape[1] // size
+    rows = frame.unflatten(1, (size, block)).flatten(3).mean(2)  # rows first: each is one run of memory
+    return rows.unflatten(2, (size, block, 3)).mean(3).permute(0, 3, 1, 2)
+
+
+def whole_view(images: Tensor) -> Tensor:
+    """Edges of whole images [B, 3, H, W], in pixels: [B, 4]."""
+    height, width = images.shape[2:]
+    edges = _constant((0.0, 0.0, float(width), float(height)), torch.float32, images.device)
+    return edges.expand(images.shape[0], -1)
+
+
+def compose_view(view: Tensor, box: Tensor, size: int) -> Tensor:
+    """Where a box of an expert's image lies in the frame.
+
+    Args:
+        view: [B, 4], edges of what the expert saw, in pixels of the frame.
+        box: [B, 4], edges in pixels of its image.
+        size: pixels, the side of that image.
+
+    Returns:
+        [B, 4], edges in pixels of the frame; what `crop_frame` shows there is exactly what lies in the box.
+    """
+    scale = (view[:, 2:] - view[:, :2]) / size
+    return torch.cat((view[:, :2] + box[:, :2] * scale, view[:, :2] + box[:, 2:] * scale), 1)
+
+
+def crop_frame(frame: Tensor, view: Tensor, size: int) -> Tensor:
+    """Cut a part out of a frame and resize it: each pixel is the mean of 2 x 2 bilinear samples.
+
+    Sample j of the 2 S of an axis lies at x0 + (j + 1/2) (x1 - x0) / (2 S), in edge coordinates, so that a view that
+    is shrunk up to fourfold has little aliasing, and one that is enlarged is smooth.
+
+    Args:
+        frame: [B, N, N, 3] floating point.
+        view: [B, 4]: x0, y0, x1, y1, edges in pixels, 0 <= x0 < x1 <= N.
+        size: pixels, S.
+
+    Returns:
+        [B, 3, S, S]. No gradient reaches `view`.
+    """
+    steps = (torch.arange(2 * size, device=frame.device, dtype=torch.float32) + 0.5) / (2 * size)
+    start, extent = view[:, :2, None], (view[:, 2:] - view[:, :2])[:, :, None]
+    position = (start + extent * steps - 0.5).clamp(0, frame.shape[1] - 1)  # [B, 2, 2S]: columns, rows
+    low = position.floor().clamp_max(frame.shape[1] - 2)
+    fraction = (position - low).to(frame.dtype)[..., None]
+    number = low.long() + torch.arange(frame.shape[0], device=frame.device)[:, None, None] * frame.shape[1]
+    rows = _between(frame, number[:, 1], fraction[:, 1]).unflatten(1, (size, 2)).mean(2)  # [B, S, N, 3]
+    turned = rows.permute(0, 2, 1, 3)
+    return _between(turned, number[:, 0], fraction[:, 0]).unflatten(1, (size, 2)).mean(2).permute(0, 3, 2, 1)
 
 
 def _between(lines: Tensor, low: Tensor, fraction: Tensor) -> Tensor:

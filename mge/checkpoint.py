@@ -144,14 +144,16 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
         if changes.get(name, own) != own:
             raise TrainingError(f"{path} has {name} {own}, not {changes[name]}; leave the option out")
     model = MGENet(source.config.changed(classes=classes, **changes))
+    anew = () if same else _HEADS
+    gate = " and gate"
+    if model.config.gate != source.config.gate:
+        anew, gate = (*anew, "gate."), ""
     state = source.state_dict()
-    model.load_state_dict(
-        {name: state[name] for name in state if same or not any(head in name for head in _HEADS)}, strict=False
-    )
+    model.load_state_dict({name: state[name] for name in state if not any(part in name for part in anew)}, strict=False)
     if same:
-        return model, f", all weights from {path}"
+        return model, f", {'all weights' if gate else 'all weights but the gate'} from {path}"
     before = source.config.num_classes
-    return model, f"; backbones and gate from {path}, heads anew for {len(classes)} classes (it knows {before})"
+    return model, f"; backbones{gate} from {path}, heads anew for {len(classes)} classes (it knows {before})"
 
 
 def _own(content: dict[str, Any], source: str) -> tuple[MGEConfig, dict[str, Tensor]]:

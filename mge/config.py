@@ -13,11 +13,12 @@ from typing import Any
 
 from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
-from mge_runtime.manifest import Preprocess, read_class_names, read_preprocess
+from mge_runtime.manifest import Crops, Preprocess, read_class_names, read_preprocess
 
-__all__ = ["PAPER_THRESHOLD", "MGEConfig", "read_labels"]
+__all__ = ["GATES", "PAPER_THRESHOLD", "MGEConfig", "read_labels"]
 
 PAPER_THRESHOLD = 0.2  # `--box_thred` of the authors' code
+GATES = ("network", "shared", "none")
 _LABELS = "expected a UTF-8 text file with one class name a line"
 
 
@@ -31,16 +32,21 @@ class MGEConfig:
 
     arch: str  # a timm model name that offers features_only
     classes: tuple[str, ...]  # names, by class index
-    experts: int = 3  # K >= 1, experts in the chain; the gate comes on top
-    image_size: int = 448  # pixels, S, a multiple of 16, the side of every expert's square input
-    resize: int = 512  # pixels, the shorter side before the center crop, >= image_size
+    experts: int = 3  # K >= 1, experts in the chain
+    image_size: int = 448  # pixels, S, a multiple of 16, the side of the first expert's square input
+    resize: int = 512  # pixels, the shorter side before the center crop of the frame, >= its side
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per RGB channel, > 0
     box_thresholds: tuple[float, ...] = (PAPER_THRESHOLD, PAPER_THRESHOLD)  # in [0, 1), one for each of the K - 1 crops
     parts_per_class: int = 10  # channels of the part convolution for each class
-    gate_width: int = 512  # hidden units of the gate
+    gate_width: int = 512  # hidden units of the gate's network
     normalize_features: bool = False  # BatchNorm before the heads, for backbones whose last features are linear
     attention_head: str = "own"  # whose global head Grad-CAM reads: "own", each expert's; "first", always expert 1's
+    gate: str = "network"  # what weighs the experts: "network", a backbone of its own; "shared", a linear layer over
+    # the experts' pooled features; "none", weights that are the same for every image
+    image_sizes: tuple[int, ...] = ()  # pixels, one for each expert, the first is image_size; (): image_size for all
+    source_size: int = 0  # pixels, N, a multiple of image_size: crops are cut from a frame of this side; 0: each from
+    # the image of the expert before
 
     def __post_init__(self) -> None:
         size, crops = self.image_size, self.experts - 1
@@ -50,10 +56,22 @@ class MGEConfig:
             (len(self.classes) >= 2, "classes", "at least two names"),
             (self.experts >= 1, "experts", "at least 1"),
             (size >= 32 and size % 16 == 0, "image_size", "a multiple of 16 pixels, the stride of c4"),
-            (self.resize >= size, "resize", f"at least image_size ({size})"),
+            (
+                not self.image_sizes or (len(self.image_sizes) == self.experts and self.image_sizes[0] == size),
+                "image_sizes",
+                f"{self.experts}, one for each expert, the first {size} as image_size",
+            ),
+            (all(s >= 32 and s % 16 == 0 for s in self.image_sizes), "image_sizes", "multiples of 16 pixels"),
+            (self.source_size % size == 0, "source_size", f"0, or a multiple of image_size ({size})"),
+            (
+                self.resize >= self.frame_size,
+                "resize",
+                f"at least {'source_size' if self.source_size else 'image_size'} ({self.frame_size})",
+            ),
             (len(self.box_thresholds) == crops, "box_thresholds", f"{crops}, one for each crop"),
             (all(0 <= t < 1 for t in self.box_thresholds), "box_thresholds", "numbers in [0, 1)"),
             (self.parts_per_class >= 1, "parts_per_class", "at least 1"),
+            (self.gate in GATES, "gate", " or ".join(map(repr, GATES))),
             (self.gate_width >= 1, "gate_width", "at least 1"),
             (self.attention_head in ("own", "first"), "attention_head", "'own' or 'first'"),
         ]
@@ -77,13 +95,37 @@ class MGEConfig:
         return len(self.classes)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Side of each expert's image in pixels."""
+        return self.image_sizes or (self.image_size,) * self.experts
+
+    @property
+    def frame_size(self) -> int:
+        """Side of the chain's input in pixels."""
+        return self.source_size or self.image_size
+
+    @property
+    def crops(self) -> Crops:
+        """What the boxes of its chain are pixels of."""
+        return Crops(self.sizes, self.source_size)
+
+    @property
     def preprocess(self) -> Preprocess:
         """What the runtime does to a decoded image before the chain."""
-        return Preprocess(resize=self.resize, size=self.image_size, mean=self.mean, std=self.std)
+        return Preprocess(resize=self.resize, size=self.frame_size, mean=self.mean, std=self.std)
 
     def changed(self, **changes: Any) -> MGEConfig:
-        """The same model with other fields; one box threshold is for all crops, `resize` follows `image_size`."""
+        """The same model with other fields; one box threshold is for all crops, `resize` follows `image_size`.
+
+        Raises:
+            CheckpointError: a value is out of its range, or `image_size` changes where the experts' sizes differ.
+        """
         if "image_size" in changes:
+            if self.image_sizes or self.source_size:
+                raise CheckpointError(
+                    f"the model's images have {', '.join(map(str, self.sizes))} pixels, its frame {self.frame_size}; "
+                    "another image_size is for models whose experts all see one size: leave it out"
+                )
             changes = {"resize": round(changes["image_size"] * self.resize / self.image_size)} | changes
         if len(thresholds := changes.get("box_thresholds", ())) == 1:
             changes["box_thresholds"] = thresholds * (self.experts - 1)

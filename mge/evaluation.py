@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     from mge.model import MGENet
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["Predictions", "Row", "collect", "collect_bundle", "figures", "print_table", "summarize", "top_k_correct"]
+__all__ = [
+    "Predictions",
+    "Row",
+    "collect",
+    "collect_bundle",
+    "figures",
+    "gate_report",
+    "print_table",
+    "summarize",
+    "top_k_correct",
+]
+
+COLLAPSED = 0.95  # mean weight of one expert above which the others change next to nothing
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,7 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
     import torch  # here: a bundle is evaluated without it
 
     device = next(model.parameters()).device
-    size = model.config.image_size
+    crops = model.config.crops
     was_training = model.training
     model.eval()
     labels: list[Tensor] = []
@@ -76,16 +88,16 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
             output = model(images.to(device))
             labels.append(targets.cpu())
             gates.append(output.gate.float().cpu())
-            crops = [expert.box.cpu() for expert in output.experts if expert.box is not None]
-            boxes = torch.stack(crops, 1).numpy() if crops else np.zeros((len(images), 0, 4))
+            cut = [expert.box.cpu() for expert in output.experts if expert.box is not None]
+            boxes = torch.stack(cut, 1).numpy() if cut else np.zeros((len(images), 0, 4))
             for row, viewport in zip(boxes, viewports.cpu().tolist(), strict=True):
-                views.append(compose_boxes(row, Viewport(*viewport[:4], *map(int, viewport[4:])), size))
+                views.append(compose_boxes(row, Viewport(*viewport[:4], *map(int, viewport[4:])), crops))
             found: dict[str, Tensor] = {}
             for k, expert in enumerate(output.experts, 1):
                 found |= {f"expert {k} global": expert.global_logits, f"expert {k} parts": expert.part_logits}
                 found[f"expert {k}"] = expert.logits
                 heatmaps[k - 1].append(expert.heatmap.float().cpu())
-            if crops:
+            if cut:
                 found |= {"average": output.average, "mixture": output.logits}
             for name, logits in found.items():
                 heads.setdefault(name, []).append(logits.float().cpu())
@@ -156,6 +168,23 @@ def _quality(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return float(-picked.mean()), calibration_error(confidence, top_k_correct(logits, labels))
 
 
+def gate_entropy(gate: np.ndarray) -> float:
+    """Mean entropy of each image's weights, as a share of the most there can be: [N, K] -> [0, 1]."""
+    weights = np.clip(gate.astype(np.float64), np.finfo(np.float64).tiny, 1)
+    return float(-(weights * np.log(weights)).sum(1).mean() / np.log(max(gate.shape[1], 2)))
+
+
+def gate_report(gate: np.ndarray) -> list[str]:
+    """Warn of a gate [N, K] that trusts one expert for nearly every image; empty where it does not."""
+    means = gate.mean(0)
+    if gate.shape[1] == 1 or means.max() <= COLLAPSED:
+        return []
+    return [
+        f"warning: expert {means.argmax() + 1} has {100 * means.max():.1f} % of the gate's weight, the others change "
+        "next to nothing: train with --gate none, or with --gate-balance 1"
+    ]
+
+
 def figures(predictions: Predictions, folder: Path, names: Sequence[str]) -> dict[str, Any]:
     """Everything that the table shows, as plain values.
 
@@ -173,6 +202,8 @@ def figures(predictions: Predictions, folder: Path, names: Sequence[str]) -> dic
         "heads": [asdict(row) for row in summarize(predictions)],
         "temperature": predictions.temperature,
         "gate": predictions.gate.mean(0).tolist(),
+        "gate_entropy": gate_entropy(predictions.gate),
+        "warnings": gate_report(predictions.gate),
         "view_areas": np.median(areas, axis=0).tolist(),
         "crop_areas": [1.0, *np.median(areas[:, 1:] / areas[:, :-1], axis=0).tolist()],
     }
@@ -217,6 +248,10 @@ def print_table(result: dict[str, Any]) -> None:
         "\ncrop area: median share that each expert's crop keeps of the view before; view area: of the first view"
         + ("; part: the deciding part of the image" if "part_kept" in result else "")
     )
+    if len(result["gate"]) > 1:
+        echo(f"gate: mean weights; mean entropy {100 * result['gate_entropy']:.0f} % of the most there can be")
+    for warning in result["warnings"]:
+        echo(warning)
 
 
 def write_predictions(path: Path, predictions: Predictions, names: Sequence[str]) -> None:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mge.attention import attention_box, class_gradient, crop_resize, grad_cam
+from mge.attention import (
+    attention_box,
+    class_gradient,
+    compose_view,
+    crop_frame,
+    crop_resize,
+    grad_cam,
+    shrink,
+    whole_view,
+)
 from mge.backbones import create_backbone, pretrained_weights
 from mge.config import MGEConfig
 
-__all__ = ["Expert", "ExpertOutput", "Gate", "GlobalHead", "MGENet", "MGEOutput", "initialize_backbones"]
+__all__ = [
+    "Average",
+    "Expert",
+    "ExpertOutput",
+    "Gate",
+    "GlobalHead",
+    "MGENet",
+    "MGEOutput",
+    "SharedGate",
+    "initialize_backbones",
+    "mix",
+]
 
 NORM_SCALE = 10.0  # length of each normalized half of the concatenated features (authors' code)
 
@@ -20,12 +41,14 @@ NORM_SCALE = 10.0  # length of each normalized half of the concatenated features
 class ExpertOutput(NamedTuple):
     """What one expert saw and predicted; a named tuple, which distribution wrappers can walk."""
 
-    image: Tensor  # [B, 3, S, S], its input
+    image: Tensor  # [B, 3, S_k, S_k], its input
     global_logits: Tensor  # [B, C], of the global head
     part_logits: Tensor  # [B, C], of the part head; for training only
     logits: Tensor  # [B, C], of the concatenated head: the expert's prediction
     heatmap: Tensor  # [B, h, w], its attention (Grad-CAM), of any sign and scale
-    box: Tensor | None  # [B, 4] in pixels of `image`, what the next expert sees; None for the last
+    box: Tensor | None  # [B, 4], what the next expert sees, in pixels of `image`, with a source of the frame's; None
+    # for the last
+    pooled: Tensor  # [B, D], the mean of its c5, cut from the graph: what a shared gate reads
 
 
 class MGEOutput(NamedTuple):
@@ -33,7 +56,7 @@ class MGEOutput(NamedTuple):
 
     experts: tuple[ExpertOutput, ...]  # K of them
     gate: Tensor  # [B, K], rows sum to 1
-    logits: Tensor  # [B, C], sum over experts of gate_k * logits_k
+    logits: Tensor  # [B, C], sum over experts of gate_k * logits_k, times the scale of an `Average`
 
     @property
     def average(self) -> Tensor:
@@ -90,17 +113,17 @@ class Expert(nn.Module):
         response = F.conv2d(c4, self.part_conv.weight).amax((2, 3))
         return (response.relu() + cast("Tensor", self.part_conv.bias)).relu()
 
-    def concat_logits(self, c5: Tensor, parts: Tensor) -> Tensor:
-        """The concatenated head: features [B, D5, h, w] and parts [B, P] to scores [B, C].
+    def concat_logits(self, pooled: Tensor, parts: Tensor) -> Tensor:
+        """The concatenated head: pooled features [B, D5] and parts [B, P] to scores [B, C].
 
-        Both halves, the pooled features and the parts, are normalized to length 10; neither is trained through.
+        Both halves are normalized to length 10; neither is trained through.
         """
-        halves = (NORM_SCALE * _unit(c5.detach().mean((2, 3))), NORM_SCALE * _unit(parts.detach()))
+        halves = (NORM_SCALE * _unit(pooled), NORM_SCALE * _unit(parts.detach()))
         return self.concat_head(torch.cat(halves, 1))
 
 
 class Gate(nn.Module):
-    """How far each expert is trusted, from the whole image."""
+    """How far each expert is trusted, from the whole image, by a backbone of its own (the paper's)."""
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
@@ -115,8 +138,43 @@ class Gate(nn.Module):
         return self.output(self.hidden(pooled)).softmax(1)
 
 
+class SharedGate(nn.Module):
+    """How far each expert is trusted, from what the experts saw: no backbone of its own."""
+
+    def __init__(self, config: MGEConfig, channels5: int) -> None:
+        super().__init__()
+        self.output = nn.Linear(config.experts * channels5, config.experts)
+        nn.init.zeros_(self.output.weight)  # begins as the plain average
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, pooled: Sequence[Tensor]) -> Tensor:
+        """Pooled features, K of [B, D], to weights [B, K], rows sum to 1; each is normalized to length 1 first."""
+        return self.output(torch.cat([_unit(one) for one in pooled], 1)).softmax(1)
+
+
+class Average(nn.Module):
+    """The same trust for every image: K weights, equal until `fit_average` learns them on held-out images."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.weights: Tensor
+        self.scale: Tensor
+        self.register_buffer("weights", torch.full((experts,), 1 / experts))  # sum to 1
+        self.register_buffer("scale", torch.ones(()))  # 1 / temperature of the weighted sum
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Logits [B, K, C] to weights [B, K]; what they are makes no difference."""
+        return self.weights.expand(logits.shape[0], -1)
+
+
+def mix(gate: nn.Module | None, weights: Tensor, logits: Tensor) -> Tensor:
+    """The mixture: weights [B, K] and the experts' logits [B, K, C] to logits [B, C]."""
+    mixed = (weights[:, :, None] * logits).sum(1)
+    return mixed * gate.scale if isinstance(gate, Average) else mixed
+
+
 class MGENet(nn.Module):
-    """K experts and a gate, randomly initialized; see `initialize_backbones` and `mge.checkpoint` for weights.
+    """K experts and what weighs them, randomly initialized; `initialize_backbones` and `mge.checkpoint` have weights.
 
     A single expert needs no gate: its logits are the final ones (`gate` is None and the gate's weights are ones).
     """
@@ -125,7 +183,13 @@ class MGENet(nn.Module):
         super().__init__()
         self.config = config
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.experts))
-        self.gate = Gate(config) if config.experts > 1 else None
+        self.gate: Gate | SharedGate | Average | None = None
+        if config.experts > 1 and config.gate == "network":
+            self.gate = Gate(config)
+        elif config.experts > 1 and config.gate == "shared":
+            self.gate = SharedGate(config, self.attention_head(0).fc.in_features)
+        elif config.experts > 1:
+            self.gate = Average(config.experts)
 
     def attention_head(self, k: int) -> GlobalHead:
         """The global head whose class scores and gradient make the attention of expert k (from 0).
@@ -140,7 +204,7 @@ class MGENet(nn.Module):
         """Predict a batch of normalized images.
 
         Args:
-            images: [B, 3, S, S], normalized with the config's mean and std.
+            images: [B, 3, S, S], S the side of the frame, normalized with the config's mean and std.
             labels: [B] int64: attention looks for these classes (training); None: for its head's own first guess.
 
         Returns:
@@ -148,33 +212,45 @@ class MGENet(nn.Module):
             trains the gate alone: the experts' logits enter it detached.
         """
         outputs: list[ExpertOutput] = []
-        image = images
+        sizes, crops_frame = self.config.sizes, self.config.source_size > 0
+        frame = images.permute(0, 2, 3, 1)
+        image = first = shrink(frame, sizes[0]) if crops_frame else images
+        view = whole_view(images)
         for k, expert in enumerate(self.experts):
             assert isinstance(expert, Expert)  # noqa: S101 - tells the type checker what the ModuleList holds
             c4, c5 = expert.features(image)
-            parts = expert.part_features(c4)
+            parts, pooled = expert.part_features(c4), c5.detach().mean((2, 3))
             with torch.no_grad():
                 _, gradient = class_gradient(self.attention_head(k), c5.detach(), labels)
                 heatmap = grad_cam(c5.detach(), gradient)
                 box = None
                 if k < self.config.experts - 1:
-                    box = attention_box(heatmap, self.config.image_size, self.config.box_thresholds[k])
+                    box = attention_box(heatmap, sizes[k], self.config.box_thresholds[k])
+                    if crops_frame:
+                        box = view = compose_view(view, box, sizes[k])
             outputs.append(
                 ExpertOutput(
                     image=image,
                     global_logits=expert.global_head(c5),
                     part_logits=expert.part_head(parts),
-                    logits=expert.concat_logits(c5, parts),
+                    logits=expert.concat_logits(pooled, parts),
                     heatmap=heatmap,
                     box=box,
+                    pooled=pooled,
                 )
             )
             if box is not None:
                 with torch.no_grad():
-                    image = crop_resize(image, box, self.config.image_size)
-        gate = self.gate(images) if self.gate is not None else images.new_ones(images.shape[0], 1)
+                    crop, source = (crop_frame, frame) if crops_frame else (crop_resize, image)
+                    image = crop(source, box, sizes[k + 1])
         logits = torch.stack([output.logits.detach() for output in outputs], 1)
-        return MGEOutput(tuple(outputs), gate, (gate[:, :, None] * logits).sum(1))
+        if isinstance(self.gate, Gate):
+            weights = self.gate(first)
+        elif isinstance(self.gate, SharedGate):
+            weights = self.gate([output.pooled for output in outputs])
+        else:
+            weights = logits.new_ones(len(images), 1) if self.gate is None else self.gate(logits)
+        return MGEOutput(tuple(outputs), weights, mix(self.gate, weights, logits))
 
 
 def initialize_backbones(model: MGENet, source: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 
+from mge.config import MGEConfig
 from mge.model import MGENet
 from mge_calibration.int8.cpu import cpu_graph
 from mge_export.chain import join_graphs
@@ -23,7 +24,7 @@ from mge_export.precision import Precision, check_precision, infer_types
 from mge_runtime.bundle import GraphModel, write_bundle
 from mge_runtime.errors import ExportError
 from mge_runtime.files import check_output, temporary_folder
-from mge_runtime.manifest import Manifest, ViewSpec
+from mge_runtime.manifest import Manifest
 
 __all__ = ["ExportResult", "export_bundle"]
 
@@ -88,7 +89,7 @@ def export_bundle(
     with temporary_folder("export") as folder:
         say(f"splitting {config.experts} x {config.arch} into graphs, {precision.value}")
         graphs = build_graphs(model, precision, half_linear=half_linear)
-        written = [_write_graph(graph, made, folder, say) for graph, made in _made(graphs, int8, views(config), say)]
+        written = [_write_graph(graph, made, folder, say) for graph, made in _made(graphs, int8, config, say)]
         step = max(images.count // 10, 1)
 
         def progress(done: int) -> None:
@@ -109,6 +110,7 @@ def export_bundle(
             preprocess=config.preprocess,
             graphs=tuple(graph.spec for graph in graphs),
             views=views(config),
+            crops=config.crops,
             gate="gate" if config.experts > 1 else None,
             gmacs={graph.spec.name: facts.gmacs for graph, facts in zip(graphs, written, strict=True)},
             precision={  # pyright: ignore[reportArgumentType] - JSON values, nested
@@ -150,7 +152,7 @@ class _Written:
 
 
 def _made(
-    graphs: Sequence[ExpertGraph], int8: Int8Request | None, views: Sequence[ViewSpec], say: Say
+    graphs: Sequence[ExpertGraph], int8: Int8Request | None, config: MGEConfig, say: Say
 ) -> Iterator[tuple[ExpertGraph, LearnedGraph]]:
     """Each graph as it is written, and of a quantized one what was learned; one at a time, unless INT8 needs all."""
     if int8 is None:
@@ -158,8 +160,8 @@ def _made(
             yield graph, LearnedGraph(export_graph(graph))
         return
     say(f"calibrating INT8 ({int8.options.method}) on {int8.images.source}")
-    boxes = [view.box for view in views if view.box is not None]
-    learned = quantize_graphs([export_graph(graph) for graph in graphs], boxes, int8, say)
+    boxes = [view.box for view in views(config) if view.box is not None]
+    learned = quantize_graphs([export_graph(graph) for graph in graphs], boxes, config.crops, int8, say)
     yield from zip(graphs, learned, strict=True)
 
 

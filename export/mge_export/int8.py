@@ -13,6 +13,7 @@ from mge_calibration.int8.quantize import Int8Options, quantize_chain
 from mge_export.graph import OnnxGraph, externalize, inlined, weights_name
 from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
+from mge_runtime.manifest import Crops
 
 __all__ = ["Int8Request", "LearnedGraph", "check_quantization", "is_backbone_weight", "quantize_graphs"]
 
@@ -52,13 +53,14 @@ def is_backbone_weight(name: str) -> bool:
 
 
 def quantize_graphs(
-    graphs: Sequence[OnnxGraph], boxes: Sequence[str], request: Int8Request, say: Callable[[str], None]
+    graphs: Sequence[OnnxGraph], boxes: Sequence[str], crops: Crops, request: Int8Request, say: Callable[[str], None]
 ) -> list[LearnedGraph]:
     """Quantize the backbones of a chain of written graphs, typed for INT8, which are left as they are.
 
     Args:
         graphs: in the order they run.
         boxes: names of the chain's boxes, in the order they are made.
+        crops: what they are pixels of.
         request: images to learn from, and how.
         say: shows progress.
 
@@ -71,7 +73,9 @@ def quantize_graphs(
     names = {graph.spec.name: weights_name(graph.spec.name) for graph in graphs}
     models = {g.spec.name: inlined(g.model, {names[g.spec.name]: g.weights}) for g in graphs}
     specs = [graph.spec for graph in graphs]
-    results = quantize_chain(specs, models, boxes, is_backbone_weight, request.images.frames, request.options, say)
+    results = quantize_chain(
+        specs, models, boxes, crops, is_backbone_weight, request.images.frames, request.options, say
+    )
     done: list[LearnedGraph] = []
     for graph in graphs:
         result = results[graph.spec.name]

@@ -28,6 +28,7 @@ from mge_runtime.compare import (
     class_margins,
     finite,
     relative_difference,
+    same_boxes,
 )
 from mge_runtime.errors import BackendError, BundleError, ExportError
 from mge_runtime.manifest import FRAME, GraphSpec, ViewSpec
@@ -90,7 +91,7 @@ class Differences:
             ours, theirs = found[name], reference[name]
             if name in kinds.boxes:
                 self.box_iou[name] += box_iou(ours, theirs).tolist()
-                same_box = (ours == theirs).all(1)
+                same_box = same_boxes(ours, theirs)
                 continue
             if name in kinds.logits:
                 self.class_changes[name] += (ours.argmax(1) != theirs.argmax(1)).tolist()
@@ -270,7 +271,7 @@ def measure_parity(
     else:
         label = "ONNX Runtime, CPU" + (", weights rounded only" if half else "")
         ways.append(("onnx", label, onnx_runner(folder, specs)))
-    kinds, size = _Kinds.of(specs, views(model.config)), model.config.image_size
+    kinds, crops = _Kinds.of(specs, views(model.config)), model.config.crops
     checks = [
         Check(name, label, {spec.name: Differences() for spec in specs}, heatmaps=kinds.heatmaps)
         for name, label, _ in ways
@@ -287,11 +288,14 @@ def measure_parity(
                 continue
             found = _compare_graphs(check, runner, specs, reference, limits.relative, kinds)
             check.chain.add(found, reference, [specs[-1].logits], kinds)
-            for name, ious in chain_box_iou(kinds.boxes, found, reference, size).items():
+            for name, ious in chain_box_iou(kinds.boxes, found, reference, crops).items():
                 check.chain.box_iou[name] += ious.tolist()
         verified = verified or {name: tensor for name, tensor in found.items() if tensor.ndim < 4}
-        for name, shares in area.items():
-            shares += (box_area(reference[name]) / size**2).tolist()
+        before = np.full(len(frames), float(crops.frame**2))
+        for (name, shares), side in zip(area.items(), crops.sizes, strict=False):
+            cut = box_area(reference[name])
+            shares += (cut / (before if crops.frame else side**2)).tolist()
+            before = cut
         done += len(frames)
         progress(done)
     return ParityReport(precision, images, checks, {name: run.peak for name, run in typed.items()}, area, verified)

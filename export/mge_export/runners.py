@@ -48,6 +48,8 @@ def reference_tensors(model: MGENet, frames: np.ndarray) -> Tensors:
             tensors[f"image_{k}"] = expert.image
         if expert.box is not None:
             tensors |= {f"box_{k}": expert.box, f"mean_logits_{k}": logits[:k].mean(0)}
+            if model.config.gate == "shared":
+                tensors[f"features_{k}"] = expert.pooled
     return {FRAME: frames} | {name: tensor.numpy() for name, tensor in tensors.items()}
 
 

@@ -35,6 +35,14 @@ FREE = frozenset(
 )
 
 
+def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
+    del context, parameter
+    try:
+        return tuple(int(side) for side in value.split(",")) if value else ()
+    except ValueError as error:
+        raise click.BadParameter(f"found {value!r}; expected pixels separated by commas, as 448,224,224") from error
+
+
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option(
     "--data", type=PATH, help="Folder with train/<class>/*.jpg and, if you have it, val/.  [a new run: required]"
@@ -57,12 +65,40 @@ FREE = frozenset(
 )
 @click.option("--experts", type=click.IntRange(1), default=3, help="Experts in the chain; 1 trains a single network.")
 @click.option(
+    "--gate",
+    type=click.Choice(["network", "shared", "none"]),
+    default="network",
+    help="What weighs the experts. network: a backbone of its own (the paper's); shared: a linear layer over what the "
+    "experts saw; none: fixed weights, learned on the validation images.",
+)
+@click.option(
+    "--gate-balance",
+    type=Number(0),
+    default=0.0,
+    help="Weight of the loss term that keeps a gate from trusting one expert alone.",
+)
+@click.option(
     "--image-size",
     type=click.IntRange(32),
     default=448,
     help="Side of every expert's input in pixels; from 160 on, attention maps are fine enough to place crops well.",
 )
-@click.option("--resize", type=int, help="Shorter side before the crop, pixels.  [default: 8/7 of --image-size]")
+@click.option(
+    "--image-sizes",
+    metavar="S1,S2,...",
+    callback=_sizes,
+    help="Side of each expert's input, where they differ: 448,224,224 costs half of three times 448.",
+)
+@click.option(
+    "--source-size",
+    type=click.IntRange(0),
+    default=0,
+    help="Crops are cut from a frame of this side, a multiple of --image-size, so that they show what the first expert "
+    "does not see; 0: each from the image of the expert before.",
+)
+@click.option(
+    "--resize", type=int, help="Shorter side before the crop of the frame, pixels.  [default: 8/7 of the frame's]"
+)
 @click.option("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Mean of RGB in [0, 1].")
 @click.option("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Deviation of RGB in [0, 1].")
 @click.option(
@@ -74,8 +110,9 @@ FREE = frozenset(
 @click.option(
     "--crop-area",
     type=Number(0, 1, min_open=True),
-    help="Share of its image that the median crop keeps; box thresholds are set to it after each epoch, on the "
-    f"validation images.  [default: {CROP_AREA}]",
+    multiple=True,
+    help="Share of its image that the median crop keeps, once or for each crop; box thresholds are set to it after "
+    f"each epoch, on the validation images.  [default: {CROP_AREA}]",
 )
 @click.option("--parts-per-class", type=click.IntRange(1), default=10, help="Channels of the part convolution.")
 @click.option(
@@ -189,14 +226,18 @@ def _complete(options: dict[str, Any]) -> None:
         raise click.UsageError("missing option '--data'")
     options["data"] = options["data"].absolute()
     options["out"] = options["out"] or Path("runs/mge")
-    if options["crop_area"] is not None and options["box_threshold"]:
+    if options["crop_area"] and options["box_threshold"]:
         raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
-    if options["recipe"] == "paper" and (options["crop_area"] is not None or options["box_threshold"]):
+    if (given_areas := len(options["crop_area"])) not in (0, 1, options["experts"] - 1):
+        raise click.UsageError(
+            f"{given_areas} x --crop-area; expected one, or one for each of the {options['experts'] - 1} crops"
+        )
+    if options["recipe"] == "paper" and (options["crop_area"] or options["box_threshold"]):
         raise click.UsageError("--recipe paper fixes the box thresholds at the paper's; leave out the option for them")
     if options["recipe"] == "paper":
         options["box_threshold"] = (PAPER_THRESHOLD,)
-    elif options["crop_area"] is None and not options["box_threshold"]:
-        options["crop_area"] = CROP_AREA
+    elif not options["crop_area"] and not options["box_threshold"]:
+        options["crop_area"] = (CROP_AREA,)
     init = options["init"]
     if _is_own(init):
         check_file(Path(init))
@@ -352,7 +393,9 @@ def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig
 
     names = {field.name for field in fields(MGEConfig)}
     values = {name: value for name, value in options.items() if name in names and value is not None}
-    values.setdefault("resize", options["image_size"] * 8 // 7)  # 512 for the paper's 448
+    if options["image_sizes"]:
+        values["image_size"] = options["image_sizes"][0]
+    values.setdefault("resize", (options["source_size"] or values["image_size"]) * 8 // 7)  # 512 for the paper's 448
     thresholds = options["box_threshold"] or (PAPER_THRESHOLD,)
     crops = options["experts"] - 1
     return MGEConfig(

@@ -96,8 +96,8 @@ class TrainingDataset(_Images):
 def random_crop(image: Image, config: MGEConfig, random: np.random.Generator) -> np.ndarray:
     """Resize the shorter side as the runtime does, then cut a random square: uint8 [S, S, 3]."""
     width, height = resized_size(image.width, image.height, config.resize)
-    top, left = (int(random.integers(side - config.image_size + 1)) for side in (height, width))
-    return crop_resized(image, (width, height), (left, top), config.image_size)
+    top, left = (int(random.integers(side - config.frame_size + 1)) for side in (height, width))
+    return crop_resized(image, (width, height), (left, top), config.frame_size)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from torch import Tensor
 from mge.archive import taking_up
 from mge.checkpoint import read_training, save_checkpoint
 from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader
-from mge.evaluation import Predictions, collect, summarize
-from mge.model import Expert, Gate, MGENet
+from mge.evaluation import Predictions, collect, gate_report, summarize
+from mge.model import Average, Expert, Gate, MGENet, mix
 from mge.parts import view_areas
+from mge.training.combine import fit_average
 from mge.training.recipe import TrainOptions, loss_terms, make_optimizer, make_schedule, to_training_layout
 from mge.training.record import Meter, write_csv, write_curves
 from mge.training.thresholds import crop_report, propose_threshold
@@ -124,7 +126,7 @@ class Trainer:
             schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
         meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
         with Interrupt(noted=True) as interrupt, self._open_board(progress) as board:
-            if resume is None and self.options.crop_area is not None and self.model.config.experts > 1:
+            if resume is None and self.options.crop_area and self.model.config.experts > 1:
                 self._follow_area(self._validate(wrapped))
             stop, predictions = False, None
             while progress.epoch < self.options.epochs and not stop:
@@ -139,7 +141,8 @@ class Trainer:
             write_curves(self.folder / "curves.png", progress.history)
         if predictions is not None and not stop and self.fabric.is_global_zero:
             config = self.model.config
-            for line in crop_report(predictions.heatmaps, config.image_size, config.box_thresholds):
+            crops = crop_report(predictions.heatmaps, config.sizes, config.box_thresholds)
+            for line in (*crops, *gate_report(predictions.gate)):
                 echo(f"last.pt: {line}")
         return progress
 
@@ -216,6 +219,7 @@ class Trainer:
             labels,
             label_smoothing=self.options.label_smoothing,
             diversity_form=self.options.diversity,
+            gate_balance=self.options.gate_balance,
         )
         self._unread.append({name: term.detach() for name, term in terms.items()})
         optimizer.zero_grad()
@@ -249,7 +253,7 @@ class Trainer:
 
     def _finish_epoch(self, wrapped: Any, progress: Progress, board: Any, seconds: float) -> Predictions:
         """Validate, write what the epoch gave, and return the predictions on the validation images."""
-        predictions = self._validate(wrapped)
+        predictions = self._fit_average(self._validate(wrapped))
         if not np.isfinite(predictions.final).all():
             raise TrainingError(
                 f"the model's logits are not finite after epoch {progress.epoch + 1}; expected numbers: lower "
@@ -263,6 +267,7 @@ class Trainer:
         row |= {f"loss/{name}": value / progress.step for name, value in progress.sums.items()}
         row |= {f"top1/{line.name}": line.top1 for line in rows}
         row |= {f"area/expert {k}": area for k, area in enumerate(areas, 1)}
+        row |= {f"gate/{k}": weight for k, weight in enumerate(predictions.gate.mean(0).tolist(), 1)}
         row |= {f"threshold/{k}": value for k, value in enumerate(thresholds, 1)}
         row["lr/backbone"], row["lr/heads"] = progress.rates
         row["seconds"] = round(seconds, 2)
@@ -288,16 +293,30 @@ class Trainer:
             )
         progress.best = max(progress.best, accuracy)
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
-        if self.options.crop_area is not None:
+        if self.options.crop_area:
             self._follow_area(predictions)
         return predictions
 
     def _follow_area(self, predictions: Predictions) -> None:
         """Move each threshold to where the median crop keeps `crop_area` of its image."""
-        config, target = self.model.config, self.options.crop_area or 1.0
-        maps = predictions.heatmaps[: config.experts - 1]
-        thresholds = tuple(propose_threshold(one, config.image_size, target)[0] for one in maps)
+        config, targets = self.model.config, self.options.crop_area
+        targets *= config.experts - 1 if len(targets) == 1 else 1
+        crops = zip(predictions.heatmaps[:-1], config.sizes[:-1], targets, strict=True)
+        thresholds = tuple(propose_threshold(*crop)[0] for crop in crops)
         self.model.config = config.changed(box_thresholds=thresholds)
+
+    def _fit_average(self, predictions: Predictions) -> Predictions:
+        """Learn the weights of an average on the validation images, in every process alike."""
+        gate = self.model.gate
+        if not isinstance(gate, Average):
+            return predictions
+        experts = range(1, self.model.config.experts + 1)
+        logits = torch.from_numpy(np.stack([predictions.heads[f"expert {k}"] for k in experts], 1))
+        fit_average(gate, logits, torch.from_numpy(predictions.labels))
+        kept = copy.deepcopy(gate).cpu()
+        weights = kept(logits)
+        heads = predictions.heads | {"mixture": mix(kept, weights, logits).numpy()}
+        return replace(predictions, heads=heads, gate=weights.numpy())
 
     def _validate(self, wrapped: Any) -> Predictions:
         """Predictions on the validation images, in the precision of training; to be called by all processes.

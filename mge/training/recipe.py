@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from mge.model import MGEOutput
+from mge.training.combine import balance
 
 __all__ = ["TrainOptions", "diversity", "loss_terms", "make_optimizer", "make_schedule", "to_training_layout"]
 
@@ -33,8 +34,11 @@ class TrainOptions:
     label_smoothing: float = 0.0  # in [0, 1)
     diversity: str = "code"  # form of the KL terms: "code", "paper" (see `diversity`) or "none"
     clip_norm: float | None = None  # largest norm of the gradient; None: not clipped
+    gate_balance: float = 0.0  # weight of the term that keeps a gate from trusting one expert alone (`balance`)
     flip: bool = True  # random horizontal flips
-    crop_area: float | None = None  # target share of each crop, in (0, 1]: thresholds follow it; None: they stay
+    crop_area: tuple[
+        float, ...
+    ] = ()  # target share of each crop, in (0, 1], or one for all: thresholds follow; (): stay
     seed: int = 0
     workers: int = 2  # processes that decode images
     precision: str = "32-true"  # Lightning Fabric's name
@@ -66,7 +70,12 @@ def diversity(logits: Tensor, previous: Tensor, labels: Tensor, form: str = "cod
 
 
 def loss_terms(
-    output: MGEOutput, labels: Tensor, *, label_smoothing: float = 0.0, diversity_form: str = "code"
+    output: MGEOutput,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    diversity_form: str = "code",
+    gate_balance: float = 0.0,
 ) -> dict[str, Tensor]:
     """Every term of the training loss by name; the loss is their plain sum (all weights are 1 in the paper).
 
@@ -75,10 +84,11 @@ def loss_terms(
         labels: [B] int64.
         label_smoothing: in [0, 1), of the cross-entropies.
         diversity_form: "code", "paper" or "none".
+        gate_balance: weight of the term `balance`; 0 leaves it out.
 
     Returns:
-        Scalars: `global_k`, `part_k`, `concat_k` for k = 1..K, `mixture` and `diversity_k` for k = 2..K. A single
-        expert has no mixture (it would train its logits twice).
+        Scalars: `global_k`, `part_k`, `concat_k` for k = 1..K, `diversity_k` for k = 2..K, and `mixture` and `balance`
+        where there is a gate to train.
     """
 
     def entropy(logits: Tensor) -> Tensor:
@@ -89,8 +99,10 @@ def loss_terms(
         terms[f"global_{k}"] = entropy(expert.global_logits)
         terms[f"part_{k}"] = entropy(expert.part_logits)
         terms[f"concat_{k}"] = entropy(expert.logits)
-    if len(output.experts) > 1:
+    if output.gate.requires_grad:
         terms["mixture"] = entropy(output.logits)
+        if gate_balance:
+            terms["balance"] = gate_balance * balance(output.gate)
     if diversity_form != "none":
         for k, (before, expert) in enumerate(zip(output.experts, output.experts[1:], strict=False), 2):
             terms[f"diversity_{k}"] = diversity(expert.logits, before.logits, labels, diversity_form)

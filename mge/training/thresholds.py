@@ -41,15 +41,15 @@ def propose_threshold(heatmaps: Tensor, size: int, target: float) -> tuple[float
     return CANDIDATES[-1], medians[-1]
 
 
-def crop_report(heatmaps: Sequence[Tensor], size: int, thresholds: Sequence[float]) -> Iterator[str]:
+def crop_report(heatmaps: Sequence[Tensor], sizes: Sequence[int], thresholds: Sequence[float]) -> Iterator[str]:
     """Say what crops keep, which thresholds would keep half (98 % is no attention), and whether maps are coarse.
 
     Args:
         heatmaps: one [N, h, w] for each expert, attention on validation images.
-        size: pixels, the side of the images.
+        sizes: pixels, the side of each expert's image.
         thresholds: in use, one for each crop; a model without crops has nothing to report.
     """
-    for k, (maps, used) in enumerate(zip(heatmaps, thresholds, strict=False), 1):
+    for k, (maps, size, used) in enumerate(zip(heatmaps, sizes, thresholds, strict=False), 1):
         threshold, area = propose_threshold(maps, size, PROPOSED_AREA)
         yield (
             f"crop {k}: threshold {used:.2f} keeps a median of {100 * median_area(maps, size, used):.0f} % of its view "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mge_runtime.manifest import Crops
 from mge_runtime.preprocess import Viewport, compose_boxes
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "finite",
     "frame_boxes",
     "relative_difference",
+    "same_boxes",
 ]
 
 FEW_IMAGES = 100  # with fewer, one image is more than one percent
@@ -101,6 +103,9 @@ TOLERANCES = {
 }
 
 
+_SAME_PIXEL = 1e-2  # pixels; sides of 4096 are rounded to 2e-4
+
+
 def box_area(boxes: NDArray[Any]) -> NDArray[np.float64]:
     """Area of boxes [..., 4] (x0, y0, x1, y1), half-open, in square pixels: [...]."""
     return np.maximum(boxes[..., 2:].astype(np.float64) - boxes[..., :2], 0).prod(-1)
@@ -113,24 +118,33 @@ def box_iou(boxes: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float64]:
     return inner / (box_area(boxes) + box_area(others) - inner)
 
 
-def frame_boxes(boxes: Sequence[NDArray[Any]], size: int) -> NDArray[np.float32]:
+def same_boxes(boxes: NDArray[Any], others: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether boxes [..., 4] are the same but for rounding, pair by pair: [...].
+
+    They are whole pixels, or where crops are cut from the frame composed of such by a few products.
+    """
+    return np.asarray((np.abs(boxes.astype(np.float64) - others) <= _SAME_PIXEL).all(-1))
+
+
+def frame_boxes(boxes: Sequence[NDArray[Any]], crops: Crops) -> NDArray[np.float32]:
     """What experts 2..K saw, in pixels of the frame: a box in a crop means nothing without the crop's own.
 
     Args:
-        boxes: `box_1` .. `box_{K-1}`, each [N, 4] in pixels of its view.
-        size: side of every view in pixels.
+        boxes: `box_1` .. `box_{K-1}`, each [N, 4].
+        crops: what they are pixels of.
 
     Returns:
         [K - 1, N, 4].
     """
     if not boxes:
         return np.zeros((0, 0, 4), np.float32)
+    size = crops.frame or crops.sizes[0]
     frame = Viewport(0, 0, size, size, size, size)
-    return np.stack([compose_boxes(of_image, frame, size)[1:] for of_image in np.stack(boxes, 1)], 1)
+    return np.stack([compose_boxes(of_image, frame, crops)[1:] for of_image in np.stack(boxes, 1)], 1)
 
 
 def chain_box_iou(
-    boxes: Sequence[str], found: Mapping[str, NDArray[Any]], reference: Mapping[str, NDArray[Any]], size: int
+    boxes: Sequence[str], found: Mapping[str, NDArray[Any]], reference: Mapping[str, NDArray[Any]], crops: Crops
 ) -> dict[str, NDArray[np.float64]]:
     """IoU [N] of each of a chain's boxes with the reference's, by name, both in pixels of the frame.
 
@@ -138,9 +152,9 @@ def chain_box_iou(
         boxes: names of `box_1` .. `box_{K-1}`.
         found: tensors, these boxes among them.
         reference: the same.
-        size: side of every view in pixels.
+        crops: what they are pixels of.
     """
-    ours, theirs = (frame_boxes([tensors[name] for name in boxes], size) for tensors in (found, reference))
+    ours, theirs = (frame_boxes([tensors[name] for name in boxes], crops) for tensors in (found, reference))
     return dict(zip(boxes, box_iou(ours, theirs), strict=True))
 
 

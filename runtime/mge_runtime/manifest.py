@@ -19,6 +19,7 @@ __all__ = [
     "DTYPES",
     "FRAME",
     "SCHEMA_VERSION",
+    "Crops",
     "Entry",
     "GraphSpec",
     "Manifest",
@@ -31,7 +32,7 @@ __all__ = [
     "read_preprocess",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FRAME = "frame"  # the chain's one input: uint8 RGB [B, S, S, 3]
 BATCH = "batch"  # the name of the one dynamic axis, always the first
 DTYPES = ("uint8", "int8", "int32", "int64", "float16", "float32")
@@ -73,7 +74,15 @@ class ViewSpec:
 
     logits: str  # [B, C], this expert alone
     heatmap: str  # [B, h, w], its attention on its own image, low resolution
-    box: str | None  # [B, 4], the crop of the *previous* view's image that this view shows; None: the whole image
+    box: str | None  # [B, 4], what this view shows, see `Crops`; None: the whole frame
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What the boxes of a chain are pixels of."""
+
+    sizes: tuple[int, ...]  # pixels, the side of each expert's image
+    frame: int = 0  # pixels, the side of the frame that every crop is cut from; 0: each from the expert before's image
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,7 @@ class Manifest:
     preprocess: Preprocess
     graphs: tuple[GraphSpec, ...]  # in the order they run; the last one's logits are the chain's
     views: tuple[ViewSpec, ...]  # one for each expert
+    crops: Crops  # what their boxes are pixels of
     gate: str | None = None  # the tensor [B, K] of the experts' shares, if the chain has a gate
     # By graph: convolutions and matrix products of one image, in billions of multiply-accumulates.
     gmacs: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -153,6 +163,10 @@ class Manifest:
                 _check_tensor(known, view.box, f"the box of view {number}", (BATCH, 4))
             if (view.box is None) != (number == 1):
                 _fail(f"view {number} has the box {view.box!r}", "null for the first view alone, the whole frame")
+        if len(self.crops.sizes) != len(self.views):
+            _fail(f"crops have the sizes {list(self.crops.sizes)}", f"{len(self.views)}, one for each view")
+        if (self.crops.frame or self.crops.sizes[0]) != size:
+            _fail(f"crops are of {self.crops.frame or self.crops.sizes[0]} pixels", f"the frame's {size}")
         if self.gate is not None:
             _check_tensor(known, self.gate, "the gate", (BATCH, len(self.views)))
 
@@ -186,6 +200,7 @@ class Manifest:
             preprocess=read_preprocess(fields["preprocess"]),
             graphs=tuple(map(_graph, graphs)),
             views=tuple(map(_view, fields["views"].items())),
+            crops=_crops(fields["crops"]),
             gate=fields["gate"].optional(Field.text),
             gmacs={graph: value.number(0, _MOST_GMACS) for graph, value in fields["gmacs"].table().items()},
             precision={graph: read_plan(plan) for graph, plan in fields["precision"].table().items()},
@@ -272,6 +287,12 @@ def _graph(f: Field) -> GraphSpec:
     fields = f.members(GraphSpec.__dataclass_fields__)
     inputs, outputs = (tuple(map(_tensor, fields[role].items())) for role in ("inputs", "outputs"))
     return GraphSpec(fields["name"].text(), inputs, outputs, fields["logits"].text())
+
+
+def _crops(f: Field) -> Crops:
+    fields = f.members(Crops.__dataclass_fields__)
+    sizes = tuple(item.integer(2, _LARGEST_FRAME) for item in fields["sizes"].items())
+    return Crops(sizes, fields["frame"].integer(0, _LARGEST_FRAME))
 
 
 def _tensor(f: Field) -> TensorSpec:

@@ -288,7 +288,7 @@ class Pipeline:
             manifest.class_names,
             expert_logits=np.stack([tensors[view.logits] for view in views]),
             gate=tensors.get(manifest.gate or ""),
-            boxes=compose_boxes(np.reshape(crops, (-1, 4)), item.viewport, manifest.preprocess.size),
+            boxes=compose_boxes(np.reshape(crops, (-1, 4)), item.viewport, manifest.crops),
             heatmaps=tuple(tensors[view.heatmap] for view in views),
             width=item.viewport.width,
             height=item.viewport.height,

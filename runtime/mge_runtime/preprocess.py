@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mge_runtime.decode import rgb_array
-from mge_runtime.manifest import Preprocess
+from mge_runtime.manifest import Crops, Preprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,33 +97,35 @@ def resized_size(width: int, height: int, side: int) -> tuple[int, int]:
     return int(side * width / height), side
 
 
-def compose_boxes(boxes: np.ndarray, viewport: Viewport, size: int) -> np.ndarray:
+def compose_boxes(boxes: np.ndarray, viewport: Viewport, crops: Crops) -> np.ndarray:
     """Find what each expert saw, in pixels of the source image.
 
-    Box k is half-open in pixels of view k: its crop `image[y0:y1, x0:x1]` is resized to `size` x `size` with
-    align_corners=True, so pixel center j of view k + 1 lies on pixel center x0 + j * (x1 - x0 - 1) / (size - 1) of
-    view k; in edge coordinates e: x0 + 0.5 + (e - 0.5) * (x1 - x0 - 1) / (size - 1), clipped to [x0, x1].
-    (A crop one pixel wide stays that pixel.) So boxes nest and none is empty.
+    Where crops are cut from the frame, each box is in its pixels. Else box k is half-open in pixels of view k: its crop
+    `image[y0:y1, x0:x1]` is resized to the S pixels of view k + 1 with align_corners=True, so pixel center j there lies
+    on pixel center x0 + j * (x1 - x0 - 1) / (S - 1) of view k; in edge coordinates e:
+    x0 + 0.5 + (e - 0.5) * (x1 - x0 - 1) / (S - 1), clipped to [x0, x1]. (A crop one pixel wide stays that pixel.) So
+    boxes nest and none is empty.
 
     Args:
-        boxes: [K - 1, 4] (x0, y0, x1, y1); row k in pixels of view k, 0 <= x0 < x1 <= size.
-        viewport: where view 1, the frame, lies in the source image.
-        size: side of every view in pixels, at least 2.
+        boxes: [K - 1, 4] (x0, y0, x1, y1), none empty; of fewer experts than there are where the chain stopped.
+        viewport: where the frame lies in the source image.
+        crops: what they are pixels of.
 
     Returns:
         float32 [K, 4]; the first row is what the frame shows.
     """
     boxes = np.asarray(boxes, np.float64)
+    size = crops.frame or crops.sizes[0]
     seen = [np.array([0.0, 0.0, size, size])]
     for k, edges in enumerate(boxes):  # edges of view k + 2, first in pixels of view k + 1, then of each earlier view
-        for earlier in boxes[:k][::-1]:
-            edges = _to_outer(edges, earlier, size)
+        for number in range(k)[::-1] if not crops.frame else ():
+            edges = _to_outer(edges, boxes[number], crops.sizes[number + 1])
         seen.append(edges)
     return viewport.to_source(np.stack(seen), size).astype(np.float32)
 
 
 def _to_outer(edges: np.ndarray, box: np.ndarray, size: int) -> np.ndarray:
-    """Map edges [4] in pixels of a view to pixels of the view that `box` [4] cut it from."""
+    """Map edges [4] in pixels of a view of `size` pixels to pixels of the view that `box` [4] cut it from."""
     low, high = np.tile(box[:2], 2), np.tile(box[2:], 2)
     outer = np.clip(low + 0.5 + (edges - 0.5) * (high - low - 1) / (size - 1), low, high)
     # One pixel spread over a whole view: every part of the view shows that pixel.

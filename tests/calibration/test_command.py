@@ -15,6 +15,7 @@ from mge_calibration.cli import main
 from mge_calibration.images import list_labeled, short_digest
 from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.calibrated import Calibrated, RunsOn
+from mge_runtime.manifest import Crops
 from mge_runtime.pipeline import Pipeline
 
 EPSILON = ("--epsilon", "0.2")  # 14 images without a disagreement are the least
@@ -164,7 +165,7 @@ def test_a_bundle_that_was_replaced_meanwhile_is_left_alone(tiny, copy, labeled,
 def test_a_chain_of_one_graph_gets_its_temperature(tiny, labeled, tmp_path):
     (first, *_) = tiny.make_graphs()
     whole = replace(tiny.make_manifest([first]), gate=None)
-    whole = replace(whole, views=whole.views[:1])
+    whole = replace(whole, views=whole.views[:1], crops=Crops(whole.crops.sizes[:1]))
     write_bundle(tmp_path / "one.plan", whole, {"expert_1": first.model()})
     done = calibrate(tmp_path / "one.plan", "--data", labeled, *EPSILON)
     assert done.exit_code == 0

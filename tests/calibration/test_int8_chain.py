@@ -14,7 +14,7 @@ from mge_calibration.int8.quantize import Agreement, Int8Options, quantize_chain
 from mge_calibration.int8.ranges import open_graph, run_all
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.compare import box_iou
-from mge_runtime.manifest import GraphSpec, TensorSpec
+from mge_runtime.manifest import Crops, GraphSpec, TensorSpec
 
 SIZE, WIDTH, CLASSES = 16, 8, 4
 HALF, FULL = TensorProto.FLOAT16, TensorProto.FLOAT
@@ -178,7 +178,7 @@ def test_the_second_graph_is_calibrated_on_what_the_first_one_really_makes(image
     (first, model_1), (second, model_2) = make_graph(1, last=False), make_graph(2, last=True)
     models = {"expert_1": model_1, "expert_2": model_2}
     options = Int8Options(method="max", max_drop=0.5, min_box_iou=0.5)
-    done = quantize_chain([first, second], models, ["box_1"], is_backbone, images, options)
+    done = quantize_chain([first, second], models, ["box_1"], Crops((SIZE, SIZE)), is_backbone, images, options)
     largest, floats = (
         np.abs(open_graph(model)({"image_1": images})["image_2"]).max() for model in (done["expert_1"].model, model_1)
     )
@@ -203,7 +203,7 @@ def chain(images):
 @pytest.mark.parametrize("least", [0.5, 0.995])
 def test_layers_stay_float_until_the_chains_box_stays(chain, images, least):
     options = Int8Options(method="max", max_drop=0.9, min_box_iou=least)
-    found = quantize_chain(*chain, ["box_1"], is_backbone, images, options)["expert_1"]
+    found = quantize_chain(*chain, ["box_1"], Crops((SIZE, SIZE)), is_backbone, images, options)["expert_1"]
     assert 0.5 < found.all_layers.box_iou["box_1"] < 0.995, "with all layers in INT8 the box must move for this test"
     assert bool(found.left) is (least > 0.9)
     run = open_graph(found.model)
@@ -215,7 +215,7 @@ def test_layers_stay_float_until_the_chains_box_stays(chain, images, least):
 
 def test_a_graph_is_judged_by_the_class_at_the_end_of_the_chain(chain, images):
     options = Int8Options(method="max", max_drop=0.9, min_box_iou=0)
-    found = quantize_chain(*chain, ["box_1"], is_backbone, images, options)
+    found = quantize_chain(*chain, ["box_1"], Crops((SIZE, SIZE)), is_backbone, images, options)
     models = chain[1]
 
     def classes(first, second):

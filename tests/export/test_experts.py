@@ -25,9 +25,11 @@ def run_typed(graphs, frames):
     return run_chain([graph.spec for graph in graphs], lambda spec, tensors: runs[spec.name](tensors), frames)
 
 
-@pytest.mark.parametrize(("normalize", "attention"), [(True, "own"), (False, "first")])
-def test_the_graphs_in_a_row_are_the_model(tiny, photographs, normalize, attention):
-    model = tiny.make_model(3, normalize=normalize, attention=attention)
+@pytest.mark.parametrize(
+    ("normalize", "attention", "gate"), [(True, "own", "network"), (False, "first", "shared"), (True, "own", "none")]
+)
+def test_the_graphs_in_a_row_are_the_model(tiny, photographs, normalize, attention, gate):
+    model = tiny.make_model(3, normalize=normalize, attention=attention, gate=gate)
     frames = tiny.load_frames(photographs, model.config.preprocess)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     build_graphs(model, Precision.FP16)
@@ -53,6 +55,7 @@ def test_specifications_wire_to_a_chain(tiny, experts):
         preprocess=config.preprocess,
         graphs=tuple(graph.spec for graph in graphs),
         views=views(config),
+        crops=config.crops,
         gate="gate" if experts > 1 else None,
         gmacs={f"expert_{k}": 1.0 for k in range(1, experts + 1)},
     )
@@ -90,7 +93,7 @@ def test_a_large_variance_is_folded_before_it_could_overflow(tiny):
     frame = torch.randint(0, 256, (1, 64, 64, 3), dtype=torch.uint8)
     with torch.no_grad():
         found = graph(frame)[0]
-        expected = model(graph.normalize(frame)).experts[0].logits
+        expected = model(graph.normalize(frame.permute(0, 3, 1, 2).float())).experts[0].logits
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 

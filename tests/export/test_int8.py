@@ -234,7 +234,7 @@ def test_an_export_in_which_nothing_can_be_quantized_says_so(tiny, photographs, 
     images = read_calibration_images(photographs, model.config.preprocess, limit=2, seed=0, few=True)
     monkeypatch.setattr(Agreement, "within", lambda *_: False)
     with pytest.raises(ExportError, match=r"no graph .* --max-drop 0.5 points and --min-box-iou 0.9; .*--fp16"):
-        quantize_graphs(graphs, [], Int8Request(images, Int8Options()), lambda _: None)
+        quantize_graphs(graphs, [], model.config.crops, Int8Request(images, Int8Options()), lambda _: None)
 
 
 def test_layers_of_the_expert_and_of_the_gate_are_told_apart(centered, remembered):

@@ -25,7 +25,7 @@ def tiny_config(experts=3, classes="abc", **changes):
     return MGEConfig(classes=tuple(classes), experts=experts, **values)
 
 
-def make_model(experts=2, *, normalize=True, attention="own", size=64, seed=0):
+def make_model(experts=2, *, normalize=True, attention="own", gate="network", size=64, seed=0):
     """A ResNet-10 whose BatchNorms have statistics of their own and whose classes are clearly apart."""
     torch.manual_seed(seed)
     config = MGEConfig(
@@ -36,6 +36,7 @@ def make_model(experts=2, *, normalize=True, attention="own", size=64, seed=0):
         resize=size + 8,
         box_thresholds=(0.5,) * (experts - 1),
         parts_per_class=2,
+        gate=gate,
         gate_width=8,
         normalize_features=normalize,
         attention_head=attention,

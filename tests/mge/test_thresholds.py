@@ -29,14 +29,14 @@ def test_an_unreachable_target_gives_the_highest_candidate():
 
 
 def test_maps_of_few_cells_are_pointed_out():
-    first, size = list(crop_report([maps(), maps()], 160, [0.6]))
+    first, size = list(crop_report([maps(), maps()], (160, 160), [0.6]))
     threshold, area = propose_threshold(maps(), 160, 0.5)
     kept = median_area(maps(), 160, 0.6)
     assert f"threshold 0.60 keeps a median of {100 * kept:.0f} %" in first
     assert f"{threshold:.2f} would keep {100 * area:.0f} %" in first
     assert size == "attention maps: 5 x 5 cells"
-    *_, size, hint = crop_report([maps()[:, :4, :4]] * 2, 112, [0.6])
+    *_, size, hint = crop_report([maps()[:, :4, :4]] * 2, (112, 112), [0.6])
     assert size == "attention maps: 4 x 4 cells"
     assert hint.startswith("hint:")
     assert "--image-size 224 would give 7 x 7" in hint
-    assert not list(crop_report([maps()], 160, []))  # a single expert crops nothing
+    assert not list(crop_report([maps()], (160,), []))  # a single expert crops nothing

@@ -43,7 +43,7 @@ def test_training_says_what_it_does_and_what_comes_next(trained):
     assert (config.classes, config.resize) == (("a", "b"), 73)
     assert "kept in best.pt: the latest epoch within one standard error" in text
     assert " s  kept\n" in text
-    assert read_training(out / "last.pt")["options"]["crop_area"] == 0.5
+    assert read_training(out / "last.pt")["options"]["crop_area"] == (0.5,)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_two_trainings_never_share_a_folder(data, tmp_path):
     (tmp_path / "probe").write_text("the user's")
     succeeds(train, *start)
     assert (tmp_path / "probe").read_text() == "the user's"
-    assert read_training(tmp_path / "last.pt")["options"]["crop_area"] is None
+    assert read_training(tmp_path / "last.pt")["options"]["crop_area"] == ()
     assert load_checkpoint(tmp_path / "last.pt").config.box_thresholds == (0.2,)
 
 

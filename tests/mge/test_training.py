@@ -41,7 +41,7 @@ def make(data, tmp_path):
     classes, train, val = data
 
     def make(name="run", *, model=None, kind=Trainer, fabric=None, **changes):
-        options = TrainOptions(**{"epochs": 2, "batch_size": 4, "workers": 0, "crop_area": 0.5} | changes)
+        options = TrainOptions(**{"epochs": 2, "batch_size": 4, "workers": 0, "crop_area": (0.5,)} | changes)
         config = tiny_config(2, classes, arch="plainnet_w16", resize=72, box_thresholds=(0.2,))
         torch.manual_seed(options.seed)
         folder = tmp_path / name
@@ -107,7 +107,7 @@ def test_every_signal_stops_after_a_step_and_handlers_come_back(make, monkeypatc
     monkeypatch.setattr(Stops, "at", (0, 1))
     monkeypatch.setattr(Stops, "number", number)
     before = signal.getsignal(number)
-    stopped = make(kind=Stops, crop_area=None)
+    stopped = make(kind=Stops, crop_area=())
     progress = stopped.fit()
     assert (progress.step, stopped.stopped_by) == (2, number)
     assert read_training(stopped.folder / "last.pt")["progress"]["step"] == 2
@@ -306,7 +306,7 @@ def test_no_step_waits_for_the_device(make, monkeypatch):
             super()._step(wrapped, optimizer, images, labels, progress)
             found.append((before, len(reads)))
 
-    trainer = make(kind=Watched, epochs=1, batch_size=2, crop_area=None)  # no validation before the first step
+    trainer = make(kind=Watched, epochs=1, batch_size=2, crop_area=())  # no validation before the first step
     trainer._val_loader, trainer._train_loader  # noqa: B018 - made once, before anything is counted
     with Counts():
         trainer.fit()

@@ -193,7 +193,7 @@ def test_entries_that_are_not_the_manifests_are_refused_at_opening(copy, changes
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        (b'"schema_version": 2', b'"schema_version": 3', "the bundle has schema version 3"),
+        (b'"schema_version": 3', b'"schema_version": 4', "the bundle has schema version 4"),
         (b'"resize"', b'"resise"', "preprocess.resize"),
         (b'"logits": "mean', b'"logits": "no_mean', "no_mean"),
     ],

@@ -15,7 +15,9 @@ from mge_runtime.compare import (
     finite,
     frame_boxes,
     relative_difference,
+    same_boxes,
 )
+from mge_runtime.manifest import Crops
 
 
 def test_boxes_overlap_by_their_common_pixels():
@@ -27,11 +29,11 @@ def test_boxes_overlap_by_their_common_pixels():
 
 def test_boxes_of_crops_are_carried_to_the_frame():
     boxes = [np.array([[8, 8, 24, 24]], np.float32), np.array([[0, 0, 32, 32]], np.float32)]
-    frame = frame_boxes(boxes, 32)
+    frame = frame_boxes(boxes, Crops((32,) * 3))
     assert frame.shape == (2, 1, 4)
     assert frame[0, 0].tolist() == [8, 8, 24, 24]
     assert box_iou(frame[0], frame[1]) == pytest.approx([1], abs=0.15)
-    assert frame_boxes([], 32).shape == (0, 0, 4)
+    assert frame_boxes([], Crops((32,))).shape == (0, 0, 4)
 
 
 def test_differences_are_of_the_largest_value():
@@ -72,3 +74,9 @@ def test_classes_may_change_on_ties_and_on_few_of_many(images, changed, margin, 
 def test_boxes_may_lie_elsewhere_on_one_image_or_one_percent(ious, said):
     assert box_failures("box", ious, TOLERANCES["fp32"]) == [f"box: {line}" for line in said]
     assert box_failures("box", ious, replace(TOLERANCES["fp32"], box_iou_p1=0, box_iou_median=0)) == []
+
+
+def test_boxes_are_the_same_but_for_rounding():
+    boxes = np.array([[1, 2, 30, 40], [0, 0, 5, 5]], np.float32)
+    assert same_boxes(boxes, boxes + np.float32(1e-4)).tolist() == [True, True]
+    assert same_boxes(boxes, boxes + np.array([[0, 0, 1, 0], [0, 0, 0, 0]])).tolist() == [False, True]

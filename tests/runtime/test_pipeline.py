@@ -12,6 +12,7 @@ import pytest
 
 import mge_runtime.pipeline
 from mge_runtime import BackendError, BundleError, InputError, Pipeline, Prediction
+from mge_runtime.manifest import Crops
 from mge_runtime.prediction import softmax
 from mge_runtime.preprocess import compose_boxes, to_frame
 
@@ -61,7 +62,7 @@ def test_a_prediction_holds_the_outputs_of_the_chain(pipeline, photos):
     np.testing.assert_array_equal(found.gate, tensors["gate"][0])
     assert found.gate.sum() == pytest.approx(1)
     cuts = np.stack([tensors["box_1"][0], tensors["box_2"][0]])
-    np.testing.assert_array_equal(found.boxes, compose_boxes(cuts, viewport, 32))
+    np.testing.assert_array_equal(found.boxes, compose_boxes(cuts, viewport, Crops((32,) * 3)))
     assert [h.shape for h in found.heatmaps] == [(8, 8)] * 3
     assert found.experts_used == 3
     assert (found.width, found.height) == (photo.shape[1], photo.shape[0])

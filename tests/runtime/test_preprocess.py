@@ -9,11 +9,12 @@ from PIL import Image
 
 from mge_runtime import preprocess
 from mge_runtime.decode import decode_image
-from mge_runtime.manifest import Preprocess
+from mge_runtime.manifest import Crops, Preprocess
 from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 
 SHIPPED = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg")
 SIZE = 64  # of the frames in which boxes lie
+CROPS = Crops((SIZE,) * 4)
 SIZES = [(512, 448), (256, 224), (184, 160), (448, 448), (65, 64), (320, 288)]
 
 
@@ -108,7 +109,7 @@ def test_markers_land_where_the_boxes_say(seed):
     x = viewport.left + centers * (viewport.right - viewport.left) / SIZE
     y = viewport.top + centers * (viewport.bottom - viewport.top) / SIZE
     view = np.stack(np.broadcast_arrays(x[None, :], y[:, None]), -1)  # [S, S, 2]
-    composed = compose_boxes(boxes, viewport, SIZE)
+    composed = compose_boxes(boxes, viewport, CROPS)
     assert composed.dtype == np.float32
     assert composed.shape == (4, 4)
     for k in range(3):
@@ -125,9 +126,9 @@ def test_markers_land_where_the_boxes_say(seed):
 def test_golden_values():
     viewport = Viewport(0, 0, 640, 640, 640, 640)  # ten source pixels each
     boxes = np.array([[8, 16, 40, 48], [0, 0, 64, 32]], np.float32)
-    composed = compose_boxes(boxes, viewport, SIZE)
+    composed = compose_boxes(boxes, viewport, CROPS)
     np.testing.assert_allclose(composed[0], [0, 0, 640, 640])
-    np.testing.assert_allclose(compose_boxes(boxes[:0], viewport, SIZE), composed[:1])
+    np.testing.assert_allclose(compose_boxes(boxes[:0], viewport, CROPS), composed[:1])
     np.testing.assert_allclose(composed[1], [80, 160, 400, 480])
     # Row 32's upper edge: 16 + 0.5 + 31.5 * 31 / 63 = 32; the left edge 8 + 0.5 - 0.5 * 31 / 63 = 8.254
     np.testing.assert_allclose(composed[2], [82.5397, 162.5397, 397.4603, 320.0], atol=1e-3)
@@ -137,11 +138,11 @@ def test_boxes_nest_and_one_pixel_stays_one_pixel():
     rng = np.random.default_rng(5)
     viewport = Viewport(0, 0, SIZE, SIZE, SIZE, SIZE)
     for _ in range(200):
-        composed = compose_boxes(np.stack([random_box(rng, 1) for _ in range(3)]), viewport, SIZE)
+        composed = compose_boxes(np.stack([random_box(rng, 1) for _ in range(3)]), viewport, CROPS)
         assert (composed[1:, :2] >= composed[:-1, :2] - 1e-4).all()
         assert (composed[1:, 2:] <= composed[:-1, 2:] + 1e-4).all()
         assert (composed[:, 2:] > composed[:, :2]).all()
-    single = compose_boxes(np.array([[5, 6, 6, 7], [10, 20, 30, 40]], np.float32), viewport, SIZE)
+    single = compose_boxes(np.array([[5, 6, 6, 7], [10, 20, 30, 40]], np.float32), viewport, CROPS)
     np.testing.assert_allclose(single[1:], [[5, 6, 6, 7]] * 2)  # one pixel fills the view: all of it shows that pixel
 
 

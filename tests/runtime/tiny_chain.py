@@ -13,7 +13,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from mge_runtime.bundle import GraphModel, write_bundle
-from mge_runtime.manifest import GraphSpec, Manifest, Preprocess, TensorSpec, ViewSpec
+from mge_runtime.manifest import Crops, GraphSpec, Manifest, Preprocess, TensorSpec, ViewSpec
 
 SIZE, RESIZE, CLASSES, EXPERTS, CELLS = 32, 36, 5, 3, 8
 _ONNX_TYPES = {
@@ -148,6 +148,7 @@ def make_manifest(graphs):
         preprocess=Preprocess(RESIZE, SIZE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         graphs=tuple(g.spec for g in graphs),
         views=tuple(ViewSpec(f"logits_{k}", f"heatmap_{k}", f"box_{k - 1}" if k > 1 else None) for k in numbers),
+        crops=Crops((SIZE,) * len(numbers)),
         gate="gate",
         gmacs={g.spec.name: 1e-6 * number for number, g in enumerate(graphs, 1)},
         precision={g.spec.name: {"type": "fp32", "attested": "written by hand"} for g in graphs},

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mge_calibration.int8.insert import Layer, find_layers, insert_quantization
 from mge_calibration.int8.ranges import WORKERS, Run, Tensors, learn_ranges, open_graph, run_all
 from mge_runtime.compare import chain_box_iou
-from mge_runtime.manifest import GraphSpec
+from mge_runtime.manifest import Crops, GraphSpec
 
 __all__ = [
     "Agreement",
@@ -104,6 +104,7 @@ def quantize_chain(
     graphs: Sequence[GraphSpec],
     models: Mapping[str, onnx.ModelProto],
     boxes: Sequence[str],
+    crops: Crops,
     backbone_weight: Callable[[str], bool],
     frames: np.ndarray,
     options: Int8Options,
@@ -121,6 +122,7 @@ def quantize_chain(
         graphs: in the order they run, each with a backbone.
         models: by graph name, with their weights; left as they are.
         boxes: names of the chain's boxes, in the order they are made.
+        crops: what they are pixels of.
         backbone_weight: whether an initializer is a convolution's weight in a backbone.
         frames: uint8 [N, S, S, 3], the chain's input.
         options: how.
@@ -129,7 +131,7 @@ def quantize_chain(
     Returns:
         The quantized graphs by name.
     """
-    chain = _FloatChain(graphs, models, boxes, frames)
+    chain = _FloatChain(graphs, models, boxes, crops, frames)
     tensors: Tensors = dict(chain.input)
     done: dict[str, QuantizedGraph] = {}
     for index, graph in enumerate(graphs):
@@ -159,10 +161,11 @@ class _FloatChain:
         graphs: Sequence[GraphSpec],
         models: Mapping[str, onnx.ModelProto],
         boxes: Sequence[str],
+        crops: Crops,
         frames: NDArray[np.uint8],
     ) -> None:
         self.input = {graphs[0].inputs[0].name: frames}
-        self._graphs, self._boxes, self._size = graphs, boxes, frames.shape[2]
+        self._graphs, self._boxes, self._crops = graphs, boxes, crops
         self._runs = [open_graph(models[graph.name]) for graph in graphs]
         # Images are large, and every one can be made again.
         self._reference = run_all(lambda batch: _small(self._finish(batch, 0)), self.input)
@@ -188,7 +191,7 @@ class _FloatChain:
         def judge(run: Run) -> tuple[Agreement, bool]:
             found = run_all(lambda batch: _small(self._finish({**batch, **run(batch)}, index + 1)), tensors)
             changed = int((found[logits].argmax(1) != classes).sum())
-            ious = chain_box_iou(self._boxes, found, self._reference, self._size)
+            ious = chain_box_iou(self._boxes, found, self._reference, self._crops)
             medians = {name: float(np.median(ious[name])) for name in moved}
             error = relative_error(found, own, [name for name in own if name not in self._boxes])
             agreement = Agreement(len(classes), changed, medians, error)

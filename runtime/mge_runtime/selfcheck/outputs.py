@@ -18,9 +18,10 @@ from mge_runtime.compare import (
     class_margins,
     finite,
     relative_difference,
+    same_boxes,
 )
 from mge_runtime.fields import JsonValue
-from mge_runtime.manifest import Manifest
+from mge_runtime.manifest import FRAME, Manifest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,9 +64,9 @@ def compared_tensors(manifest: Manifest) -> list[str]:
 def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Comparison:
     """Compare one run with another, both of `compared_tensors`.
 
-    What depends on the frame alone (the first expert's logits, the gate, the first box) is checked on every image. An
-    image cropped by another box is another image, so the chain's logits are checked where all boxes are the same; its
-    class is checked on every image.
+    What depends on the frame alone (the first expert's logits, the first box, a gate that sees the frame) is checked on
+    every image. An image cropped by another box is another image, so the chain's logits are checked where all boxes are
+    the same; its class is checked on every image.
     """
     manifest, tolerances = subject.manifest, subject.tolerances
     names, boxes = compared_tensors(manifest), _boxes(manifest)
@@ -74,7 +75,7 @@ def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Compari
     everywhere = np.ones(len(wanted), bool)
     same_crops = everywhere.copy()
     for name in boxes:
-        same_crops &= (found[name] == reference[name]).all(1)
+        same_crops &= same_boxes(found[name], reference[name])
     changed = logits.argmax(1) != wanted.argmax(1)
     identical = all(np.array_equal(found[name], reference[name]) for name in names)
     numbers: dict[str, JsonValue] = {
@@ -87,7 +88,8 @@ def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Compari
     failures += class_failures("the chain", changed.tolist(), class_margins(logits, wanted).tolist(), tolerances)
     checked = {manifest.views[0].logits: everywhere, manifest.logits: same_crops}
     if manifest.gate is not None:
-        checked[manifest.gate] = everywhere
+        sees_frame = any(tensor.name == FRAME for tensor in manifest.graphs[-1].inputs)
+        checked[manifest.gate] = everywhere if sees_frame else same_crops
     for name, where in checked.items():
         if where.any():
             relative = relative_difference(found[name][where], reference[name][where])
@@ -98,7 +100,7 @@ def _compare(found: _Tensors, reference: _Tensors, subject: Subject) -> _Compari
                     f"{name} differs by {relative.max():.1e} of its largest value on {beyond} of {len(relative)} "
                     f"images; expected at most {tolerances.relative:g}"
                 )
-    for number, (name, ious) in enumerate(chain_box_iou(boxes, found, reference, manifest.preprocess.size).items()):
+    for number, (name, ious) in enumerate(chain_box_iou(boxes, found, reference, manifest.crops).items()):
         numbers[f"{name}_iou_median"], numbers[f"{name}_iou_least"] = finite(np.median(ious)), finite(ious.min())
         summary.append(f"least IoU of {name} {finite(ious.min())}")
         if number == 0 or tolerances.chain_boxes:
