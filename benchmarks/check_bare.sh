@@ -43,7 +43,7 @@ if message=$("$bin/mge-run" --engine "$bundle" noise.png 2>&1); then
   echo "error: mge-run predicted without onnxruntime: $message"
   exit 1
 fi
-grep -q '^error: .*pip install' <<<"$message" || { echo "error: unclear message: $message"; exit 1; }
+grep -q '^error: .*onnxruntime is not installed: install mge again, with its extra cpu' <<<"$message" || { echo "error: unclear message: $message"; exit 1; }
 echo "without onnxruntime: $message"
 
 "$bin/pip" install --quiet "$wheel[cpu]"
