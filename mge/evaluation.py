@@ -179,10 +179,11 @@ def gate_report(gate: np.ndarray) -> list[str]:
     means = gate.mean(0)
     if gate.shape[1] == 1 or means.max() <= COLLAPSED:
         return []
-    return [
-        f"warning: expert {means.argmax() + 1} has {100 * means.max():.1f} % of the gate's weight, the others change "
-        "next to nothing: train with --gate none, or with --gate-balance 1"
-    ]
+    share = f"expert {means.argmax() + 1} has {100 * means.max():.1f} % of the weight"
+    trusted = f"warning: {share}, the others change next to nothing"
+    if (gate == gate[0]).all():  # fixed weights: chosen because nothing was more accurate on the validation images
+        return [f"{trusted}: on the validation images no combination was better than this expert alone"]
+    return [f"{trusted}: train with --gate none, or with --gate-balance 1"]
 
 
 def figures(predictions: Predictions, folder: Path, names: Sequence[str]) -> dict[str, Any]:

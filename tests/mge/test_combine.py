@@ -109,6 +109,8 @@ def test_certainty_leaves_the_weights_finite():
 def test_a_collapsed_gate_is_noticed():
     collapsed = np.array([[0.97, 0.02, 0.01], [0.96, 0.03, 0.01]])
     assert "expert 1 has 96.5 %" in gate_report(collapsed)[0]
+    assert "--gate none" in gate_report(collapsed)[0]
+    assert "no combination was better" in gate_report(np.tile([[0.0, 1.0]], (3, 1)))[0]
     assert gate_report(np.full((2, 3), 1 / 3)) == gate_report(np.ones((2, 1))) == []
     assert gate_entropy(np.eye(3)) == pytest.approx(0, abs=1e-12)
     assert gate_entropy(np.full((4, 3), 1 / 3)) == pytest.approx(1)
