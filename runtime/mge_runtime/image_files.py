@@ -84,7 +84,8 @@ def tiff_fault(image: Image) -> str | None:
         return "a TIFF of signed integers"
     if max(bits) > 16 and image.mode != "F":
         return f"a TIFF of {max(bits)} bits a sample"
-    if planar == 2 and ((raw and max(bits) > 8) or image.mode in ("LA", "La", "PA")):
+    premultiplied = tags.get(338, (0,))[:1] == (1,)
+    if planar == 2 and ((raw and (max(bits) > 8 or premultiplied)) or image.mode in ("LA", "La", "PA")):
         return f"a TIFF of {max(bits)} bits a sample, {image.mode}, with separate planes"
     if raw and tags.get(262) == 6 and (planar == 2 or tags.get(530, (2, 2)) != (1, 1)):
         return "an uncompressed TIFF with YCbCr in separate planes or subsampled"

@@ -63,10 +63,23 @@ TWELVE_BITS = saved(Image.new("L", (8, 8)), "JPEG").replace(b"\xff\xc0\0\x0b\x08
         (tiff_file(sampled(SMOOTH, 255), 8, 2, tags={278: (4, [12])}), "cut short (1 of 2 strips or tiles)"),
         (tiff_file(sampled(SMOOTH, 255), 8, 6), "YCbCr in separate planes or subsampled"),
         (tiff_file(LA, 8, 1, extra=[2], planar=2, deflate=True), "LA, with separate planes"),
+        (tiff_file(np.dstack([SMOOTH, SMOOTH[..., 0]]), 8, 2, extra=[1], planar=2), "RGBA, with separate planes"),
         (tiff_file(sampled(GRAY, 1023), 10, 1), "of an unsupported kind"),
         (TWELVE_BITS, "more than 8 bits"),
     ],
-    ids=["float", "int8", "int16", "uint32", "preview", "strips", "ycbcr", "planes", "10 bits", "jpeg"],
+    ids=[
+        "float",
+        "int8",
+        "int16",
+        "uint32",
+        "preview",
+        "strips",
+        "ycbcr",
+        "planes",
+        "premultiplied",
+        "10 bits",
+        "jpeg",
+    ],
 )
 def test_what_pillow_would_misread_is_refused_and_named(data, found):
     assert found in refusal(data)
