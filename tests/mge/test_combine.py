@@ -73,7 +73,7 @@ def top1(logits, labels):
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 32])  # of the second the likeliest weights alone name fewer images right
 def test_learned_weights_are_never_less_accurate_than_the_average_or_an_expert(seed):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 5, (60,), generator=generator)
