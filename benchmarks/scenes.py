@@ -23,7 +23,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from mge.data.folder import TrainingDataset, crop_resized, normalize
+from mge.data.folder import TrainingDataset, crop_resized
 from mge.parts import write_parts
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.decode import open_image
@@ -83,7 +83,7 @@ class SceneDataset(TrainingDataset):
     kind: str
     others: Sequence[Path]
 
-    def read(self, key: tuple[int, int]) -> tuple[Any, int]:
+    def read(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
         """The scene of image `index` in `epoch`, flipped or not."""
         path, label = self.samples[key[1]]
         random = np.random.default_rng((self._seed, *key))
@@ -92,7 +92,7 @@ class SceneDataset(TrainingDataset):
             scene = scene[:, ::-1]
         side = self.config.frame_size
         frame = crop_resized(Image.fromarray(np.ascontiguousarray(scene)), (side, side), (0, 0), side)
-        return normalize(frame, self.config), label
+        return frame, label
 
 
 def distractors(data: Path, split: str) -> list[Path]:

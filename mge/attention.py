@@ -23,6 +23,7 @@ __all__ = [
     "attention_box",
     "class_gradient",
     "compose_view",
+    "constant",
     "crop_frame",
     "crop_resize",
     "differentiate",
@@ -171,7 +172,7 @@ def extent_box(kept: Tensor) -> Tensor:
     index = torch.arange(size, device=kept.device, dtype=torch.float32)[:, None]
     first = torch.where(kept, index, float(size)).amin(1)
     last = torch.where(kept, index, -1.0).amax(1)
-    whole = _constant((0.0, 0.0, float(size), float(size)), torch.float32, kept.device)
+    whole = constant((0.0, 0.0, float(size), float(size)), torch.float32, kept.device)
     usable = (last - first).amin(1, keepdim=True) > 0
     return torch.where(usable, torch.cat((first, last), 1), whole)
 
@@ -246,7 +247,7 @@ def shrink(frame: Tensor, size: int) -> Tensor:
 def whole_view(images: Tensor) -> Tensor:
     """Edges of whole images [B, 3, H, W], in pixels: [B, 4]."""
     height, width = images.shape[2:]
-    edges = _constant((0.0, 0.0, float(width), float(height)), torch.float32, images.device)
+    edges = constant((0.0, 0.0, float(width), float(height)), torch.float32, images.device)
     return edges.expand(images.shape[0], -1)
 
 
@@ -304,12 +305,12 @@ def _between(lines: Tensor, low: Tensor, fraction: Tensor) -> Tensor:
 def _upsample(maps: Tensor, size: int, *, extremes: bool = False) -> Tensor:
     """Interpolate axis 1 of maps [B, h, n] at `size` pixels, or at the few that can be extreme: [B, pixels, n]."""
     cells, weights = _taps(maps.shape[1], size, extremes)
-    index = _constant(cells, torch.int64, maps.device)
-    taps = maps.index_select(1, index) * _constant(weights, maps.dtype, maps.device)[:, None]
+    index = constant(cells, torch.int64, maps.device)
+    taps = maps.index_select(1, index) * constant(weights, maps.dtype, maps.device)[:, None]
     return taps.unflatten(1, (2, -1)).sum(1)
 
 
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Values on a device, copied there once: a copy from Python waits for everything that a GPU still has to do."""
     if torch.compiler.is_compiling():  # or exporting: the trace keeps them itself
         return torch.tensor(values, dtype=dtype, device=device)

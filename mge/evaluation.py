@@ -74,6 +74,8 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
     """
     import torch  # here: a bundle is evaluated without it
 
+    from mge.data.folder import normalize
+
     device = next(model.parameters()).device
     crops = model.config.crops
     was_training = model.training
@@ -84,12 +86,12 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
     heads: dict[str, list[Tensor]] = {}
     heatmaps: list[list[Tensor]] = [[] for _ in model.experts]
     with torch.no_grad():  # not inference mode: with torch up to 2.11 it makes Grad-CAM's gradient zero, silently
-        for images, targets, viewports in batches:
-            output = model(images.to(device))
+        for frames, targets, viewports in batches:
+            output = model(normalize(frames.to(device), model.config).contiguous())
             labels.append(targets.cpu())
             gates.append(output.gate.float().cpu())
             cut = [expert.box.cpu() for expert in output.experts if expert.box is not None]
-            boxes = torch.stack(cut, 1).numpy() if cut else np.zeros((len(images), 0, 4))
+            boxes = torch.stack(cut, 1).numpy() if cut else np.zeros((len(frames), 0, 4))
             for row, viewport in zip(boxes, viewports.cpu().tolist(), strict=True):
                 views.append(compose_boxes(row, Viewport(*viewport[:4], *map(int, viewport[4:])), crops))
             found: dict[str, Tensor] = {}

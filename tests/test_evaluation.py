@@ -116,7 +116,7 @@ def test_attention_is_computed_outside_inference_mode():
         lambda *_: seen.append((torch.is_inference_mode_enabled(), model.training))
     )
     viewport = torch.tensor([[0, 0, 64, 64, 64, 64]], dtype=torch.float64)
-    collect(model, [(torch.rand(1, 3, 64, 64), torch.tensor([0]), viewport)])
+    collect(model, [(torch.zeros(1, 64, 64, 3, dtype=torch.uint8), torch.tensor([0]), viewport)])
     assert seen
     assert set(seen) == {(False, False)}
     assert model.training

@@ -38,7 +38,7 @@ def reference_tensors(model: MGENet, frames: np.ndarray) -> Tensors:
         model: in evaluation mode.
         frames: uint8 [B, S, S, 3].
     """
-    images = torch.stack([normalize(frame, model.config) for frame in frames])
+    images = normalize(frames, model.config).contiguous()
     output = model(images)
     tensors: dict[str, Tensor] = {"gate": output.gate, "logits": output.logits}
     logits = torch.stack([expert.logits for expert in output.experts])

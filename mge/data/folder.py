@@ -1,6 +1,6 @@
 """Images of labeled folders for training and evaluation: datasets, the order of an epoch, loaders.
 
-Images are decoded and cropped exactly as the runtime does.
+Images are decoded and cropped exactly as the runtime does. They travel as bytes, and are normalized on the device.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from mge.attention import constant
 from mge.config import MGEConfig
 from mge_runtime.decode import MAX_PIXELS, open_image
 from mge_runtime.errors import InputError
@@ -28,10 +29,17 @@ from mge_runtime.preprocess import crop_resized, resized_size, to_frame
 __all__ = ["EpochSampler", "FolderDataset", "TrainingDataset", "batches", "make_loader", "normalize"]
 
 
-def normalize(frame: np.ndarray, config: MGEConfig) -> Tensor:
-    """A frame, uint8 [S, S, 3] RGB, to a normalized float32 image [3, S, S]."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
-    return (torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float() / 255 - mean) / std
+def normalize(frames: np.ndarray | Tensor, config: MGEConfig) -> Tensor:
+    """Frames, uint8 [..., S, S, 3] RGB, to normalized float32 images [..., 3, S, S] in the same memory layout.
+
+    Where the frames are, with the same bits on every device: by a number of Python's a GPU would not divide, but
+    multiply by its reciprocal.
+    """
+    frames = torch.as_tensor(frames)
+    white, mean, std = (
+        constant(values, torch.float32, frames.device)[:, None, None] for values in ((255.0,), config.mean, config.std)
+    )
+    return (frames.movedim(-1, -3).float() / white - mean) / std
 
 
 class _Images(Dataset[Any]):
@@ -57,17 +65,17 @@ class _Images(Dataset[Any]):
 
 
 class FolderDataset(_Images):
-    """Images for evaluation: what the runtime would see, the class index, and the frame's `Viewport` as a tensor."""
+    """Frames for evaluation: what the runtime would see, the class index, and the frame's `Viewport` as a tensor."""
 
-    def read(self, key: int) -> tuple[Tensor, int, Tensor]:
+    def read(self, key: int) -> tuple[np.ndarray, int, Tensor]:
         """Image `key`."""
         path, label = self.samples[key]
         frame, viewport = to_frame(open_image(path, self._max_pixels), self.config.preprocess)
-        return normalize(frame, self.config), label, torch.tensor(astuple(viewport), dtype=torch.float64)
+        return frame, label, torch.tensor(astuple(viewport), dtype=torch.float64)
 
 
 class TrainingDataset(_Images):
-    """Images for training: shorter side resized, a random crop, a random horizontal flip (the paper's augmentation).
+    """Frames for training: shorter side resized, a random crop, a random horizontal flip (the paper's augmentation).
 
     Indexed by the (epoch, index) pairs of an `EpochSampler`: the same pair always gives the same image.
     """
@@ -83,14 +91,14 @@ class TrainingDataset(_Images):
         names = "\n".join(f"{label} {path.parent.name}/{path.name}" for path, label in self.samples)
         return f"{len(self.samples)} images ({hashlib.sha256(names.encode()).hexdigest()[:12]})"
 
-    def read(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def read(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
         """Image `index` as in `epoch`, whichever worker reads it and in whatever order."""
         path, label = self.samples[key[1]]
         random = np.random.default_rng((self._seed, *key))
         frame = random_crop(open_image(path, self._max_pixels), self.config, random)
         if self._flip and random.random() < 0.5:
-            frame = frame[:, ::-1]
-        return normalize(frame, self.config), label
+            frame = np.ascontiguousarray(frame[:, ::-1])
+        return frame, label
 
 
 def random_crop(image: Image, config: MGEConfig, random: np.random.Generator) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mge.archive import taking_up
 from mge.checkpoint import read_training, save_checkpoint
-from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader
+from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader, normalize
 from mge.evaluation import Predictions, collect, gate_report, summarize
 from mge.model import Average, Expert, Gate, MGENet, mix
 from mge.parts import view_areas
@@ -185,8 +185,8 @@ class Trainer:
         alone = self.fabric.world_size == 1
         wrapped.train()
         with meter.epoch(progress.epoch, progress.step):
-            for images, labels in batches(self._train_loader):
-                self._step(wrapped, optimizer, images, labels, progress)
+            for frames, labels in batches(self._train_loader):
+                self._step(wrapped, optimizer, frames, labels, progress)
                 progress.rates = [group["lr"] for group in optimizer.param_groups]
                 schedule.step()
                 progress.step += 1
@@ -210,10 +210,10 @@ class Trainer:
             return flag
         return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
 
-    def _step(self, wrapped: Any, optimizer: Any, images: Tensor, labels: Tensor, progress: Progress) -> None:
+    def _step(self, wrapped: Any, optimizer: Any, frames: Tensor, labels: Tensor, progress: Progress) -> None:
         """One step of the optimizer; nothing in it waits for the device."""
         seed_step(self.options.seed, progress.epoch, progress.step, self.fabric.global_rank)
-        images = images.to(memory_format=torch.channels_last)
+        images = normalize(frames, self.model.config)  # channels_last, as frames are
         terms = loss_terms(
             wrapped(images, labels),
             labels,

@@ -8,10 +8,18 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from mge.data.folder import EpochSampler, batches, make_loader, random_crop
+from mge.data.folder import (
+    EpochSampler,
+    FolderDataset,
+    TrainingDataset,
+    batches,
+    make_loader,
+    normalize,
+    random_crop,
+)
 from mge.data.splits import training_splits
 from mge_runtime.errors import InputError
-from tests.helpers.tiny_models import tiny_config
+from tests.helpers.tiny_models import save_noise, tiny_config
 
 
 def touch(folder, names, count):
@@ -93,3 +101,27 @@ def test_a_crop_of_a_strip_needs_no_memory_for_the_whole_strip():
     crop = random_crop(Image.fromarray(gradient), config, np.random.default_rng(0))  # resized: 4,608,000 x 512 pixels
     assert crop.shape == (448, 448, 3)
     assert np.ptp(crop) <= 1  # one pixel of the strip, or two
+
+
+@pytest.mark.parametrize("layout", ["rows", "batch", "tensor"])
+def test_frames_are_normalized_bit_for_bit_as_one_by_one(layout):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    config = tiny_config(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    mean, std = (np.asarray(values, np.float32) for values in (config.mean, config.std))
+    wanted = ((frames.astype(np.float32) / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)
+    if layout == "rows":
+        found = torch.stack([normalize(frame, config) for frame in frames])
+    else:
+        found = normalize(frames if layout == "batch" else torch.from_numpy(frames), config)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_frames_travel_as_bytes(tmp_path):
+    save_noise(tmp_path, {"a": 2})
+    samples = [(path, 0) for path in sorted((tmp_path / "a").iterdir())]
+    config = tiny_config(image_size=32, resize=40, source_size=32)
+    training = TrainingDataset(samples, config, seed=0)
+    for dataset, sampler in ((FolderDataset(samples, config), None), (training, EpochSampler(2, seed=0))):
+        frames, *_ = next(batches(make_loader(dataset, 2, workers=0, sampler=sampler)))
+        assert (frames.dtype, frames.shape) == (torch.uint8, (2, 32, 32, 3))
