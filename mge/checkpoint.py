@@ -6,7 +6,7 @@ The file is a `torch.save` of a dict of plain values and tensors, so `torch.load
 |---|---|
 | `format`, `version` | "mge", 1 |
 | `config` | `MGEConfig.to_dict()`, class names included |
-| `model` | the state dict of `MGENet` |
+| `model` | the state dict of `MGENet`; a shared backbone is in it once, as that of expert 0 |
 | `training` | what a training needs to go on (optional) |
 """
 
@@ -45,7 +45,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: MGENet, *, training: Ma
     Raises:
         OutputError: the place cannot be written.
     """
-    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in _weights(model).items()}
     content = {"format": FORMAT, "version": VERSION, "config": model.config.to_dict(), "model": weights}
     if training is not None:
         content["training"] = dict(training)
@@ -139,7 +139,7 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
     """
     source = load_checkpoint(path)
     same = source.config.classes == classes
-    for name in ("arch", "experts", "normalize_features", *(("parts_per_class",) if same else ())):
+    for name in ("arch", "experts", "sharing", "normalize_features", *(("parts_per_class",) if same else ())):
         own = getattr(source.config, name)
         if changes.get(name, own) != own:
             raise TrainingError(f"{path} has {name} {own}, not {changes[name]}; leave the option out")
@@ -148,12 +148,18 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
     gate = " and gate"
     if model.config.gate != source.config.gate:
         anew, gate = (*anew, "gate."), ""
-    state = source.state_dict()
+    state = _weights(source)
     model.load_state_dict({name: state[name] for name in state if not any(part in name for part in anew)}, strict=False)
     if same:
         return model, f", {'all weights' if gate else 'all weights but the gate'} from {path}"
     before = source.config.num_classes
     return model, f"; backbones{gate} from {path}, heads anew for {len(classes)} classes (it knows {before})"
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without further names of what stands in it: a shared backbone is stored as the first expert's."""
+    first = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor for name, tensor in model.state_dict().items() if name in first}
 
 
 def _own(content: dict[str, Any], source: str) -> tuple[MGEConfig, dict[str, Tensor]]:
@@ -194,7 +200,7 @@ def _tensors(state: dict[Any, Any], source: str) -> dict[str, Tensor]:
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Copy weights into a model: every name known, none left out, every shape right, every number finite."""
-    wanted = model.state_dict()
+    wanted = _weights(model)
     for found in state:
         if found not in wanted:
             raise CheckpointError(f"{source}: weight {found!r} has no place in the model of its config")

@@ -15,10 +15,11 @@ from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
 from mge_runtime.manifest import Crops, Preprocess, read_class_names, read_preprocess
 
-__all__ = ["GATES", "PAPER_THRESHOLD", "MGEConfig", "read_labels"]
+__all__ = ["GATES", "PAPER_THRESHOLD", "SHARINGS", "MGEConfig", "read_labels"]
 
 PAPER_THRESHOLD = 0.2  # `--box_thred` of the authors' code
 GATES = ("network", "shared", "none")
+SHARINGS = ("none", "backbone")
 _LABELS = "expected a UTF-8 text file with one class name a line"
 
 
@@ -44,6 +45,8 @@ class MGEConfig:
     attention_head: str = "own"  # whose global head Grad-CAM reads: "own", each expert's; "first", always expert 1's
     gate: str = "network"  # what weighs the experts: "network", a backbone of its own; "shared", a linear layer over
     # the experts' pooled features; "none", weights that are the same for every image
+    sharing: str = "none"  # "backbone": one for all experts, BatchNorms included, whose heads and feature norms stay
+    # their own; a gate's own backbone stays its own
     image_sizes: tuple[int, ...] = ()  # pixels, one for each expert, the first is image_size; (): image_size for all
     source_size: int = 0  # pixels, N, a multiple of image_size: crops are cut from a frame of this side; 0: each from
     # the image of the expert before
@@ -72,6 +75,7 @@ class MGEConfig:
             (all(0 <= t < 1 for t in self.box_thresholds), "box_thresholds", "numbers in [0, 1)"),
             (self.parts_per_class >= 1, "parts_per_class", "at least 1"),
             (self.gate in GATES, "gate", " or ".join(map(repr, GATES))),
+            (self.sharing in SHARINGS, "sharing", " or ".join(map(repr, SHARINGS))),
             (self.gate_width >= 1, "gate_width", "at least 1"),
             (self.attention_head in ("own", "first"), "attention_head", "'own' or 'first'"),
         ]

@@ -84,11 +84,16 @@ class GlobalHead(nn.Module):
 
 
 class Expert(nn.Module):
-    """One backbone with its three heads."""
+    """A backbone with three heads.
 
-    def __init__(self, config: MGEConfig) -> None:
+    Args:
+        config: of the model.
+        backbone: what `create_backbone` made for all experts; None: it has one of its own.
+    """
+
+    def __init__(self, config: MGEConfig, backbone: tuple[nn.Module, int, int] | None = None) -> None:
         super().__init__()
-        self.backbone, channels4, channels5 = create_backbone(config.arch)
+        self.backbone, channels4, channels5 = backbone or create_backbone(config.arch)
         self.norm4, self.norm5 = _feature_norms(config, channels4, channels5)
         parts = config.parts_per_class * config.num_classes
         self.global_head = GlobalHead(channels5, config.num_classes)
@@ -177,12 +182,14 @@ class MGENet(nn.Module):
     """K experts and what weighs them, randomly initialized; `initialize_backbones` and `mge.checkpoint` have weights.
 
     A single expert needs no gate: its logits are the final ones (`gate` is None and the gate's weights are ones).
+    A backbone that experts share is one module, which `parameters()` lists once and `state_dict()` once for each.
     """
 
     def __init__(self, config: MGEConfig) -> None:
         super().__init__()
         self.config = config
-        self.experts = nn.ModuleList(Expert(config) for _ in range(config.experts))
+        shared = create_backbone(config.arch) if config.sharing == "backbone" else None
+        self.experts = nn.ModuleList(Expert(config, shared) for _ in range(config.experts))
         self.gate: Gate | SharedGate | Average | None = None
         if config.experts > 1 and config.gate == "network":
             self.gate = Gate(config)

@@ -72,6 +72,12 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
     "experts saw; none: fixed weights, learned on the validation images.",
 )
 @click.option(
+    "--sharing",
+    type=click.Choice(["none", "backbone"]),
+    default="none",
+    help="backbone: one for all experts, with heads of their own; a gate of its own network keeps that.",
+)
+@click.option(
     "--gate-balance",
     type=Number(0),
     default=0.0,

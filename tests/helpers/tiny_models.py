@@ -25,22 +25,12 @@ def tiny_config(experts=3, classes="abc", **changes):
     return MGEConfig(classes=tuple(classes), experts=experts, **values)
 
 
-def make_model(experts=2, *, normalize=True, attention="own", gate="network", size=64, seed=0):
+def make_model(experts=2, *, normalize=True, attention="own", gate="network", size=64, seed=0, **changes):
     """A ResNet-10 whose BatchNorms have statistics of their own and whose classes are clearly apart."""
     torch.manual_seed(seed)
-    config = MGEConfig(
-        arch="resnet10t",
-        classes=tuple("abcde"),
-        experts=experts,
-        image_size=size,
-        resize=size + 8,
-        box_thresholds=(0.5,) * (experts - 1),
-        parts_per_class=2,
-        gate=gate,
-        gate_width=8,
-        normalize_features=normalize,
-        attention_head=attention,
-    )
+    values = {"arch": "resnet10t", "image_size": size, "resize": size + 8, "parts_per_class": 2, "gate": gate}
+    values |= {"normalize_features": normalize, "attention_head": attention}
+    config = tiny_config(experts, "abcde", **values | changes)
     model = MGENet(config).eval()
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
