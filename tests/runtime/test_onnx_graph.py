@@ -18,7 +18,7 @@ def model(*nodes, **parts):
 
 def move(proto):
     data = proto if isinstance(proto, bytes) else proto.SerializeToString()
-    return relocate(data, expected="a.weights", size=8, location="mge.plan", start=4096)
+    return relocate(data, {"a.weights": (4096, 8)}, location="mge.plan")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_graphs_nested_without_end_are_refused():
 def test_moving_weights_changes_nothing_else(tiny):
     source = tiny.make_graphs()[0].model()
     moved = onnx.load_from_string(
-        relocate(source.graph, expected="expert_1.weights", size=len(source.weights), location="x.plan", start=8192)
+        relocate(source.graph, {"expert_1.weights": (8192, len(source.weights))}, location="x.plan")
     )
     before = onnx.load_from_string(source.graph)
     for proto, start, location in ((before, 0, "expert_1.weights"), (moved, 8192, "x.plan")):
@@ -120,6 +120,18 @@ def test_moving_weights_changes_nothing_else(tiny):
     assert [(t.name, t.length) for t in tensors] == [("conv.weight", 384), ("fc.weight", 80)]
     bare = model().SerializeToString()
     assert move(bare) == bare
+
+
+def test_weights_may_lie_in_the_files_of_several_graphs():
+    data = model(initializer=[weight("a.weights", name="a"), weight("b.weights", offset=8, name="b")])
+    data = data.SerializeToString()
+    moved = relocate(data, {"a.weights": (4096, 8), "b.weights": (8192, 16)}, location="mge.plan")
+    assert [(t.name, t.location, t.offset) for t in external_tensors(moved)] == [
+        ("a", "mge.plan", 4096),
+        ("b", "mge.plan", 8200),
+    ]
+    with pytest.raises(BundleError, match=r"bytes 8 to 16 of 'b.weights'; expected them in the 8 bytes of 'a.weights'"):
+        relocate(data, {"a.weights": (4096, 8)}, location="mge.plan")
 
 
 def test_the_operators_of_nodes_are_read_by_name(tiny):

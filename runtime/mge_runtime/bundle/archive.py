@@ -68,7 +68,10 @@ def cpu_graph_entry(graph: str) -> str:
 
 
 def weights_entry(graph: str) -> str:
-    """Entry with a graph's weights in ONNX's external-data layout; missing where it has none."""
+    """Entry with a graph's weights in ONNX's external-data layout, but for those that graphs before it have, too.
+
+    Missing where none are left.
+    """
     return f"onnx/{graph}.weights"
 
 

@@ -7,9 +7,10 @@ NodeProto.name 3, .op_type 4, TensorProto.dims 1, .data_type 2, .name 8, .extern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from mge_runtime.bundle.archive import cpu_graph_entry, graph_entry, weights_entry
@@ -55,13 +56,13 @@ def located_graph(bundle: Bundle, name: str, *, cpu: bool = False) -> bytes:
         cpu: its variant for CPUs, where the bundle has one.
 
     Raises:
-        BundleError: the graph is damaged, or refers to anything but its own weights.
+        BundleError: the graph is damaged, or refers to anything but the bundle's weights.
     """
     variant = cpu_graph_entry(name)
     graph = bundle.read(variant if cpu and variant in bundle.sizes else graph_entry(name))
-    weights = bundle.entry(weights_entry(name)) if weights_entry(name) in bundle.sizes else None
-    start, size = (weights.offset, weights.size) if weights is not None else (0, 0)
-    return relocate(graph, expected=f"{name}.weights", size=size, location=bundle.path.name, start=start)
+    names = (weights_entry(spec.name) for spec in bundle.manifest.graphs)
+    places = {PurePath(n).name: (bundle.entry(n).offset, bundle.sizes[n]) for n in names if n in bundle.sizes}
+    return relocate(graph, places, location=bundle.path.name)
 
 
 def external_tensors(graph: bytes) -> list[ExternalTensor]:
@@ -85,24 +86,24 @@ def node_operators(graph: bytes) -> dict[str, str]:
         return {node[3].decode(): node[4].decode() for node in nodes if node.get(3) and 4 in node}
 
 
-def relocate(graph: bytes, *, expected: str, size: int, location: str, start: int) -> bytes:
+def relocate(graph: bytes, places: Mapping[str, tuple[int, int]], *, location: str) -> bytes:
     """Point a graph's external weights to a place inside another file.
 
     Args:
         graph: serialized ModelProto.
-        expected: the only file name its weights may refer to.
-        size: bytes of that file.
+        places: by the name of each file that its weights may refer to: where it begins inside `location`, and its
+            size, bytes.
         location: file name to refer to instead.
-        start: where `expected` begins inside `location`, bytes.
 
     Returns:
         A serialized ModelProto, equal but for the references.
 
     Raises:
-        BundleError: the bytes are no ONNX model, its weights refer to another file or beyond the end of this one, or
+        BundleError: the bytes are no ONNX model, its weights refer to another file or beyond the end of one, or
             something but an initializer keeps its data in a file.
     """
     external = 0
+    expected = " or ".join(f"the {size} bytes of {name!r}" for name, (_, size) in places.items()) or "the graph itself"
 
     def moved(initializer: memoryview) -> bytes | memoryview:
         nonlocal external
@@ -111,10 +112,11 @@ def relocate(graph: bytes, *, expected: str, size: int, location: str, start: in
             return initializer
         external += 1
         end = tensor.offset + tensor.length
-        if tensor.location != expected or tensor.offset < 0 or tensor.length < 0 or end > size:
+        start, size = places.get(tensor.location, (0, -1))
+        if tensor.offset < 0 or tensor.length < 0 or end > size:
             raise BundleError(
                 f"weight {tensor.name!r} lies in bytes {tensor.offset} to {end} of {tensor.location!r}; "
-                f"expected them in {expected!r}, in its {size} bytes: export again"
+                f"expected them in {expected}: export again"
             )
         kept = b"".join(raw for number, raw, _ in _fields(initializer) if number != _EXTERNAL_DATA)
         place = {"location": location, "offset": str(start + tensor.offset), "length": str(tensor.length)}
@@ -128,7 +130,7 @@ def relocate(graph: bytes, *, expected: str, size: int, location: str, start: in
     if hidden:
         raise BundleError(
             "something but a graph's initializers keeps its data in another file; expected weights in "
-            f"{expected!r} alone: export again"
+            f"{expected} alone: export again"
         )
     return found
 

@@ -43,8 +43,10 @@ _CHUNK = 1 << 22  # bytes read at once
 class GraphModel:
     """A graph's ONNX model, as bytes or as files."""
 
-    graph: bytes | Path  # serialized ModelProto; its external data, if any, lies in the file "<graph>.weights"
-    weights: bytes | Path | None = None  # that file; None: the graph has no external data
+    graph: (
+        bytes | Path
+    )  # serialized ModelProto; its external data, if any, lies in files "<graph>.weights" of the chain
+    weights: bytes | Path | None = None  # its own such file; None: it has no external data, or what others have
     cpu: bytes | Path | None = None  # the graph encoded for CPUs, over the same weights; of INT8 bundles alone
 
 
@@ -76,8 +78,7 @@ def write_bundle(
     names = [graph.name for graph in manifest.graphs]
     if sorted(models) != sorted(names):
         raise BundleError(f"models of the graphs {sorted(models)} were given; expected {sorted(names)}")
-    for name in names:
-        _check_model(name, models[name])
+    _check_references(models)
     with ExitStack() as locks, atomic_path(path) as temporary:
         with temporary.open("w+b") as stream:
             archive = ArchiveWriter(stream)
@@ -86,7 +87,7 @@ def write_bundle(
                 model = models[graph]
                 parts = ((graph_entry, model.graph), (cpu_graph_entry, model.cpu), (weights_entry, model.weights))
                 for entry, data in parts:
-                    if data:  # a graph without external data has no weights entry
+                    if data:
                         entries[entry(graph)] = _add_hashed(archive, entry(graph), data)
             if chain is not None:
                 archive.add(CHAIN, [chain])
@@ -232,12 +233,13 @@ def _add_hashed(archive: ArchiveWriter, name: str, data: bytes | Path) -> Entry:
     return Entry(digest.hexdigest(), added.size, f"{added.crc:08x}")
 
 
-def _check_model(name: str, model: GraphModel) -> None:
+def _check_references(models: Mapping[str, GraphModel]) -> None:
     """A graph that opens only beside some other file must not reach a bundle."""
-    weights = model.weights
-    size = 0 if weights is None else len(weights) if isinstance(weights, bytes) else weights.stat().st_size
-    expected = Path(weights_entry(name)).name
-    for graph in (model.graph, model.cpu):
-        if graph is not None:
-            data = graph if isinstance(graph, bytes) else graph.read_bytes()
-            relocate(data, expected=expected, size=size, location=expected, start=0)
+    places: dict[str, tuple[int, int]] = {}
+    for name, model in models.items():
+        if (weights := model.weights) is not None:
+            size = len(weights) if isinstance(weights, bytes) else weights.stat().st_size
+            places[Path(weights_entry(name)).name] = (0, size)
+    for model in models.values():
+        for graph in filter(None, (model.graph, model.cpu)):
+            relocate(graph if isinstance(graph, bytes) else graph.read_bytes(), places, location="")
