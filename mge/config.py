@@ -124,7 +124,7 @@ class MGEConfig:
         Raises:
             CheckpointError: a value is out of its range, or `image_size` changes where the experts' sizes differ.
         """
-        if "image_size" in changes:
+        if changes.get("image_size", self.image_size) != self.image_size:
             if self.image_sizes or self.source_size:
                 raise CheckpointError(
                     f"the model's images have {', '.join(map(str, self.sizes))} pixels, its frame {self.frame_size}; "

@@ -12,137 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from mge_runtime.cli.common import Number, max_pixels_option, note, reports_errors
-from mge_runtime.errors import CheckpointError, OutputError, TrainingError, brief
+from mge.cli.train_options import is_own, resolve, training_options, write_options
+from mge.config import PAPER_THRESHOLD, MGEConfig
+from mge.training.options import TrainOptions
+from mge_runtime.cli.common import note, reports_errors
+from mge_runtime.errors import OutputError, TrainingError, brief
 from mge_runtime.files import atomic_path, check_writable, echo, lock
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from mge.config import MGEConfig
     from mge.model import MGENet
 
 __all__ = ["main"]
 
-PATH = click.Path(path_type=Path)
-UNIT = Number(0, 1, max_open=True)
-CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
-# What may differ from the run that --resume goes on with; of --epochs, more.
-FREE = frozenset(
-    {"data", "out", "overwrite", "resume", "epochs", "workers", "max_pixels", "accelerator", "devices", "compile"}
-)
-
-
-def _sizes(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...]:
-    del context, parameter
-    try:
-        return tuple(int(side) for side in value.split(",")) if value else ()
-    except ValueError as error:
-        raise click.BadParameter(f"found {value!r}; expected pixels separated by commas, as 448,224,224") from error
-
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
-@click.option(
-    "--data", type=PATH, help="Folder with train/<class>/*.jpg and, if you have it, val/.  [a new run: required]"
-)
-@click.option("--out", type=PATH, help="Folder for what the run writes.  [default: runs/mge, or that of --resume]")
-@click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
-@click.option(
-    "--recipe",
-    type=click.Choice(["default", "paper"]),
-    default="default",
-    help="paper: box thresholds fixed at 0.2, as published; all other defaults are the paper's anyway.",
-)
-@click.option("--arch", default="resnet50", help="timm backbone; any CNN with features at strides 16 and 32.")
-@click.option(
-    "--init",
-    default="timm",
-    metavar="timm|none|FILE",
-    help="Weights to start from. timm: ImageNet's, downloaded; FILE.safetensors: a backbone's; FILE.pt: fine-tune that "
-    "checkpoint; none: random.",
-)
-@click.option("--experts", type=click.IntRange(1), default=3, help="Experts in the chain; 1 trains a single network.")
-@click.option(
-    "--gate",
-    type=click.Choice(["network", "shared", "none"]),
-    default="network",
-    help="What weighs the experts. network: a backbone of its own (the paper's); shared: a linear layer over what the "
-    "experts saw; none: fixed weights, learned on the validation images.",
-)
-@click.option(
-    "--sharing",
-    type=click.Choice(["none", "backbone"]),
-    default="none",
-    help="backbone: one for all experts, with heads of their own; a gate of its own network keeps that.",
-)
-@click.option(
-    "--gate-balance",
-    type=Number(0),
-    default=0.0,
-    help="Weight of the loss term that keeps a gate from trusting one expert alone.",
-)
-@click.option(
-    "--image-size",
-    type=click.IntRange(32),
-    default=448,
-    help="Side of every expert's input in pixels; from 160 on, attention maps are fine enough to place crops well.",
-)
-@click.option(
-    "--image-sizes",
-    metavar="S1,S2,...",
-    callback=_sizes,
-    help="Side of each expert's input, where they differ: 448,224,224 costs half of three times 448.",
-)
-@click.option(
-    "--source-size",
-    type=click.IntRange(0),
-    default=0,
-    help="Crops are cut from a frame of this side, a multiple of --image-size, so that they show what the first expert "
-    "does not see; 0: each from the image of the expert before.",
-)
-@click.option(
-    "--resize", type=int, help="Shorter side before the crop of the frame, pixels.  [default: 8/7 of the frame's]"
-)
-@click.option("--mean", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Mean of RGB in [0, 1].")
-@click.option("--std", type=float, nargs=3, default=(0.5, 0.5, 0.5), help="Deviation of RGB in [0, 1].")
-@click.option(
-    "--box-threshold",
-    type=UNIT,
-    multiple=True,
-    help="Fixed box threshold, once or once for each crop.  [default: thresholds follow --crop-area]",
-)
-@click.option(
-    "--crop-area",
-    type=Number(0, 1, min_open=True),
-    multiple=True,
-    help="Share of its image that the median crop keeps, once or for each crop; box thresholds are set to it after "
-    f"each epoch, on the validation images.  [default: {CROP_AREA}]",
-)
-@click.option("--parts-per-class", type=click.IntRange(1), default=10, help="Channels of the part convolution.")
-@click.option(
-    "--normalize-features/--plain-features", default=None, help="BatchNorm before heads.  [default: where needed]"
-)
-@click.option("--epochs", type=click.IntRange(1), default=100)
-@click.option("--batch-size", type=click.IntRange(2), default=10, help="Images in a step of each process.")
-@click.option("--head-lr", type=Number(0, min_open=True), default=0.01, help="Learning rate of the heads.")
-@click.option("--backbone-lr", type=Number(0), default=0.001, help="Learning rate of the backbones.")
-@click.option("--weight-decay", type=Number(0), default=1e-4)
-@click.option("--schedule", type=click.Choice(["step", "onecycle", "cosine"]), default="step")
-@click.option("--step-epochs", type=click.IntRange(1), default=30, help="Of --schedule step: rates then fall tenfold.")
-@click.option("--label-smoothing", type=UNIT, default=0.0)
-@click.option("--diversity", type=click.Choice(["code", "paper", "none"]), default="code", help="Form of that loss.")
-@click.option("--clip-norm", type=Number(0, min_open=True), help="Largest gradient norm.")
-@click.option("--flip/--no-flip", default=True, help="Random horizontal flips.")
-@click.option("--seed", type=click.IntRange(0), default=0)
-@click.option("--workers", type=click.IntRange(0), default=2, help="Processes that decode images.")
-@max_pixels_option
-@click.option("--accelerator", default="auto", help="Lightning Fabric's name: auto, cpu, cuda, mps.")
-@click.option("--devices", default="auto", help="How many of them; under torchrun, those it started.")
-@click.option("--precision", type=click.Choice(["32-true", "bf16-mixed", "16-mixed"]), default="32-true")
-@click.option("--compile/--no-compile", default=False, help="torch.compile the backbones.")
-@click.option("--resume", type=PATH, help="A last.pt: continue that run with its options; --epochs may grow.")
+@training_options
 @click.version_option(package_name="mge")
 @reports_errors
 def main(**options: Any) -> None:
@@ -157,18 +44,12 @@ def main(**options: Any) -> None:
     from mge.data.splits import training_splits
     from mge_runtime.sources import validation_folder
 
-    context = click.get_current_context()
-    given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    given, config = resolve(options)
     resume: Path | None = options["resume"]
-    config = None
-    if resume is None:
-        _complete(options)
-    else:
-        config = _take_up(resume, options, given)
     data, out = Path(options["data"]), Path(options["out"])
     first = _is_first_process()
     classes, train, val = training_splits(data, options["seed"], note if first else lambda _: None)
-    if resume is None and not _is_own(options["init"]):
+    if resume is None and not is_own(options["init"]):
         config = _make_config(classes, options)
     elif config is not None and config.classes != classes:
         raise TrainingError(
@@ -180,17 +61,18 @@ def main(**options: Any) -> None:
 
     from mge.data.folder import FolderDataset, TrainingDataset
     from mge.training.loop import Trainer
-    from mge.training.recipe import TrainOptions
 
-    names = {field.name for field in fields(TrainOptions)}
-    train_options = TrainOptions(**{name: value for name, value in options.items() if name in names})
+    train_options = TrainOptions(**_of(TrainOptions, options))
     fabric = _make_fabric(options["accelerator"], options["devices"], train_options.precision)
     model, origin = _make_model(config, classes, options, given)
     config, pixels = model.config, options["max_pixels"]
-    options |= {name: value for name, value in asdict(config).items() if name in options}  # for --resume
+    options |= {name: value for name, value in asdict(config).items() if name in options}  # for --resume and --config
     with _claimed(out, claim=first or fabric.world_size == 1):
         if resume is not None and moved and first:
             _copy_best(resume.parent / "best.pt", out / "best.pt")
+        if first:
+            usual = config.resize == _resize(config.frame_size)  # left out, so that it follows another --image-size
+            write_options(out / "options.toml", options | {"resize": None if usual else config.resize})
         _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
         if fabric.is_global_zero:
             if validation_folder(data) is None:
@@ -202,7 +84,7 @@ def main(**options: Any) -> None:
             echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
         trainer = Trainer(
             model,
-            TrainingDataset(train, config, seed=train_options.seed, flip=train_options.flip, max_pixels=pixels),
+            TrainingDataset(train, config, train_options, max_pixels=pixels),
             FolderDataset(val, config, max_pixels=pixels),
             train_options,
             out,
@@ -221,88 +103,6 @@ def main(**options: Any) -> None:
             f"no epoch of this run was kept, and the best.pt beside {resume} is gone; train on (--epochs)"
         )
     echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
-
-
-def _complete(options: dict[str, Any]) -> None:
-    """Put the values that depend on others into the options of a new run."""
-    from mge.archive import check_file
-    from mge.config import PAPER_THRESHOLD
-
-    if options["data"] is None:
-        raise click.UsageError("missing option '--data'")
-    options["data"] = options["data"].absolute()
-    options["out"] = options["out"] or Path("runs/mge")
-    if options["crop_area"] and options["box_threshold"]:
-        raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
-    if (given_areas := len(options["crop_area"])) not in (0, 1, options["experts"] - 1):
-        raise click.UsageError(
-            f"{given_areas} x --crop-area; expected one, or one for each of the {options['experts'] - 1} crops"
-        )
-    if options["recipe"] == "paper" and (options["crop_area"] or options["box_threshold"]):
-        raise click.UsageError("--recipe paper fixes the box thresholds at the paper's; leave out the option for them")
-    if options["recipe"] == "paper":
-        options["box_threshold"] = (PAPER_THRESHOLD,)
-    elif not options["crop_area"] and not options["box_threshold"]:
-        options["crop_area"] = (CROP_AREA,)
-    init = options["init"]
-    if _is_own(init):
-        check_file(Path(init))
-    elif init.endswith(".safetensors") and not Path(init).is_file():
-        raise CheckpointError(f"--init {init} is no file; expected timm, none, a .safetensors file or a checkpoint")
-
-
-def _is_own(init: str) -> bool:
-    """Whether --init names a checkpoint to fine-tune."""
-    return init not in ("timm", "none") and not init.endswith(".safetensors")
-
-
-def _take_up(resume: Path, options: dict[str, Any], given: set[str]) -> MGEConfig:
-    """Put what a run was asked for into the options that are not given; returns its config.
-
-    Raises:
-        TrainingError: a given option differs, or the file holds no run.
-    """
-    from mge.archive import check_file, read_plain, taking_up
-    from mge.config import MGEConfig
-
-    check_file(resume)
-    content = read_plain(resume)
-    if not isinstance(content, dict) or "config" not in content:
-        from mge.checkpoint import load_checkpoint
-
-        load_checkpoint(resume)  # says what it is, where it is no model
-        content = {}
-    if "training" not in content:
-        raise TrainingError(f"{resume} holds a model but no training state; expected last.pt of an unfinished run")
-    config, training = MGEConfig.from_dict(content["config"]), content["training"]
-    context = click.get_current_context()
-    kinds = {parameter.name: parameter for parameter in context.command.params}
-    with taking_up(resume):
-        before = asdict(config) | training["options"] | training["command"]
-        trained = int(training["options"]["epochs"])
-    for name in options.keys() - {"out", "overwrite", "resume"}:
-        if name not in given:
-            try:
-                options[name] = kinds[name].type_cast_value(context, before.get(name, options[name]))
-            except (click.BadParameter, TypeError) as error:
-                reason = getattr(error, "message", error)
-                raise TrainingError(
-                    f"{resume} was trained with a --{name.replace('_', '-')} that is none: {reason}; give it anew"
-                ) from error
-        elif name not in FREE and options[name] != before.get(name):
-            option = "--" + name.replace("_", "-")
-            raise TrainingError(
-                f"{resume} was trained with {option} {before.get(name)}, now it is {options[name]}; leave the option "
-                "out, or start another run without --resume"
-            )
-    if options["data"] is None:
-        raise TrainingError(f"{resume} does not say where its images lie; add --data")
-    if options["epochs"] < trained:
-        raise TrainingError(
-            f"{resume} was trained with epochs = {trained} (now {options['epochs']}); expected no fewer"
-        )
-    options["out"] = options["out"] or resume.parent
-    return config
 
 
 def _copy_best(old: Path, new: Path) -> None:
@@ -393,15 +193,22 @@ def _claimed(out: Path, *, claim: bool) -> Generator[None]:
         os.close(folder)
 
 
+def _of(kind: type[MGEConfig | TrainOptions], options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are fields of a dataclass."""
+    return {field.name: options[field.name] for field in fields(kind) if field.name in options}
+
+
+def _resize(frame_size: int) -> int:
+    """The shorter side before a frame is cropped, in pixels, unless --resize says another: the paper's 512 for 448."""
+    return frame_size * 8 // 7
+
+
 def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig:
     """The config that the options ask for; whether features are normalized by default depends on the backbone."""
-    from mge.config import PAPER_THRESHOLD, MGEConfig
-
-    names = {field.name for field in fields(MGEConfig)}
-    values = {name: value for name, value in options.items() if name in names and value is not None}
+    values = {name: value for name, value in _of(MGEConfig, options).items() if value is not None}
     if options["image_sizes"]:
         values["image_size"] = options["image_sizes"][0]
-    values.setdefault("resize", (options["source_size"] or values["image_size"]) * 8 // 7)  # 512 for the paper's 448
+    values.setdefault("resize", _resize(options["source_size"] or values["image_size"]))
     thresholds = options["box_threshold"] or (PAPER_THRESHOLD,)
     crops = options["experts"] - 1
     return MGEConfig(
@@ -417,7 +224,6 @@ def _make_model(
 
     from mge.backbones import has_linear_features
     from mge.checkpoint import fine_tuned, load_checkpoint
-    from mge.config import MGEConfig
     from mge.model import MGENet, initialize_backbones
 
     if options["resume"] is not None:
@@ -425,13 +231,13 @@ def _make_model(
     init = options["init"]
     torch.manual_seed(options["seed"])
     if config is None:
-        names = {field.name for field in fields(MGEConfig)}
-        changes = {name: options[name] for name in given & names}
+        changes = {name: value for name, value in _of(MGEConfig, options).items() if name in given}
         if options["box_threshold"]:
             changes["box_thresholds"] = options["box_threshold"]
         return fine_tuned(Path(init), classes, changes)
+    linear = has_linear_features(config.arch)  # always: it draws random numbers, and an option shall not change others
     if options["normalize_features"] is None:
-        config = replace(config, normalize_features=has_linear_features(config.arch))
+        config = replace(config, normalize_features=linear)
     model = MGENet(config)
     if init != "none":
         initialize_backbones(model, init)

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.transforms import InterpolationMode, v2
 
 from mge.attention import constant
 from mge.config import MGEConfig
+from mge.training.options import TrainOptions
 from mge_runtime.decode import MAX_PIXELS, open_image
 from mge_runtime.errors import InputError
 from mge_runtime.machine import cpu_count
@@ -78,13 +80,22 @@ class TrainingDataset(_Images):
     """Frames for training: shorter side resized, a random crop, a random horizontal flip (the paper's augmentation).
 
     Indexed by the (epoch, index) pairs of an `EpochSampler`: the same pair always gives the same image.
+    `augment` and `erasing` of the options add torchvision's TrivialAugmentWide or RandAugment (two operations of
+    magnitude 9) and RandomErasing.
     """
 
     def __init__(
-        self, samples: Sequence[tuple[Path, int]], config: MGEConfig, *, seed: int, flip: bool = True, **options: Any
+        self, samples: Sequence[tuple[Path, int]], config: MGEConfig, options: TrainOptions, **limits: Any
     ) -> None:
-        super().__init__(samples, config, **options)
-        self._seed, self._flip = seed, flip
+        super().__init__(samples, config, **limits)
+        self._seed, self._flip = options.seed, options.flip
+        blank: Any = [round(255 * mean) for mean in config.mean]  # what comes in from outside an image, or is erased
+        look: Any = {"interpolation": InterpolationMode.BILINEAR, "fill": blank}
+        self._transforms: list[Any] = []
+        if options.augment != "none":
+            self._transforms.append({"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}[options.augment](**look))
+        if options.erasing:
+            self._transforms.append(v2.RandomErasing(options.erasing, value=blank))
 
     def fingerprint(self) -> str:
         """Number of images and a hash of their names and classes, to tell one training set from another."""
@@ -96,12 +107,23 @@ class TrainingDataset(_Images):
         path, label = self.samples[key[1]]
         random = np.random.default_rng((self._seed, *key))
         frame = random_crop(open_image(path, self._max_pixels), self.config, random)
+        return self.augmented(frame, random), label
+
+    def augmented(self, frame: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """A frame, uint8 [S, S, 3], as training shows it: flipped or not, and what else the options ask for."""
         if self._flip and random.random() < 0.5:
-            frame = np.ascontiguousarray(frame[:, ::-1])
-        return frame, label
+            frame = frame[:, ::-1]
+        if not self._transforms:
+            return np.ascontiguousarray(frame)
+        image = Image.fromarray(np.ascontiguousarray(frame))
+        with torch.random.fork_rng(devices=()):  # torchvision draws from the generator of the process
+            torch.default_generator.manual_seed(int(random.integers(2**63)))
+            for transform in self._transforms:
+                image = transform(image)
+        return np.array(image)
 
 
-def random_crop(image: Image, config: MGEConfig, random: np.random.Generator) -> np.ndarray:
+def random_crop(image: Image.Image, config: MGEConfig, random: np.random.Generator) -> np.ndarray:
     """Resize the shorter side as the runtime does, then cut a random square: uint8 [S, S, 3]."""
     width, height = resized_size(image.width, image.height, config.resize)
     top, left = (int(random.integers(side - config.frame_size + 1)) for side in (height, width))

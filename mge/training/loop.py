@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from mge.evaluation import Predictions, collect, gate_report, summarize
 from mge.model import Average, Expert, Gate, MGENet, mix
 from mge.parts import view_areas
 from mge.training.combine import fit_average
-from mge.training.recipe import TrainOptions, loss_terms, make_optimizer, make_schedule, to_training_layout
+from mge.training.options import TrainOptions
+from mge.training.recipe import loss_terms, make_optimizer, make_schedule, move_average, to_training_layout
 from mge.training.record import Meter, write_csv, write_curves
 from mge.training.thresholds import crop_report, propose_threshold
 from mge_runtime.errors import TrainingError
@@ -48,7 +49,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)  # one row for each finished epoch
     best: float = -1.0  # highest validation accuracy so far, in [0, 1]
     kept: float = -1.0  # validation accuracy of the epoch in best.pt, in [0, 1]
-    rates: list[float] = field(default_factory=list)  # of backbones and heads in the last step
+    rates: list[float] = field(default_factory=list)  # of the backbones' last layers and of the heads in the last step
 
     def move(self, step: int) -> None:
         """Go to another step of the epoch, where a step is another number of images than before; mean losses stay."""
@@ -94,6 +95,7 @@ class Trainer:
     fabric: Fabric
     command: Mapping[str, Any] = field(default_factory=dict)  # plain values that `last.pt` keeps for --resume
     stopped_by: signal.Signals | None = field(default=None, init=False)  # the signal that ended `fit` early
+    _average: MGENet | None = field(default=None, init=False)  # the moving average, where `options.ema` asks for one
     _unread: list[dict[str, Tensor]] = field(default_factory=list, init=False)  # loss terms of the latest steps
 
     def fit(self, resume: Path | None = None) -> Progress:
@@ -101,6 +103,9 @@ class Trainer:
 
         The losses are read every `READ_EVERY` steps. One that is not finite is noticed then: up to `READ_EVERY` - 1
         steps have followed it, of which nothing is saved.
+
+        With a moving average of the weights (and of the BatchNorms' statistics, which belong to them), that is what is
+        validated and kept; `last.pt` holds the trained weights, too.
 
         Args:
             resume: a `last.pt` of a run with these options, whose weights `model` already has; the run goes on exactly
@@ -115,36 +120,46 @@ class Trainer:
             for module in self.model.modules():
                 if isinstance(module, Expert | Gate):
                     module.backbone.compile()
-        sgd = make_optimizer(self.model, self.options)
-        wrapped, optimizer = self.fabric.setup(self.model, sgd)
+        bare = make_optimizer(self.model, self.options)
+        wrapped, optimizer = self.fabric.setup(self.model, bare)
         parts = {"optimizer": optimizer, "precision": self.fabric.strategy.precision}
+        validated = wrapped
+        if self.options.ema:
+            # A copy of the model as `last.pt` has it, which is the average; `_load` then brings the trained weights.
+            self._average = copy.deepcopy(self.model)
+            validated, parts["weights"] = self.fabric.setup_module(self._average), self.model
         progress = Progress()
         with nullcontext() if resume is None else taking_up(resume):
             if resume is not None:
                 progress = self._load(resume, parts)
             done = progress.epoch * self.steps_per_epoch + progress.step
-            schedule = make_schedule(sgd, self.options, self.steps_per_epoch, done)
+            schedule = make_schedule(bare, self.options, self.steps_per_epoch, done)
         meter = Meter(self.options.epochs, self.steps_per_epoch, done, shown=self.fabric.is_global_zero)
         with Interrupt(noted=True) as interrupt, self._open_board(progress) as board:
             if resume is None and self.options.crop_area and self.model.config.experts > 1:
-                self._follow_area(self._validate(wrapped))
+                self._follow_area(self._validate(validated))
             stop, predictions = False, None
             while progress.epoch < self.options.epochs and not stop:
                 started = time.perf_counter()
                 stop = self._epoch(wrapped, optimizer, schedule, progress, interrupt, meter)
                 if not stop:
-                    predictions = self._finish_epoch(wrapped, progress, board, time.perf_counter() - started)
+                    predictions = self._finish_epoch(validated, progress, board, time.perf_counter() - started)
                 self._save(progress, parts)
                 stop = stop or self._anywhere(interrupt.requested)  # a signal during validation
             self.stopped_by = interrupt.received
         if progress.history and self.fabric.is_global_zero:
             write_curves(self.folder / "curves.png", progress.history)
         if predictions is not None and not stop and self.fabric.is_global_zero:
-            config = self.model.config
+            config = self.result.config
             crops = crop_report(predictions.heatmaps, config.sizes, config.box_thresholds)
             for line in (*crops, *gate_report(predictions.gate)):
                 echo(f"last.pt: {line}")
         return progress
+
+    @property
+    def result(self) -> MGENet:
+        """What is validated and saved: the moving average, or the model itself."""
+        return self._average or self.model
 
     @property
     def steps_per_epoch(self) -> int:
@@ -187,8 +202,11 @@ class Trainer:
         with meter.epoch(progress.epoch, progress.step):
             for frames, labels in batches(self._train_loader):
                 self._step(wrapped, optimizer, frames, labels, progress)
-                progress.rates = [group["lr"] for group in optimizer.param_groups]
+                progress.rates = [optimizer.param_groups[place]["lr"] for place in (0, -1)]
                 schedule.step()
+                if self._average is not None:
+                    done = progress.epoch * self.steps_per_epoch + progress.step
+                    move_average(self._average, self.model, self.options.ema, done)
                 progress.step += 1
                 read = progress.step % READ_EVERY == 0
                 if read:
@@ -214,12 +232,14 @@ class Trainer:
         """One step of the optimizer; nothing in it waits for the device."""
         seed_step(self.options.seed, progress.epoch, progress.step, self.fabric.global_rank)
         images = normalize(frames, self.model.config)  # channels_last, as frames are
+        late = 3 * progress.epoch >= 2 * self.options.epochs  # only then is the mixture worth following
         terms = loss_terms(
             wrapped(images, labels),
             labels,
             label_smoothing=self.options.label_smoothing,
             diversity_form=self.options.diversity,
             gate_balance=self.options.gate_balance,
+            distill=self.options.distill if late else 0.0,
         )
         self._unread.append({name: term.detach() for name, term in terms.items()})
         optimizer.zero_grad()
@@ -251,9 +271,9 @@ class Trainer:
             self._unread.clear()
         return sum(progress.sums.values()) / max(progress.step, 1)
 
-    def _finish_epoch(self, wrapped: Any, progress: Progress, board: Any, seconds: float) -> Predictions:
+    def _finish_epoch(self, validated: Any, progress: Progress, board: Any, seconds: float) -> Predictions:
         """Validate, write what the epoch gave, and return the predictions on the validation images."""
-        predictions = self._fit_average(self._validate(wrapped))
+        predictions = self._fit_average(self._validate(validated))
         if not np.isfinite(predictions.final).all():
             raise TrainingError(
                 f"the model's logits are not finite after epoch {progress.epoch + 1}; expected numbers: lower "
@@ -281,7 +301,7 @@ class Trainer:
                 board.add_scalar(key, row[key], progress.epoch + 1)
             board.flush()
             if kept:
-                save_checkpoint(self.folder / "best.pt", self.model)
+                save_checkpoint(self.folder / "best.pt", self.result)
             write_csv(self.folder / "metrics.csv", progress.history)
             singles = [row[f"top1/expert {k}"] for k in range(1, len(areas) + 1)]
             echo(
@@ -303,28 +323,29 @@ class Trainer:
         targets *= config.experts - 1 if len(targets) == 1 else 1
         crops = zip(predictions.heatmaps[:-1], config.sizes[:-1], targets, strict=True)
         thresholds = tuple(propose_threshold(*crop)[0] for crop in crops)
-        self.model.config = config.changed(box_thresholds=thresholds)
+        self.model.config = self.result.config = config.changed(box_thresholds=thresholds)
 
     def _fit_average(self, predictions: Predictions) -> Predictions:
         """Learn the weights of an average on the validation images, in every process alike."""
-        gate = self.model.gate
+        gate = self.result.gate
         if not isinstance(gate, Average):
             return predictions
         experts = range(1, self.model.config.experts + 1)
         logits = torch.from_numpy(np.stack([predictions.heads[f"expert {k}"] for k in experts], 1))
         fit_average(gate, logits, torch.from_numpy(predictions.labels))
-        kept = copy.deepcopy(gate).cpu()
-        weights = kept(logits)
-        heads = predictions.heads | {"mixture": mix(kept, weights, logits).numpy()}
+        cast("Average", self.model.gate).load_state_dict(gate.state_dict())  # or the next step would move the copy's
+        fitted = copy.deepcopy(gate).cpu()
+        weights = fitted(logits)
+        heads = predictions.heads | {"mixture": mix(fitted, weights, logits).numpy()}
         return replace(predictions, heads=heads, gate=weights.numpy())
 
-    def _validate(self, wrapped: Any) -> Predictions:
+    def _validate(self, validated: Any) -> Predictions:
         """Predictions on the validation images, in the precision of training; to be called by all processes.
 
         Each process predicts all images, with the running statistics of the first (the wrapper for several processes
         hands them out), so that all see the same figures and move the thresholds alike.
         """
-        return collect(wrapped, batches(self._val_loader))
+        return collect(validated, batches(self._val_loader))
 
     def _open_board(self, progress: Progress) -> AbstractContextManager[Any]:
         if not self.fabric.is_global_zero:
@@ -345,7 +366,7 @@ class Trainer:
                 "progress": asdict(progress),
                 **{name: part.state_dict() for name, part in parts.items()},
             }
-            save_checkpoint(self.folder / "last.pt", self.model, training=training)
+            save_checkpoint(self.folder / "last.pt", self.result, training=training)
 
     def _load(self, path: Path, parts: Mapping[str, Any]) -> Progress:
         """Take up a run where `_save` left it; `parts` are on their final device, where their tensors are copied to.

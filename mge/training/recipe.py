@@ -1,48 +1,36 @@
-"""The recipe of a training run: its options, losses, optimizer, learning rates and memory layout."""
+"""What `TrainOptions` ask for: losses, optimizer, learning rates and memory layout."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import defaultdict
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage] - where timm documents it
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mge.model import MGEOutput
 from mge.training.combine import balance
+from mge.training.options import TrainOptions
 
-__all__ = ["TrainOptions", "diversity", "loss_terms", "make_optimizer", "make_schedule", "to_training_layout"]
+__all__ = [
+    "distillation",
+    "diversity",
+    "loss_terms",
+    "make_optimizer",
+    "make_schedule",
+    "move_average",
+    "to_training_layout",
+]
 
 FRAGILE_CHANNELS = 16  # input channels from which on no damage was seen, see `to_training_layout`
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """Everything that a run depends on besides the model and the images; the defaults are the paper's."""
-
-    epochs: int = 100
-    batch_size: int = 10  # images
-    head_lr: float = 0.01  # of all layers outside the backbones; the peak rate under "onecycle"
-    backbone_lr: float = 0.001
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    schedule: str = "step"  # "step", "onecycle" or "cosine"
-    step_epochs: int = 30  # under "step": rates fall tenfold every so many epochs
-    label_smoothing: float = 0.0  # in [0, 1)
-    diversity: str = "code"  # form of the KL terms: "code", "paper" (see `diversity`) or "none"
-    clip_norm: float | None = None  # largest norm of the gradient; None: not clipped
-    gate_balance: float = 0.0  # weight of the term that keeps a gate from trusting one expert alone (`balance`)
-    flip: bool = True  # random horizontal flips
-    crop_area: tuple[
-        float, ...
-    ] = ()  # target share of each crop, in (0, 1], or one for all: thresholds follow; (): stay
-    seed: int = 0
-    workers: int = 2  # processes that decode images
-    precision: str = "32-true"  # Lightning Fabric's name
-    compile: bool = False  # torch.compile for the backbones
+LAYER = 12  # parameters of a backbone, in their order, that are a layer (timm's `auto_group_layers`)
+SOFTNESS = 2.0  # temperature of the distillation
 
 
 def diversity(logits: Tensor, previous: Tensor, labels: Tensor, form: str = "code") -> Tensor:
@@ -76,6 +64,7 @@ def loss_terms(
     label_smoothing: float = 0.0,
     diversity_form: str = "code",
     gate_balance: float = 0.0,
+    distill: float = 0.0,
 ) -> dict[str, Tensor]:
     """Every term of the training loss by name; the loss is their plain sum (all weights are 1 in the paper).
 
@@ -85,10 +74,11 @@ def loss_terms(
         label_smoothing: in [0, 1), of the cross-entropies.
         diversity_form: "code", "paper" or "none".
         gate_balance: weight of the term `balance`; 0 leaves it out.
+        distill: weight of the terms `distillation`; 0 leaves them out.
 
     Returns:
-        Scalars: `global_k`, `part_k`, `concat_k` for k = 1..K, `diversity_k` for k = 2..K, and `mixture` and `balance`
-        where there is a gate to train.
+        Scalars: `global_k`, `part_k`, `concat_k` for k = 1..K, `diversity_k` for k = 2..K, `distill_k` for k = 1..K-1,
+        and `mixture` and `balance` where there is a gate to train.
     """
 
     def entropy(logits: Tensor) -> Tensor:
@@ -106,15 +96,48 @@ def loss_terms(
     if diversity_form != "none":
         for k, (before, expert) in enumerate(zip(output.experts, output.experts[1:], strict=False), 2):
             terms[f"diversity_{k}"] = diversity(expert.logits, before.logits, labels, diversity_form)
+    if distill:
+        for k, expert in enumerate(output.experts[:-1], 1):
+            # The first of them trains the backbone, the second the head that exits read.
+            distances = distillation(expert.global_logits, output.logits) + distillation(expert.logits, output.logits)
+            terms[f"distill_{k}"] = distill * distances
     return terms
 
 
-def make_optimizer(model: nn.Module, options: TrainOptions) -> SGD:
-    """SGD with one rate for the backbones (they start from ImageNet) and one for everything else."""
-    backbones = [parameter for name, parameter in model.named_parameters() if "backbone." in name]
+def distillation(logits: Tensor, teacher: Tensor) -> Tensor:
+    """How far predictions are from a teacher's: T^2 KL(softmax(teacher / T) || softmax(logits / T)), mean of the batch.
+
+    Hinton et al. 2015, "Distilling the knowledge in a neural network", section 2; the last exit as the teacher of the
+    ones before it, late in training, as in Phuong and Lampert 2019, "Distillation-based training for multi-exit
+    architectures". T is `SOFTNESS`.
+
+    Args:
+        logits: [B, C].
+        teacher: logits [B, C]; no gradient reaches them.
+    """
+    student, target = ((values / SOFTNESS).log_softmax(1) for values in (logits, teacher.detach()))
+    return SOFTNESS**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+
+def make_optimizer(model: nn.Module, options: TrainOptions) -> Optimizer:
+    """An optimizer of timm's with rates for the backbones (they start from ImageNet) and one for everything else.
+
+    The first group holds the backbones' last layers at `backbone_lr`, the next ones the layers before, each at
+    `layer_decay` times the rate of the one behind it, the last group everything else at `head_lr`.
+    """
+    layers: defaultdict[int, list[nn.Parameter]] = defaultdict(list)  # by how many layers follow
+    inside = [item for item in model.named_parameters() if "backbone." in item[0]]
+    for _, items in groupby(inside, key=lambda item: item[0].partition("backbone.")[0]):
+        parameters = [parameter for _, parameter in items]
+        for place, parameter in enumerate(parameters, 1):
+            layers[(len(parameters) - place) // LAYER if options.layer_decay < 1 else 0].append(parameter)
+    groups = [
+        {"params": layers[depth], "lr": options.backbone_lr * options.layer_decay**depth} for depth in sorted(layers)
+    ]
     others = [parameter for name, parameter in model.named_parameters() if "backbone." not in name]
-    groups = [{"params": backbones, "lr": options.backbone_lr}, {"params": others, "lr": options.head_lr}]
-    return SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
+    groups.append({"params": others, "lr": options.head_lr})
+    name = "momentum" if options.optimizer == "sgd" else options.optimizer  # timm's "sgd" is Nesterov's
+    return create_optimizer_v2(groups, name, weight_decay=options.weight_decay, momentum=options.momentum)
 
 
 def make_schedule(optimizer: Optimizer, options: TrainOptions, steps_per_epoch: int, done: int = 0) -> LRScheduler:
@@ -124,12 +147,33 @@ def make_schedule(optimizer: Optimizer, options: TrainOptions, steps_per_epoch: 
     """
     total, last = options.epochs * steps_per_epoch, done - 1
     if options.schedule == "onecycle":
-        rates = [options.backbone_lr, options.head_lr]
+        rates = [group["lr"] for group in optimizer.param_groups]
         # At least two steps, or the cycle has no room to turn.
         return OneCycleLR(optimizer, rates, max(total, 2), cycle_momentum=False, last_epoch=last)
-    if options.schedule == "cosine":
-        return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1))), last)
-    return LambdaLR(optimizer, lambda step: 0.1 ** (step // (options.step_epochs * steps_per_epoch)), last)
+    warmup = round(min(options.warmup_epochs * steps_per_epoch, total - 1))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if options.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / (total - warmup), 1)))
+        return 0.1 ** (step // (options.step_epochs * steps_per_epoch))
+
+    return LambdaLR(optimizer, factor, last)
+
+
+@torch.no_grad()
+def move_average(average: nn.Module, model: nn.Module, most: float, updates: int) -> None:
+    """Move weights and BatchNorm statistics to d average + (1 - d) model, in place.
+
+    d begins at 0 and rises to `most` with the number of updates before, so that an average of a short run is not one of
+    its beginning: 1 - (1 + updates)^(-2/3), as timm's ModelEmaV3 has it. (That one goes through the state dict, where a
+    module that others share stands several times, and would move it as often.)
+    """
+    decay = min(1 - (1 + updates) ** (-2 / 3), most)
+    pairs = zip(*([*module.parameters(), *module.buffers()] for module in (average, model)), strict=True)
+    averages, latest = zip(*((one, other) for one, other in pairs if one.is_floating_point()), strict=True)
+    get_ema_multi_avg_fn(decay)(averages, latest, updates)
 
 
 def to_training_layout(model: nn.Module, device: torch.device) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,7 +22,8 @@ _PANELS = (  # title, prefix of the columns, unit, limits, scale
     ("median area of what each expert sees", "area/", "share of the first view", (0, 1.05), "linear"),
     ("learning rate, last step of the epoch", "lr/", "", None, "log"),
 )
-_LINES = {"global": "--", "part": ":", "diversity": "-.", "mixture": "--", "average": ":", "heads": "--"}
+_LINES: dict[str, Any] = {"global": "--", "part": ":", "diversity": "-.", "distill": (0, (1, 4))}
+_LINES |= {"mixture": "--", "average": ":", "balance": "-.", "heads": "--"}
 
 
 class Meter:

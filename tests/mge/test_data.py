@@ -18,6 +18,7 @@ from mge.data.folder import (
     random_crop,
 )
 from mge.data.splits import training_splits
+from mge.training.options import TrainOptions
 from mge_runtime.errors import InputError
 from tests.helpers.tiny_models import save_noise, tiny_config
 
@@ -93,6 +94,24 @@ def test_workers_live_on_and_batches_for_a_gpu_are_pinned():
     assert first.tolist() == second.tolist() != [os.getpid()] * 2
     for device in ("cpu", "cuda"):
         assert make_loader(Process(), 2, workers=0, device=torch.device(device)).pin_memory is (device == "cuda")
+
+
+@pytest.mark.parametrize("options", [{"augment": "trivial"}, {"augment": "rand"}, {"erasing": 1.0}])
+def test_what_an_epoch_draws_for_an_image_depends_on_nothing_else(tmp_path, options):
+    save_noise(tmp_path, {"a": 4})
+    samples = [(path, 0) for path in sorted((tmp_path / "a").iterdir())]
+    plain, drawn = (TrainingDataset(samples, tiny_config(), TrainOptions(**more)) for more in ({}, options))
+    keys = [(epoch, index) for epoch in range(3) for index in range(4)]
+    torch.manual_seed(1)
+    images = torch.stack([drawn[key][0] for key in keys])
+    after = torch.rand(())
+    torch.manual_seed(1)
+    assert after == torch.rand(())  # the process's own random numbers are left alone
+    loader = make_loader(drawn, 12, workers=1, sampler=keys[::-1])
+    assert torch.equal(next(batches(loader))[0].flip(0), images)
+    assert len({image.numpy().tobytes() for image in images}) == 12
+    assert sum(not torch.equal(image, plain[key][0]) for image, key in zip(images, keys, strict=True)) > 6
+    assert images.shape[1:] == (3, 64, 64)
 
 
 def test_a_crop_of_a_strip_needs_no_memory_for_the_whole_strip():

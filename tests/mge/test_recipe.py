@@ -10,7 +10,8 @@ from torch import nn
 
 from mge.config import MGEConfig
 from mge.model import MGENet
-from mge.training.recipe import TrainOptions, diversity, loss_terms, make_optimizer, make_schedule, to_training_layout
+from mge.training.options import OPTIMIZERS, TrainOptions
+from mge.training.recipe import distillation, diversity, loss_terms, make_optimizer, make_schedule, to_training_layout
 from tests.helpers.tiny_models import tiny_config
 
 
@@ -70,6 +71,19 @@ def test_terms_are_the_papers_ten_entropies_and_two_diversities(step):
     torch.testing.assert_close(terms["mixture"], F.cross_entropy(output.logits, labels))
 
 
+def test_experts_before_the_last_follow_the_mixture_without_moving_it(step):
+    model, output, labels = step
+    terms = loss_terms(output, labels, distill=0.5)
+    assert {"distill_1", "distill_2"} == set(terms) - set(loss_terms(output, labels))
+    target = (output.logits / 2).softmax(1)
+    heads = (output.experts[0].global_logits, output.experts[0].logits)
+    divergence = [(target * (target.log() - (logits / 2).log_softmax(1))).sum(1).mean() for logits in heads]
+    torch.testing.assert_close(terms["distill_1"], 0.5 * 4 * sum(divergence))
+    layers = {f"experts.0.{name}.{kind}" for name in ("global_head.fc", "concat_head") for kind in ("weight", "bias")}
+    assert trained_by(model, terms["distill_1"]) == {"experts.0.backbone"} | layers
+    assert distillation(output.logits, output.logits).item() == pytest.approx(0, abs=1e-6)
+
+
 def trained_by(model, term):
     model.zero_grad()
     term.backward(retain_graph=True)
@@ -112,14 +126,50 @@ def test_rates_of_backbones_and_heads_fall_tenfold_every_thirty_epochs(step):
         assert rates[2 * epoch] == pytest.approx([0.001 * factor, 0.01 * factor])
 
 
+def test_rates_fall_from_layer_to_layer_before():
+    """A layer is twelve parameters; each backbone has its own."""
+    backbones = [nn.Sequential(*(nn.Linear(1, 1) for _ in range(count))) for count in (13, 6)]  # 26 and 12 parameters
+    model = nn.ModuleDict({str(k): nn.ModuleDict({"backbone": one}) for k, one in enumerate(backbones)})
+    model["head"] = nn.Linear(1, 1)
+    groups = make_optimizer(model, TrainOptions(layer_decay=0.5)).param_groups
+    assert [group["lr"] for group in groups] == [0.001, 0.0005, 0.00025, 0.01]
+    assert [len(group["params"]) for group in groups] == [24, 12, 2, 2]
+    assert {id(p) for p in groups[2]["params"]} == {id(p) for p in backbones[0][0].parameters()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_and_goes_on(name):
+    model, options = heads_alone(), TrainOptions(optimizer=name)
+    for _ in range(2):
+        optimizer = make_optimizer(model, options)
+        before = model["head"].weight.item()
+        (model["head"](torch.ones(1)) - 10).square().backward()
+        optimizer.step()
+        assert abs(model["head"].weight.item() - 10) < abs(before - 10)
+    make_optimizer(model, options).load_state_dict(optimizer.state_dict())
+
+
 def heads_alone():
     return nn.ModuleDict({"backbone": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
 
 
+@pytest.mark.parametrize("schedule", ["step", "cosine"])
+def test_rates_rise_first(schedule):
+    options = TrainOptions(epochs=5, warmup_epochs=1.5, schedule=schedule)
+    optimizer = make_optimizer(heads_alone(), options)
+    heads = [rates[-1] for rates in rates_of(optimizer, make_schedule(optimizer, options, 2), 10)]
+    assert heads[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert heads[4:] == sorted(heads[4:], reverse=True)
+    assert (heads[-1] < 0.001) == (schedule == "cosine")
+
+
+@pytest.mark.parametrize("warmup", [0.0, 2.0])
 @pytest.mark.parametrize("schedule", ["step", "onecycle", "cosine"])
-def test_a_schedule_goes_on_where_a_shorter_run_ended(schedule):
+def test_a_schedule_goes_on_where_a_shorter_run_ended(schedule, warmup):
     """As the longer run's would; only "step" had the same rates before."""
-    short, long = (TrainOptions(epochs=epochs, step_epochs=2, schedule=schedule) for epochs in (3, 5))
+    short, long = (
+        TrainOptions(epochs=epochs, step_epochs=2, schedule=schedule, warmup_epochs=warmup) for epochs in (3, 5)
+    )
     optimizer = make_optimizer(heads_alone(), long)
     whole = rates_of(optimizer, make_schedule(optimizer, long, 4), 19)
     if schedule != "step":

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tomllib
 import torch
 from safetensors.torch import save_file
 
@@ -72,8 +73,64 @@ def test_a_training_state_that_does_not_fit_is_refused_in_one_line(trained, tmp_
 
 
 def test_a_threshold_is_fixed_or_follows_an_area_not_both(data):
-    for options in (["--box-threshold", "0.3"], ["--recipe", "paper"]):
-        fails(train, "--data", data, "--init", "none", *TINY, *options, "--crop-area", "0.5", code=2)
+    start = ["--data", data, "--init", "none", *TINY, "--crop-area", "0.5"]
+    assert "give one of them" in fails(train, *start, "--box-threshold", "0.3", code=2)
+
+
+def test_command_line_before_file_before_recipe_and_the_options_of_a_run_repeat_it(data, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        f'data = "{data}"\nrecipe = "modern"\ninit = "none"\narch = "test_resnet"\nexperts = 2\n'
+        'image_sizes = [96, 64]\nbatch-size = 4\nepochs = 2\naccelerator = "cpu"\nworkers = 0\n'
+        "head-lr = 0.003\nweight_decay = 0.02\nmean = [0.4, 0.5, 0.6]\nflip = false\nbox_threshold = 0.3\ndistill = 1\n"
+    )
+    succeeds(train, "--config", tmp_path / "mine.toml", "--out", tmp_path / "a", "--weight-decay", "0.03", *QUICK[:2])
+    kept = tomllib.loads((tmp_path / "a/options.toml").read_text())
+    assert (kept["weight-decay"], kept["head-lr"], kept["optimizer"], kept["epochs"]) == (0.03, 0.003, "adamw", 2)
+    assert (kept["image-sizes"], kept["mean"], kept["flip"]) == ([96, 64], [0.4, 0.5, 0.6], False)
+    assert (kept["box-threshold"], kept["crop-area"]) == ([0.3], [])  # one decides for both
+    assert not {"out", "resume", "overwrite", "config"} & kept.keys()
+    succeeds(train, "--config", tmp_path / "a/options.toml", "--out", tmp_path / "b")
+    for name in ("options.toml", "best.pt"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    (tmp_path / "c.toml").write_text("head-lr = 0.5\n")
+    again = ["--resume", tmp_path / "b/last.pt", "--config"]
+    assert "--head-lr 0.003, now it is 0.5" in fails(train, *again, tmp_path / "c.toml")
+    succeeds(train, *again, tmp_path / "a/options.toml", "--epochs", "3")
+
+
+def test_an_option_overrides_a_recipe(data, tmp_path):
+    start = ["--data", data, "--init", "none", *TINY, "--recipe", "paper", "--crop-area", "0.4", "--out", tmp_path]
+    succeeds(train, *start)
+    assert read_training(tmp_path / "last.pt")["options"]["crop_area"] == (0.4,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("head_rate = 1", "'head_rate' is no option of mge-train"),
+        ("version = true", "'version' is no option of mge-train"),
+        ("config = 'other.toml'", "'config' is no option of mge-train"),
+        ("[model]\nexperts = 2", "'model' is no option of mge-train"),
+        ("epochs = 1.5", "epochs is 1.5: '1.5' is not a valid integer"),
+        ("epochs = true", "epochs is true: 'True' is not a valid integer"),
+        ("flip = 'never'", "flip is \"never\": 'never' is not a valid boolean"),
+        ("gate = 'none of these'", 'gate is "none of these": '),
+        ("mean = [0.5, 0.5]", "mean is [0.5, 0.5]: "),
+        ("mean = 0.5", "mean is 0.5: "),
+        ("ema = 1", "ema is 1: 1.0 is not in the range 0<=x<1"),
+        ("image-sizes = '448,half'", "expected pixels separated by commas"),
+        ("epochs = 1\nepochs = 2", "expected a TOML file"),
+        ("\xff", "expected a TOML file"),
+        (None, "expected a TOML file"),
+    ],
+)
+def test_a_bad_file_of_options_is_named_with_its_key(data, tmp_path, content, message):
+    file = tmp_path / "mine.toml"
+    if content is not None:
+        file.write_bytes(content.encode("latin-1"))
+    line = fails(train, "--data", data, "--config", file)
+    assert str(file) in line
+    assert message in line
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mge.checkpoint import read_training
 from tests.helpers.tiny_models import save_noise
 
 OPTIONS = ["--init", "none", "--batch-size", "4", "--epochs", "2000", "--accelerator", "cpu", "--devices", "2"]
-MODEL = ["--arch", "plainnet_w16", "--image-size", "64"]
+MODEL = ["--arch", "plainnet_w16", "--image-size", "64", "--ema", "0.9"]
 
 
 @pytest.fixture

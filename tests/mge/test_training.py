@@ -1,12 +1,15 @@
 """The loop on a tiny network: resuming, interrupting, stopping at nonsense, and what a run leaves."""
 
+import copy
 import csv
+import functools
 import multiprocessing
 import os
 import re
 import signal
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -18,11 +21,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mge.checkpoint import load_checkpoint, read_training
-from mge.data.folder import FolderDataset, TrainingDataset
+from mge.data.folder import FolderDataset, TrainingDataset, batches, make_loader
 from mge.data.splits import training_splits
+from mge.evaluation import collect
 from mge.model import MGENet
 from mge.training.loop import Progress, Trainer, within_noise
-from mge.training.recipe import TrainOptions
+from mge.training.options import TrainOptions
 from mge.training.record import Meter, write_curves
 from mge_runtime.errors import TrainingError
 from tests.helpers.tiny_models import save_noise, tiny_config
@@ -48,7 +52,7 @@ def make(data, tmp_path):
         folder.mkdir(exist_ok=True)
         return kind(
             model or MGENet(config),
-            TrainingDataset(train, config, seed=options.seed),
+            TrainingDataset(train, config, options),
             FolderDataset(val, config),
             options,
             folder,
@@ -85,7 +89,13 @@ def with_dropout(trainer):
     return trainer
 
 
-def test_a_stopped_run_goes_on_exactly(make):
+MODERN = {"optimizer": "adamw", "schedule": "cosine", "warmup_epochs": 1.0, "layer_decay": 0.5, "ema": 0.9,
+          "augment": "trivial", "erasing": 0.5, "distill": 1.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["paper", "modern"])
+def test_a_stopped_run_goes_on_exactly(make, options):
+    make = functools.partial(make, **options)
     whole = with_dropout(make("whole", workers=1)).fit()  # a loader with workers draws more random numbers
     for kind in (Stops, StopsInItsLastStep):
         stopped = with_dropout(make(kind.__name__, kind=kind))
@@ -249,6 +259,36 @@ def test_a_grown_run_is_the_longer_one_and_in_tensorboard_once(make, capsys):
     assert [event.step for event in events] == [1, 2]
 
 
+class Watched(Trainer):
+    """Keeps the weights after every step, and what validation predicts."""
+
+    def _step(self, *arguments):
+        super()._step(*arguments)
+        self.states = [*getattr(self, "states", []), copy.deepcopy(self.model.state_dict())]
+
+    def _validate(self, validated):
+        self.predictions = super()._validate(validated)
+        return self.predictions
+
+
+def test_the_moving_average_is_validated_and_kept(make):
+    """Of weights and statistics alike, step by step by its formula; its decay begins at 0 and rises to `ema`."""
+    trainer = make(kind=Watched, epochs=1, batch_size=2, ema=0.7)
+    trainer.fit()
+    expected = trainer.states[0]
+    for update, state in enumerate(trainer.states[1:], 1):
+        decay = min(1 - (1 + update) ** (-2 / 3), 0.7)
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in state.items()}
+    kept, trained = load_checkpoint(trainer.folder / "best.pt"), read_training(trainer.folder / "last.pt")["weights"]
+    for name, value in kept.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[name], msg=name)
+        assert torch.equal(trained[name], trainer.states[-1][name])
+    assert "experts.0.backbone.stage1.1.running_var" in trained
+    again = collect(kept, batches(make_loader(trainer.val, 6, workers=0)))
+    np.testing.assert_allclose(trainer.predictions.final, again.final, atol=1e-5)
+
+
 def test_removed_images_are_said_and_the_rest_goes_on(make, capsys):
     stopped = make(epochs=3, kind=StopsInItsLastStep)
     assert stopped.fit().step == 4
@@ -306,7 +346,7 @@ def test_no_step_waits_for_the_device(make, monkeypatch):
             super()._step(wrapped, optimizer, images, labels, progress)
             found.append((before, len(reads)))
 
-    trainer = make(kind=Watched, epochs=1, batch_size=2, crop_area=())  # no validation before the first step
+    trainer = make(kind=Watched, epochs=1, batch_size=2, crop_area=(), ema=0.9)  # no validation before the first step
     trainer._val_loader, trainer._train_loader  # noqa: B018 - made once, before anything is counted
     with Counts():
         trainer.fit()
