@@ -15,9 +15,9 @@ are options of `mge-train`, which evaluates with `mge-eval --ckpt RUN/best.pt --
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import click
 import numpy as np
@@ -80,14 +80,15 @@ def _square(image: Image.Image, side: int, random: np.random.Generator) -> np.nd
 class SceneDataset(TrainingDataset):
     """Scenes for training: the same (epoch, index) always gives the same scene, every epoch another."""
 
-    kind: str
-    others: Sequence[Path]
+    def __init__(self, *arguments: Any, kind: str, others: Sequence[Path], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._kind, self._others = kind, others
 
     def read(self, key: tuple[int, int]) -> tuple[Any, int]:
         """The scene of image `index` in `epoch`, flipped or not."""
         path, label = self.samples[key[1]]
         random = np.random.default_rng((self._seed, *key))
-        scene, _ = compose(self.kind, open_image(path), self.others, random)
+        scene, _ = compose(self._kind, open_image(path, self._max_pixels), self._others, random)
         if self._flip and random.random() < 0.5:
             scene = scene[:, ::-1]
         side = self.config.frame_size
@@ -137,9 +138,8 @@ def main(data: Path, out: Path, kind: str, scene_seed: int, run: Path | None, op
     if run is not None:
         from mge.cli.train import main as train
 
-        SceneDataset.kind, SceneDataset.others = kind, distractors(data, "train")
-        with patch("mge.data.folder.TrainingDataset", SceneDataset):
-            train.main(["--data", str(out), "--out", str(run), *options])
+        scenes = partial(SceneDataset, kind=kind, others=distractors(data, "train"))
+        train.main(["--data", str(out), "--out", str(run), *options], obj=scenes)
 
 
 if __name__ == "__main__":

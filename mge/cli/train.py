@@ -194,9 +194,10 @@ def main(**options: Any) -> None:
                 f"{config.experts} x {config.arch} at {config.image_size} px{origin}"
             )
             echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
+        images = context.obj or TrainingDataset  # `main.main(arguments, obj=...)` trains on images of another making
         trainer = Trainer(
             model,
-            TrainingDataset(train, config, seed=train_options.seed, flip=train_options.flip, max_pixels=pixels),
+            images(train, config, seed=train_options.seed, flip=train_options.flip, max_pixels=pixels),
             FolderDataset(val, config, max_pixels=pixels),
             train_options,
             out,
