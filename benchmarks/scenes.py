@@ -1,7 +1,7 @@
 """Scenes in which a product must be found before it can be told apart, composed from photographs of single products.
 
     python -m benchmarks.scenes SHARED/data OUT --kind far                # val and test scenes as class folders
-    python -m benchmarks.scenes SHARED/data OUT --kind far --train RUN --image-sizes 256,224,224 --source-size 1280
+    python -m benchmarks.scenes SHARED/data OUT --train RUN --image-sizes 256,224,224 --source-size 1280 --resize 1280
 
 `far`: one product tile at its own size (320 x 320 to 320 x 427 px) at a random place of a canvas of 1,280 px, which is
 one enlarged photograph of something else. `shelf2` and `shelf3`: a grid of 2 x 2 or 3 x 3 tiles of 320 px, one of them
@@ -9,7 +9,8 @@ the product. Scenes of each split are made of that split's photographs; the vali
 training does not see. Everything follows from the seed. `parts.csv` says where the product lies.
 
 With `--train` a model is trained on scenes that are new in every epoch and validated on those of OUT/val; what follows
-are options of `mge-train`, which evaluates with `mge-eval --ckpt RUN/best.pt --data OUT`.
+are options of `mge-train`, which evaluates with `mge-eval --ckpt RUN/best.pt --data OUT`. Training sees whole
+scenes, and so does evaluation where `--resize` is the side of the frame.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from PIL import Image
 
 from mge.data.folder import TrainingDataset, crop_resized, normalize
 from mge.parts import write_parts
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import note, reports_errors
 from mge_runtime.decode import open_image
 from mge_runtime.preprocess import resized_size
 
@@ -83,6 +84,10 @@ class SceneDataset(TrainingDataset):
     def __init__(self, *arguments: Any, kind: str, others: Sequence[Path], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._kind, self._others = kind, others
+        if self.config.resize != self.config.frame_size:
+            note(
+                f"validation sees no whole scenes, products at their borders are cut: --resize {self.config.frame_size}"
+            )
 
     def read(self, key: tuple[int, int]) -> tuple[Any, int]:
         """The scene of image `index` in `epoch`, flipped or not."""
