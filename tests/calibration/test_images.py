@@ -47,7 +47,7 @@ def test_copies_count_once_and_have_one_class(data):
     shutil.copy(data / "ant" / "a.png", data / "ant" / "b.png")
     assert len(list_labeled(data, NAMES)[1]) == 4
     shutil.copy(data / "ant" / "a.png", data / "bee" / "b.png")
-    with pytest.raises(InputError, match=r"ant/a\.png and bee/b\.png are the same bytes; expected it in the folder of"):
+    with pytest.raises(InputError, match=r"ant/a\.png and bee/b\.png are the same bytes; expected it in its own class"):
         list_labeled(data, NAMES)
 
 
