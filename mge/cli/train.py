@@ -31,7 +31,8 @@ UNIT = Number(0, 1, max_open=True)
 CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
 # What may differ from the run that --resume goes on with; of --epochs, more.
 FREE = frozenset(
-    {"data", "out", "overwrite", "resume", "epochs", "workers", "max_pixels", "accelerator", "devices", "compile"}
+    {"data", "out", "overwrite", "resume", "dry_run", "epochs", "workers", "max_pixels"}
+    | {"accelerator", "devices", "compile"}
 )
 
 
@@ -45,10 +46,16 @@ def _sizes(context: click.Context, parameter: click.Parameter, value: str | None
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option(
-    "--data", type=PATH, help="Folder with train/<class>/*.jpg and, if you have it, val/.  [a new run: required]"
+    "--data",
+    type=PATH,
+    help="Folder with train/<class>/*.jpg and, if you have it, val/; or a downloaded data set (CUB-200-2011, NABirds, "
+    "FGVC-Aircraft, ...), or a table of paths and labels (.csv, .parquet).  [a new run: required]",
 )
 @click.option("--out", type=PATH, help="Folder for what the run writes.  [default: runs/mge, or that of --resume]")
 @click.option("--overwrite", is_flag=True, help="Replace the run that --out holds.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check the images, time a few steps, say what the run costs; write nothing."
+)
 @click.option(
     "--recipe",
     type=click.Choice(["default", "paper"]),
@@ -148,8 +155,8 @@ def main(**options: Any) -> None:
     Ctrl-C, SIGTERM and SIGHUP end the run after the current step; --resume continues it.
     """
     # What can be checked without PyTorch is checked before it is loaded, which takes seconds.
+    from mge.data.check import check_images
     from mge.data.splits import training_splits
-    from mge_runtime.sources import validation_folder
 
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
@@ -169,10 +176,17 @@ def main(**options: Any) -> None:
             f"{resume} knows {config.num_classes} classes, the data folder has {len(classes)} others; "
             "expected the folder that the run started with; --init fine-tunes for other classes"
         )
-    moved = resume is not None and resume.resolve().parent != out.resolve()
-    _check_folder(out, replace=options["overwrite"] or (resume is not None and not moved))
+    dry = options["dry_run"]
+    moved = not dry and resume is not None and resume.resolve().parent != out.resolve()
+    if not dry:
+        _check_folder(out, replace=options["overwrite"] or (resume is not None and not moved))
+    elif options["init"] == "timm":
+        options["init"] = "none"  # nothing is downloaded for it
+    if first:
+        check_images({"train": train, "val": val}, classes, options["max_pixels"], note)
 
     from mge.data.folder import FolderDataset, TrainingDataset
+    from mge.training.dry_run import Rehearsal
     from mge.training.loop import Trainer
     from mge.training.recipe import TrainOptions
 
@@ -182,20 +196,19 @@ def main(**options: Any) -> None:
     model, origin = _make_model(config, classes, options, given)
     config, pixels = model.config, options["max_pixels"]
     options |= {name: value for name, value in asdict(config).items() if name in options}  # for --resume
-    with _claimed(out, claim=first or fabric.world_size == 1):
+    with _claimed(out, claim=not dry and (first or fabric.world_size == 1)):
         if resume is not None and moved and first:
             _copy_best(resume.parent / "best.pt", out / "best.pt")
         _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
         if fabric.is_global_zero:
-            if validation_folder(data) is None:
-                echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
             echo(
                 f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
                 f"{config.experts} x {config.arch} at {config.image_size} px{origin}"
             )
+        if fabric.is_global_zero and not dry:
             echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
         images = context.obj or TrainingDataset  # `main.main(arguments, obj=...)` trains on images of another making
-        trainer = Trainer(
+        trainer = (Rehearsal if dry else Trainer)(
             model,
             images(train, config, seed=train_options.seed, flip=train_options.flip, max_pixels=pixels),
             FolderDataset(val, config, max_pixels=pixels),
@@ -205,7 +218,12 @@ def main(**options: Any) -> None:
             command={name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
         )
         progress = trainer.fit(resume)
-    if not fabric.is_global_zero:
+    if isinstance(trainer, Rehearsal) and fabric.is_global_zero:
+        if trainer.stopped_by:
+            raise click.exceptions.Exit(128 + trainer.stopped_by)
+        for line in trainer.report():
+            echo(line)
+    if dry or not fabric.is_global_zero:
         return  # with 0: Fabric kills the first process when another one fails
     if progress.epoch < train_options.epochs:
         echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")
