@@ -41,8 +41,9 @@ def training_splits(
         root, classes = listed.root, listed.classes
         samples, val = listed.labeled("train", classes), listed.splits.get("val")
     else:
-        require_folder(data, "a folder with train/<class>/*.jpg, a downloaded data set or a table of paths")
-        root, (classes, samples) = data, list_labeled(data / "train", say=say)
+        place = data / "train"
+        require_folder(place, f"class folders there ({place}/<class>/*.jpg), a downloaded data set or a table of paths")
+        root, (classes, samples) = data, list_labeled(place, say=say)
         val = list_labeled(folder, classes, say)[1] if (folder := validation_folder(data)) else None
     names: dict[str, str] = {}
     for name in classes:

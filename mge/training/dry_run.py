@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -31,16 +31,14 @@ LEAST, SECONDS = 3, 20.0  # steps that are timed: so many, and for so long
 VALIDATED = 2  # batches, the last of which is timed
 
 
-def count_gmacs(model: MGENet, image: torch.Tensor) -> float:
-    """Multiply-accumulates of convolutions and matrix products for one image, in 10^9; the model stays as it was.
+def count_gmacs(model: MGENet) -> float:
+    """Multiply-accumulates, in 10^9, of convolutions and matrix products for one image in evaluation.
 
-    Args:
-        model: what to count, with the heads that only training needs.
-        image: its input, without the axis of the batch.
+    The heads that only training needs are counted, too. The model stays as it was.
     """
-    training, device = model.training, next(model.parameters()).device
+    training, side = model.training, model.config.frame_size
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(image[None].to(device))
+        model.eval()(torch.zeros(1, 3, side, side, device=next(model.parameters()).device))
     model.train(training)
     return counter.get_total_flops() / 2e9
 
@@ -55,7 +53,7 @@ class Rehearsal(Trainer):
         """Take a few steps, and validate on a few batches."""
         self._steps: list[float] = []  # seconds of each, with the wait for its images
         self._validation = 0.0  # seconds of a batch
-        self._gmacs = count_gmacs(self.model, self.val[0][0])
+        self._gmacs = count_gmacs(self.model)
         return super().fit(resume)
 
     def report(self) -> Generator[str]:
@@ -64,7 +62,7 @@ class Rehearsal(Trainer):
         yield f"images of a class to train on: {counts[0]} to {counts[-1]}, median {median(counts):g}"
         yield f"model: {self._gmacs:.3g} GMACs an image; experts at {', '.join(map(str, self.model.config.sizes))} px"
         if self._steps:
-            step, epochs = median(self._steps[WARM_UP:] or self._steps), self.options.epochs
+            step, epochs = fmean(self._steps[WARM_UP:] or self._steps), self.options.epochs
             images = self.options.batch_size * self.fabric.world_size
             parts = step * self.steps_per_epoch, self._validation * len(self._val_loader)
             epoch, validation, run = map(tqdm.format_interval, (*parts, epochs * sum(parts)))
