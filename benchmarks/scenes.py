@@ -1,7 +1,7 @@
 """Scenes in which a product must be found before it can be told apart, composed from photographs of single products.
 
     python -m benchmarks.scenes SHARED/data OUT --kind far                # val and test scenes as class folders
-    python -m benchmarks.scenes SHARED/data OUT --kind far --train RUN --image-sizes 256,224,224 --source-size 1280
+    python -m benchmarks.scenes SHARED/data OUT --train RUN --image-sizes 256,224,224 --source-size 1280 --resize 1280
 
 `far`: one product tile at its own size (320 x 320 to 320 x 427 px) at a random place of a canvas of 1,280 px, which is
 one enlarged photograph of something else. `shelf2` and `shelf3`: a grid of 2 x 2 or 3 x 3 tiles of 320 px, one of them
@@ -9,15 +9,16 @@ the product. Scenes of each split are made of that split's photographs; the vali
 training does not see. Everything follows from the seed. `parts.csv` says where the product lies.
 
 With `--train` a model is trained on scenes that are new in every epoch and validated on those of OUT/val; what follows
-are options of `mge-train`, which evaluates with `mge-eval --ckpt RUN/best.pt --data OUT`.
+are options of `mge-train`, which evaluates with `mge-eval --ckpt RUN/best.pt --data OUT`. Training sees whole
+scenes, and so does evaluation where `--resize` is the side of the frame.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import click
 import numpy as np
@@ -25,7 +26,7 @@ from PIL import Image
 
 from mge.data.folder import TrainingDataset, crop_resized
 from mge.parts import write_parts
-from mge_runtime.cli.common import reports_errors
+from mge_runtime.cli.common import note, reports_errors
 from mge_runtime.decode import open_image
 from mge_runtime.preprocess import resized_size
 
@@ -80,19 +81,23 @@ def _square(image: Image.Image, side: int, random: np.random.Generator) -> np.nd
 class SceneDataset(TrainingDataset):
     """Scenes for training: the same (epoch, index) always gives the same scene, every epoch another."""
 
-    kind: str
-    others: Sequence[Path]
+    def __init__(self, *arguments: Any, kind: str, others: Sequence[Path], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._kind, self._others = kind, others
+        if self.config.resize != self.config.frame_size:
+            note(
+                f"validation sees no whole scenes, products at their borders are cut: --resize {self.config.frame_size}"
+            )
 
     def read(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
-        """The scene of image `index` in `epoch`, flipped or not."""
+        """The scene of image `index` in `epoch`, augmented."""
         path, label = self.samples[key[1]]
         random = np.random.default_rng((self._seed, *key))
-        scene, _ = compose(self.kind, open_image(path), self.others, random)
-        if self._flip and random.random() < 0.5:
-            scene = scene[:, ::-1]
+        scene, _ = compose(self._kind, open_image(path, self._max_pixels), self._others, random)
         side = self.config.frame_size
-        frame = crop_resized(Image.fromarray(np.ascontiguousarray(scene)), (side, side), (0, 0), side)
-        return frame, label
+        if len(scene) != side:
+            scene = crop_resized(Image.fromarray(scene), (side, side), (0, 0), side)
+        return self.augmented(scene, random), label
 
 
 def distractors(data: Path, split: str) -> list[Path]:
@@ -137,9 +142,8 @@ def main(data: Path, out: Path, kind: str, scene_seed: int, run: Path | None, op
     if run is not None:
         from mge.cli.train import main as train
 
-        SceneDataset.kind, SceneDataset.others = kind, distractors(data, "train")
-        with patch("mge.data.folder.TrainingDataset", SceneDataset):
-            train.main(["--data", str(out), "--out", str(run), *options])
+        scenes = partial(SceneDataset, kind=kind, others=distractors(data, "train"))
+        train.main(["--data", str(out), "--out", str(run), *options], obj=scenes)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ SHARE = Number(1e-6, 1, max_open=True)  # below one in a million no number of im
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="Labeled images that the model was not trained on: DIR/<class>/*.jpg, or DIR/val/<class>/*.jpg. For exits "
-    "they must be new to every choice: no validation images, which chose the checkpoint.",
+    help="Labeled images that the model was not trained on: DIR/<class>/*.jpg, DIR/val/<class>/*.jpg, a downloaded "
+    "data set or a table of paths (the validation split; CUB_200_2011/test names another). For exits they must be new "
+    "to every choice: no validation images, which chose the checkpoint.",
 )
 @click.option(
     "--exit-data",

@@ -1,4 +1,4 @@
-"""Labeled images in class folders, and which of them teach what: temperatures, and exits, whose images are new."""
+"""Labeled images, and which of them teach what: temperatures, and exits, whose images are new."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, cast
 from mge_runtime import sources
 from mge_runtime.errors import InputError
 from mge_runtime.files import file_sha256
+from mge_runtime.layouts import find_list, relative_name
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Manifest
 
@@ -23,9 +24,9 @@ _NAMED = 5  # classes in a message
 
 @dataclass(frozen=True)
 class LabeledImage:
-    """One image and the class that its folder names."""
+    """One image and its class."""
 
-    name: str  # relative to the folder, "/" between its parts
+    name: str  # relative to the data set, "/" between its parts
     path: Path
     label: int  # class index of the bundle
     sha256: str  # of the file
@@ -49,30 +50,36 @@ def short_digest(sha256: str) -> str:
 def list_labeled(
     folder: Path, class_names: Sequence[str], say: Callable[[str], None] = lambda _: None
 ) -> tuple[Path, list[LabeledImage]]:
-    """List the images of `folder/<class>/...`, or of the validation folder in it: training never learns from that.
+    """List the images of a data set's list or of `folder/<class>/...`, of the validation split where there are splits.
 
+    Training never learns from that.
     A class without a folder has no images. Of files with the same bytes the first by name is taken: a copy is no
     further observation.
 
     Returns:
-        The folder that holds the class folders, and the images, sorted by class and path.
+        The folder that holds the class folders (of a list: what names the split), and the images, by class and path.
 
     Raises:
-        InputError: as for `sources.list_labeled`, or one image is in the folders of two classes.
+        InputError: as for `sources.list_labeled` and `LabeledList.labeled`, or one image is of two classes.
     """
-    split = sources.validation_folder(folder)
-    root = folder if split is None or split.name in class_names else split
-    _, samples = sources.list_labeled(root, class_names, say)
+    if (listed := find_list(folder)) is not None:
+        say(str(listed))
+        root, base = folder / "val" if "val" in listed.splits else folder, listed.root
+        samples = listed.labeled("val", class_names)
+    else:
+        split = sources.validation_folder(folder)
+        root = base = folder if split is None or split.name in class_names else split
+        _, samples = sources.list_labeled(root, class_names, say)
     with ThreadPoolExecutor(cpu_count()) as pool:
         hashes = list(pool.map(_content_sha256, (path for path, _ in samples)))
     unique: dict[str, LabeledImage] = {}
     for (path, label), sha256 in zip(samples, hashes, strict=True):
-        name = path.relative_to(root).as_posix()
+        name = relative_name(path, base)
         first = unique.setdefault(sha256, LabeledImage(name, path, label, sha256))
         if first.label != label:
             raise InputError(
                 f"{root} holds one image in two classes, {first.name} and {name} are the same bytes; expected it "
-                "in the folder of its own class alone: remove the other"
+                "in its own class alone: remove the other"
             )
     return root, list(unique.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,19 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 PATH = click.Path(path_type=Path)
+Label = Callable[[tuple[str, ...]], list[tuple[Path, int]]]  # class names to the images with their index among these
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option("--ckpt", type=PATH, help="A checkpoint: every head of every expert.")
 @click.option("--engine", type=PATH, help="A bundle: every expert, as it runs on a device.")
-@click.option("--data", type=PATH, required=True, help="Folder with test/<class>/*.jpg, or with the class folders.")
-@click.option("--split", default="test", help="Folder below --data, where there is one.")
+@click.option(
+    "--data",
+    type=PATH,
+    required=True,
+    help="Folder with test/<class>/*.jpg, the class folders, a downloaded data set or a table of paths.",
+)
+@click.option("--split", default="test", help="Folder below --data, or split of its list, where there is one.")
 @batch_option(32, "--batch-size")
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes (threads for a bundle) that decode.")
 @max_pixels_option
@@ -68,21 +75,30 @@ def main(
     from mge.archive import check_file
     from mge.evaluation import figures, print_table, write_predictions
     from mge_runtime.errors import InputError
-    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, require_folder, validation_folder
+    from mge_runtime.layouts import find_list, relative_name
+    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, list_labeled, require_folder, validation_folder
 
     if (ckpt is None) == (engine is None):
         raise click.UsageError("name either --ckpt or --engine")
     if ckpt is not None and (unused := options_given("device", "backend", "threads", "no_mmap")):
         raise click.UsageError(f"a checkpoint runs in PyTorch, which cannot use {', '.join(unused)}; leave that out")
-    folder = data / split if is_folder(data / split) else data
-    if split in VALIDATION_FOLDERS:
-        folder = validation_folder(data) or data
-    if is_folder(folder / "train"):
-        raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
-    require_folder(folder, "test/<class>/*.jpg in it, or the class folders")
+    if (listed := find_list(data)) is not None:
+        note(str(listed))
+        folder = listed.root
+    else:
+        folder = data / split if is_folder(data / split) else data
+        if split in VALIDATION_FOLDERS:
+            folder = validation_folder(data) or data
+        if is_folder(folder / "train"):
+            raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
+        require_folder(folder, "test/<class>/*.jpg in it, the class folders, a downloaded data set or a table of paths")
+
+    def label(classes: tuple[str, ...]) -> list[tuple[Path, int]]:
+        return list_labeled(folder, classes, note)[1] if listed is None else listed.labeled(split, classes)
+
     if ckpt is not None:
         check_file(ckpt)  # before PyTorch is loaded, which takes seconds
-        found, samples = _run_checkpoint(ckpt, folder, batch, workers, max_pixels)
+        found, samples = _run_checkpoint(ckpt, label, batch, workers, max_pixels)
     else:
         assert engine is not None  # noqa: S101 - the usage check above; for the type checker
         from mge_runtime.pipeline import Pipeline
@@ -90,8 +106,8 @@ def main(
         with Pipeline.open(
             engine, device, backend, threads, streams="auto", mmap=not no_mmap, max_pixels=max_pixels
         ) as pipeline:
-            found, samples = _run_bundle(pipeline, folder, batch, workers)
-    names = [path.relative_to(folder).as_posix() for path, _ in samples]
+            found, samples = _run_bundle(pipeline, label, batch, workers)
+    names = [relative_name(path, folder) for path, _ in samples]
     result = figures(found, folder, names)
     if predictions is not None:
         write_predictions(predictions, found, names)
@@ -101,23 +117,21 @@ def main(
         print_table(result)
 
 
-def _run_checkpoint(ckpt: Path, folder: Path, batch: int, workers: int, max_pixels: int) -> tuple[Predictions, Any]:
+def _run_checkpoint(ckpt: Path, label: Label, batch: int, workers: int, max_pixels: int) -> tuple[Predictions, Any]:
     from mge.checkpoint import load_checkpoint
     from mge.data.folder import FolderDataset, batches, make_loader
     from mge.evaluation import collect
-    from mge_runtime.sources import list_labeled
 
     model = load_checkpoint(ckpt)
-    _, samples = list_labeled(folder, model.config.classes, note)
+    samples = label(model.config.classes)
     loader = make_loader(FolderDataset(samples, model.config, max_pixels=max_pixels), batch, workers=workers)
     return collect(model, batches(loader)), samples
 
 
-def _run_bundle(pipeline: Pipeline, folder: Path, batch: int, workers: int) -> tuple[Predictions, Any]:
+def _run_bundle(pipeline: Pipeline, label: Label, batch: int, workers: int) -> tuple[Predictions, Any]:
     from mge.evaluation import collect_bundle
-    from mge_runtime.sources import list_labeled
 
-    _, samples = list_labeled(folder, pipeline.manifest.class_names, note)
+    samples = label(pipeline.manifest.class_names)
     return collect_bundle(pipeline, samples, batch, max(workers, 1)), samples
 
 

@@ -41,8 +41,8 @@ def main(**options: Any) -> None:
     Ctrl-C, SIGTERM and SIGHUP end the run after the current step; --resume continues it.
     """
     # What can be checked without PyTorch is checked before it is loaded, which takes seconds.
+    from mge.data.check import check_images
     from mge.data.splits import training_splits
-    from mge_runtime.sources import validation_folder
 
     given, config = resolve(options)
     resume: Path | None = options["resume"]
@@ -56,10 +56,17 @@ def main(**options: Any) -> None:
             f"{resume} knows {config.num_classes} classes, the data folder has {len(classes)} others; "
             "expected the folder that the run started with; --init fine-tunes for other classes"
         )
-    moved = resume is not None and resume.resolve().parent != out.resolve()
-    _check_folder(out, replace=options["overwrite"] or (resume is not None and not moved))
+    dry = options["dry_run"]
+    moved = not dry and resume is not None and resume.resolve().parent != out.resolve()
+    if not dry:
+        _check_folder(out, replace=options["overwrite"] or (resume is not None and not moved))
+    elif options["init"] == "timm":
+        options["init"] = "none"  # nothing is downloaded for it
+    if first:
+        check_images({"train": train, "val": val}, classes, options["max_pixels"], note)
 
     from mge.data.folder import FolderDataset, TrainingDataset
+    from mge.training.dry_run import Rehearsal
     from mge.training.loop import Trainer
 
     train_options = TrainOptions(**_of(TrainOptions, options))
@@ -67,24 +74,24 @@ def main(**options: Any) -> None:
     model, origin = _make_model(config, classes, options, given)
     config, pixels = model.config, options["max_pixels"]
     options |= {name: value for name, value in asdict(config).items() if name in options}  # for --resume and --config
-    with _claimed(out, claim=first or fabric.world_size == 1):
+    with _claimed(out, claim=not dry and (first or fabric.world_size == 1)):
         if resume is not None and moved and first:
             _copy_best(resume.parent / "best.pt", out / "best.pt")
-        if first:
+        if first and not dry:
             usual = config.resize == _resize(config.frame_size)  # left out, so that it follows another --image-size
             write_options(out / "options.toml", options | {"resize": None if usual else config.resize})
         _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
         if fabric.is_global_zero:
-            if validation_folder(data) is None:
-                echo(f"no {data / 'val'}: {len(val)} of the training images are held out for validation")
             echo(
                 f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
                 f"{config.experts} x {config.arch} at {config.image_size} px{origin}"
             )
+        if fabric.is_global_zero and not dry:
             echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
-        trainer = Trainer(
+        images = context.obj or TrainingDataset  # `main.main(arguments, obj=...)` trains on images of another making
+        trainer = (Rehearsal if dry else Trainer)(
             model,
-            TrainingDataset(train, config, train_options, max_pixels=pixels),
+            images(train, config, train_options, max_pixels=pixels),
             FolderDataset(val, config, max_pixels=pixels),
             train_options,
             out,
@@ -92,7 +99,12 @@ def main(**options: Any) -> None:
             command={name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
         )
         progress = trainer.fit(resume)
-    if not fabric.is_global_zero:
+    if isinstance(trainer, Rehearsal) and fabric.is_global_zero:
+        if trainer.stopped_by:
+            raise click.exceptions.Exit(128 + trainer.stopped_by)
+        for line in trainer.report():
+            echo(line)
+    if dry or not fabric.is_global_zero:
         return  # with 0: Fabric kills the first process when another one fails
     if progress.epoch < train_options.epochs:
         echo(f"stopped in epoch {progress.epoch + 1}; go on with: mge-train --resume {out / 'last.pt'}")

@@ -23,7 +23,7 @@ __all__ = ["is_own", "resolve", "training_options", "write_options"]
 
 PATH = click.Path(path_type=Path)
 UNIT = Number(0, 1, max_open=True)
-PLACES = frozenset({"out", "overwrite", "resume", "config"})  # where a run is kept, not what it does
+PLACES = frozenset({"out", "overwrite", "dry_run", "resume", "config"})  # where a run is kept, not what it does
 # What may differ from the run that --resume goes on with; of --epochs, more.
 FREE = PLACES | {"data", "epochs", "workers", "max_pixels", "accelerator", "devices", "compile"}
 THRESHOLDS = frozenset({"box_threshold", "crop_area"})  # one of them decides what crops keep
@@ -53,10 +53,16 @@ def _field(name: str, kind: Any, help: str | None = None) -> Callable[..., Any]:
 
 _OPTIONS = (
     click.option(
-        "--data", type=PATH, help="Folder with train/<class>/*.jpg and, if you have it, val/.  [a new run: required]"
+        "--data",
+        type=PATH,
+        help="Folder with train/<class>/*.jpg and, if you have it, val/; or a downloaded data set (CUB-200-2011, NABirds, "
+        "FGVC-Aircraft, ...), or a table of paths and labels (.csv, .parquet).  [a new run: required]",
     ),
     click.option("--out", type=PATH, help="Folder for what the run writes.  [default: runs/mge, or that of --resume]"),
     click.option("--overwrite", is_flag=True, help="Replace the run that --out holds."),
+    click.option(
+        "--dry-run", is_flag=True, help="Check the images, time a few steps, say what the run costs; write nothing."
+    ),
     click.option(
         "--config",
         type=PATH,

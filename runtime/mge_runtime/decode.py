@@ -31,7 +31,16 @@ from mge_runtime.sources import MAX_PIXELS, is_url
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_PIXELS", "MAX_SIDE", "ImageSource", "decode_image", "load_decoders", "open_image", "rgb_array"]
+__all__ = [
+    "MAX_PIXELS",
+    "MAX_SIDE",
+    "ImageSource",
+    "check_header",
+    "decode_image",
+    "load_decoders",
+    "open_image",
+    "rgb_array",
+]
 
 MAX_SIDE = 65_535  # pixels; the longest side of a JPEG
 
@@ -102,6 +111,21 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
     stream, name = _opened(source)
     with stream, _refusing(name):
         return _decoded(stream, name, max_pixels)
+
+
+def check_header(path: Path, max_pixels: int = MAX_PIXELS) -> None:
+    """Check that an image opens and has a size that may be decoded; what its header does not show stays unnoticed.
+
+    Raises:
+        InputError: `open_image` would refuse it.
+    """
+    stream, name = _opened(path)
+    with stream, suppress(Exception):
+        _check_webp(stream, name, max_pixels)
+        with _header(stream) as image:
+            _check_size(image.size, name, max_pixels)
+        return
+    open_image(path, max_pixels)  # it knows what is wrong, and what after all is not
 
 
 @cache
@@ -175,9 +199,7 @@ def _opened_file(path: Path) -> BinaryIO:
 
 
 def _decoded(stream: BinaryIO, name: str, max_pixels: int) -> Image:
-    head = stream.read(30)
-    if head.startswith(b"RIFF") and (size := webp_size(head)):
-        _check_size(size, name, max_pixels)
+    _check_webp(stream, name, max_pixels)
     try:
         return _decoded_as_it_is(stream, name, max_pixels)
     except (InputError, MemoryError):
@@ -192,6 +214,13 @@ def _decoded(stream: BinaryIO, name: str, max_pixels: int) -> Image:
         if isinstance(error, UnidentifiedImageError):
             raise InputError(f"cannot decode {name}: {kind_of(file)}; {_EXPECTED}") from error
         raise
+
+
+def _check_webp(stream: BinaryIO, name: str, max_pixels: int) -> None:
+    """Check the size before Pillow opens the file: of a WebP it then allocates all pixels."""
+    head = stream.read(30)
+    if head.startswith(b"RIFF") and (size := webp_size(head)):
+        _check_size(size, name, max_pixels)
 
 
 def _decoded_as_it_is(stream: BinaryIO, name: str, max_pixels: int) -> Image:

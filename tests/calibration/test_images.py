@@ -2,11 +2,13 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from mge_calibration.images import choose_images, list_labeled, short_digest
 from mge_runtime.errors import InputError
+from tests.helpers.layouts import save_csv, table_rows
 
 NAMES = ("ant", "bee", "cow")
 
@@ -47,7 +49,7 @@ def test_copies_count_once_and_have_one_class(data):
     shutil.copy(data / "ant" / "a.png", data / "ant" / "b.png")
     assert len(list_labeled(data, NAMES)[1]) == 4
     shutil.copy(data / "ant" / "a.png", data / "bee" / "b.png")
-    with pytest.raises(InputError, match=r"ant/a\.png and bee/b\.png are the same bytes; expected it in the folder of"):
+    with pytest.raises(InputError, match=r"ant/a\.png and bee/b\.png are the same bytes; expected it in its own class"):
         list_labeled(data, NAMES)
 
 
@@ -137,3 +139,24 @@ def test_most_classes_must_have_images(tmp_path, manifest):
     few = make_images(tmp_path / "few", range(9), NAMES[:1])
     with pytest.raises(InputError, match="of 1 of the bundle's 3 classes, none of bee, cow; expected at least half"):
         choose_images(few, None, manifest, said.append)
+
+
+def test_a_list_calibrates_with_its_validation_split_or_the_one_that_is_named(tmp_path):
+    rows = table_rows(tmp_path)
+    save_csv(tmp_path / "images.csv", rows)
+    root, images = list_labeled(tmp_path / "images.csv", ["tench", "hen", "cock"])
+    assert root == tmp_path / "images.csv/val"
+    assert [(image.name, image.label) for image in images] == [
+        ("photos/7.png", 2), ("photos/6.png", 0), ("photos/8.png", 0)
+    ]  # fmt: skip
+    said = []
+    names = ("tench", "cock")
+    manifest = SimpleNamespace(class_names=names, graphs=[None, None], precision={})
+    chosen = choose_images(tmp_path / "images.csv", tmp_path / "images.csv/test", manifest, said.append)
+    assert [image.name for image in chosen.testing] == ["photos/11.png", "photos/9.png", "photos/10.png"]
+    assert not any("exits are set by" in line for line in said)
+    choose_images(tmp_path / "images.csv", None, manifest, said.append)
+    assert "exits are set by" in said[-1]
+    save_csv(tmp_path / "images.csv", rows[:6])
+    with pytest.raises(InputError, match=r"without val images; expected a split that it has: .*images\.csv/train"):
+        list_labeled(tmp_path / "images.csv", names)

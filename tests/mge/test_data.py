@@ -54,7 +54,7 @@ def test_without_val_a_tenth_is_held_out_and_stays_so_where_others_are_removed(t
 
 def test_classes_that_unicode_calls_one_are_refused(tmp_path):
     touch(tmp_path, ("caf\u00e9", "cafe\u0301", "tea"), 2)
-    with pytest.raises(InputError, match=r"two class folders named .*'cafe\\u0301', 'caf\\xe9'.*merge them") as error:
+    with pytest.raises(InputError, match=r"two classes named .*'cafe\\u0301', 'caf\\xe9'.*merge them") as error:
         training_splits(tmp_path, seed=0)
     assert "\n" not in str(error.value)
 

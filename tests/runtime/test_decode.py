@@ -11,7 +11,7 @@ import PIL
 import pytest
 from PIL import Image
 
-from mge_runtime.decode import MAX_SIDE, decode_image, load_decoders, open_image
+from mge_runtime.decode import MAX_SIDE, check_header, decode_image, load_decoders, open_image
 from mge_runtime.errors import InputError
 from tests.helpers.images import NOISE, chunk, png_file, refusal, saved
 
@@ -282,3 +282,22 @@ def test_memory_of_a_pixel(tmp_path, kind, mode):
         [sys.executable, "-c", code, path], env=environment, capture_output=True, text=True, check=True
     )
     assert 4 <= float(done.stdout) <= 30
+
+
+def test_a_header_is_checked_without_its_pixels_and_refused_as_decoding_refuses_it(tmp_path):
+    whole = saved(Image.fromarray(NOISE), "JPEG")
+    files = {"whole": whole, "short": whole[: len(whole) // 2], "empty": b"", "text": b"no image", "wide": None}
+    Image.new("L", (300, 2)).save(tmp_path / "wide", "PNG")
+    for name, data in files.items():
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+    for name in ("whole", "short"):
+        check_header(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("empty", "text", "wide", "missing", "pipe"):
+        messages = []
+        for read in (check_header, open_image):
+            with pytest.raises(InputError) as error:
+                read(tmp_path / name, 500)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
