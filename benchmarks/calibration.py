@@ -28,12 +28,11 @@ from mge_calibration.cli import SHARE
 from mge_calibration.collect import ChainLogits, collect
 from mge_calibration.exits import NEVER, ExitOutcome, apply_exits, learn_exits
 from mge_calibration.images import list_labeled
-from mge_calibration.quality import mean_interval
 from mge_calibration.temperature import TemperatureOutcome, learn_temperatures
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Guarantee
 from mge_runtime.cli.common import reports_errors
-from mge_runtime.metrics import log_softmax
+from mge_runtime.metrics import log_softmax, mean_interval
 from mge_runtime.pipeline import Pipeline
 
 

@@ -20,8 +20,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from mge.evaluation import top_k_correct
-from mge_calibration.quality import mean_interval
 from mge_runtime.compare import box_area, box_iou
+from mge_runtime.metrics import mean_interval
 
 CHANGES = 1  # images whose class may change, in each head
 IOU_MEDIAN, IOU_P1 = 1.0, 0.95

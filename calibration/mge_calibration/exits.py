@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mge_calibration.collect import FEWEST, TEMPERATURE_SHARE, ChainLogits
-from mge_calibration.quality import Interval, mean_interval
 from mge_runtime.calibrated import Guarantee, confidence
+from mge_runtime.metrics import Interval, mean_interval
 
 __all__ = [
     "NEVER",

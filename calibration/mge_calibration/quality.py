@@ -7,21 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mge_runtime.metrics import bin_starts, calibration_bins, calibration_error, log_softmax
+from mge_runtime.metrics import (
+    Interval,
+    bin_starts,
+    calibration_bins,
+    calibration_error,
+    log_softmax,
+    mean_interval,
+)
 
-__all__ = ["Interval", "Quality", "mean_interval", "measure_quality", "noise_floor"]
+__all__ = ["Quality", "measure_quality", "noise_floor"]
 
 _RESAMPLES = 1000
-_CHUNK = 1 << 22  # values drawn at once
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -58,23 +55,6 @@ def measure_quality(
         float(np.quantile(floor, 0.95)),
         calibration_bins(confidence, correct),
     )
-
-
-def mean_interval(values: NDArray[np.floating], *, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """A mean with its 95 % percentile bootstrap interval (Efron 1979).
-
-    For two predictions of the same images give the differences, image by image: the bootstrap is paired then.
-
-    Args:
-        values: [N], one for each image, N >= 2.
-        resamples: bootstrap draws.
-        seed: of the draws.
-    """
-    from scipy.stats import bootstrap
-
-    exact, batch = values.astype(np.float64), max(1, _CHUNK // len(values))
-    found = bootstrap((exact,), np.mean, n_resamples=resamples, batch=batch, method="percentile", rng=seed)
-    return Interval(float(exact.mean()), *map(float, found.confidence_interval))
 
 
 def noise_floor(confidence: NDArray[np.float64], *, draws: int = _RESAMPLES, seed: int = 0) -> NDArray[np.float64]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from mge_calibration.calibrate import Learned
 from mge_calibration.exits import ExitOutcome
 from mge_calibration.images import LabeledImage, short_digest
-from mge_calibration.quality import Interval
 from mge_calibration.temperature import TemperatureOutcome
 from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path
+from mge_runtime.metrics import Interval
 
 __all__ = ["as_text", "as_values", "save_reliability"]
 

@@ -88,7 +88,9 @@ def main(**options: Any) -> None:
             )
         if fabric.is_global_zero and not dry:
             echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
-        images = context.obj or TrainingDataset  # `main.main(arguments, obj=...)` trains on images of another making
+        images = (
+            click.get_current_context().obj or TrainingDataset
+        )  # `main.main(arguments, obj=...)` trains on images of another making
         trainer = (Rehearsal if dry else Trainer)(
             model,
             images(train, config, train_options, max_pixels=pixels),

@@ -55,8 +55,8 @@ _OPTIONS = (
     click.option(
         "--data",
         type=PATH,
-        help="Folder with train/<class>/*.jpg and, if you have it, val/; or a downloaded data set (CUB-200-2011, NABirds, "
-        "FGVC-Aircraft, ...), or a table of paths and labels (.csv, .parquet).  [a new run: required]",
+        help="Folder with train/<class>/*.jpg and, if you have it, val/; or a downloaded data set (CUB-200-2011, "
+        "NABirds, FGVC-Aircraft, ...), or a table of paths and labels (.csv, .parquet).  [a new run: required]",
     ),
     click.option("--out", type=PATH, help="Folder for what the run writes.  [default: runs/mge, or that of --resume]"),
     click.option("--overwrite", is_flag=True, help="Replace the run that --out holds."),

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from mge_runtime.files import format_bytes
-from mge_runtime.machine import cpu_count
+from mge_runtime.machine import cpu_count, cpu_model
 
 if TYPE_CHECKING:
     from mge_runtime.bench_subject import Subject
@@ -53,7 +50,7 @@ class Report(ABC):
         self.backend, self.device = subject.backend, subject.device
         self.threads = (subject.options["threads"] or cpu_count()) if on_cpu else None  # None on a device
         self.images = images
-        self.cpu, self.machine = _cpu_model(), subject.machine
+        self.cpu, self.machine = cpu_model(), subject.machine
         self.interrupted: str | None = None  # what ran when it was stopped; None: it came to its end
 
     @property
@@ -193,13 +190,3 @@ class CheckReport(Report):
 def _plain(value: object) -> dict[str, Any]:
     """What JSON has no form of."""
     return value.to_dict() if isinstance(value, BatchTimes) else asdict(cast("Any", value))
-
-
-def _cpu_model() -> str:
-    """As the system calls the processor."""
-    with suppress(OSError):  # not on Linux
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in ("model name", "Model"):
-                return value.strip()
-    return platform.processor() or platform.machine()

@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 
     from mge_runtime.prediction import Prediction
 
-__all__ = ["Canvas", "Color", "blend_heatmap", "draw_prediction", "expert_color", "fitted", "shortened"]
+__all__ = [
+    "Canvas",
+    "Color",
+    "blend_heatmap",
+    "draw_boxes",
+    "draw_prediction",
+    "expert_color",
+    "fitted",
+    "seen",
+    "shortened",
+]
 
 Color = tuple[int, int, int]
 
@@ -62,7 +72,7 @@ def draw_prediction(image: np.ndarray, prediction: Prediction) -> Image:
     Returns:
         An RGB image; 1272 pixels wide for a landscape, less for a portrait.
     """
-    boxed, bars = _boxed(image, prediction), _bars(prediction)
+    boxed, bars = draw_boxes(image, prediction.boxes), _bars(prediction)
     thumbnails = _thumbnails(image, prediction, _COLUMN, rows=2)
     beside = _MARGIN + boxed.width + _MARGIN  # left edge of the bars
     left, top = beside, _MARGIN + bars.height + _MARGIN
@@ -159,6 +169,38 @@ def fitted(image: np.ndarray, longest: int) -> Image:
     return PIL.Image.fromarray(image).resize(size, method)
 
 
+def draw_boxes(image: np.ndarray, boxes: np.ndarray, longest: int = _IMAGE, *, tags: bool = True) -> Image:
+    """Scale an image and draw what each expert saw, inner boxes with finer lines so that equal ones all show.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        boxes: [K, 4] (x0, y0, x1, y1) in pixels of the image.
+        longest: the longer side of what is drawn, in pixels.
+        tags: whether each box but the first names its expert.
+    """
+    canvas = Canvas(fitted(image, longest))
+    scale = [canvas.image.width / image.shape[1], canvas.image.height / image.shape[0]] * 2
+    boxes = np.asarray(boxes, np.float64) * scale
+    finest, step = (4, 3) if longest > _IMAGE // 2 else (2, 2)
+    for k, box in enumerate(boxes):
+        canvas.box(box, expert_color(k), width=finest + step * (len(boxes) - 1 - k) if k else 2)
+    for k, box in enumerate(boxes[1:] if tags else (), 1):
+        canvas.tag(box, f"expert {k + 1}", expert_color(k), corner=k)
+    return canvas.image
+
+
+def seen(image: np.ndarray, box: np.ndarray, side: int) -> Image:
+    """What an expert saw: a box [4] cut out of uint8 RGB [H, W, 3], stretched to a square of `side` pixels."""
+    import PIL.Image
+
+    height, width = image.shape[:2]
+    x0, y0 = min(max(float(box[0]), 0.0), width - 1.0), min(max(float(box[1]), 0.0), height - 1.0)
+    x1, y1 = min(max(float(box[2]), x0 + 0.5), float(width)), min(max(float(box[3]), y0 + 0.5), float(height))
+    left, top = int(x0), int(y0)  # cut first: Pillow would copy the whole source
+    part = PIL.Image.fromarray(image[top : int(np.ceil(y1)), left : int(np.ceil(x1))])
+    return part.resize((side, side), PIL.Image.Resampling.BILINEAR, box=(x0 - left, y0 - top, x1 - left, y1 - top))
+
+
 def blend_heatmap(image: Image, heatmap: np.ndarray) -> Image:
     """Lay a heat map [h, w] of any range over a grayed image, corners on corners as the chain enlarges it."""
     import PIL.Image
@@ -189,18 +231,6 @@ def shortened(text: str, size: int, width: float) -> str:
         if font.getlength(short) <= width:
             return short
     return "…"
-
-
-def _boxed(image: np.ndarray, prediction: Prediction) -> Image:
-    """Scale the image and draw the experts' boxes, inner ones with finer lines so that equal boxes all show."""
-    canvas = Canvas(fitted(image, _IMAGE))
-    scale = [canvas.image.width / image.shape[1], canvas.image.height / image.shape[0]] * 2
-    boxes = np.asarray(prediction.boxes, np.float64) * scale
-    for k, box in enumerate(boxes):
-        canvas.box(box, expert_color(k), width=4 + 3 * (len(boxes) - 1 - k) if k else 2)
-    for k, box in enumerate(boxes[1:], 1):
-        canvas.tag(box, f"expert {k + 1}", expert_color(k), corner=k)
-    return canvas.image
 
 
 def _bars(prediction: Prediction) -> Image:
@@ -235,25 +265,13 @@ def _thumbnails(image: np.ndarray, prediction: Prediction, width: int, rows: int
     for k in range(count):
         color, best = expert_color(k), int(probabilities[k].argmax())
         left = k * (3 - rows) * (side + _GAP)
-        seen = _view(image, prediction.boxes[k], side)
-        heat = blend_heatmap(seen, prediction.heatmaps[k])
+        view = seen(image, prediction.boxes[k], side)
+        heat = blend_heatmap(view, prediction.heatmaps[k])
         room = side if rows == 2 else 2 * side + _GAP
         share = f"{probabilities[k, best]:.0%} " if side > 70 else ""
         canvas.text(left, 0, f"expert {k + 1}" if side > 70 else str(k + 1), 14, _INK, room)
         canvas.text(left, 19, share + prediction.class_names[best], 12, _MUTED, room)
-        canvas.paste(seen, left, _LABEL, outline=color)
+        canvas.paste(view, left, _LABEL, outline=color)
         beside = (left, _LABEL + side + _GAP) if rows == 2 else (left + side + _GAP, _LABEL)
         canvas.paste(heat, *beside, outline=color)
     return canvas.image
-
-
-def _view(image: np.ndarray, box: np.ndarray, side: int) -> Image:
-    """Cut a box [4] out of the source image and stretch it to a square."""
-    import PIL.Image
-
-    height, width = image.shape[:2]
-    x0, y0 = min(max(float(box[0]), 0.0), width - 1.0), min(max(float(box[1]), 0.0), height - 1.0)
-    x1, y1 = min(max(float(box[2]), x0 + 0.5), float(width)), min(max(float(box[3]), y0 + 0.5), float(height))
-    left, top = int(x0), int(y0)  # cut first: Pillow would copy the whole source
-    part = PIL.Image.fromarray(image[top : int(np.ceil(y1)), left : int(np.ceil(x1))])
-    return part.resize((side, side), PIL.Image.Resampling.BILINEAR, box=(x0 - left, y0 - top, x1 - left, y1 - top))

@@ -21,7 +21,16 @@ from typing import Any
 from mge_runtime.errors import BackendError, BundleError, InputError, brief
 from mge_runtime.fields import Field, dump_json, parse_json
 
-__all__ = ["Gpu", "Machine", "cpu_count", "describe_machine", "import_library", "install_extra", "this_platform"]
+__all__ = [
+    "Gpu",
+    "Machine",
+    "cpu_count",
+    "cpu_model",
+    "describe_machine",
+    "import_library",
+    "install_extra",
+    "this_platform",
+]
 
 # Name in a description, as a rule the distribution's, -> the module.
 _LIBRARIES = {
@@ -313,3 +322,13 @@ def cpu_count() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         count = min(count, max(1, -(-int(quota) // int(period))))
     return count
+
+
+def cpu_model() -> str:
+    """As the system calls the processor."""
+    with suppress(OSError):  # not on Linux
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model"):
+                return value.strip()
+    return platform.processor() or platform.machine()

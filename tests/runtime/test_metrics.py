@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from mge_runtime.metrics import calibration_bins, calibration_error, log_softmax
+from mge_runtime.metrics import calibration_bins, calibration_error, log_softmax, share_interval
 
 
 def test_the_error_is_the_mean_gap_over_bins_of_equal_mass():
@@ -23,3 +24,9 @@ def test_fewer_images_than_bins_are_a_bin_each():
 
 def test_log_softmax_of_large_logits():
     np.testing.assert_allclose(np.exp(log_softmax(np.array([[1000.0, 1000.0]]))), [[0.5, 0.5]])
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 10), (10, 10), (494, 538), (1, 1)])
+def test_the_interval_of_a_share_is_wilsons(count, total):
+    expected = binomtest(count, total).proportion_ci(method="wilson")
+    assert share_interval(count, total) == pytest.approx((expected.low, expected.high), abs=1e-6)
