@@ -14,7 +14,15 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from mge.model import MGEOutput
 from mge.training.combine import balance
 
-__all__ = ["TrainOptions", "diversity", "loss_terms", "make_optimizer", "make_schedule", "to_training_layout"]
+__all__ = [
+    "TrainOptions",
+    "diversity",
+    "hold_statistics",
+    "loss_terms",
+    "make_optimizer",
+    "make_schedule",
+    "to_training_layout",
+]
 
 FRAGILE_CHANNELS = 16  # input channels from which on no damage was seen, see `to_training_layout`
 
@@ -130,6 +138,17 @@ def make_schedule(optimizer: Optimizer, options: TrainOptions, steps_per_epoch: 
     if options.schedule == "cosine":
         return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1))), last)
     return LambdaLR(optimizer, lambda step: 0.1 ** (step // (options.step_epochs * steps_per_epoch)), last)
+
+
+def hold_statistics(backbone: nn.Module) -> None:
+    """Let BatchNorms normalize by their running statistics, as in evaluation; `train()` ends it.
+
+    Whole images and crops differ in their statistics, of which a shared backbone keeps one set for all passes: its
+    weights must learn with it.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
 
 
 def to_training_layout(model: nn.Module, device: torch.device) -> None:
