@@ -26,7 +26,14 @@ from mge.model import Average, Expert, Gate, MGENet, mix
 from mge.parts import view_areas
 from mge.training.combine import fit_average
 from mge.training.options import TrainOptions
-from mge.training.recipe import loss_terms, make_optimizer, make_schedule, move_average, to_training_layout
+from mge.training.recipe import (
+    hold_statistics,
+    loss_terms,
+    make_optimizer,
+    make_schedule,
+    move_average,
+    to_training_layout,
+)
 from mge.training.record import Meter, write_csv, write_curves
 from mge.training.thresholds import crop_report, propose_threshold
 from mge_runtime.errors import TrainingError
@@ -36,6 +43,7 @@ from mge_runtime.interrupt import Interrupt
 __all__ = ["Progress", "Trainer", "within_noise"]
 
 EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
+STATISTICS_LEARN = 2 / 3  # of the epochs: then a shared backbone's BatchNorms keep theirs
 READ_EVERY = 10  # steps: losses stay on the device until then, so that no step waits for it
 
 
@@ -199,6 +207,8 @@ class Trainer:
         self._sampler.start(progress.epoch, skip=progress.step * self.options.batch_size)
         alone = self.fabric.world_size == 1
         wrapped.train()
+        if self.model.config.sharing == "backbone" and progress.epoch >= STATISTICS_LEARN * self.options.epochs:
+            hold_statistics(self.model.get_submodule("experts.0.backbone"))
         with meter.epoch(progress.epoch, progress.step):
             for frames, labels in batches(self._train_loader):
                 self._step(wrapped, optimizer, frames, labels, progress)

@@ -21,6 +21,7 @@ from mge.training.options import TrainOptions
 __all__ = [
     "distillation",
     "diversity",
+    "hold_statistics",
     "loss_terms",
     "make_optimizer",
     "make_schedule",
@@ -174,6 +175,17 @@ def move_average(average: nn.Module, model: nn.Module, most: float, updates: int
     pairs = zip(*([*module.parameters(), *module.buffers()] for module in (average, model)), strict=True)
     averages, latest = zip(*((one, other) for one, other in pairs if one.is_floating_point()), strict=True)
     get_ema_multi_avg_fn(decay)(averages, latest, updates)
+
+
+def hold_statistics(backbone: nn.Module) -> None:
+    """Let BatchNorms normalize by their running statistics, as in evaluation; `train()` ends it.
+
+    Whole images and crops differ in their statistics, of which a shared backbone keeps one set for all passes: its
+    weights must learn with it.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
 
 
 def to_training_layout(model: nn.Module, device: torch.device) -> None:

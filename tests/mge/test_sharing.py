@@ -81,7 +81,10 @@ def test_a_run_is_trained_resumed_and_fine_tuned(tmp_path):
     succeeds(train, "--data", folder, "--out", tmp_path / "run", *start, *quick, "--epochs", 1)
     last = tmp_path / "run/last.pt"
     assert "--sharing backbone, now it is none" in fails(train, "--resume", last, "--sharing", "none")
-    succeeds(train, "--resume", last, "--epochs", 2)
+    counts = [load_checkpoint(last).experts[0].backbone.bn1.num_batches_tracked.item()]
+    succeeds(train, "--resume", last, "--epochs", 3)
+    counts.append(load_checkpoint(last).experts[0].backbone.bn1.num_batches_tracked.item())
+    assert counts[1] == 2 * counts[0] > 0  # in the last third statistics stay
     tuned = ["--data", other, "--out", tmp_path / "tuned", "--init", last, *quick, "--epochs", 1, "--backbone-lr", 0]
     assert "has sharing backbone, not none; leave the option out" in fails(train, *tuned, "--sharing", "none")
     succeeds(train, *tuned)
