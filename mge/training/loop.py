@@ -232,7 +232,7 @@ class Trainer:
         """One step of the optimizer; nothing in it waits for the device."""
         seed_step(self.options.seed, progress.epoch, progress.step, self.fabric.global_rank)
         images = images.to(memory_format=torch.channels_last)
-        late = 3 * progress.epoch >= 2 * self.options.epochs  # only then is the mixture worth following
+        late = progress.epoch >= 2 * self.options.epochs // 3  # only then is the mixture worth following
         terms = loss_terms(
             wrapped(images, labels),
             labels,

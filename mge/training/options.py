@@ -52,7 +52,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {  # values of options of mge-train; what a recipe leaves out has the option's default
         "default": {"crop_area": (CROP_AREA,)},
         "paper": {"box_threshold": (PAPER_THRESHOLD,)},
-        # Fine-tuning as for ConvNeXt (Liu et al. 2022, table 6: AdamW, cosine, layer-wise rates, label smoothing, EMA),
+        # After ConvNeXt (Liu et al. 2022, appendix A: AdamW, cosine, layer-wise rates, label smoothing, erasing, EMA),
         # with the augmentation that has nothing to tune (Müller and Hutter 2021, TrivialAugment), and with rates and a
         # batch for the few steps that a small data set has: half the rates learned too little in four epochs.
         "modern": {
