@@ -147,6 +147,11 @@ _OPTIONS = (
         Number(0, 1, min_open=True),
         "A backbone's learning rate falls by this factor from each layer to the one before it.",
     ),
+    _field(
+        "--freeze",
+        click.IntRange(0),
+        "Backbones keep their weights and statistics up to their features of this stride; 4: half the time of a step.",
+    ),
     _field("--weight-decay", Number(0)),
     _field("--schedule", click.Choice(["step", "onecycle", "cosine"])),
     _field("--step-epochs", click.IntRange(1), "Of --schedule step: rates then fall tenfold."),

@@ -112,10 +112,10 @@ class TrainingDataset(_Images):
     def augmented(self, frame: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """A frame, uint8 [S, S, 3], as training shows it: flipped or not, and what else the options ask for."""
         if self._flip and random.random() < 0.5:
-            frame = frame[:, ::-1]
+            frame = np.ascontiguousarray(frame[:, ::-1])
         if not self._transforms:
-            return np.ascontiguousarray(frame)
-        image = Image.fromarray(np.ascontiguousarray(frame))
+            return frame
+        image = Image.fromarray(frame)
         with torch.random.fork_rng(devices=()):  # torchvision draws from the generator of the process
             torch.default_generator.manual_seed(int(random.integers(2**63)))
             for transform in self._transforms:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from mge.archive import taking_up
 from mge.checkpoint import read_training, save_checkpoint
@@ -27,6 +27,7 @@ from mge.parts import view_areas
 from mge.training.combine import fit_average
 from mge.training.options import TrainOptions
 from mge.training.recipe import (
+    freeze,
     hold_statistics,
     loss_terms,
     make_optimizer,
@@ -43,7 +44,6 @@ from mge_runtime.interrupt import Interrupt
 __all__ = ["Progress", "Trainer", "within_noise"]
 
 EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
-STATISTICS_LEARN = 2 / 3  # of the epochs: then a shared backbone's BatchNorms keep theirs
 READ_EVERY = 10  # steps: losses stay on the device until then, so that no step waits for it
 
 
@@ -104,6 +104,7 @@ class Trainer:
     command: Mapping[str, Any] = field(default_factory=dict)  # plain values that `last.pt` keeps for --resume
     stopped_by: signal.Signals | None = field(default=None, init=False)  # the signal that ended `fit` early
     _average: MGENet | None = field(default=None, init=False)  # the moving average, where `options.ema` asks for one
+    _frozen: list[nn.Module] = field(default_factory=list, init=False)  # see `freeze`
     _unread: list[dict[str, Tensor]] = field(default_factory=list, init=False)  # loss terms of the latest steps
 
     def fit(self, resume: Path | None = None) -> Progress:
@@ -128,6 +129,7 @@ class Trainer:
             for module in self.model.modules():
                 if isinstance(module, Expert | Gate):
                     module.backbone.compile()
+        self._frozen = freeze(self.model, self.options.freeze) if self.options.freeze else []
         bare = make_optimizer(self.model, self.options)
         wrapped, optimizer = self.fabric.setup(self.model, bare)
         parts = {"optimizer": optimizer, "precision": self.fabric.strategy.precision}
@@ -207,8 +209,9 @@ class Trainer:
         self._sampler.start(progress.epoch, skip=progress.step * self.options.batch_size)
         alone = self.fabric.world_size == 1
         wrapped.train()
-        if self.model.config.sharing == "backbone" and progress.epoch >= STATISTICS_LEARN * self.options.epochs:
-            hold_statistics(self.model.get_submodule("experts.0.backbone"))
+        hold_statistics(self._frozen)
+        if self.model.config.sharing == "backbone" and self._is_late(progress):
+            hold_statistics(self.model.get_submodule("experts.0.backbone").modules())
         with meter.epoch(progress.epoch, progress.step):
             for frames, labels in batches(self._train_loader):
                 self._step(wrapped, optimizer, frames, labels, progress)
@@ -229,6 +232,10 @@ class Trainer:
             meter.loss = self._read_losses(progress)
         return False
 
+    def _is_late(self, progress: Progress) -> bool:
+        """Whether the last third of the run has begun."""
+        return progress.epoch >= 2 * self.options.epochs // 3
+
     def _anywhere(self, flag: bool) -> bool:
         """Whether a flag is set in any process; to be called by all.
 
@@ -242,14 +249,13 @@ class Trainer:
         """One step of the optimizer; nothing in it waits for the device."""
         seed_step(self.options.seed, progress.epoch, progress.step, self.fabric.global_rank)
         images = normalize(frames, self.model.config)  # channels_last, as frames are
-        late = 3 * progress.epoch >= 2 * self.options.epochs  # only then is the mixture worth following
         terms = loss_terms(
             wrapped(images, labels),
             labels,
             label_smoothing=self.options.label_smoothing,
             diversity_form=self.options.diversity,
             gate_balance=self.options.gate_balance,
-            distill=self.options.distill if late else 0.0,
+            distill=self.options.distill if self._is_late(progress) else 0.0,  # what follows it must be good
         )
         self._unread.append({name: term.detach() for name, term in terms.items()})
         optimizer.zero_grad()

@@ -26,6 +26,7 @@ class TrainOptions:
     head_lr: float = 0.01  # of all layers outside the backbones; the peak rate under "onecycle"
     backbone_lr: float = 0.001
     layer_decay: float = 1.0  # in (0, 1]: a backbone's rate falls by it from each layer to the one before
+    freeze: int = 0  # stride of the features up to which backbones keep their weights and statistics; 0: none
     momentum: float = 0.9  # of optimizers that have one
     weight_decay: float = 1e-4
     schedule: str = "step"  # "step", "onecycle" or "cosine"
@@ -52,7 +53,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {  # values of options of mge-train; what a recipe leaves out has the option's default
         "default": {"crop_area": (CROP_AREA,)},
         "paper": {"box_threshold": (PAPER_THRESHOLD,)},
-        # Fine-tuning as for ConvNeXt (Liu et al. 2022, table 6: AdamW, cosine, layer-wise rates, label smoothing, EMA),
+        # After ConvNeXt (Liu et al. 2022, appendix A: AdamW, cosine, layer-wise rates, label smoothing, erasing, EMA),
         # with the augmentation that has nothing to tune (Müller and Hutter 2021, TrivialAugment), and with rates and a
         # batch for the few steps that a small data set has: half the rates learned too little in four epochs.
         "modern": {

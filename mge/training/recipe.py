@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +16,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from mge.model import MGEOutput
+from mge.model import Expert, Gate, MGEOutput
 from mge.training.combine import balance
 from mge.training.options import TrainOptions
+from mge_runtime.errors import TrainingError
 
 __all__ = [
     "distillation",
     "diversity",
+    "freeze",
     "hold_statistics",
     "loss_terms",
     "make_optimizer",
@@ -177,15 +181,42 @@ def move_average(average: nn.Module, model: nn.Module, most: float, updates: int
     get_ema_multi_avg_fn(decay)(averages, latest, updates)
 
 
-def hold_statistics(backbone: nn.Module) -> None:
+def freeze(model: nn.Module, stride: int) -> list[nn.Module]:
+    """Let the layers of every backbone up to its features of a stride keep their weights: half the time of a step.
+
+    Returns:
+        These layers, whose statistics are to be held in each epoch.
+
+    Raises:
+        TrainingError: the backbone has no features of this stride.
+    """
+    frozen: list[nn.Module] = []
+    for part in model.modules():
+        if not isinstance(part, Expert | Gate):
+            continue
+        backbone: Any = part.backbone
+        names = {level["reduction"]: level["module"].replace(".", "_") for level in backbone.feature_info.info}
+        if stride not in names:
+            raise TrainingError(f"--freeze {stride}: expected a stride of its features, {', '.join(map(str, names))}")
+        # In the order of their definition, which is that of computation; timm calls stages.0 stages_0 at times.
+        layers = [(f"{name}.".replace(".", "_"), layer) for name, layer in backbone.named_modules()]
+        last = max(place for place, (name, _) in enumerate(layers) if name.startswith(names[stride] + "_"))
+        frozen += [layer for _, layer in layers[: last + 1]]
+    for layer in frozen:
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(False)
+    return frozen
+
+
+def hold_statistics(layers: Iterable[nn.Module]) -> None:
     """Let BatchNorms normalize by their running statistics, as in evaluation; `train()` ends it.
 
-    Whole images and crops differ in their statistics, of which a shared backbone keeps one set for all passes: its
-    weights must learn with it.
+    For layers that are frozen; and for a shared backbone late in training: whole images and crops differ in their
+    statistics, of which it keeps one set for all passes, and its weights must learn with it.
     """
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
 
 
 def to_training_layout(model: nn.Module, device: torch.device) -> None:

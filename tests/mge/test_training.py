@@ -97,6 +97,7 @@ MODERN = {"optimizer": "adamw", "schedule": "cosine", "warmup_epochs": 1.0, "lay
 def test_a_stopped_run_goes_on_exactly(make, options):
     make = functools.partial(make, **options)
     whole = with_dropout(make("whole", workers=1)).fit()  # a loader with workers draws more random numbers
+    assert ["loss/distill_1" in row for row in whole.history] == [False, bool(options)]  # in the last third
     for kind in (Stops, StopsInItsLastStep):
         stopped = with_dropout(make(kind.__name__, kind=kind))
         half = stopped.fit()
