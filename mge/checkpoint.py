@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mge.archive import read_archive
 from mge.authors import describe_foreign, is_authors_state, is_counter, read_authors_state
-from mge.config import MGEConfig, read_labels
+from mge.config import PAPER_THRESHOLD, MGEConfig, read_labels
 from mge.model import MGENet
 from mge_runtime.errors import CheckpointError, OutputError, TrainingError
 from mge_runtime.files import atomic_path
@@ -125,6 +125,8 @@ def read_training(path: str | os.PathLike[str]) -> dict[str, Any]:
 def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any]) -> tuple[MGENet, str]:
     """A trained model to go on with, for other classes too: then its heads begin anew, from torch's generator.
 
+    A single network starts any chain: every expert and the backbone of a gate begin as it is.
+
     Args:
         path: a checkpoint.
         classes: of the new model.
@@ -139,17 +141,27 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
     """
     source = load_checkpoint(path)
     same = source.config.classes == classes
-    for name in ("arch", "experts", "sharing", "normalize_features", *(("parts_per_class",) if same else ())):
+    chain = source.config.experts == 1 < changes.get("experts", 1)
+    fixed = ("arch", "normalize_features", *(() if chain else ("experts", "sharing")))
+    for name in (*fixed, *(("parts_per_class",) if same else ())):
         own = getattr(source.config, name)
         if changes.get(name, own) != own:
             raise TrainingError(f"{path} has {name} {own}, not {changes[name]}; leave the option out")
+    if chain:
+        changes = {"box_thresholds": (PAPER_THRESHOLD,), **changes}
     model = MGENet(source.config.changed(classes=classes, **changes))
     anew = () if same else _HEADS
     gate = " and gate"
-    if model.config.gate != source.config.gate:
+    if model.config.gate != source.config.gate and not chain:
         anew, gate = (*anew, "gate."), ""
     state = _weights(source)
+    if chain:
+        single = {name.removeprefix("experts.0."): tensor for name, tensor in state.items()}
+        places = [*(f"experts.{k}." for k in range(model.config.experts)), "gate."]
+        state = {place + name: tensor for place in places for name, tensor in single.items()}
     model.load_state_dict({name: state[name] for name in state if not any(part in name for part in anew)}, strict=False)
+    if chain:
+        return model, f"; each begins as the single network {path}" + ("" if same else ", with heads of its own")
     if same:
         return model, f", {'all weights' if gate else 'all weights but the gate'} from {path}"
     before = source.config.num_classes

@@ -119,20 +119,23 @@ class MGEConfig:
         return Preprocess(resize=self.resize, size=self.frame_size, mean=self.mean, std=self.std)
 
     def changed(self, **changes: Any) -> MGEConfig:
-        """The same model with other fields; one box threshold is for all crops, `resize` follows `image_size`.
+        """The same model with other fields; one box threshold is for all crops, `resize` follows the frame's side.
 
         Raises:
             CheckpointError: a value is out of its range, or `image_size` changes where the experts' sizes differ.
         """
-        if changes.get("image_size", self.image_size) != self.image_size:
-            if self.image_sizes or self.source_size:
-                raise CheckpointError(
-                    f"the model's images have {', '.join(map(str, self.sizes))} pixels, its frame {self.frame_size}; "
-                    "another image_size is for models whose experts all see one size: leave it out"
-                )
-            changes = {"resize": round(changes["image_size"] * self.resize / self.image_size)} | changes
+        if sizes := changes.get("image_sizes"):
+            changes.setdefault("image_size", sizes[0])
+        size = changes.get("image_size", self.image_size)
+        if size != self.image_size and (self.image_sizes or self.source_size):
+            raise CheckpointError(
+                f"the model's images have {', '.join(map(str, self.sizes))} pixels, its frame {self.frame_size}; "
+                "another image_size is for models whose experts all see one size: leave it out"
+            )
+        if (frame := changes.get("source_size", self.source_size) or size) != self.frame_size:
+            changes.setdefault("resize", round(frame * self.resize / self.frame_size))
         if len(thresholds := changes.get("box_thresholds", ())) == 1:
-            changes["box_thresholds"] = thresholds * (self.experts - 1)
+            changes["box_thresholds"] = thresholds * (changes.get("experts", self.experts) - 1)
         return replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -195,6 +195,39 @@ def test_a_model_is_fine_tuned(trained, data, tmp_path, other):
     assert "has experts 2, not 3" in fails(train, *start, "--out", tmp_path / "x", "--experts", "3")
 
 
+@pytest.mark.parametrize("gate", ["network", "none"])
+def test_a_chain_starts_from_a_single_network(data, tmp_path, gate):
+    start = ["--data", data, *QUICK, "--head-lr", "1e-12", "--backbone-lr", "0"]
+    single = ["--arch", "test_resnet", "--image-size", "64", "--experts", "1", "--init", "none"]
+    succeeds(train, *start, *single, "--out", tmp_path / "one")
+    chain = ["--init", tmp_path / "one/best.pt", "--experts", "3", "--gate", gate, "--source-size", "128"]
+    done = succeeds(train, *start, *chain, "--image-sizes", "64,32,32", "--out", tmp_path / "three")
+    assert "each begins as the single network" in done.output
+    one, three = (load_checkpoint(tmp_path / run / "best.pt") for run in ("one", "three"))
+    assert (three.config.sizes, three.config.source_size, three.config.resize) == ((64, 32, 32), 128, 146)
+    assert len(three.config.box_thresholds) == 2
+    backbone = dict(one.experts[0].backbone.named_parameters())
+    for part in (*three.experts, *([three.gate] if gate == "network" else [])):
+        assert all(torch.equal(value, backbone[name]) for name, value in part.backbone.named_parameters())
+    heads = [expert.concat_head.weight for expert in (*one.experts, *three.experts)]
+    assert all(torch.allclose(head, heads[0], atol=1e-9) for head in heads)
+
+
+def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
+    start = ["--data", data, *TINY, "--init", "none", "--out", tmp_path / "run", "--freeze"]
+    assert "--freeze 3: expected a stride of its features, 2, 4, 8, 16, 32" in fails(train, *start, 3)
+    succeeds(train, *start, 4)
+    last = tmp_path / "run/last.pt"
+    before = load_checkpoint(last).state_dict()
+    succeeds(train, "--resume", last, "--epochs", 2)
+    after = load_checkpoint(last).state_dict()
+    changed = {
+        name.partition("backbone.")[2].partition(".")[0] for name in after if not after[name].equal(before[name])
+    }
+    assert changed == {"", "layer2", "layer3", "layer4"}  # "": heads and gate
+    assert {"conv1", "bn1", "layer1"} < {name for name, _ in load_checkpoint(last).experts[0].backbone.named_children()}
+
+
 def test_two_trainings_never_share_a_folder(data, tmp_path):
     handle = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
