@@ -24,7 +24,11 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
 @click.option("--fp16", is_flag=True, help="Backbones and part convolutions in half precision, the rest in FP32.")
 @click.option("--int8", is_flag=True, help="Backbones in INT8 with --calib-data, FP16 around it. Implies --fp16.")
-@click.option("--calib-data", type=PATH, help="Folder of photographs that INT8 ranges are learned from.")
+@click.option(
+    "--calib-data",
+    type=PATH,
+    help="Photographs that INT8 ranges are learned from: a folder, or a data set (its training images).",
+)
 @click.option("--calib-images", type=click.IntRange(0), default=256, help="How many of them, drawn by seed; 0: all.")
 @click.option(
     "--calib-method",
@@ -67,7 +71,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.option(
     "--verify-data",
     type=PATH,
-    help="Folder of photographs to verify on.  [default: held out of --calib-data; drawn without it]",
+    help="Photographs to verify on: a folder, or a data set (its validation images).  [default: held out of "
+    "--calib-data; drawn without it]",
 )
 @click.option("--verify-images", type=click.IntRange(0), default=FEW, help="How many of them; 0: all of --verify-data.")
 @max_pixels_option
@@ -123,7 +128,7 @@ def main(
     from mge_export.images import VERIFY_FOLDER
     from mge_export.targets import EnginePlan
     from mge_runtime.files import check_output
-    from mge_runtime.sources import require_folder
+    from mge_runtime.layouts import require_images
 
     # What can be told without PyTorch, whose import takes seconds.
     for file in filter(None, (path, onnx_file)):
@@ -132,9 +137,9 @@ def main(
     if labels is not None:
         read_labels(labels)
     if verify_data is not None:
-        require_folder(verify_data, VERIFY_FOLDER)
+        require_images(verify_data, VERIFY_FOLDER)
     if calib_data is not None:
-        require_folder(calib_data, CALIBRATION_FOLDER)
+        require_images(calib_data, CALIBRATION_FOLDER)
     plan = EnginePlan.parse(targets, batch)
     plan.check(fp16=fp16 or int8)
     # The imports take seconds, too.

@@ -11,9 +11,9 @@ import numpy as np
 from mge_runtime.bench_subject import synthetic_image
 from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
+from mge_runtime.layouts import list_images
 from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import list_folder, require_folder
 
 __all__ = ["VERIFY_FOLDER", "VerifyImages", "find_verify_images", "generated_images", "photographs"]
 
@@ -51,13 +51,12 @@ def find_verify_images(
 ) -> VerifyImages:
     """Take up to `limit` images (0: all), evenly spaced through a folder's list so that all of its classes have a part.
 
-    The rest is as for `photographs`.
+    Of a data set with a list, its validation split is taken. The rest is as for `photographs`.
 
     Raises:
         InputError: there is no such folder, or no image in it that can be decoded.
     """
-    require_folder(folder, VERIFY_FOLDER)
-    listed = list_folder(folder)
+    listed = list_images(folder, "val", VERIFY_FOLDER)
     found = listed.whole()
     if note := listed.note():
         say(f"{folder}: {note}")

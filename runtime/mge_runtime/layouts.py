@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from mge_runtime.errors import InputError, brief
-from mge_runtime.sources import VALIDATION_FOLDERS, is_folder
+from mge_runtime.sources import VALIDATION_FOLDERS, ImageList, NamedImage, is_folder, list_folder, require_folder
 
-__all__ = ["LabeledList", "find_list", "relative_name"]
+__all__ = ["LabeledList", "find_list", "list_images", "relative_name", "require_images"]
 
 _TABLES = (".csv", ".parquet")
 
@@ -80,8 +80,33 @@ def find_list(data: Path) -> LabeledList | None:
         return whole
     whole, split = _find(data.parent), _split_name(data.name)
     if whole is None or split not in whole.splits:
+        if data.suffix.lower() in _TABLES:
+            raise InputError(f"no file {data}; expected a table of paths and labels: check the name")
         return None
     return replace(whole, place=data, splits={"": whole.splits[split]})
+
+
+def require_images(data: Path, expected: str) -> LabeledList | None:
+    """Refuse what is neither a list nor a folder; `expected` says what it should be. Returns the list, if it is one.
+
+    Raises:
+        InputError: it is neither, or a damaged list.
+    """
+    if (listed := find_list(data)) is None:
+        require_folder(data, expected)
+    return listed
+
+
+def list_images(data: Path, split: str, expected: str) -> ImageList:
+    """The images of a list's split in the order of their paths, or of a folder as `list_folder` finds them.
+
+    Raises:
+        InputError: as `require_images`, or the list has no such split.
+    """
+    if (listed := require_images(data, expected)) is None:
+        return list_folder(data)
+    paths = sorted(path for path, _ in listed.labeled(split, listed.classes))
+    return ImageList([NamedImage(str(path), path) for path in paths])
 
 
 def relative_name(path: Path, root: Path) -> str:

@@ -10,10 +10,14 @@ from mge_calibration.images import int8_digests, list_labeled, short_digest
 from mge_calibration.int8.images import MIN_IMAGES, read_calibration_images
 from mge_calibration.int8.quantize import Int8Options
 from mge_export.cli import main
+from mge_export.images import find_verify_images
 from mge_export.int8 import Int8Request
+from mge_runtime.decode import decode_image
 from mge_runtime.errors import ExportError, InputError
 from mge_runtime.manifest import Preprocess
+from mge_runtime.preprocess import to_frame
 from tests.helpers.commands import fails
+from tests.helpers.layouts import save_csv, table_rows
 from tests.helpers.tiny_models import save_noise
 
 PREPROCESS = Preprocess(size=32, resize=36, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -160,3 +164,18 @@ def test_an_unreadable_image_to_verify_on_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     assert list(read(folder, hold_out=4, say=said.append).held_out) == others
     assert said == [f"left out of the images to verify on: [Errno 13] Permission denied: '{closed}'"]
+
+
+def test_a_list_gives_training_images_to_calibrate_and_validation_images_to_verify(tmp_path):
+    save_csv(tmp_path / "images.csv", table_rows(tmp_path))
+
+    def frames(numbers):
+        return [to_frame(decode_image(tmp_path / f"photos/{n}.png"), PREPROCESS)[0].tobytes() for n in numbers]
+
+    images = read(tmp_path / "images.csv")
+    assert images.source == "6 of 6 images in images.csv"
+    assert {frame.tobytes() for frame in images.frames} == set(frames(range(6)))
+    verified = find_verify_images(tmp_path / "images.csv", PREPROCESS, 0)
+    assert [verified.load(n).tobytes() for n in range(verified.count)] == frames((6, 7, 8))
+    with pytest.raises(InputError, match=r"no file .*absent\.csv; expected a table"):
+        read(tmp_path / "absent.csv")

@@ -12,9 +12,9 @@ import numpy as np
 from mge_calibration.images import short_digest
 from mge_runtime.decode import MAX_PIXELS, decode_image
 from mge_runtime.errors import InputError
+from mge_runtime.layouts import list_images, relative_name
 from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
-from mge_runtime.sources import list_folder, require_folder
 
 __all__ = ["CALIBRATION_FOLDER", "MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
 
@@ -47,7 +47,7 @@ def read_calibration_images(
     """Read images of a folder in an order drawn by seed from its sorted list; labels are of no use here.
 
     Args:
-        folder: searched with its subfolders.
+        folder: searched with its subfolders; or a data set with a list, whose training images are taken.
         preprocess: what the runtime will do to them.
         limit: the most to take; 0: all.
         seed: of the order, and so of the draw where the folder has more than `limit`.
@@ -60,8 +60,7 @@ def read_calibration_images(
     Raises:
         InputError: no such folder, one that cannot be listed, or too few images in it that can be decoded.
     """
-    require_folder(folder, CALIBRATION_FOLDER)
-    found = list_folder(folder)
+    found = list_images(folder, "train", CALIBRATION_FOLDER)
     paths = [image.path for image in found.whole()]
     if message := found.note():
         say(f"{folder}: {message}")
@@ -110,7 +109,7 @@ def read_calibration_images(
         )
     digest = hashlib.sha256()
     for index in sorted(contents):
-        name = paths[index].relative_to(folder).as_posix()
+        name = relative_name(paths[index], folder)
         digest.update(name.encode(errors="surrogateescape") + b"\0" + contents[index])
     known = {*contents.values(), *held_out.values()}
     return CalibrationImages(
