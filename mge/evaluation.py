@@ -35,6 +35,7 @@ __all__ = [
     "read_predictions",
     "summarize",
     "top_k_correct",
+    "with_stops",
     "write_predictions",
 ]
 
@@ -139,7 +140,8 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
                 found |= {f"expert {k} global": expert.global_logits, f"expert {k} parts": expert.part_logits}
                 found[f"expert {k}"] = expert.logits
                 heatmaps[k - 1].append(expert.heatmap.float().cpu())
-            found |= _combined([expert.logits for expert in output.experts], output.logits)
+            if cut:
+                found |= {"average": output.average, "mixture": output.logits}
             for name, logits in found.items():
                 heads.setdefault(name, []).append(logits.float().cpu())
     model.train(was_training)
@@ -157,7 +159,7 @@ def collect_bundle(
 ) -> Predictions:
     """Run a bundle over labeled images, and once more with early exits where its calibration has some.
 
-    Its heads are the experts, their averages and the mixture only. Logits are those of the graphs, before any
+    Its heads are the experts, their average and the mixture only. Logits are those of the graphs, before any
     temperature.
 
     Raises:
@@ -179,7 +181,9 @@ def collect_bundle(
         exits = Exits(np.array([one.experts_used for one in stopped]), np.stack([one.logits for one in stopped]))
     experts = np.stack([prediction.expert_logits for prediction in predictions], 1)
     heads = {f"expert {k}": logits for k, logits in enumerate(experts, 1)}
-    heads |= _combined(list(experts), np.stack([prediction.logits for prediction in predictions]))
+    if len(experts) > 1:
+        heads["average"] = experts.mean(0)
+        heads["mixture"] = np.stack([prediction.logits for prediction in predictions])
     ones = np.ones(len(experts))
     return Predictions(
         labels=np.array([label for _, label in samples]),
@@ -192,12 +196,14 @@ def collect_bundle(
     )
 
 
-def _combined(experts: Sequence[Any], mixture: Any) -> dict[str, Any]:
-    """What several experts say together: the averages of the first ones, where a chain stops early, and the mixture."""
-    count = len(experts)
-    names = {k: f"average 1-{k}" for k in range(2, count)} | {count: "average"}
-    found = {name: sum(experts[:k]) / k for k, name in names.items()} | {"mixture": mixture}
-    return found if count > 1 else {}
+def with_stops(predictions: Predictions) -> Predictions:
+    """Add what the chain gives that stops early: the averages of its first experts, "average 1-2" and so on."""
+    experts = predictions.gate.shape[1]
+    logits = [predictions.heads[f"expert {k}"] for k in range(1, experts)]
+    stops = {f"average 1-{k}": np.mean(logits[:k], axis=0) for k in range(2, experts)}
+    ends = {name: logits for name, logits in predictions.heads.items() if name in ("average", "mixture")}
+    others = {name: logits for name, logits in predictions.heads.items() if name not in ends}
+    return replace(predictions, heads=others | stops | ends)
 
 
 def top_k_correct(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from mge.checkpoint import save_checkpoint
 from mge.cli.evaluate import main as evaluate
-from mge.evaluation import Predictions, collect, write_predictions
+from mge.cost import Cost
+from mge.evaluation import Predictions, collect, with_stops, write_predictions
 from mge.model import MGENet
 from mge.parts import write_parts
 from mge_export.cli import main as export
@@ -174,6 +175,16 @@ def test_classes_and_confusions_are_those_of_the_images(data, files, tmp_path):
     assert sum(wrong.values()) == (predicted != labels).sum()
     for (true, other), images in wrong.items():
         assert images == ((labels == "ab".index(true)) & (predicted == "ab".index(other))).sum()
+
+
+def test_a_chain_that_stops_early_gives_the_average_of_its_first_experts():
+    heads = {f"expert {k}": np.full((2, 3), float(k)) for k in (1, 2, 3, 4)} | {"average": 0, "mixture": 1}
+    found = with_stops(Predictions(np.zeros(2), heads, np.ones((2, 4)), np.zeros((2, 4, 4)))).heads
+    assert list(found)[4:] == ["average 1-2", "average 1-3", "average", "mixture"]
+    assert (found["average 1-2"] == 1.5).all()
+    assert (found["average 1-3"] == 2).all()
+    cost = Cost((1, 2, 3, 4, 5), (1, 2, 3, 4, 5), "here")
+    assert [cost.gmacs[cost.place(name)] for name in found] == [1, 2, 3, 4, 2, 3, 4, 5]
 
 
 @pytest.fixture(scope="module")

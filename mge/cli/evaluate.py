@@ -168,12 +168,12 @@ def _run_checkpoint(ckpt: Path, folder: Path, label: Label, batch: int, workers:
     from mge.checkpoint import load_checkpoint
     from mge.cost import model_cost
     from mge.data.folder import FolderDataset, batches, make_loader
-    from mge.evaluation import Evaluation, collect
+    from mge.evaluation import Evaluation, collect, with_stops
 
     model = load_checkpoint(ckpt)
     config, samples = model.config, label(model.config.classes)
     loader = make_loader(FolderDataset(samples, config, max_pixels=max_pixels), batch, workers=workers)
-    found = replace(collect(model, batches(loader)), cost=model_cost(model))
+    found = replace(with_stops(collect(model, batches(loader))), cost=model_cost(model))
     return Evaluation(found, samples, folder, config.classes, ckpt.name, config.to_dict())
 
 
@@ -181,13 +181,13 @@ def _run_bundle(
     engine: Path, folder: Path, label: Label, batch: int, workers: int, options: dict[str, Any]
 ) -> Evaluation:
     from mge.cost import bundle_cost
-    from mge.evaluation import Evaluation, collect_bundle
+    from mge.evaluation import Evaluation, collect_bundle, with_stops
     from mge_runtime.pipeline import Pipeline
 
     with Pipeline.open(engine, streams="auto", **options) as pipeline:
         manifest = pipeline.manifest
         samples = label(manifest.class_names)
-        found = collect_bundle(pipeline, samples, batch, max(workers, 1))
+        found = with_stops(collect_bundle(pipeline, samples, batch, max(workers, 1)))
     with Pipeline.open(engine, **options) as pipeline:  # one stream: an image has all processors to itself
         found = replace(found, cost=bundle_cost(pipeline, options["threads"]))
     return Evaluation(found, samples, folder, manifest.class_names, engine.name, manifest.model)
