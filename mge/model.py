@@ -58,6 +58,11 @@ class MGEOutput(NamedTuple):
     gate: Tensor  # [B, K], rows sum to 1
     logits: Tensor  # [B, C], sum over experts of gate_k * logits_k, times the scale of an `Average`
 
+    @property
+    def average(self) -> Tensor:
+        """[B, C], the plain mean of the experts' logits."""
+        return torch.stack([expert.logits for expert in self.experts]).mean(0)
+
 
 class GlobalHead(nn.Module):
     """Class scores from the average of the features; what Grad-CAM differentiates, here in closed form."""
