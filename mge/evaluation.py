@@ -1,39 +1,52 @@
-"""Predictions on labeled images, of a model or a bundle: the figures of the paper's table, as text and as a file."""
+"""Predictions on labeled images, of a model or a bundle: how they are made, stored and summed up, head by head."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
-from mge.parts import part_report, read_parts, view_areas
-from mge_runtime.errors import InputError
-from mge_runtime.files import atomic_path, echo
-from mge_runtime.metrics import calibration_error, log_softmax
+from mge.cost import Cost
+from mge_runtime.errors import InputError, brief
+from mge_runtime.files import atomic_path
+from mge_runtime.metrics import calibration_error, log_softmax, share_interval
 from mge_runtime.preprocess import Viewport, compose_boxes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mge.model import MGENet
-    from mge_runtime.pipeline import Pipeline
+    from mge_runtime.pipeline import Exit, Pipeline
+    from mge_runtime.prediction import Prediction
 
 __all__ = [
+    "Evaluation",
+    "Exits",
     "Predictions",
     "Row",
     "collect",
     "collect_bundle",
-    "figures",
     "gate_report",
-    "print_table",
+    "read_predictions",
     "summarize",
     "top_k_correct",
+    "with_stops",
+    "write_predictions",
 ]
 
 COLLAPSED = 0.95  # mean weight of one expert above which the others change next to nothing
+
+
+@dataclass(frozen=True)
+class Exits:
+    """What a calibrated bundle predicts where it may stop early."""
+
+    used: np.ndarray  # [N] int64, experts that ran
+    logits: np.ndarray  # [N, C], of where each image stopped
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,10 @@ class Predictions:
     heads: dict[str, np.ndarray]  # name -> logits [N, C], in the order of the table; the last are the final ones
     gate: np.ndarray  # [N, K], rows sum to 1
     views: np.ndarray  # [N, K, 4], what each expert saw, in pixels of the source image
-    heatmaps: tuple[Tensor, ...] = ()  # K of [N, h, w]; empty for a bundle
+    heatmaps: tuple[Any, ...] = ()  # K of [N, h, w], tensors of a model, arrays of a bundle
     temperature: float | None = None  # of the final logits, where a bundle's calibration learned one
+    exits: Exits | None = None  # None: the chain never stops early
+    cost: Cost | None = None  # None: not measured
 
     @property
     def final(self) -> np.ndarray:
@@ -54,17 +69,42 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """Predictions, and what they are of."""
+
+    predictions: Predictions
+    samples: Sequence[tuple[Path, int]]  # N images and their labels
+    folder: Path  # that the images lie in
+    classes: tuple[str, ...]  # names, by class index
+    name: str  # of the checkpoint's or the bundle's file
+    model: Mapping[str, Any]  # fields of its config
+
+    @property
+    def names(self) -> list[str]:
+        """Of the images below the folder, with "/"."""
+        return [path.relative_to(self.folder).as_posix() for path, _ in self.samples]
+
+    @property
+    def named(self) -> tuple[Predictions, list[str]]:
+        """What `write_predictions` takes and `read_predictions` returns."""
+        return self.predictions, self.names
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table."""
 
     name: str
     top1: float  # in [0, 1]
+    top1_interval: tuple[float, float]  # 95 % (`mge_runtime.metrics.share_interval`)
     top5: float  # in [0, 1]
     nll: float  # nats
     ece: float  # in [0, 1], over 15 bins of equal mass (`mge_runtime.metrics.calibration_error`)
     # The same after the temperature that the bundle's calibration learned for these logits; None: it learned none.
     calibrated_nll: float | None = None
     calibrated_ece: float | None = None
+    gmacs: float | None = None  # of all that these logits need; None: not measured
+    ms: float | None = None
 
 
 def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Predictions:
@@ -114,18 +154,28 @@ def collect(model: MGENet, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> 
 def collect_bundle(
     pipeline: Pipeline, samples: Sequence[tuple[Path, int]], batch: int = 1, workers: int = 2
 ) -> Predictions:
-    """Run a bundle over labeled images; its heads are the experts, their average and the mixture only.
+    """Run a bundle over labeled images, and once more with early exits where its calibration has some.
 
-    Logits are those of the graphs, before any temperature.
+    Its heads are the experts, their average and the mixture only. Logits are those of the graphs, before any
+    temperature.
 
     Raises:
         InputError: an image cannot be read.
     """
-    predictions = []
-    for _, prediction in pipeline.predict_iter([path for path, _ in samples], batch=batch, workers=workers):
-        if isinstance(prediction, Exception):
-            raise prediction
-        predictions.append(prediction)
+
+    def predict(exit: Exit) -> list[Prediction]:
+        predictions: list[Prediction] = []
+        paths = [path for path, _ in samples]
+        for _, prediction in pipeline.predict_iter(paths, batch=batch, workers=workers, exit=exit):
+            if isinstance(prediction, Exception):
+                raise prediction
+            predictions.append(prediction)
+        return predictions
+
+    predictions, exits = predict("never"), None
+    if pipeline.calibrated.has_exits:
+        stopped = predict("calibrated")
+        exits = Exits(np.array([one.experts_used for one in stopped]), np.stack([one.logits for one in stopped]))
     experts = np.stack([prediction.expert_logits for prediction in predictions], 1)
     heads = {f"expert {k}": logits for k, logits in enumerate(experts, 1)}
     if len(experts) > 1:
@@ -137,8 +187,20 @@ def collect_bundle(
         heads=heads,
         gate=np.stack([ones if prediction.gate is None else prediction.gate for prediction in predictions]),
         views=np.stack([prediction.boxes for prediction in predictions]),
+        heatmaps=tuple(map(np.stack, zip(*(prediction.heatmaps for prediction in predictions), strict=True))),
         temperature=predictions[0].temperature,
+        exits=exits,
     )
+
+
+def with_stops(predictions: Predictions) -> Predictions:
+    """Add what the chain gives that stops early: the averages of its first experts, "average 1-2" and so on."""
+    experts = predictions.gate.shape[1]
+    logits = [predictions.heads[f"expert {k}"] for k in range(1, experts)]
+    stops = {f"average 1-{k}": np.mean(logits[:k], axis=0) for k in range(2, experts)}
+    ends = {name: logits for name, logits in predictions.heads.items() if name in ("average", "mixture")}
+    others = {name: logits for name, logits in predictions.heads.items() if name not in ends}
+    return replace(predictions, heads=others | stops | ends)
 
 
 def top_k_correct(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndarray:
@@ -149,11 +211,14 @@ def top_k_correct(logits: np.ndarray, labels: np.ndarray, k: int = 1) -> np.ndar
 
 def summarize(predictions: Predictions) -> list[Row]:
     """One row for every head; the last one has the final logits, for which a calibrated bundle has a temperature."""
-    rows, labels = [], predictions.labels
+    rows, labels, cost = [], predictions.labels, predictions.cost
     for name, logits in predictions.heads.items():
-        top1, top5 = (float(top_k_correct(logits, labels, k).mean()) for k in (1, 5))
-        nll, ece = _quality(logits, labels)
-        rows.append(Row(name, top1, top5, nll, ece))
+        right, right5 = (top_k_correct(logits, labels, k) for k in (1, 5))
+        interval = share_interval(int(right.sum()), len(right))
+        row = Row(name, float(right.mean()), interval, float(right5.mean()), *_quality(logits, labels))
+        if cost is not None:
+            row = replace(row, gmacs=cost.gmacs[cost.place(name)], ms=cost.ms[cost.place(name)])
+        rows.append(row)
     if predictions.temperature is not None:
         nll, ece = _quality(predictions.final / predictions.temperature, labels)
         rows[-1] = replace(rows[-1], calibrated_nll=nll, calibrated_ece=ece)
@@ -186,78 +251,35 @@ def gate_report(gate: np.ndarray) -> list[str]:
     return [f"{trusted}: train with --gate none, or with --gate-balance 1"]
 
 
-def figures(predictions: Predictions, folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Everything that the table shows, as plain values.
-
-    Args:
-        predictions: for the images `names`, in their order.
-        folder: of the images; its `parts.csv`, where there is one, tells where the deciding part of each image lies.
-        names: of the images below `folder`, with "/".
-
-    Raises:
-        InputError: `parts.csv` leaves an image out.
-    """
-    areas = view_areas(predictions.views)
-    result: dict[str, Any] = {
-        "images": len(predictions.labels),
-        "heads": [asdict(row) for row in summarize(predictions)],
-        "temperature": predictions.temperature,
-        "gate": predictions.gate.mean(0).tolist(),
-        "gate_entropy": gate_entropy(predictions.gate),
-        "warnings": gate_report(predictions.gate),
-        "view_areas": np.median(areas, axis=0).tolist(),
-        "crop_areas": [1.0, *np.median(areas[:, 1:] / areas[:, :-1], axis=0).tolist()],
-    }
-    parts = read_parts(folder)
-    if parts is not None:
-        if missing := [name for name in names if name not in parts]:
-            raise InputError(
-                f"{folder / 'parts.csv'} has no row for {missing[0]} ({len(missing)} images in all); "
-                "expected the part of every image, or no parts.csv"
-            )
-        boxes = np.array([parts[name] for name in names])
-        result["part_kept"], result["part_enlargement"] = part_report(boxes, predictions.views)
-    return result
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Print the figures for people."""
-    echo(f"{result['images']} images\n")
-    echo(f"{'head':<18}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>8}{'ECE %':>8}")
-    for row in result["heads"]:
-        echo(
-            f"{row['name']:<18}{100 * row['top1']:9.2f}{100 * row['top5']:9.2f}{row['nll']:8.3f}{100 * row['ece']:8.2f}"
-        )
-    last = result["heads"][-1]
-    if last["calibrated_nll"] is not None:
-        echo(
-            f"\n{last['name']} after the bundle's temperature {result['temperature']:.3f}, as mge-run predicts: "
-            f"NLL {last['calibrated_nll']:.3f}, ECE {100 * last['calibrated_ece']:.2f} %; "
-            "the rows above are before any temperature"
-        )
-    echo("\nECE: 15 bins of equal mass")
-    shares = {"gate %": "gate", "crop area %": "crop_areas", "view area %": "view_areas", "part kept %": "part_kept"}
-    columns = {
-        title: [f"{100 * value:.1f}" for value in result[name]] for title, name in shares.items() if name in result
-    }
-    if "part_kept" in result:
-        columns["part enlarged"] = [f"{value:.2f} x" for value in result["part_enlargement"]]
-    echo("\n" + f"{'expert':<8}" + "".join(f"{title:>15}" for title in columns))
-    for k, values in enumerate(zip(*columns.values(), strict=True), 1):
-        echo(f"{k:<8}" + "".join(f"{value:>15}" for value in values))
-    echo(
-        "\ncrop area: median share that each expert's crop keeps of the view before; view area: of the first view"
-        + ("; part: the deciding part of the image" if "part_kept" in result else "")
-    )
-    if len(result["gate"]) > 1:
-        echo(f"gate: mean weights; mean entropy {100 * result['gate_entropy']:.0f} % of the most there can be")
-    for warning in result["warnings"]:
-        echo(warning)
-
-
 def write_predictions(path: Path, predictions: Predictions, names: Sequence[str]) -> None:
-    """Write a .npz file: `names`, `labels`, `gate`, `views` and `logits/<head>` for every head."""
+    """Write a .npz file: `names`, `labels`, `gate`, `views`, `logits/<head>` of every head, `exits/...`, `cost/...`."""
     arrays: dict[str, Any] = {f"logits/{name}": logits for name, logits in predictions.heads.items()}
     arrays |= {"names": np.array(names)} | {n: getattr(predictions, n) for n in ("labels", "gate", "views")}
-    with atomic_path(path) as part, part.open("wb") as file:
+    for part, values in (("exits", predictions.exits), ("cost", predictions.cost)):
+        if values is not None:
+            arrays |= {f"{part}/{name}": value for name, value in asdict(values).items()}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
+
+
+def read_predictions(path: Path) -> tuple[Predictions, list[str]]:
+    """Read what `write_predictions` wrote: the predictions, and the names of their images.
+
+    Raises:
+        InputError: the file is missing or no such file.
+    """
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        exits = Exits(arrays["exits/used"], arrays["exits/logits"]) if "exits/used" in arrays else None
+        cost = None
+        if "cost/gmacs" in arrays:
+            gmacs, ms = (tuple(arrays[f"cost/{name}"].tolist()) for name in ("gmacs", "ms"))
+            cost = Cost(gmacs, ms, str(arrays["cost/measured"]))
+        heads = {name.removeprefix("logits/"): value for name, value in arrays.items() if name.startswith("logits/")}
+        found = Predictions(arrays["labels"], heads, arrays["gate"], arrays["views"], exits=exits, cost=cost)
+        return found, arrays["names"].tolist()
+    except (OSError, ValueError, TypeError, KeyError, BadZipFile) as error:
+        raise InputError(
+            f"cannot read {path}: {brief(error)}; expected a file that mge-eval --predictions wrote"
+        ) from error

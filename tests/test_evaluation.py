@@ -1,7 +1,11 @@
-"""mge-eval prints the same table for a checkpoint and for the bundle made of it, parts included."""
+"""mge-eval prints the same table for a checkpoint and for the bundle made of it; its page; two models compared."""
 
+import base64
+import io
 import json
 import shutil
+from collections import Counter
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -10,7 +14,8 @@ from PIL import Image
 
 from mge.checkpoint import save_checkpoint
 from mge.cli.evaluate import main as evaluate
-from mge.evaluation import collect
+from mge.cost import Cost
+from mge.evaluation import Predictions, collect, with_stops, write_predictions
 from mge.model import MGENet
 from mge.parts import write_parts
 from mge_export.cli import main as export
@@ -49,6 +54,12 @@ def figures(data, *arguments):
     return json.loads(succeeds(evaluate, "--data", data, "--workers", 0, "--json", *arguments).stdout)
 
 
+def without_times(result):
+    for part in (result["cost"], *result["heads"]):
+        assert part.pop("ms")
+    return result
+
+
 def test_checkpoint_and_bundle_agree(data, files):
     first = figures(data, "--ckpt", files / "best.pt")
     second = figures(data, "--engine", files / "mge.plan")
@@ -57,6 +68,11 @@ def test_checkpoint_and_bundle_agree(data, files):
     for row in second["heads"]:
         assert row["top1"] == heads[row["name"]]["top1"]
         assert row["nll"] == pytest.approx(heads[row["name"]]["nll"], rel=1e-4)
+    costs = [result["cost"]["gmacs"] for result in (first, second)]
+    assert costs[0][::2] == pytest.approx(costs[1][::2])  # the bundle's last expert has the gate with it
+    assert costs[1][1] == costs[1][2] > costs[0][1] > costs[0][0] > 0
+    assert first["classes"] == second["classes"]
+    assert first["confusions"] == second["confusions"]
     for key in ("gate", "crop_areas", "view_areas", "part_kept", "part_enlargement"):
         assert second[key] == pytest.approx(first[key], rel=1e-4), key
     assert first["part_enlargement"][1] > first["part_enlargement"][0] == 1
@@ -146,6 +162,150 @@ def test_a_calibrated_bundle_shows_what_it_predicts(data, files, tmp_path):
     assert "15 bins of equal mass" in text
 
 
+def test_classes_and_confusions_are_those_of_the_images(data, files, tmp_path):
+    result = figures(data, "--ckpt", files / "best.pt", "--predictions", tmp_path / "p.npz")
+    with np.load(tmp_path / "p.npz") as stored:
+        labels, predicted = stored["labels"], stored["logits/mixture"].argmax(1)
+    for row in result["classes"]:
+        own = labels == "ab".index(row["class"])
+        assert row["images"] == own.sum()
+        assert row["top1"] == (predicted == labels)[own].mean()
+        assert row["top1_interval"][0] <= row["top1"] <= row["top1_interval"][1]
+    wrong = {(row["class"], row["predicted"]): row["images"] for row in result["confusions"]}
+    assert sum(wrong.values()) == (predicted != labels).sum()
+    for (true, other), images in wrong.items():
+        assert images == ((labels == "ab".index(true)) & (predicted == "ab".index(other))).sum()
+
+
+def test_a_chain_that_stops_early_gives_the_average_of_its_first_experts():
+    heads = {f"expert {k}": np.full((2, 3), float(k)) for k in (1, 2, 3, 4)} | {"average": 0, "mixture": 1}
+    found = with_stops(Predictions(np.zeros(2), heads, np.ones((2, 4)), np.zeros((2, 4, 4)))).heads
+    assert list(found)[4:] == ["average 1-2", "average 1-3", "average", "mixture"]
+    assert (found["average 1-2"] == 1.5).all()
+    assert (found["average 1-3"] == 2).all()
+    cost = Cost((1, 2, 3, 4, 5), (1, 2, 3, 4, 5), "here")
+    assert [cost.gmacs[cost.place(name)] for name in found] == [1, 2, 3, 4, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def with_exits(files, tmp_path_factory):
+    """A bundle in which some images stop after the first expert."""
+    path = tmp_path_factory.mktemp("exits") / "mge.plan"
+    shutil.copy(files / "mge.plan", path)
+    exits = {"epsilon": 0.1, "delta": 0.1, "thresholds": {"mean_logits_1": 0.0}}
+    add_calibration(path, {"temperatures": {"mean_logits_1": 1.0, "logits": 1.0}, "exits": exits})
+    return path
+
+
+def test_early_exits_have_their_mean_cost(data, with_exits):
+    result = figures(data, "--engine", with_exits)
+    first = result["heads"][0]
+    assert result["exits"]["stopped"] == [1, 0]
+    assert [result["exits"][key] for key in ("top1", "gmacs", "ms")] == [first[key] for key in ("top1", "gmacs", "ms")]
+    text = succeeds(evaluate, "--data", data, "--workers", 0, "--engine", with_exits).stdout
+    assert "images that stop after expert 1: 100 %, 2: 0 %" in text
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What a browser would load, show and run."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.images, self.texts = Counter(), [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        self.images += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, text):
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
+def test_the_page_holds_all_it_shows(kind, data, files, with_exits, tmp_path):
+    model = ("--ckpt", files / "best.pt") if kind == "checkpoint" else ("--engine", with_exits)
+    result = figures(data, *model, "--report", tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.tags["img"] == len(page.images) == 4  # every image is one of the examples
+    assert page.tags["script"] == page.tags["link"] == 0
+    for image in page.images:
+        kind, _, content = image.partition(",")
+        assert kind == "data:image/jpeg;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(content))).size > (248, 248)
+    for row in result["heads"]:
+        assert row["name"] in page.texts
+        assert f"{row['gmacs']:.3g}" in page.texts
+    assert ("with early exits" in page.texts) is (result["exits"] is not None)
+
+
+def test_names_of_any_characters_are_text(tmp_path):
+    names = ["<script>alert(1)</script>", '"&amp; \u00e5\u3042']
+    for name in names:
+        save_noise(tmp_path / "data", {name.replace("/", "\u2044"): 2})
+    classes = sorted(path.name for path in (tmp_path / "data").iterdir())
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "one.pt", MGENet(tiny_config(1, classes)))
+    figures(tmp_path / "data", "--ckpt", tmp_path / "one.pt", "--report", tmp_path / "report.html")
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.tags["script"] == 0
+    assert set(classes) <= set(page.texts)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(data, files, tmp_path):
+    line = fails(evaluate, "--data", data, "--engine", files / "best.pt", "--report", tmp_path / "no/report.html")
+    assert "cannot write" in line  # and not that best.pt is no bundle
+    done = run_without(["scipy"], "mge.cli.evaluate", "--data", data, "--engine", "no.plan", "--report", tmp_path / "r")
+    assert "needs scipy" in done.stderr
+
+
+# --- two models ---------------------------------------------------------------------------------------------------
+
+
+def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
+    figures(data, "--ckpt", files / "best.pt", "--predictions", tmp_path / "a.npz")
+    torch.manual_seed(4)
+    save_checkpoint(tmp_path / "one.pt", MGENet(tiny_config(1, "ab")))
+    result = figures(data, "--compare", tmp_path / "a.npz", tmp_path / "one.pt")
+    single = figures(data, "--ckpt", tmp_path / "one.pt")
+    heads = {row["name"]: row for row in result["heads"]}
+    assert list(heads) == ["output", "expert 1 global", "expert 1 parts", "expert 1"]
+    assert heads["output"]["second"] == heads["expert 1"]["second"] == single["heads"][-1]["top1"]
+    assert result["outputs"] == ["mixture", "expert 1"]
+    assert result["costs"][1]["gmacs"] == single["cost"]["gmacs"]
+    text = succeeds(evaluate, "--compare", tmp_path / "a.npz", tmp_path / "a.npz").stdout  # needs no images
+    assert "right in A alone\n  none" in text
+    assert "+0.00 [+0.00, +0.00]" in text
+    same = figures(data, "--compare", files / "best.pt", files / "mge.plan")
+    assert {row["p"] for row in same["heads"]} == {1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("--compare a.npz b.npz", 1, "of which 2 are on one side alone, such as b/0.png"),
+        ("--compare a.npz no.npz", 1, "no.npz"),
+        ("--compare a.npz text.npz", 1, "expected a file that mge-eval --predictions wrote"),
+        ("--compare a.npz no.pt", 2, "--data"),
+        ("--compare a.npz b.npz --ckpt no.pt", 2, "two models after --compare"),
+        ("--compare a.npz b.npz --report r.html", 2, "cannot use --report"),
+        ("--compare a.npz no.pt --data .", 1, "no.pt does not exist"),
+        ("--ckpt no.pt", 2, "--data"),
+    ],
+)
+def test_what_cannot_be_compared_is_named_in_one_line(tmp_path, monkeypatch, arguments, code, said):
+    monkeypatch.chdir(tmp_path)
+    logits = {"expert 1": np.eye(3)}
+    for name, images in {"a": ["a/0.png", "a/1.png", "b/0.png"], "b": ["a/0.png", "a/1.png", "c/0.png"]}.items():
+        found = Predictions(np.arange(3), logits, np.ones((3, 1)), np.zeros((3, 1, 4)))
+        write_predictions(tmp_path / f"{name}.npz", found, images)
+    (tmp_path / "text.npz").write_text("not an archive")
+    assert said in fails(evaluate, *arguments.split(), code=code)
+
+
 TORCH = ["torch", "torchvision", "timm", "lightning", "safetensors", "matplotlib", "tqdm", "onnx", "scipy"]
 
 
@@ -153,7 +313,7 @@ def test_a_bundle_is_evaluated_without_torch(data, files):
     arguments = ["--engine", files / "mge.plan", "--data", data, "--json"]
     done = run_without(TORCH, "mge.cli.evaluate", *arguments)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == figures(data, *arguments)
+    assert without_times(json.loads(done.stdout)) == without_times(figures(data, *arguments))
 
 
 @pytest.mark.parametrize(

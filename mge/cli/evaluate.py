@@ -1,8 +1,10 @@
-"""`mge-eval`: the paper's table, for a checkpoint or a bundle."""
+"""`mge-eval`: what each part of a checkpoint or a bundle is worth and costs, on labeled images; or two compared."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +21,29 @@ from mge_runtime.cli.common import (
     reports_errors,
     threads_option,
 )
-from mge_runtime.files import echo
+from mge_runtime.errors import InputError
+from mge_runtime.files import check_writable, echo
 
 if TYPE_CHECKING:
-    from mge.evaluation import Predictions
-    from mge_runtime.pipeline import Pipeline
+    from mge.evaluation import Evaluation
 
 __all__ = ["main"]
 
 PATH = click.Path(path_type=Path)
+Label = Callable[[tuple[str, ...]], list[tuple[Path, int]]]  # class names to the images with their index among these
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.option("--ckpt", type=PATH, help="A checkpoint: every head of every expert.")
 @click.option("--engine", type=PATH, help="A bundle: every expert, as it runs on a device.")
-@click.option("--data", type=PATH, required=True, help="Folder with test/<class>/*.jpg, or with the class folders.")
+@click.option(
+    "--compare",
+    type=PATH,
+    nargs=2,
+    metavar="A B",
+    help="Compare two instead: checkpoints, bundles (.plan), or what --predictions wrote (.npz).",
+)
+@click.option("--data", type=PATH, help="Folder with test/<class>/*.jpg, or with the class folders.")
 @click.option("--split", default="test", help="Folder below --data, where there is one.")
 @batch_option(32, "--batch-size")
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes (threads for a bundle) that decode.")
@@ -43,13 +53,15 @@ PATH = click.Path(path_type=Path)
 @threads_option
 @no_mmap_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@click.option("--predictions", type=PATH, help="Also write labels, logits, gate and boxes to this .npz file.")
+@click.option("--report", type=PATH, help="Also write a page for people, with images, to this HTML file.")
+@click.option("--predictions", type=PATH, help="Also write labels, logits, gate, boxes and cost to this .npz file.")
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
     ckpt: Path | None,
     engine: Path | None,
-    data: Path,
+    compare: tuple[Path, Path] | None,
+    data: Path | None,
     split: str,
     batch: int,
     workers: int,
@@ -59,66 +71,118 @@ def main(
     threads: int | None,
     no_mmap: bool,
     as_json: bool,
+    report: Path | None,
     predictions: Path | None,
 ) -> None:
-    """Print the paper's table: top-1, top-5, likelihood and calibration of every head, the gate, the crops' areas.
+    """Print what each head, each expert, their averages, the mixture and early exits are worth, and what they cost.
+
+    Also the gate, the crops' areas, the least accurate classes and the most confused ones. With --compare A B instead:
+    the differences of top-1 with paired intervals, and the images that one alone gets right.
 
     --device, --backend, --threads and --no-mmap say how a bundle runs; a checkpoint runs on the CPU.
     """
     from mge.archive import check_file
-    from mge.evaluation import figures, print_table, write_predictions
-    from mge_runtime.errors import InputError
-    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, require_folder, validation_folder
 
-    if (ckpt is None) == (engine is None):
-        raise click.UsageError("name either --ckpt or --engine")
-    if ckpt is not None and (unused := options_given("device", "backend", "threads", "no_mmap")):
+    models = [path for path in (ckpt, engine) if path is not None]
+    if (compare is None) is not (len(models) == 1) or (compare and models):
+        raise click.UsageError("name either --ckpt or --engine, or two models after --compare")
+    if compare and (unused := options_given("report", "predictions")):
+        raise click.UsageError(f"--compare prints what it finds and cannot use {', '.join(unused)}; leave that out")
+    models = list(compare or models)
+    stored = [path for path in compare or () if path.suffix == ".npz"]
+    bundles = [path for path in models if path == engine or (compare and path.suffix == ".plan")]
+    if not bundles and (unused := options_given("device", "backend", "threads", "no_mmap")):
         raise click.UsageError(f"a checkpoint runs in PyTorch, which cannot use {', '.join(unused)}; leave that out")
+    if data is None and len(stored) < len(models):
+        raise click.UsageError("name the folder of the images with --data")
+    images = None if data is None else _images(data, split)
+    for path in (report, predictions):  # before the work, as all of these are
+        if path is not None:
+            check_writable(path)
+    for path in models:
+        if path not in (*stored, *bundles):
+            check_file(path)  # PyTorch takes seconds to load
+
+    def evaluate(path: Path) -> Evaluation:
+        assert images is not None  # noqa: S101 - the usage check above; for the type checker
+        if path not in bundles:
+            return _run_checkpoint(path, *images, batch, workers, max_pixels)
+        options = {"device": device, "backend": backend, "threads": threads, "mmap": not no_mmap}
+        return _run_bundle(path, *images, batch, workers, options | {"max_pixels": max_pixels})
+
+    if compare is not None:
+        from mge.comparison import compare_models, print_comparison
+        from mge.evaluation import read_predictions
+
+        known = {path: read_predictions(path) for path in stored}
+        sides = [known[path] if path in known else evaluate(path).named for path in compare]
+        result = compare_models(sides[0], sides[1])
+        if not as_json:
+            print_comparison(result, [path.name for path in compare])
+    else:
+        if report is not None:
+            import mge.report  # noqa: F401 - before the work: it may need what is not installed
+        from mge.evaluation import write_predictions
+        from mge.figures import figures, print_table
+
+        found = evaluate(models[0])
+        result = figures(found)
+        if predictions is not None:
+            write_predictions(predictions, *found.named)
+        if report is not None:
+            from mge.report import write_report
+
+            write_report(report, result, found, max_pixels)
+        if not as_json:
+            print_table(result)
+    if as_json:
+        echo(json.dumps(result, indent=2))
+
+
+def _images(data: Path, split: str) -> tuple[Path, Label]:
+    """The folder that the images lie in, and what lists them.
+
+    Raises:
+        InputError: there is none.
+    """
+    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, list_labeled, require_folder, validation_folder
+
     folder = data / split if is_folder(data / split) else data
     if split in VALIDATION_FOLDERS:
         folder = validation_folder(data) or data
     if is_folder(folder / "train"):
         raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
     require_folder(folder, "test/<class>/*.jpg in it, or the class folders")
-    if ckpt is not None:
-        check_file(ckpt)  # before PyTorch is loaded, which takes seconds
-        found, samples = _run_checkpoint(ckpt, folder, batch, workers, max_pixels)
-    else:
-        assert engine is not None  # noqa: S101 - the usage check above; for the type checker
-        from mge_runtime.pipeline import Pipeline
-
-        with Pipeline.open(
-            engine, device, backend, threads, streams="auto", mmap=not no_mmap, max_pixels=max_pixels
-        ) as pipeline:
-            found, samples = _run_bundle(pipeline, folder, batch, workers)
-    names = [path.relative_to(folder).as_posix() for path, _ in samples]
-    result = figures(found, folder, names)
-    if predictions is not None:
-        write_predictions(predictions, found, names)
-    if as_json:
-        echo(json.dumps(result, indent=2))
-    else:
-        print_table(result)
+    return folder, lambda classes: list_labeled(folder, classes, note)[1]
 
 
-def _run_checkpoint(ckpt: Path, folder: Path, batch: int, workers: int, max_pixels: int) -> tuple[Predictions, Any]:
+def _run_checkpoint(ckpt: Path, folder: Path, label: Label, batch: int, workers: int, max_pixels: int) -> Evaluation:
     from mge.checkpoint import load_checkpoint
+    from mge.cost import model_cost
     from mge.data.folder import FolderDataset, batches, make_loader
-    from mge.evaluation import collect
-    from mge_runtime.sources import list_labeled
+    from mge.evaluation import Evaluation, collect, with_stops
 
     model = load_checkpoint(ckpt)
-    _, samples = list_labeled(folder, model.config.classes, note)
-    loader = make_loader(FolderDataset(samples, model.config, max_pixels=max_pixels), batch, workers=workers)
-    return collect(model, batches(loader)), samples
+    config, samples = model.config, label(model.config.classes)
+    loader = make_loader(FolderDataset(samples, config, max_pixels=max_pixels), batch, workers=workers)
+    found = replace(with_stops(collect(model, batches(loader))), cost=model_cost(model))
+    return Evaluation(found, samples, folder, config.classes, ckpt.name, config.to_dict())
 
 
-def _run_bundle(pipeline: Pipeline, folder: Path, batch: int, workers: int) -> tuple[Predictions, Any]:
-    from mge.evaluation import collect_bundle
-    from mge_runtime.sources import list_labeled
+def _run_bundle(
+    engine: Path, folder: Path, label: Label, batch: int, workers: int, options: dict[str, Any]
+) -> Evaluation:
+    from mge.cost import bundle_cost
+    from mge.evaluation import Evaluation, collect_bundle, with_stops
+    from mge_runtime.pipeline import Pipeline
 
-    _, samples = list_labeled(folder, pipeline.manifest.class_names, note)
-    return collect_bundle(pipeline, samples, batch, max(workers, 1)), samples
+    with Pipeline.open(engine, streams="auto", **options) as pipeline:
+        manifest = pipeline.manifest
+        samples = label(manifest.class_names)
+        found = with_stops(collect_bundle(pipeline, samples, batch, max(workers, 1)))
+    with Pipeline.open(engine, **options) as pipeline:  # one stream: an image has all processors to itself
+        found = replace(found, cost=bundle_cost(pipeline, options["threads"]))
+    return Evaluation(found, samples, folder, manifest.class_names, engine.name, manifest.model)
 
 
 if __name__ == "__main__":
