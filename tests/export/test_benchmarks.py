@@ -13,11 +13,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import backbones, chain, predictions, start_up, throughput
+from benchmarks import backbones, chain, frontier, predictions, start_up, throughput
 from benchmarks.backbones import BareBackbones
 from benchmarks.rounds import ratio, time_rounds
 from mge.checkpoint import save_checkpoint
 from mge.config import MGEConfig
+from mge.cost import Cost
+from mge.evaluation import Predictions, write_predictions
 from mge.model import MGENet
 from mge_export.export import export_bundle
 from mge_export.images import generated_images
@@ -183,6 +185,38 @@ def test_predictions_are_compared(written, tmp_path, monkeypatch, capsys, classe
 def test_crops_that_keep_nearly_all_prove_little(written):
     written["views"][:, 1] = (0, 0, 90, 90)
     assert "keeps 81 %" in predictions.compare_parity(written, written)[0]
+
+
+def test_the_frontier_has_every_place_where_a_chain_may_stop(tmp_path):
+    labels = np.arange(100) % 4
+    right = np.eye(4)[labels]
+    wrong = np.roll(right, 1, axis=1)
+    half = np.where(np.arange(100)[:, None] < 50, right, wrong)
+    views, names = np.zeros((100, 2, 4)), [f"{number}.jpg" for number in range(100)]
+    for seed, first in enumerate((half, wrong)):
+        heads = {"expert 1 global": wrong, "expert 1": first, "expert 2": right, "average": half, "mixture": right}
+        cost = Cost((0.5, 1.0, 4.0), (1.0, 2.0, 3.0), "here")
+        found = Predictions(labels, heads, np.full((100, 2), 0.5), views, cost=cost)
+        write_predictions(tmp_path / f"chain-s{seed}.npz", found, names)
+    single = Predictions(labels, {"expert 1": half}, np.ones((100, 1)), views, cost=Cost((2.0,) * 2, (1.0,) * 2, ""))
+    write_predictions(tmp_path / "single.npz", single, names)
+    runs = [str(path) for path in sorted(tmp_path.glob("*.npz"))]
+    done = CliRunner().invoke(frontier.main, [*runs, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out/frontier.md").read_text() == done.output
+    assert (tmp_path / "out/frontier.png").stat().st_size > 10_000
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.output.splitlines() if "|" in line]
+    assert [(row[0], row[2], row[3].split()[0], row[4]) for row in rows[2:6]] == [
+        ("0.5", "expert 1", "25.0", "50.0 0.0"),
+        ("1", "average", "50.0", "50.0 50.0"),
+        ("2", "single network", "50.0", "50.0"),
+        ("4", "mixture", "100.0", "100.0 100.0"),
+    ]
+    (fifth,) = (row for row in rows[6:] if row[0] == "5")
+    assert fifth[3].startswith("+50.0 [")
+    write_predictions(tmp_path / "other.npz", single, names[::-1])
+    done = CliRunner().invoke(frontier.main, [*runs, str(tmp_path / "other.npz"), "--out", str(tmp_path / "out")])
+    assert "is of other images" in done.stderr
 
 
 @FP32
