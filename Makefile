@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-tensorrt check-python check-oldest clean
+.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -81,6 +81,9 @@ check-network: $(READY) ## does a predicting process ask for a host or write any
 
 check-jetson: wheel ## would pip find everything on JetPack 6 (Python 3.10, aarch64)? nothing is installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" benchmarks/check_jetson.sh
+
+check-export: $(READY) ## every gate, sharing, image sizes and source size in FP32 and FP16, TensorRT-RTX too
+	MGE_ALL_COMBINATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/export/test_combinations.py
 
 check-tensorrt: $(READY) ## do the bindings of TensorRT 10.3, 10.16 and 11.4 hold every name that we use?
 	benchmarks/check_tensorrt.sh $(BIN)/python

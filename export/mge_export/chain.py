@@ -33,7 +33,7 @@ def join_graphs(manifest: Manifest, models: Mapping[str, onnx.ModelProto]) -> on
 
     Args:
         manifest: how they are wired, and what is said in the metadata.
-        models: by graph; their weights stay where they are, in `<graph>.weights` beside the file.
+        models: by graph; their weights stay where they are, in files beside the chain's.
 
     Returns:
         The chain at temperature 1.
@@ -43,18 +43,19 @@ def join_graphs(manifest: Manifest, models: Mapping[str, onnx.ModelProto]) -> on
         compose.add_prefix_graph(models[spec.name].graph, f"{spec.name}/", rename_inputs=False, rename_outputs=False)
         for spec in manifest.graphs
     ]
+    nodes, weights = _weights_once(graphs)
     size, classes = manifest.preprocess.size, len(manifest.class_names)
     scaled = f"{PROBABILITIES}/scaled"
     joined = helper.make_graph(
         [
-            *(node for graph in graphs for node in graph.node),
+            *nodes,
             helper.make_node("Div", [manifest.logits, TEMPERATURE], [scaled], name=f"{PROBABILITIES}/div"),
             helper.make_node("Softmax", [scaled], [PROBABILITIES], name=f"{PROBABILITIES}/softmax", axis=1),
         ],
         "chain",
         [helper.make_tensor_value_info(FRAME, onnx.TensorProto.UINT8, [BATCH, size, size, 3])],
         [helper.make_tensor_value_info(PROBABILITIES, onnx.TensorProto.FLOAT, [BATCH, classes]), *_reported(manifest)],
-        [tensor for graph in graphs for tensor in graph.initializer],
+        weights,
     )
     # Q/DQ of INT8 need a later one (mge_calibration.int8.insert); the rest means the same in both.
     opset = max([OPSET, *(entry.version for model in models.values() for entry in model.opset_import)])
@@ -68,6 +69,20 @@ def join_graphs(manifest: Manifest, models: Mapping[str, onnx.ModelProto]) -> on
     helper.set_model_props(model, _metadata(manifest))
     set_temperature(model, 1.0)
     return model
+
+
+def _weights_once(graphs: Sequence[onnx.GraphProto]) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Nodes and initializers of all graphs; weights at one place of a file are one initializer, whoever reads them."""
+    nodes = [node for graph in graphs for node in graph.node]
+    kept: dict[object, onnx.TensorProto] = {}
+    names: dict[str, str] = {}
+    for tensor in (tensor for graph in graphs for tensor in graph.initializer):
+        place = tuple(entry.value for entry in tensor.external_data)
+        key = (tensor.data_type, *tensor.dims, *place) if place else tensor.name
+        names[tensor.name] = kept.setdefault(key, tensor).name
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    return nodes, list(kept.values())
 
 
 def write_chain(bundle: Bundle, path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from mge.model import MGENet
 from mge_calibration.int8.cpu import cpu_graph
 from mge_export.chain import join_graphs
 from mge_export.experts import ExpertGraph, build_graphs, views
-from mge_export.graph import count_gmacs, export_graph, weights_name
+from mge_export.graph import count_gmacs, export_graph, externalize, inlined, weights_name
 from mge_export.images import VerifyImages
 from mge_export.int8 import Int8Request, LearnedGraph, check_quantization, quantize_graphs
 from mge_export.parity import ParityReport, check_bundle, measure_parity
@@ -32,6 +32,7 @@ TOOLS = ("mge", "torch", "timm", "onnx", "onnxscript", "onnxruntime")  # distrib
 ATTESTED = "onnx: types inferred from the written graph"
 
 Say = Callable[[str], None]  # shows one line of progress
+Known = dict[bytes, tuple[str, int]] | None  # weights of the graphs so far, which the next ones refer to
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def export_bundle(
     with temporary_folder("export") as folder:
         say(f"splitting {config.experts} x {config.arch} into graphs, {precision.value}")
         graphs = build_graphs(model, precision, half_linear=half_linear)
-        written = [_write_graph(graph, made, folder, say) for graph, made in _made(graphs, int8, config, say)]
+        known: Known = {} if config.sharing == "backbone" else None
+        written = [_write_graph(graph, made, folder, known, say) for graph, made in _made(graphs, int8, config, say)]
         step = max(images.count // 10, 1)
 
         def progress(done: int) -> None:
@@ -165,27 +167,29 @@ def _made(
     yield from zip(graphs, learned, strict=True)
 
 
-def _write_graph(source: ExpertGraph, made: LearnedGraph, folder: Path, say: Say) -> _Written:
-    """Write `<graph>.onnx` and its weights, of INT8 bundles also `<graph>.cpu.onnx`; check them."""
-    graph, name = made.graph, source.spec.name
-    inferred = infer_types(graph.model)
+def _write_graph(source: ExpertGraph, made: LearnedGraph, folder: Path, known: Known, say: Say) -> _Written:
+    """Write `<graph>.onnx` and its weights but those that are `known`, of INT8 also `<graph>.cpu.onnx`; check them."""
+    graph, name, own = made.graph, source.spec.name, weights_name(source.spec.name)
+    model = inlined(graph.model, {own: graph.weights})
+    block = externalize(model, own, known)
+    inferred = infer_types(model)
     plan = check_precision(name, inferred, graph.precision)
-    check_quantization(name, graph.model, made.nodes)
-    weights = folder / weights_name(name)
-    weights.write_bytes(graph.weights)
+    check_quantization(name, model, made.nodes)
+    weights = folder / own
+    weights.write_bytes(block)
     # In an INT8 bundle a graph may have stayed in FP16: on a CPU it runs as the others do.
-    encoded = cpu_graph(graph.model, fast=True) if source.precision is Precision.INT8 else None
+    encoded = cpu_graph(model, fast=True) if source.precision is Precision.INT8 else None
     cpu = None if encoded is None else _write_model(encoded, folder / f"{name}.cpu.onnx")
-    files = GraphModel(_write_model(graph.model, folder / f"{name}.onnx"), weights, cpu)
+    files = GraphModel(_write_model(model, folder / f"{name}.onnx"), weights if block else None, cpu)
     gmacs = count_gmacs(inferred)
     small = f", {source.underflowed} weights underflowed to 0" if source.underflowed else ""
     quantized = made.learned.get("quantized")
     integer = f", {quantized['convolutions']} of them and {quantized['adds']} sums in INT8" if quantized else ""
     say(
-        f"{name}: {len(graph.model.graph.node)} nodes, {sum(plan['Conv'].values())} convolutions in "
-        f"{graph.precision.onnx_name}{integer}, {gmacs:.3g} GMACs, weights {len(graph.weights) / 1e6:.1f} MB{small}"
+        f"{name}: {len(model.graph.node)} nodes, {sum(plan['Conv'].values())} convolutions in "
+        f"{graph.precision.onnx_name}{integer}, {gmacs:.3g} GMACs, weights {len(block) / 1e6:.1f} MB{small}"
     )
-    return _Written(name, files, graph.precision, {"operators": plan, **made.learned}, gmacs, encoded or graph.model)
+    return _Written(name, files, graph.precision, {"operators": plan, **made.learned}, gmacs, encoded or model)
 
 
 def _write_model(model: onnx.ModelProto, path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -161,12 +162,14 @@ def inlined(model: onnx.ModelProto, weights: Mapping[str, bytes]) -> onnx.ModelP
     return result
 
 
-def externalize(model: onnx.ModelProto, location: str) -> bytes:
+def externalize(model: onnx.ModelProto, location: str, known: dict[bytes, tuple[str, int]] | None = None) -> bytes:
     """Move large initializers into one block and leave their place, offset and length in the graph.
 
     Args:
         model: with its weights; changed in place.
         location: file name that the graph will refer to.
+        known: file and offset of what lies in other blocks, by its SHA-256: the graph refers to it there; what this
+            block holds is added. None: the block holds every tensor.
 
     Returns:
         The block, each tensor at a multiple of `ALIGNMENT`.
@@ -176,13 +179,19 @@ def externalize(model: onnx.ModelProto, location: str) -> bytes:
         data = onnx.numpy_helper.to_array(tensor).tobytes()
         if len(data) < INLINE_LIMIT:
             continue
-        block.extend(bytes(-len(block) % ALIGNMENT))
+        digest = hashlib.sha256(data).digest()
+        place = (known or {}).get(digest)
+        if place is None:
+            block.extend(bytes(-len(block) % ALIGNMENT))
+            place = location, len(block)
+            block.extend(data)
+            if known is not None:
+                known[digest] = place
         # set_external_data asks for raw data to be present, as a mark of what it moves.
         moved = onnx.TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, raw_data=b"")
-        set_external_data(moved, location, offset=len(block), length=len(data))
+        set_external_data(moved, place[0], offset=place[1], length=len(data))
         moved.ClearField("raw_data")
         tensor.CopyFrom(moved)
-        block.extend(data)
     return bytes(block)
 
 

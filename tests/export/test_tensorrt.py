@@ -7,24 +7,12 @@ import pytest
 from mge_export.precision import Precision
 from mge_runtime.bundle import Bundle, GraphModel, write_bundle
 from mge_runtime.errors import BuildError
-from mge_runtime.files import temporary_folder
-from mge_runtime.trt.build import Job, ahead_of_time, build_engines
-from mge_runtime.trt.builder import BuildOptions
-from mge_runtime.trt.target import BatchRange, turing_refusal
-from mge_runtime.trt.vendor import load_vendor
+from mge_runtime.trt.target import turing_refusal
+from tests.helpers.engines import build_all
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed (extra `rtx`)")
 
 GRAPHS = ("expert_1", "expert_2")
-
-
-def build_all(path, *capabilities, batch="1"):
-    """Build a bundle's engines ahead of time; return the sizes of the plans and what was recorded."""
-    vendor = load_vendor("tensorrt-rtx")
-    with Bundle.open(path) as bundle, temporary_folder("test") as folder:
-        (target,) = ahead_of_time(vendor, capabilities)
-        new = build_engines(bundle, Job(vendor, target, None, BuildOptions(BatchRange.parse(batch))), folder)
-        return {graph: plan.stat().st_size for graph, plan in new.plans.items()}, new.details.precision
 
 
 def test_every_graph_is_built_in_its_precision(exported):

@@ -68,10 +68,7 @@ def cpu_graph_entry(graph: str) -> str:
 
 
 def weights_entry(graph: str) -> str:
-    """Entry with a graph's weights in ONNX's external-data layout, but for those that graphs before it have, too.
-
-    Missing where none are left.
-    """
+    """Entry with a graph's weights in ONNX's external-data layout; missing where it has none of its own."""
     return f"onnx/{graph}.weights"
 
 
