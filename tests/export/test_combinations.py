@@ -40,13 +40,13 @@ PAIRS = [
 ALL = list(product(("network", "shared", "none"), ("none", "backbone"), ((), SIZES), (0, 128), (FP32, FP16)))
 
 
-def make(photographs, gate, sharing, sizes, source):
-    """A model, of three experts where crops are composed, and frames that it tells apart."""
+def make(photographs, gate, sharing, sizes, source, *, centered=True):
+    """A model, of three experts where crops are composed, and frames; centered: it tells them apart."""
     experts = 3 if source else 2
     values = {"image_sizes": sizes[:experts], "source_size": source, "resize": max(source, 64) * 9 // 8}
     model = make_model(experts, arch="plainnet_w16", gate=gate, sharing=sharing, **values)
     frames = load_frames(photographs, model.config.preprocess)
-    return center_heads(model, frames), frames
+    return center_heads(model, frames) if centered else model, frames
 
 
 def weights_of(bundle):
@@ -59,7 +59,8 @@ def weights_of(bundle):
     ids=lambda value: value.value if isinstance(value, Precision) else "x".join(map(str, np.atleast_1d(value))),
 )
 def test_a_combination_is_exported_within_tolerance(photographs, tmp_path, gate, sharing, sizes, source, precision):
-    model, frames = make(photographs, gate, sharing, sizes, source)
+    # Centered, an untrained head's logits may be all but zero for an image, of which half precision leaves little.
+    model, frames = make(photographs, gate, sharing, sizes, source, centered=precision is FP32)
     images = find_verify_images(photographs, model.config.preprocess, 0)
     path = tmp_path / "mge.plan"
     assert not export_bundle(model, path, precision, images).report.failures  # it would have been refused
