@@ -13,34 +13,21 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from mge.cost import count_gmacs
 from mge.data.folder import batches
 from mge.evaluation import Predictions, collect
-from mge.model import MGENet
 from mge.training.loop import Progress, Trainer
 from mge.training.record import Meter
 from mge_runtime.files import format_bytes
 from mge_runtime.interrupt import Interrupt
 
-__all__ = ["Rehearsal", "count_gmacs"]
+__all__ = ["Rehearsal"]
 
 WARM_UP = 2  # steps that do not count: workers start, allocators find their size
 LEAST, SECONDS = 3, 20.0  # steps that are timed: so many, and for so long
 VALIDATED = 2  # batches, the last of which is timed
-
-
-def count_gmacs(model: MGENet) -> float:
-    """Multiply-accumulates, in 10^9, of convolutions and matrix products for one image in evaluation.
-
-    The heads that only training needs are counted, too. The model stays as it was.
-    """
-    training, side = model.training, model.config.frame_size
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.zeros(1, 3, side, side, device=next(model.parameters()).device))
-    model.train(training)
-    return counter.get_total_flops() / 2e9
 
 
 class Rehearsal(Trainer):
@@ -53,7 +40,7 @@ class Rehearsal(Trainer):
         """Take a few steps, and validate on a few batches."""
         self._steps: list[float] = []  # seconds of each, with the wait for its images
         self._validation = 0.0  # seconds of a batch
-        self._gmacs = count_gmacs(self.model)
+        self._gmacs = count_gmacs(self.model.eval())[-1]
         return super().fit(resume)
 
     def report(self) -> Generator[str]:
