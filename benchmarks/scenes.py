@@ -32,6 +32,7 @@ from mge_runtime.preprocess import resized_size
 
 CANVAS = 1280  # pixels, of far products
 TILE = 320  # pixels, of shelves
+KINDS = ("far", "shelf2", "shelf3")
 COPIES = {"val": 2, "test": 2}  # scenes of each photograph
 HELD_OUT = 8  # every eighth distractor of the training split is for validation
 
@@ -130,7 +131,7 @@ def write_scenes(data: Path, out: Path, kind: str, seed: int) -> None:
 @click.command(help=__doc__, context_settings={"ignore_unknown_options": True})
 @click.argument("data", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--kind", type=click.Choice(["far", "shelf2", "shelf3"]), default="far", show_default=True)
+@click.option("--kind", type=click.Choice(KINDS), default="far", show_default=True)
 @click.option("--scene-seed", default=0, show_default=True)
 @click.option("--train", "run", type=click.Path(path_type=Path, file_okay=False), help="Folder of a run.")
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)

@@ -8,15 +8,17 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import backbones, chain, frontier, predictions, start_up, throughput
+from benchmarks import backbones, chain, frontier, predictions, start_up, throughput, worth
 from benchmarks.backbones import BareBackbones
 from benchmarks.rounds import ratio, time_rounds
 from mge.checkpoint import save_checkpoint
+from mge.cli.train import main as train
 from mge.config import MGEConfig
 from mge.cost import Cost
 from mge.evaluation import Predictions, write_predictions
@@ -39,6 +41,22 @@ def test_every_script_says_how_it_is_called(script, monkeypatch, capsys):
         importlib.import_module(f"benchmarks.{script}").main()
     assert stop.value.code == 0
     assert f"benchmarks.{script}" in capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize(("instrument", "own"), [(name, own) for name in worth.RUNS for own in worth.RUNS[name][1]])
+def test_every_run_of_the_comparison_has_options_that_training_knows(instrument, own):
+    name = f"{instrument}-{own}".rstrip("-")
+    given = train.make_context("mge-train", ["--data", "x", *worth.options_of(name, 1)]).params
+    assert given["seed"] == 1
+    if sizes := given["image_sizes"]:
+        assert len(sizes) == given["experts"]
+        assert given["source_size"] % sizes[0] == 0
+        assert given["resize"] in (None, given["source_size"])
+
+
+def test_a_run_that_there_is_not_is_named():
+    with pytest.raises(click.UsageError, match="no run is called far-off; expected one of close, far-chain"):
+        worth.options_of("far-off", 0)
 
 
 # --- rounds and ratios --------------------------------------------------------------------------------------------
