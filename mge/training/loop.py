@@ -233,8 +233,8 @@ class Trainer:
         return False
 
     def _is_late(self, progress: Progress) -> bool:
-        """Whether the last third of the run has begun."""
-        return progress.epoch >= 2 * self.options.epochs // 3
+        """Whether the last third of the run has begun; never in its first epoch."""
+        return progress.epoch >= max(2 * self.options.epochs // 3, 1)
 
     def _anywhere(self, flag: bool) -> bool:
         """Whether a flag is set in any process; to be called by all.

@@ -140,7 +140,7 @@ def test_frames_travel_as_bytes(tmp_path):
     save_noise(tmp_path, {"a": 2})
     samples = [(path, 0) for path in sorted((tmp_path / "a").iterdir())]
     config = tiny_config(image_size=32, resize=40, source_size=32)
-    training = TrainingDataset(samples, config, seed=0)
+    training = TrainingDataset(samples, config, TrainOptions())
     for dataset, sampler in ((FolderDataset(samples, config), None), (training, EpochSampler(2, seed=0))):
         frames, *_ = next(batches(make_loader(dataset, 2, workers=0, sampler=sampler)))
         assert (frames.dtype, frames.shape) == (torch.uint8, (2, 32, 32, 3))

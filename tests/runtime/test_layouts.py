@@ -81,7 +81,7 @@ def test_a_table_names_paths_labels_and_splits(tmp_path, suffix):
     assert found.labeled("validation", ["tench", "x", "cock"])[0] == (tmp_path / "photos/7.png", 2)
     with pytest.raises(InputError, match=r"class 'cock', which is not among the model's 2 classes"):
         found.labeled("test", ["tench", "x"])
-    with pytest.raises(InputError, match=r"without unseen images; expected a split that it has: .*csv/train"):
+    with pytest.raises(InputError, match=r"without unseen images; expected a split that it has: .*/train"):
         found.labeled("unseen", found.classes)
 
 
