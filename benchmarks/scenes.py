@@ -144,7 +144,9 @@ def main(data: Path, out: Path, kind: str, scene_seed: int, run: Path | None, op
         from mge.cli.train import main as train
 
         scenes = partial(SceneDataset, kind=kind, others=distractors(data, "train"))
-        train.main(["--data", str(out), "--out", str(run), *options], obj=scenes)
+        code = train.main(["--data", str(out), "--out", str(run), *options], obj=scenes, standalone_mode=False)
+        if code:  # it was stopped
+            raise click.exceptions.Exit(code)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
             "none": f"{SMALLER} --gate none",
             "backbone": f"{SMALLER} --gate none --sharing backbone",
             "distill": f"{SMALLER} --gate none --distill 1",
-            "paper": "--experts 1 --image-size 224 --recipe paper",
+            "paper": "--experts 1 --image-size 224 --recipe paper --freeze 0 --step-epochs 4",
         }
         | _singles(224, 320),
     ),
@@ -107,9 +107,11 @@ def main(shared: Path, out: Path, runs: tuple[str, ...], seed: int) -> None:
         options = ["--resume", str(last)] if last.exists() else [*options, "--init", str(start)]
         if instrument in KINDS:
             made = [str(shared / "data"), str(data), "--kind", instrument, "--train", str(folder)]
-            scenes.main([*made, *options], standalone_mode=False)
+            code = scenes.main([*made, *options], standalone_mode=False)
         else:
-            train.main(["--data", str(data), "--out", str(folder), *options], standalone_mode=False)
+            code = train.main(["--data", str(data), "--out", str(folder), *options], standalone_mode=False)
+        if code:  # it was stopped
+            raise click.exceptions.Exit(code)
 
 
 if __name__ == "__main__":

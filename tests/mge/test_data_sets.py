@@ -5,8 +5,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
+from benchmarks import worth
 from benchmarks.scenes import main as scenes
+from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint
 from mge.cli.evaluate import main as evaluate
 from mge.cli.train import main as train
@@ -151,17 +154,22 @@ def test_a_dry_run_finds_problems_too(noise):
     assert not (noise / "run").exists()
 
 
-def test_scenes_are_trained_on_by_the_command_itself(tmp_path):
+def save_products(folder):
+    """Photographs as `benchmarks.scenes` expects them."""
     for place in ("groceries/train", "groceries/val", "groceries/test"):
-        save_noise(tmp_path / place, {"milk": 4, "juice": 4}, size=(340, 320))
+        save_noise(folder / place, {"milk": 4, "juice": 4}, size=(340, 320))
     for split in ("train", "test"):
-        (tmp_path / "distractors" / split).mkdir(parents=True)
-    for path in (tmp_path / "groceries").rglob("*.png"):  # scenes are made of JPEGs
+        (folder / "distractors" / split).mkdir(parents=True)
+    for path in (folder / "groceries").rglob("*.png"):  # scenes are made of JPEGs
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()
     for number in range(9):
         for split in ("train", "test"):
-            Image.new("RGB", (320, 340), (number * 20, 90, 30)).save(tmp_path / f"distractors/{split}/{number}.jpg")
+            Image.new("RGB", (320, 340), (number * 20, 90, 30)).save(folder / f"distractors/{split}/{number}.jpg")
+
+
+def test_scenes_are_trained_on_by_the_command_itself(tmp_path):
+    save_products(tmp_path)
     start = [tmp_path, tmp_path / "scenes", "--kind", "shelf2", "--train", tmp_path / "run"]
     text = succeeds(scenes, *start, *QUICK, "--batch-size", "8").output
     assert "8 training and 16 validation images" in text
@@ -171,3 +179,19 @@ def test_scenes_are_trained_on_by_the_command_itself(tmp_path):
     succeeds(train, *plain, "--out", tmp_path / "plain")
     losses = [(tmp_path / run / "metrics.csv").read_text().splitlines()[1].split(",")[1] for run in ("again", "plain")]
     assert losses[0] != losses[1]
+
+
+def test_runs_of_a_comparison_follow_each_other_and_go_on(tmp_path, monkeypatch):
+    save_products(tmp_path / "data")
+    (tmp_path / "weights").mkdir()
+    weights = create_backbone("test_resnet")[0].state_dict()
+    save_file(weights, tmp_path / "weights/tf_efficientnet_lite0.fp16.safetensors")
+    monkeypatch.setattr(worth, "COMMON", "--arch test_resnet --workers 0 --accelerator cpu --batch-size 8 --epochs 1")
+    single, chain = "--experts 1 --image-size 64", "--experts 2 --gate none --source-size 128 --image-sizes 64,32"
+    monkeypatch.setattr(worth, "RUNS", {"close": ("", {"": single}), "shelf2": ("", {"chain": chain, "64": single})})
+    monkeypatch.setitem(worth.WHOLE, "shelf2", 128)
+    monkeypatch.setattr(worth.torch, "set_num_threads", lambda _: None)  # of the whole process
+    runs = ("close", "shelf2-chain", "shelf2-64")
+    succeeds(worth.main, tmp_path, tmp_path / "out", *runs)
+    assert {run.parent.name for run in (tmp_path / "out").glob("*/best.pt")} == {f"{run}-s0" for run in runs}
+    succeeds(worth.main, tmp_path, tmp_path / "out", *runs)  # nothing is left to do
