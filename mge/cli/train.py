@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge.cli.train_options import is_own, resolve, training_options, write_options
+from mge.cli.train_options import check_areas, is_own, resolve, training_options, write_options
 from mge.config import PAPER_THRESHOLD, MGEConfig
 from mge.training.options import TrainOptions
 from mge_runtime.cli.common import note, reports_errors
@@ -225,6 +225,7 @@ def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig
     values.setdefault("resize", _resize(options["source_size"] or values["image_size"]))
     thresholds = options["box_threshold"] or (PAPER_THRESHOLD,)
     crops = options["experts"] - 1
+    check_areas(options["crop_area"], options["experts"])
     return MGEConfig(
         classes=classes, box_thresholds=thresholds * crops if len(thresholds) == 1 else thresholds, **values
     )
@@ -248,7 +249,9 @@ def _make_model(
         changes = {name: value for name, value in _of(MGEConfig, options).items() if name in given}
         if options["box_threshold"]:
             changes["box_thresholds"] = options["box_threshold"]
-        return fine_tuned(Path(init), classes, changes)
+        model, origin = fine_tuned(Path(init), classes, changes)
+        check_areas(options["crop_area"], model.config.experts)
+        return model, origin
     linear = has_linear_features(config.arch)  # always: it draws random numbers, and an option shall not change others
     if options["normalize_features"] is None:
         config = replace(config, normalize_features=linear)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mge_runtime.cli.common import Number, max_pixels_option
 from mge_runtime.errors import CheckpointError, InputError, TrainingError, brief
 from mge_runtime.files import atomic_path
 
-__all__ = ["is_own", "resolve", "training_options", "write_options"]
+__all__ = ["check_areas", "is_own", "resolve", "training_options", "write_options"]
 
 PATH = click.Path(path_type=Path)
 UNIT = Number(0, 1, max_open=True)
@@ -224,6 +224,12 @@ def write_options(path: Path, options: Mapping[str, Any]) -> None:
         part.write_text("".join(lines), "utf-8", "backslashreplace")
 
 
+def check_areas(areas: Sequence[float], experts: int) -> None:
+    """Refuse another number of --crop-area than the chain has crops; it is the chain of the file that --init names."""
+    if len(areas) not in (0, 1, experts - 1):
+        raise click.UsageError(f"{len(areas)} x --crop-area; expected one, or one for each of the {experts - 1} crops")
+
+
 def is_own(init: str) -> bool:
     """Whether --init names a checkpoint to fine-tune."""
     return init not in ("timm", "none") and not init.endswith(".safetensors")
@@ -270,10 +276,6 @@ def _complete(options: dict[str, Any]) -> None:
     options["out"] = options["out"] or Path("runs/mge")
     if options["crop_area"] and options["box_threshold"]:
         raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
-    if (given_areas := len(options["crop_area"])) not in (0, 1, options["experts"] - 1):
-        raise click.UsageError(
-            f"{given_areas} x --crop-area; expected one, or one for each of the {options['experts'] - 1} crops"
-        )
     init = options["init"]
     if is_own(init):
         check_file(Path(init))

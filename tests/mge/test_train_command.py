@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint, read_training, save_checkpoint
 from mge.cli.train import main as train
+from mge.model import MGENet
 from tests.helpers.commands import fails, succeeds
-from tests.helpers.tiny_models import save_noise
+from tests.helpers.tiny_models import save_noise, tiny_config
 
 QUICK = ["--batch-size", "4", "--epochs", "1", "--accelerator", "cpu", "--workers", "0"]
 TINY = ["--arch", "test_resnet", "--image-size", "64", "--experts", "2", *QUICK]
@@ -193,6 +194,18 @@ def test_a_model_is_fine_tuned(trained, data, tmp_path, other):
     assert kept == (set(mine) - heads if other else set(mine))
     succeeds(train, "--resume", tmp_path / "run/last.pt", "--arch", "test_resnet")
     assert "has experts 2, not 3" in fails(train, *start, "--out", tmp_path / "x", "--experts", "3")
+
+
+def test_areas_are_counted_by_the_experts_of_the_model_that_is_fine_tuned(data, trained, tmp_path):
+    (tmp_path / "run").mkdir()
+    start = ["--data", data, "--out", tmp_path / "run", *QUICK, "--crop-area", "0.3", "--crop-area", "0.5"]
+    two = ["--init", trained[0] / "best.pt"]
+    assert "2 x --crop-area; expected one, or one for each of the 1 crops" in fails(train, *start, *two, code=2)
+    assert not list((tmp_path / "run").iterdir())
+    start += ["--crop-area", "0.6"]
+    assert "each of the 2 crops" in fails(train, *start, "--arch", "test_resnet", "--init", "none", code=2)
+    save_checkpoint(tmp_path / "four.pt", MGENet(tiny_config(4, "ab")))
+    succeeds(train, *start, "--init", tmp_path / "four.pt", "--dry-run")
 
 
 @pytest.mark.parametrize("gate", ["network", "none"])
