@@ -157,13 +157,8 @@ class Trainer:
                 self._save(progress, parts)
                 stop = stop or self._anywhere(interrupt.requested)  # a signal during validation
             self.stopped_by = interrupt.received
-        if progress.history and self.fabric.is_global_zero:
-            write_curves(self.folder / "curves.png", progress.history)
-        if predictions is not None and not stop and self.fabric.is_global_zero:
-            config = self.result.config
-            crops = crop_report(predictions.heatmaps, config.sizes, config.box_thresholds)
-            for line in (*crops, *gate_report(predictions.gate)):
-                echo(f"last.pt: {line}")
+        if self.fabric.is_global_zero:
+            self._conclude(progress, None if stop else predictions)
         return progress
 
     @property
@@ -332,6 +327,16 @@ class Trainer:
         if self.options.crop_area:
             self._follow_area(predictions)
         return predictions
+
+    def _conclude(self, progress: Progress, predictions: Predictions | None) -> None:
+        """Draw the curves; say what the crops and the gate of a finished run are like."""
+        if progress.history:
+            write_curves(self.folder / "curves.png", progress.history)
+        if predictions is not None:
+            config = self.result.config
+            crops = crop_report(predictions.heatmaps, config.sizes, config.box_thresholds)
+            for line in (*crops, *gate_report(predictions.gate)):
+                echo(f"last.pt: {line}")
 
     def _follow_area(self, predictions: Predictions) -> None:
         """Move each threshold to where the median crop keeps `crop_area` of its image."""
