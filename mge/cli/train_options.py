@@ -26,7 +26,8 @@ UNIT = Number(0, 1, max_open=True)
 PLACES = frozenset({"out", "overwrite", "dry_run", "resume", "config"})  # where a run is kept, not what it does
 # What may differ from the run that --resume goes on with; of --epochs, more.
 FREE = PLACES | {"data", "epochs", "workers", "max_pixels", "accelerator", "devices", "compile"}
-THRESHOLDS = frozenset({"box_threshold", "crop_area"})  # one of them decides what crops keep
+# One of each decides for both: what crops keep, what experts see.
+RIVALS = (frozenset({"box_threshold", "crop_area"}), frozenset({"image_size", "image_sizes"}))
 
 
 class Sizes(click.ParamType):
@@ -204,8 +205,17 @@ def resolve(options: dict[str, Any]) -> tuple[set[str], MGEConfig | None]:
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if (path := options["config"]) is not None:
         content = _read_config(path, context)
-        _fill(options, given, content)
-        given |= content.keys()
+        if "recipe" in given and (recipe := content.get("recipe", options["recipe"])) != options["recipe"]:
+            raise click.UsageError(
+                f"--recipe {options['recipe']} would change nothing that {path} names, which is of recipe {recipe}; "
+                "leave --recipe out, or take it without --config"
+            )
+        given |= _fill(options, given, content)
+    size, sizes = options["image_size"], options["image_sizes"]
+    if {"image_size", "image_sizes"} <= given and sizes and sizes[0] != size:
+        raise click.UsageError(
+            f"--image-size {size} is not the first of --image-sizes {','.join(map(str, sizes))}; give one of them"
+        )
     if options["resume"] is not None:
         return given, _take_up(options["resume"], options, given)
     _fill(options, given, RECIPES[options["recipe"]])
@@ -235,10 +245,12 @@ def is_own(init: str) -> bool:
     return init not in ("timm", "none") and not init.endswith(".safetensors")
 
 
-def _fill(options: dict[str, Any], given: set[str], values: Mapping[str, Any]) -> None:
-    """Put values into the options that are not given; where one about thresholds is, the other is not filled in."""
-    taken = given | THRESHOLDS if given & THRESHOLDS else given
-    options |= {name: value for name, value in values.items() if name not in taken}
+def _fill(options: dict[str, Any], given: set[str], values: Mapping[str, Any]) -> set[str]:
+    """Put values into the options that neither are given nor have a rival that is; returns the names of these."""
+    taken = given.union(*(rivals for rivals in RIVALS if given & rivals))
+    names = values.keys() - taken
+    options |= {name: values[name] for name in names}
+    return names
 
 
 def _read_config(path: Path, context: click.Context) -> dict[str, Any]:

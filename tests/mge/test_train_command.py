@@ -99,6 +99,31 @@ def test_command_line_before_file_before_recipe_and_the_options_of_a_run_repeat_
     succeeds(train, *again, tmp_path / "a/options.toml", "--epochs", "3")
 
 
+def test_one_of_the_options_about_sizes_decides(data, tmp_path):
+    start = ["--data", data, "--init", "none", *TINY]
+    line = fails(train, *start, "--image-sizes", "96,64", code=2)
+    assert "--image-size 64 is not the first of --image-sizes 96,64; give one of them" in line
+    mine = tmp_path / "mine.toml"
+    mine.write_text("image-sizes = [96, 64]\n")
+    succeeds(train, *start, "--config", mine, "--out", tmp_path / "a")
+    assert load_checkpoint(tmp_path / "a/last.pt").config.sizes == (64, 64)
+    succeeds(train, "--config", tmp_path / "a/options.toml", "--image-sizes", "96,64", "--out", tmp_path / "b")
+    assert load_checkpoint(tmp_path / "b/last.pt").config.sizes == (96, 64)
+    again = ["--config", tmp_path / "b/options.toml", "--image-size", "96", "--epochs", "2"]
+    succeeds(train, "--resume", tmp_path / "b/last.pt", *again)  # as the run has it, whatever the file says beside it
+    mine.write_text("image-size = 64\nimage-sizes = [96, 64]\n")
+    assert "give one of them" in fails(train, "--data", data, "--config", mine, code=2)
+
+
+def test_no_recipe_beside_a_file_of_another(data, tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('recipe = "modern"\n')
+    start = ["--data", data, "--config", mine, "--out", tmp_path / "run", "--init", "none", *TINY, "--recipe"]
+    assert "of recipe modern; leave --recipe out" in fails(train, *start, "paper", code=2)
+    assert not (tmp_path / "run").exists()
+    succeeds(train, *start, "modern", "--dry-run")
+
+
 def test_an_option_overrides_a_recipe(data, tmp_path):
     start = ["--data", data, "--init", "none", *TINY, "--recipe", "paper", "--crop-area", "0.4", "--out", tmp_path]
     succeeds(train, *start)
