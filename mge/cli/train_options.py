@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import tomllib
 from click.core import ParameterSource
 
 from mge.archive import check_file, read_plain, taking_up
@@ -255,6 +254,10 @@ def _fill(options: dict[str, Any], given: set[str], values: Mapping[str, Any]) -
 
 def _read_config(path: Path, context: click.Context) -> dict[str, Any]:
     """The options that a file names, each as its option reads it."""
+    try:
+        import tomllib  # not above: the rest of the command line can be read by the Pythons of devices
+    except ModuleNotFoundError as error:
+        raise InputError("cannot read --config: this Python has no tomllib; training needs 3.11 or newer") from error
     try:
         content = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -1,6 +1,7 @@
 """mge-train as a user types it."""
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint, read_training, save_checkpoint
 from mge.cli.train import main as train
 from mge.model import MGENet
-from tests.helpers.commands import fails, succeeds
+from tests.helpers.commands import fails, run_without, succeeds
 from tests.helpers.tiny_models import save_noise, tiny_config
 
 QUICK = ["--batch-size", "4", "--epochs", "1", "--accelerator", "cpu", "--workers", "0"]
@@ -341,6 +342,14 @@ from mge_export.cli import main as export
 lines = json.loads(sys.argv[1])
 print(json.dumps([CliRunner().invoke({"train": train, "export": export}[line[0]], line[1:]).stderr for line in lines]))
 """
+
+
+def test_a_python_of_devices_says_what_it_cannot_read():
+    run = functools.partial(run_without, ["tomllib"], "mge.cli.train")
+    assert run("-h").returncode == 0
+    done = run("--config", "mine.toml")
+    assert done.stderr == "error: cannot read --config: this Python has no tomllib; training needs 3.11 or newer\n"
+    assert done.returncode == 1
 
 
 def test_bad_options_are_refused_before_pytorch_is_loaded(trained, data, tmp_path):
