@@ -252,6 +252,20 @@ def test_a_chain_starts_from_a_single_network(data, tmp_path, gate):
     assert all(torch.allclose(head, heads[0], atol=1e-9) for head in heads)
 
 
+def test_the_sizes_of_a_chain_are_not_those_of_its_single_network(data, tmp_path):
+    config = tiny_config(1, "ab", image_sizes=(64,))
+    save_checkpoint(tmp_path / "one.pt", MGENet(config))
+    start = ["--data", data, *QUICK, "--init", tmp_path / "one.pt", "--dry-run"]
+    for more, sizes in (
+        ([], "64, 64, 64"),
+        (["--image-size", "96"], "96, 96, 96"),
+        (["--image-sizes", "96,64,64"], "96, 64, 64"),
+    ):
+        assert f"experts at {sizes} px" in succeeds(train, *start, "--experts", "3", *more).output
+    assert "one.pt is a single network" in (line := fails(train, *start, "--image-sizes", "96,64,64"))
+    assert "add --experts 3" in line
+
+
 def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
     start = ["--data", data, *TINY, "--init", "none", "--out", tmp_path / "run", "--freeze"]
     assert "--freeze 3: expected a stride of its features, 2, 4, 8, 16, 32" in fails(train, *start, 3)
