@@ -266,9 +266,17 @@ def test_the_sizes_of_a_chain_are_not_those_of_its_single_network(data, tmp_path
     assert "add --experts 3" in line
 
 
+@pytest.mark.parametrize("option", [["--distill", "1"], ["--sharing", "backbone"]])
+def test_what_does_nothing_to_a_single_network_is_said(data, option):
+    start = ["--data", data, "--init", "none", *TINY, *option, "--dry-run"]
+    assert f"{option[0]} does nothing" not in succeeds(train, *start).stderr
+    assert f"note: {option[0]} does nothing for a single network" in succeeds(train, *start, "--experts", "1").stderr
+
+
 def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
     start = ["--data", data, *TINY, "--init", "none", "--out", tmp_path / "run", "--freeze"]
     assert "--freeze 3: expected a stride of its features, 2, 4, 8, 16, 32" in fails(train, *start, 3)
+    assert not list((tmp_path / "run").iterdir())
     succeeds(train, *start, 4)
     last = tmp_path / "run/last.pt"
     before = load_checkpoint(last).state_dict()
