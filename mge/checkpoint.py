@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +141,24 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
         TrainingError: the file's weights do not fit a changed field.
     """
     source = load_checkpoint(path)
-    same = source.config.classes == classes
-    chain = source.config.experts == 1 < changes.get("experts", 1)
+    base, same = source.config, source.config.classes == classes
+    if base.experts == 1 < (several := len(changes.get("image_sizes", ()))) and "experts" not in changes:
+        raise TrainingError(
+            f"{path} is a single network, image_sizes are of {several} experts; add --experts {several}, it starts them"
+        )
+    chain = base.experts == 1 < changes.get("experts", 1)
     fixed = ("arch", "normalize_features", *(() if chain else ("experts", "sharing")))
     for name in (*fixed, *(("parts_per_class",) if same else ())):
-        own = getattr(source.config, name)
+        own = getattr(base, name)
         if changes.get(name, own) != own:
             raise TrainingError(f"{path} has {name} {own}, not {changes[name]}; leave the option out")
     if chain:
+        base = replace(base, image_sizes=())  # the one that it may name is its image_size
         changes = {"box_thresholds": (PAPER_THRESHOLD,), **changes}
-    model = MGENet(source.config.changed(classes=classes, **changes))
+    model = MGENet(base.changed(classes=classes, **changes))
     anew = () if same else _HEADS
     gate = " and gate"
-    if model.config.gate != source.config.gate and not chain:
+    if model.config.gate != base.gate and not chain:
         anew, gate = (*anew, "gate."), ""
     state = _weights(source)
     if chain:
@@ -164,7 +170,7 @@ def fine_tuned(path: Path, classes: tuple[str, ...], changes: Mapping[str, Any])
         return model, f"; each begins as the single network {path}" + ("" if same else ", with heads of its own")
     if same:
         return model, f", {'all weights' if gate else 'all weights but the gate'} from {path}"
-    before = source.config.num_classes
+    before = base.num_classes
     return model, f"; backbones{gate} from {path}, heads anew for {len(classes)} classes (it knows {before})"
 
 

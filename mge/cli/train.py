@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mge.cli.train_options import is_own, resolve, training_options, write_options
+from mge.cli.train_options import check_areas, is_own, resolve, training_options, write_options
 from mge.config import PAPER_THRESHOLD, MGEConfig
 from mge.training.options import TrainOptions
 from mge_runtime.cli.common import note, reports_errors
@@ -74,6 +74,22 @@ def main(**options: Any) -> None:
     model, origin = _make_model(config, classes, options, given)
     config, pixels = model.config, options["max_pixels"]
     options |= {name: value for name, value in asdict(config).items() if name in options}  # for --resume and --config
+    if first and config.experts == 1:
+        for option, asked in (("--distill", train_options.distill), ("--sharing", config.sharing != "none")):
+            if asked:
+                note(f"{option} does nothing for a single network; it is for --experts 2 and more")
+    images = (
+        click.get_current_context().obj or TrainingDataset
+    )  # `main.main(arguments, obj=...)` trains on images of another making
+    trainer = (Rehearsal if dry else Trainer)(
+        model,
+        images(train, config, train_options, max_pixels=pixels),
+        FolderDataset(val, config, max_pixels=pixels),
+        train_options,
+        out,
+        fabric,
+        command={name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
+    )
     with _claimed(out, claim=not dry and (first or fabric.world_size == 1)):
         if resume is not None and moved and first:
             _copy_best(resume.parent / "best.pt", out / "best.pt")
@@ -88,18 +104,6 @@ def main(**options: Any) -> None:
             )
         if fabric.is_global_zero and not dry:
             echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
-        images = (
-            click.get_current_context().obj or TrainingDataset
-        )  # `main.main(arguments, obj=...)` trains on images of another making
-        trainer = (Rehearsal if dry else Trainer)(
-            model,
-            images(train, config, train_options, max_pixels=pixels),
-            FolderDataset(val, config, max_pixels=pixels),
-            train_options,
-            out,
-            fabric,
-            command={name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
-        )
         progress = trainer.fit(resume)
     if isinstance(trainer, Rehearsal) and fabric.is_global_zero:
         if trainer.stopped_by:
@@ -225,6 +229,7 @@ def _make_config(classes: tuple[str, ...], options: dict[str, Any]) -> MGEConfig
     values.setdefault("resize", _resize(options["source_size"] or values["image_size"]))
     thresholds = options["box_threshold"] or (PAPER_THRESHOLD,)
     crops = options["experts"] - 1
+    check_areas(options["crop_area"], options["experts"])
     return MGEConfig(
         classes=classes, box_thresholds=thresholds * crops if len(thresholds) == 1 else thresholds, **values
     )
@@ -248,7 +253,9 @@ def _make_model(
         changes = {name: value for name, value in _of(MGEConfig, options).items() if name in given}
         if options["box_threshold"]:
             changes["box_thresholds"] = options["box_threshold"]
-        return fine_tuned(Path(init), classes, changes)
+        model, origin = fine_tuned(Path(init), classes, changes)
+        check_areas(options["crop_area"], model.config.experts)
+        return model, origin
     linear = has_linear_features(config.arch)  # always: it draws random numbers, and an option shall not change others
     if options["normalize_features"] is None:
         config = replace(config, normalize_features=linear)

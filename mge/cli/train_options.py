@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-import tomllib
 from click.core import ParameterSource
 
 from mge.archive import check_file, read_plain, taking_up
@@ -19,14 +18,15 @@ from mge_runtime.cli.common import Number, max_pixels_option
 from mge_runtime.errors import CheckpointError, InputError, TrainingError, brief
 from mge_runtime.files import atomic_path
 
-__all__ = ["is_own", "resolve", "training_options", "write_options"]
+__all__ = ["check_areas", "is_own", "resolve", "training_options", "write_options"]
 
 PATH = click.Path(path_type=Path)
 UNIT = Number(0, 1, max_open=True)
 PLACES = frozenset({"out", "overwrite", "dry_run", "resume", "config"})  # where a run is kept, not what it does
 # What may differ from the run that --resume goes on with; of --epochs, more.
 FREE = PLACES | {"data", "epochs", "workers", "max_pixels", "accelerator", "devices", "compile"}
-THRESHOLDS = frozenset({"box_threshold", "crop_area"})  # one of them decides what crops keep
+# One of each decides for both: what crops keep, what experts see.
+RIVALS = (frozenset({"box_threshold", "crop_area"}), frozenset({"image_size", "image_sizes"}))
 
 
 class Sizes(click.ParamType):
@@ -204,8 +204,17 @@ def resolve(options: dict[str, Any]) -> tuple[set[str], MGEConfig | None]:
     given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     if (path := options["config"]) is not None:
         content = _read_config(path, context)
-        _fill(options, given, content)
-        given |= content.keys()
+        if "recipe" in given and (recipe := content.get("recipe", options["recipe"])) != options["recipe"]:
+            raise click.UsageError(
+                f"--recipe {options['recipe']} would change nothing that {path} names, which is of recipe {recipe}; "
+                "leave --recipe out, or take it without --config"
+            )
+        given |= _fill(options, given, content)
+    size, sizes = options["image_size"], options["image_sizes"]
+    if {"image_size", "image_sizes"} <= given and sizes and sizes[0] != size:
+        raise click.UsageError(
+            f"--image-size {size} is not the first of --image-sizes {','.join(map(str, sizes))}; give one of them"
+        )
     if options["resume"] is not None:
         return given, _take_up(options["resume"], options, given)
     _fill(options, given, RECIPES[options["recipe"]])
@@ -224,19 +233,31 @@ def write_options(path: Path, options: Mapping[str, Any]) -> None:
         part.write_text("".join(lines), "utf-8", "backslashreplace")
 
 
+def check_areas(areas: Sequence[float], experts: int) -> None:
+    """Refuse another number of --crop-area than the chain has crops; it is the chain of the file that --init names."""
+    if len(areas) not in (0, 1, experts - 1):
+        raise click.UsageError(f"{len(areas)} x --crop-area; expected one, or one for each of the {experts - 1} crops")
+
+
 def is_own(init: str) -> bool:
     """Whether --init names a checkpoint to fine-tune."""
     return init not in ("timm", "none") and not init.endswith(".safetensors")
 
 
-def _fill(options: dict[str, Any], given: set[str], values: Mapping[str, Any]) -> None:
-    """Put values into the options that are not given; where one about thresholds is, the other is not filled in."""
-    taken = given | THRESHOLDS if given & THRESHOLDS else given
-    options |= {name: value for name, value in values.items() if name not in taken}
+def _fill(options: dict[str, Any], given: set[str], values: Mapping[str, Any]) -> set[str]:
+    """Put values into the options that neither are given nor have a rival that is; returns the names of these."""
+    taken = given.union(*(rivals for rivals in RIVALS if given & rivals))
+    names = values.keys() - taken
+    options |= {name: values[name] for name in names}
+    return names
 
 
 def _read_config(path: Path, context: click.Context) -> dict[str, Any]:
     """The options that a file names, each as its option reads it."""
+    try:
+        import tomllib  # not above: the rest of the command line can be read by the Pythons of devices
+    except ModuleNotFoundError as error:
+        raise InputError("cannot read --config: this Python has no tomllib; training needs 3.11 or newer") from error
     try:
         content = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -270,10 +291,6 @@ def _complete(options: dict[str, Any]) -> None:
     options["out"] = options["out"] or Path("runs/mge")
     if options["crop_area"] and options["box_threshold"]:
         raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
-    if (given_areas := len(options["crop_area"])) not in (0, 1, options["experts"] - 1):
-        raise click.UsageError(
-            f"{given_areas} x --crop-area; expected one, or one for each of the {options['experts'] - 1} crops"
-        )
     init = options["init"]
     if is_own(init):
         check_file(Path(init))

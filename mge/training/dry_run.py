@@ -98,6 +98,9 @@ class Rehearsal(Trainer):
     def _save(self, *arguments: Any, **options: Any) -> None:
         """Nothing."""
 
+    def _conclude(self, *arguments: Any, **options: Any) -> None:
+        """Nothing."""
+
     def _open_board(self, progress: Progress) -> AbstractContextManager[Any]:
         return nullcontext(progress)
 

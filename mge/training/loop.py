@@ -104,8 +104,12 @@ class Trainer:
     command: Mapping[str, Any] = field(default_factory=dict)  # plain values that `last.pt` keeps for --resume
     stopped_by: signal.Signals | None = field(default=None, init=False)  # the signal that ended `fit` early
     _average: MGENet | None = field(default=None, init=False)  # the moving average, where `options.ema` asks for one
-    _frozen: list[nn.Module] = field(default_factory=list, init=False)  # see `freeze`
+    _frozen: list[nn.Module] = field(init=False)  # see `freeze`
     _unread: list[dict[str, Tensor]] = field(default_factory=list, init=False)  # loss terms of the latest steps
+
+    def __post_init__(self) -> None:
+        """Freeze what is not to learn; refused here, before a run has written anything."""
+        self._frozen = freeze(self.model, self.options.freeze) if self.options.freeze else []
 
     def fit(self, resume: Path | None = None) -> Progress:
         """Train to the last epoch, or to a signal (SIGINT, SIGTERM, SIGHUP); returns where it stopped.
@@ -129,7 +133,6 @@ class Trainer:
             for module in self.model.modules():
                 if isinstance(module, Expert | Gate):
                     module.backbone.compile()
-        self._frozen = freeze(self.model, self.options.freeze) if self.options.freeze else []
         bare = make_optimizer(self.model, self.options)
         wrapped, optimizer = self.fabric.setup(self.model, bare)
         parts = {"optimizer": optimizer, "precision": self.fabric.strategy.precision}
@@ -157,13 +160,8 @@ class Trainer:
                 self._save(progress, parts)
                 stop = stop or self._anywhere(interrupt.requested)  # a signal during validation
             self.stopped_by = interrupt.received
-        if progress.history and self.fabric.is_global_zero:
-            write_curves(self.folder / "curves.png", progress.history)
-        if predictions is not None and not stop and self.fabric.is_global_zero:
-            config = self.result.config
-            crops = crop_report(predictions.heatmaps, config.sizes, config.box_thresholds)
-            for line in (*crops, *gate_report(predictions.gate)):
-                echo(f"last.pt: {line}")
+        if self.fabric.is_global_zero:
+            self._conclude(progress, None if stop else predictions)
         return progress
 
     @property
@@ -332,6 +330,16 @@ class Trainer:
         if self.options.crop_area:
             self._follow_area(predictions)
         return predictions
+
+    def _conclude(self, progress: Progress, predictions: Predictions | None) -> None:
+        """Draw the curves; say what the crops and the gate of a finished run are like."""
+        if progress.history:
+            write_curves(self.folder / "curves.png", progress.history)
+        if predictions is not None:
+            config = self.result.config
+            crops = crop_report(predictions.heatmaps, config.sizes, config.box_thresholds)
+            for line in (*crops, *gate_report(predictions.gate)):
+                echo(f"last.pt: {line}")
 
     def _follow_area(self, predictions: Predictions) -> None:
         """Move each threshold to where the median crop keeps `crop_area` of its image."""

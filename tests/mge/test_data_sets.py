@@ -15,6 +15,7 @@ from mge.cli.evaluate import main as evaluate
 from mge.cli.train import main as train
 from mge.data.check import FEW, check_images
 from mge.data.splits import training_splits
+from mge.training.record import write_curves
 from mge_runtime.decode import MAX_PIXELS
 from mge_runtime.errors import InputError
 from tests.helpers import layouts
@@ -136,6 +137,17 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(noise, monkeypatch, 
     assert " for 1 epochs" in text
     assert "GB at most, cpu" in text or "MB at most, cpu" in text
     assert "dry run: nothing was written" in text
+
+
+@pytest.mark.parametrize("out", ["run", "elsewhere"])
+def test_a_dry_run_of_a_run_that_goes_on_writes_nothing(noise, monkeypatch, out):
+    succeeds(train, "--data", noise, "--out", noise / "run", *QUICK)
+    monkeypatch.setattr("mge.training.loop.write_curves", write_curves)
+    before = {path: path.stat().st_mtime_ns for path in noise.rglob("*")}
+    last = noise / "run/last.pt"
+    text = succeeds(train, "--resume", last, "--out", noise / out, "--epochs", "2", "--dry-run").output
+    assert "dry run: nothing was written" in text
+    assert {path: path.stat().st_mtime_ns for path in noise.rglob("*")} == before
 
 
 def test_a_dry_run_counts_what_the_model_computes(noise):

@@ -1,6 +1,7 @@
 """mge-train as a user types it."""
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint, read_training, save_checkpoint
 from mge.cli.train import main as train
-from tests.helpers.commands import fails, succeeds
-from tests.helpers.tiny_models import save_noise
+from mge.model import MGENet
+from tests.helpers.commands import fails, run_without, succeeds
+from tests.helpers.tiny_models import save_noise, tiny_config
 
 QUICK = ["--batch-size", "4", "--epochs", "1", "--accelerator", "cpu", "--workers", "0"]
 TINY = ["--arch", "test_resnet", "--image-size", "64", "--experts", "2", *QUICK]
@@ -96,6 +98,31 @@ def test_command_line_before_file_before_recipe_and_the_options_of_a_run_repeat_
     again = ["--resume", tmp_path / "b/last.pt", "--config"]
     assert "--head-lr 0.003, now it is 0.5" in fails(train, *again, tmp_path / "c.toml")
     succeeds(train, *again, tmp_path / "a/options.toml", "--epochs", "3")
+
+
+def test_one_of_the_options_about_sizes_decides(data, tmp_path):
+    start = ["--data", data, "--init", "none", *TINY]
+    line = fails(train, *start, "--image-sizes", "96,64", code=2)
+    assert "--image-size 64 is not the first of --image-sizes 96,64; give one of them" in line
+    mine = tmp_path / "mine.toml"
+    mine.write_text("image-sizes = [96, 64]\n")
+    succeeds(train, *start, "--config", mine, "--out", tmp_path / "a")
+    assert load_checkpoint(tmp_path / "a/last.pt").config.sizes == (64, 64)
+    succeeds(train, "--config", tmp_path / "a/options.toml", "--image-sizes", "96,64", "--out", tmp_path / "b")
+    assert load_checkpoint(tmp_path / "b/last.pt").config.sizes == (96, 64)
+    again = ["--config", tmp_path / "b/options.toml", "--image-size", "96", "--epochs", "2"]
+    succeeds(train, "--resume", tmp_path / "b/last.pt", *again)  # as the run has it, whatever the file says beside it
+    mine.write_text("image-size = 64\nimage-sizes = [96, 64]\n")
+    assert "give one of them" in fails(train, "--data", data, "--config", mine, code=2)
+
+
+def test_no_recipe_beside_a_file_of_another(data, tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text('recipe = "modern"\n')
+    start = ["--data", data, "--config", mine, "--out", tmp_path / "run", "--init", "none", *TINY, "--recipe"]
+    assert "of recipe modern; leave --recipe out" in fails(train, *start, "paper", code=2)
+    assert not (tmp_path / "run").exists()
+    succeeds(train, *start, "modern", "--dry-run")
 
 
 def test_an_option_overrides_a_recipe(data, tmp_path):
@@ -195,6 +222,18 @@ def test_a_model_is_fine_tuned(trained, data, tmp_path, other):
     assert "has experts 2, not 3" in fails(train, *start, "--out", tmp_path / "x", "--experts", "3")
 
 
+def test_areas_are_counted_by_the_experts_of_the_model_that_is_fine_tuned(data, trained, tmp_path):
+    (tmp_path / "run").mkdir()
+    start = ["--data", data, "--out", tmp_path / "run", *QUICK, "--crop-area", "0.3", "--crop-area", "0.5"]
+    two = ["--init", trained[0] / "best.pt"]
+    assert "2 x --crop-area; expected one, or one for each of the 1 crops" in fails(train, *start, *two, code=2)
+    assert not list((tmp_path / "run").iterdir())
+    start += ["--crop-area", "0.6"]
+    assert "each of the 2 crops" in fails(train, *start, "--arch", "test_resnet", "--init", "none", code=2)
+    save_checkpoint(tmp_path / "four.pt", MGENet(tiny_config(4, "ab")))
+    succeeds(train, *start, "--init", tmp_path / "four.pt", "--dry-run")
+
+
 @pytest.mark.parametrize("gate", ["network", "none"])
 def test_a_chain_starts_from_a_single_network(data, tmp_path, gate):
     start = ["--data", data, *QUICK, "--head-lr", "1e-12", "--backbone-lr", "0"]
@@ -213,9 +252,31 @@ def test_a_chain_starts_from_a_single_network(data, tmp_path, gate):
     assert all(torch.allclose(head, heads[0], atol=1e-9) for head in heads)
 
 
+def test_the_sizes_of_a_chain_are_not_those_of_its_single_network(data, tmp_path):
+    config = tiny_config(1, "ab", image_sizes=(64,))
+    save_checkpoint(tmp_path / "one.pt", MGENet(config))
+    start = ["--data", data, *QUICK, "--init", tmp_path / "one.pt", "--dry-run"]
+    for more, sizes in (
+        ([], "64, 64, 64"),
+        (["--image-size", "96"], "96, 96, 96"),
+        (["--image-sizes", "96,64,64"], "96, 64, 64"),
+    ):
+        assert f"experts at {sizes} px" in succeeds(train, *start, "--experts", "3", *more).output
+    assert "one.pt is a single network" in (line := fails(train, *start, "--image-sizes", "96,64,64"))
+    assert "add --experts 3" in line
+
+
+@pytest.mark.parametrize("option", [["--distill", "1"], ["--sharing", "backbone"]])
+def test_what_does_nothing_to_a_single_network_is_said(data, option):
+    start = ["--data", data, "--init", "none", *TINY, *option, "--dry-run"]
+    assert f"{option[0]} does nothing" not in succeeds(train, *start).stderr
+    assert f"note: {option[0]} does nothing for a single network" in succeeds(train, *start, "--experts", "1").stderr
+
+
 def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
     start = ["--data", data, *TINY, "--init", "none", "--out", tmp_path / "run", "--freeze"]
     assert "--freeze 3: expected a stride of its features, 2, 4, 8, 16, 32" in fails(train, *start, 3)
+    assert not list((tmp_path / "run").iterdir())
     succeeds(train, *start, 4)
     last = tmp_path / "run/last.pt"
     before = load_checkpoint(last).state_dict()
@@ -303,6 +364,14 @@ from mge_export.cli import main as export
 lines = json.loads(sys.argv[1])
 print(json.dumps([CliRunner().invoke({"train": train, "export": export}[line[0]], line[1:]).stderr for line in lines]))
 """
+
+
+def test_a_python_of_devices_says_what_it_cannot_read():
+    run = functools.partial(run_without, ["tomllib"], "mge.cli.train")
+    assert run("-h").returncode == 0
+    done = run("--config", "mine.toml")
+    assert done.stderr == "error: cannot read --config: this Python has no tomllib; training needs 3.11 or newer\n"
+    assert done.returncode == 1
 
 
 def test_bad_options_are_refused_before_pytorch_is_loaded(trained, data, tmp_path):
