@@ -306,6 +306,17 @@ def test_what_cannot_be_compared_is_named_in_one_line(tmp_path, monkeypatch, arg
     assert said in fails(evaluate, *arguments.split(), code=code)
 
 
+def test_images_of_two_splits_are_not_the_same(data, files, tmp_path):
+    for split in ("val", "test"):
+        shutil.copytree(data, tmp_path / "data" / split)
+        options = ["--ckpt", files / "best.pt", "--split", split, "--predictions", tmp_path / f"{split}.npz"]
+        figures(tmp_path / "data", *options)
+    line = fails(evaluate, "--compare", tmp_path / "val.npz", tmp_path / "test.npz")
+    assert "of which 8 are on one side alone, such as test/a/0.png" in line
+    figures(tmp_path / "data/val", "--ckpt", files / "best.pt", "--predictions", tmp_path / "named.npz")
+    succeeds(evaluate, "--compare", tmp_path / "val.npz", tmp_path / "named.npz")
+
+
 TORCH = ["torch", "torchvision", "timm", "lightning", "safetensors", "matplotlib", "tqdm", "onnx", "scipy"]
 
 
