@@ -22,6 +22,7 @@ from mge_export.cli import main as export
 from mge_runtime.bundle import add_calibration
 from mge_runtime.pipeline import Pipeline
 from tests.helpers.commands import fails, run_without, succeeds
+from tests.helpers.layouts import save_csv
 from tests.helpers.tiny_models import save_noise, tiny_config
 
 
@@ -315,6 +316,12 @@ def test_images_of_two_splits_are_not_the_same(data, files, tmp_path):
     assert "of which 8 are on one side alone, such as test/a/0.png" in line
     figures(tmp_path / "data/val", "--ckpt", files / "best.pt", "--predictions", tmp_path / "named.npz")
     succeeds(evaluate, "--compare", tmp_path / "val.npz", tmp_path / "named.npz")
+
+
+def test_a_table_without_splits_is_evaluated_with_a_note(data, files, tmp_path):
+    save_csv(tmp_path / "images.csv", [{"path": path, "label": path.parent.name} for path in data.glob("*/*.png")])
+    said = succeeds(evaluate, "--data", tmp_path / "images.csv", "--ckpt", files / "best.pt", "--workers", 0).stderr
+    assert "images.csv has no splits: a model trained on it has seen most of these images" in said
 
 
 TORCH = ["torch", "torchvision", "timm", "lightning", "safetensors", "matplotlib", "tqdm", "onnx", "scipy"]

@@ -156,7 +156,7 @@ def _images(data: Path, split: str) -> tuple[Path, Path, Label]:
 
     if (listed := find_list(data)) is not None:
         note(str(listed))
-        return listed.root, listed.root, lambda classes: listed.labeled(split, classes)
+        return listed.root, listed.root, lambda classes: listed.labeled(split, classes, note)
     folder = data / split if is_folder(data / split) else data
     if split in VALIDATION_FOLDERS:
         folder = validation_folder(data) or data

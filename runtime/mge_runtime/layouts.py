@@ -44,8 +44,12 @@ class LabeledList:
         counts = ", ".join(f"{len(samples)} {split}".strip() for split, samples in self.splits.items())
         return f"{self.place} is {self.layout}: {len(self.classes)} classes, {counts} images"
 
-    def labeled(self, split: str, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    def labeled(
+        self, split: str, classes: Sequence[str], say: Callable[[str], None] = lambda _: None
+    ) -> list[tuple[Path, int]]:
         """The images of a split with their index in `classes`, which may be others and in another order.
+
+        `say` is told where a table without splits stands for images that training should not have seen.
 
         Raises:
             InputError: there is no such split, or one of its images is of no class among them.
@@ -55,6 +59,12 @@ class LabeledList:
             raise InputError(
                 f"{self.place} is {self.layout} without {split} images; expected a split that it has: "
                 + ", ".join(str(self.place / name) for name in self.splits)
+            )
+        # A split that was named like a folder stands for every split, too; its name is no table's.
+        if "" in self.splits and split != "train" and self.place.suffix.lower() in _TABLES:
+            say(
+                f"{self.place} has no splits: a model trained on it has seen most of these images; give the table a "
+                "column split, or name images that training has not seen"
             )
         known = {name: index for index, name in enumerate(classes)}
         for path, label in samples:

@@ -89,7 +89,15 @@ def test_images_of_a_table_without_splits_stand_for_any(tmp_path):
     rows = [{"path": row["path"], "label": row["label"]} for row in layouts.table_rows(tmp_path)]
     layouts.save_csv(tmp_path / "images.csv", rows)
     found = find_list(tmp_path / "images.csv")
-    assert len(found.labeled("train", found.classes)) == len(found.labeled("test", found.classes)) == 12
+    said = []
+    assert len(found.labeled("train", found.classes, said.append)) == 12
+    assert said == []
+    assert len(found.labeled("test", found.classes, said.append)) == 12
+    assert "has no splits: a model trained on it has seen most of these images" in said.pop()
+    layouts.save_csv(tmp_path / "images.csv", layouts.table_rows(tmp_path))
+    for place in ("images.csv", "images.csv/test"):
+        find_list(tmp_path / place).labeled("test", found.classes, said.append)
+    assert said == []
 
 
 def test_a_split_is_named_like_a_folder(tmp_path):
