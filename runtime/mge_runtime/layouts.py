@@ -143,8 +143,8 @@ def _read(data: Path, root: Path, layout: str, read: Callable[[Path], _Lists]) -
         names, listed = read(data)
         index = {name: number for number, name in enumerate(names)}
         splits = {
-            split: sorted(((root / path, index[name]) for path, name in rows), key=lambda sample: sample[::-1])
-            for split, rows in listed.items()
+            split: sorted(((path, index[name]) for path, name in rows), key=lambda sample: sample[::-1])
+            for split, rows in _once(data, root, listed).items()
         }
     except (InputError, ModuleNotFoundError):
         raise
@@ -159,6 +159,23 @@ def _read(data: Path, root: Path, layout: str, read: Callable[[Path], _Lists]) -
         found = f"class {twice[0]!r} more than once" if twice else f"{len(index)} classes"
         raise InputError(f"{data} is {layout} and names {found}; expected at least two that differ")
     return LabeledList(data, layout, root, tuple(names), splits)
+
+
+def _once(data: Path, root: Path, listed: Mapping[str, list[tuple[str, str]]]) -> dict[str, list[tuple[Path, str]]]:
+    """Each image once, however its path is written: a copy would be in training and held out of it."""
+    splits: dict[str, list[tuple[Path, str]]] = {split: [] for split in listed}
+    known: dict[str, str] = {}  # by the path without detours, what is said of the image
+    for split, rows in listed.items():
+        for path, name in ((root / path, name) for path, name in rows):
+            said, key = f"{split} {name!r}".strip(), os.path.normpath(path.absolute())
+            if key not in known:
+                known[key] = said
+                splits[split].append((path, name))
+            elif known[key] != said:
+                raise InputError(
+                    f"{data} names {path} as {known[key]} and as {said}; expected one class and one split of an image"
+                )
+    return splits
 
 
 def _table(path: Path) -> _Lists:
@@ -176,13 +193,14 @@ def _table(path: Path) -> _Lists:
             rows = list(csv.DictReader(lines))
     splits: dict[str, list[tuple[str, str]]] = {}
     for number, row in enumerate(rows, 1):
-        image, label, split = (row.get(name) for name in ("path", "label", "split"))
-        if image in (None, "") or label in (None, "") or ("split" in row and not split):
+        cells = (row.get(name) for name in ("path", "label", "split"))
+        image, label, split = ("" if cell is None else str(cell).strip() for cell in cells)
+        if not image or not label or ("split" in row and not split):
             raise InputError(
                 f"{path}, row {number}: found {row}; expected a value in each of the columns path, label and, if the "
                 "table has splits, split (train, val, test)"
             )
-        splits.setdefault(_split_name(str(split or "")), []).append((str(image), str(label)))
+        splits.setdefault(_split_name(split), []).append((image, label))
     return sorted({label for rows in splits.values() for _, label in rows}), splits
 
 
