@@ -122,9 +122,10 @@ def main(runs: tuple[Path, ...], data: Path | None, out: Path) -> None:
     groups: dict[str, list[Predictions]] = {}
     same: list[tuple[str, str]] = []  # images and their classes
     for run in runs:
-        file = run
-        if run.is_dir() and not (file := out / f"{run.name}.npz").exists():
-            given = ["--ckpt", run / "best.pt", "--data", data or ".", "--predictions", file]
+        file = out / f"{run.name}.npz" if run.is_dir() else run
+        model = run / "best.pt"
+        if run.is_dir() and not (file.exists() and file.stat().st_mtime > model.stat().st_mtime):
+            given = ["--ckpt", model, "--data", data or ".", "--predictions", file]
             evaluate(list(map(str, given)), standalone_mode=False)
         found, images = read_predictions(file)
         of = list(zip(images, found.truth, strict=True))
