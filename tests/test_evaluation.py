@@ -236,7 +236,9 @@ def test_the_page_holds_all_it_shows(kind, data, files, with_exits, tmp_path):
     for image in page.images:
         kind, _, content = image.partition(",")
         assert kind == "data:image/jpeg;base64"
-        assert Image.open(io.BytesIO(base64.b64decode(content))).size > (248, 248)
+        width, height = Image.open(io.BytesIO(base64.b64decode(content))).size
+        assert width > 2 * (8 + 120)  # the image, and beside it what two experts saw,
+        assert height == 120 + 8 + 120  # above their attention
     for row in result["heads"]:
         assert row["name"] in page.texts
         assert f"{row['gmacs']:.3g}" in page.texts
@@ -295,6 +297,7 @@ def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
         ("--compare a.npz b.npz --report r.html", 2, "cannot use --report"),
         ("--compare a.npz no.pt --data .", 1, "no.pt does not exist"),
         ("--ckpt no.pt", 2, "--data"),
+        ("--ckpt no.pt --data . --predictions a.bin", 2, "which --compare knows by .npz, not a.bin"),
     ],
 )
 def test_what_cannot_be_compared_is_named_in_one_line(tmp_path, monkeypatch, arguments, code, said):

@@ -92,6 +92,8 @@ def main(
         raise click.UsageError("name either --ckpt or --engine, or two models after --compare")
     if compare and (unused := options_given("report", "predictions")):
         raise click.UsageError(f"--compare prints what it finds and cannot use {', '.join(unused)}; leave that out")
+    if predictions is not None and predictions.suffix != ".npz":
+        raise click.UsageError(f"--predictions writes a NumPy file, which --compare knows by .npz, not {predictions}")
     models = list(compare or models)
     stored = [path for path in compare or () if path.suffix == ".npz"]
     bundles = [path for path in models if path == engine or (compare and path.suffix == ".plan")]
