@@ -109,7 +109,7 @@ def test_copies_across_splits_and_lonely_classes_are_doubtful_not_wrong(noise):
 
 def test_a_class_without_training_images_is_a_problem(tmp_path):
     rows = layouts.table_rows(tmp_path)
-    layouts.save_csv(tmp_path / "images.csv", [*rows, {**rows[-1], "label": "hen"}])
+    layouts.save_csv(tmp_path / "images.csv", [*rows, {"path": "hen.png", "label": "hen", "split": "test"}])
     assert checked(tmp_path / "images.csv")[1] == "1 of 3 classes have no image to train on: hen"
 
 
