@@ -120,15 +120,17 @@ def main(runs: tuple[Path, ...], data: Path | None, out: Path) -> None:
     """Evaluate what is no file yet, then draw."""
     out.mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Predictions]] = {}
-    names: list[str] = []
+    same: list[tuple[str, str]] = []  # images and their classes
     for run in runs:
-        file = run
-        if run.is_dir() and not (file := out / f"{run.name}.npz").exists():
-            given = ["--ckpt", run / "best.pt", "--data", data or ".", "--predictions", file]
+        file = out / f"{run.name}.npz" if run.is_dir() else run
+        model = run / "best.pt"
+        if run.is_dir() and not (file.exists() and file.stat().st_mtime > model.stat().st_mtime):
+            given = ["--ckpt", model, "--data", data or ".", "--predictions", file]
             evaluate(list(map(str, given)), standalone_mode=False)
         found, images = read_predictions(file)
-        names = names or images
-        if images != names or found.cost is None:
+        of = list(zip(images, found.truth, strict=True))
+        same = same or of
+        if of != same or found.cost is None:
             raise InputError(f"{file} is of other images than {runs[0]}, or has no cost; evaluate both anew")
         groups.setdefault(re.sub(r"-s\d+$", "", file.stem), []).append(found)
     made = [point for name, seeds in groups.items() for point in points(name, seeds)]

@@ -54,7 +54,7 @@ def compare_models(first: Named, second: Named) -> dict[str, Any]:
         second: of another, for the same images in any order.
 
     Raises:
-        InputError: the images are not the same, or fewer than two.
+        InputError: the images or their classes are not the same, or fewer than two.
     """
     (a, names), (b, others) = first, second
     if set(names) != set(others) or len(names) < 2:
@@ -66,6 +66,13 @@ def compare_models(first: Named, second: Named) -> dict[str, Any]:
         )
     place = {name: number for number, name in enumerate(others)}
     order = [place[name] for name in names]
+    truths = b.truth
+    for name, number, label in zip(names, order, a.truth, strict=True):
+        if label != truths[number]:
+            raise InputError(
+                f"{name} is of class {label!r} in the first evaluation and of {truths[number]!r} in the second; "
+                "expected the same class in both: evaluate both on the same --data"
+            )
 
     def right(head_a: str, head_b: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         return (

@@ -62,6 +62,12 @@ class Predictions:
     temperature: float | None = None  # of the final logits, where a bundle's calibration learned one
     exits: Exits | None = None  # None: the chain never stops early
     cost: Cost | None = None  # None: not measured
+    classes: tuple[str, ...] = ()  # names by class index; empty: not known, in older files
+
+    @property
+    def truth(self) -> list[str]:
+        """The N classes by name, by number where no names are known."""
+        return [self.classes[label] if self.classes else str(label) for label in self.labels.tolist()]
 
     @property
     def final(self) -> np.ndarray:
@@ -75,15 +81,15 @@ class Evaluation:
 
     predictions: Predictions
     samples: Sequence[tuple[Path, int]]  # N images and their labels
-    folder: Path  # that the images lie in
-    classes: tuple[str, ...]  # names, by class index
+    folder: Path  # that the images lie in, as `parts.csv` does
+    root: Path  # that their names start from
     name: str  # of the checkpoint's or the bundle's file
     model: Mapping[str, Any]  # fields of its config
 
     @property
     def names(self) -> list[str]:
-        """Of the images below the folder, with "/"."""
-        return [relative_name(path, self.folder) for path, _ in self.samples]
+        """Of the images below the root, with "/"; the folder of a split is part of them."""
+        return [relative_name(path, self.root) for path, _ in self.samples]
 
     @property
     def named(self) -> tuple[Predictions, list[str]]:
@@ -255,9 +261,10 @@ def gate_report(gate: np.ndarray) -> list[str]:
 
 
 def write_predictions(path: Path, predictions: Predictions, names: Sequence[str]) -> None:
-    """Write a .npz file: `names`, `labels`, `gate`, `views`, `logits/<head>` of every head, `exits/...`, `cost/...`."""
+    """Write a .npz file: `names`, `classes`, `labels`, `gate`, `views`, `logits/<head>`, `exits/...`, `cost/...`."""
     arrays: dict[str, Any] = {f"logits/{name}": logits for name, logits in predictions.heads.items()}
-    arrays |= {"names": np.array(names)} | {n: getattr(predictions, n) for n in ("labels", "gate", "views")}
+    arrays |= {"names": np.array(names), "classes": np.array(predictions.classes, str)}
+    arrays |= {name: getattr(predictions, name) for name in ("labels", "gate", "views")}
     for part, values in (("exits", predictions.exits), ("cost", predictions.cost)):
         if values is not None:
             arrays |= {f"{part}/{name}": value for name, value in asdict(values).items()}
@@ -280,7 +287,8 @@ def read_predictions(path: Path) -> tuple[Predictions, list[str]]:
             gmacs, ms = (tuple(arrays[f"cost/{name}"].tolist()) for name in ("gmacs", "ms"))
             cost = Cost(gmacs, ms, str(arrays["cost/measured"]))
         heads = {name.removeprefix("logits/"): value for name, value in arrays.items() if name.startswith("logits/")}
-        found = Predictions(arrays["labels"], heads, arrays["gate"], arrays["views"], exits=exits, cost=cost)
+        classes = tuple(arrays["classes"].tolist()) if "classes" in arrays else ()
+        found = Predictions(arrays["labels"], heads, arrays["gate"], arrays["views"], (), None, exits, cost, classes)
         return found, arrays["names"].tolist()
     except (OSError, ValueError, TypeError, KeyError, BadZipFile) as error:
         raise InputError(

@@ -15,6 +15,7 @@ from mge.evaluation import Evaluation, Predictions, gate_entropy, gate_report, s
 from mge.parts import part_report, read_parts, view_areas
 from mge_runtime.errors import InputError, printable
 from mge_runtime.files import echo
+from mge_runtime.layouts import relative_name
 from mge_runtime.metrics import share_interval
 
 __all__ = ["confusions", "cost_cells", "expert_table", "figures", "percent", "print_table"]
@@ -73,7 +74,8 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
     Raises:
         InputError: `parts.csv` leaves an image out.
     """
-    predictions, classes, folder = evaluation.predictions, evaluation.classes, evaluation.folder
+    predictions, folder = evaluation.predictions, evaluation.folder
+    classes = predictions.classes
     areas = view_areas(predictions.views)
     result: dict[str, Any] = {
         "images": len(predictions.labels),
@@ -94,7 +96,7 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
     }
     parts = read_parts(folder)
     if parts is not None:
-        names = evaluation.names
+        names = [relative_name(path, folder) for path, _ in evaluation.samples]
         if missing := [name for name in names if name not in parts]:
             raise InputError(
                 f"{folder / 'parts.csv'} has no row for {missing[0]} ({len(missing)} images in all); "

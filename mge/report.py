@@ -174,7 +174,8 @@ def _experts(result: dict[str, Any]) -> list[str]:
 
 def _confused(examples: _Examples) -> list[str]:
     """The most confused pairs, the most confident image of each."""
-    predictions, classes = examples.evaluation.predictions, examples.evaluation.classes
+    predictions = examples.evaluation.predictions
+    classes = predictions.classes
     of_class = np.bincount(predictions.labels, minlength=len(classes))
     confidence, predicted = examples.confidence, predictions.final.argmax(1)
     figures: list[str] = []
@@ -250,7 +251,8 @@ class _Examples:
     def figure(self, index: int, note: str = "") -> str:
         """An image, the classes, what each expert says."""
         self.shown.add(index)
-        found, classes, name = self.evaluation.predictions, self.evaluation.classes, self._names[index]
+        found, name = self.evaluation.predictions, self._names[index]
+        classes = found.classes
         true, predicted = classes[found.labels[index]], classes[found.final[index].argmax()]
         arrow = f"{true} \u2192 {predicted}" if true != predicted else true
         votes: list[str] = []

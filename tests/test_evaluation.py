@@ -22,6 +22,7 @@ from mge_export.cli import main as export
 from mge_runtime.bundle import add_calibration
 from mge_runtime.pipeline import Pipeline
 from tests.helpers.commands import fails, run_without, succeeds
+from tests.helpers.layouts import save_csv
 from tests.helpers.tiny_models import save_noise, tiny_config
 
 
@@ -235,7 +236,9 @@ def test_the_page_holds_all_it_shows(kind, data, files, with_exits, tmp_path):
     for image in page.images:
         kind, _, content = image.partition(",")
         assert kind == "data:image/jpeg;base64"
-        assert Image.open(io.BytesIO(base64.b64decode(content))).size > (248, 248)
+        width, height = Image.open(io.BytesIO(base64.b64decode(content))).size
+        assert width > 2 * (8 + 120)  # the image, and beside it what two experts saw,
+        assert height == 120 + 8 + 120  # above their attention
     for row in result["heads"]:
         assert row["name"] in page.texts
         assert f"{row['gmacs']:.3g}" in page.texts
@@ -294,6 +297,7 @@ def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
         ("--compare a.npz b.npz --report r.html", 2, "cannot use --report"),
         ("--compare a.npz no.pt --data .", 1, "no.pt does not exist"),
         ("--ckpt no.pt", 2, "--data"),
+        ("--ckpt no.pt --data . --predictions a.bin", 2, "which --compare knows by .npz, not a.bin"),
     ],
 )
 def test_what_cannot_be_compared_is_named_in_one_line(tmp_path, monkeypatch, arguments, code, said):
@@ -304,6 +308,23 @@ def test_what_cannot_be_compared_is_named_in_one_line(tmp_path, monkeypatch, arg
         write_predictions(tmp_path / f"{name}.npz", found, images)
     (tmp_path / "text.npz").write_text("not an archive")
     assert said in fails(evaluate, *arguments.split(), code=code)
+
+
+def test_images_of_two_splits_are_not_the_same(data, files, tmp_path):
+    for split in ("val", "test"):
+        shutil.copytree(data, tmp_path / "data" / split)
+        options = ["--ckpt", files / "best.pt", "--split", split, "--predictions", tmp_path / f"{split}.npz"]
+        figures(tmp_path / "data", *options)
+    line = fails(evaluate, "--compare", tmp_path / "val.npz", tmp_path / "test.npz")
+    assert "of which 8 are on one side alone, such as test/a/0.png" in line
+    figures(tmp_path / "data/val", "--ckpt", files / "best.pt", "--predictions", tmp_path / "named.npz")
+    succeeds(evaluate, "--compare", tmp_path / "val.npz", tmp_path / "named.npz")
+
+
+def test_a_table_without_splits_is_evaluated_with_a_note(data, files, tmp_path):
+    save_csv(tmp_path / "images.csv", [{"path": path, "label": path.parent.name} for path in data.glob("*/*.png")])
+    said = succeeds(evaluate, "--data", tmp_path / "images.csv", "--ckpt", files / "best.pt", "--workers", 0).stderr
+    assert "images.csv has no splits: a model trained on it has seen most of these images" in said
 
 
 TORCH = ["torch", "torchvision", "timm", "lightning", "safetensors", "matplotlib", "tqdm", "onnx", "scipy"]

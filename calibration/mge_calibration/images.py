@@ -65,7 +65,7 @@ def list_labeled(
     if (listed := find_list(folder)) is not None:
         say(str(listed))
         root, base = folder / "val" if "val" in listed.splits else folder, listed.root
-        samples = listed.labeled("val", class_names)
+        samples = listed.labeled("val", class_names, say)
     else:
         split = sources.validation_folder(folder)
         root = base = folder if split is None or split.name in class_names else split

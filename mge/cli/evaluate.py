@@ -92,6 +92,8 @@ def main(
         raise click.UsageError("name either --ckpt or --engine, or two models after --compare")
     if compare and (unused := options_given("report", "predictions")):
         raise click.UsageError(f"--compare prints what it finds and cannot use {', '.join(unused)}; leave that out")
+    if predictions is not None and predictions.suffix != ".npz":
+        raise click.UsageError(f"--predictions writes a NumPy file, which --compare knows by .npz, not {predictions}")
     models = list(compare or models)
     stored = [path for path in compare or () if path.suffix == ".npz"]
     bundles = [path for path in models if path == engine or (compare and path.suffix == ".plan")]
@@ -143,8 +145,10 @@ def main(
         echo(json.dumps(result, indent=2))
 
 
-def _images(data: Path, split: str) -> tuple[Path, Label]:
-    """The folder that names of images are relative to, and what lists them by class.
+def _images(data: Path, split: str) -> tuple[Path, Path, Label]:
+    """The folder of the images, the one that their names start from, and what lists them by class.
+
+    Names in class folders start with the folder of the split, so that `0.jpg` of two splits are two images.
 
     Raises:
         InputError: there is none.
@@ -154,17 +158,19 @@ def _images(data: Path, split: str) -> tuple[Path, Label]:
 
     if (listed := find_list(data)) is not None:
         note(str(listed))
-        return listed.root, lambda classes: listed.labeled(split, classes)
+        return listed.root, listed.root, lambda classes: listed.labeled(split, classes, note)
     folder = data / split if is_folder(data / split) else data
     if split in VALIDATION_FOLDERS:
         folder = validation_folder(data) or data
     if is_folder(folder / "train"):
         raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
     require_folder(folder, "test/<class>/*.jpg in it, the class folders, a downloaded data set or a table of paths")
-    return folder, lambda classes: list_labeled(folder, classes, note)[1]
+    return folder, folder / "..", lambda classes: list_labeled(folder, classes, note)[1]
 
 
-def _run_checkpoint(ckpt: Path, folder: Path, label: Label, batch: int, workers: int, max_pixels: int) -> Evaluation:
+def _run_checkpoint(
+    ckpt: Path, folder: Path, root: Path, label: Label, batch: int, workers: int, max_pixels: int
+) -> Evaluation:
     from mge.checkpoint import load_checkpoint
     from mge.cost import model_cost
     from mge.data.folder import FolderDataset, batches, make_loader
@@ -173,12 +179,13 @@ def _run_checkpoint(ckpt: Path, folder: Path, label: Label, batch: int, workers:
     model = load_checkpoint(ckpt)
     config, samples = model.config, label(model.config.classes)
     loader = make_loader(FolderDataset(samples, config, max_pixels=max_pixels), batch, workers=workers)
-    found = replace(with_stops(collect(model, batches(loader))), cost=model_cost(model))
-    return Evaluation(found, samples, folder, config.classes, ckpt.name, config.to_dict())
+    found = with_stops(collect(model, batches(loader)))
+    found = replace(found, cost=model_cost(model), classes=config.classes)
+    return Evaluation(found, samples, folder, root, ckpt.name, config.to_dict())
 
 
 def _run_bundle(
-    engine: Path, folder: Path, label: Label, batch: int, workers: int, options: dict[str, Any]
+    engine: Path, folder: Path, root: Path, label: Label, batch: int, workers: int, options: dict[str, Any]
 ) -> Evaluation:
     from mge.cost import bundle_cost
     from mge.evaluation import Evaluation, collect_bundle, with_stops
@@ -189,8 +196,8 @@ def _run_bundle(
         samples = label(manifest.class_names)
         found = with_stops(collect_bundle(pipeline, samples, batch, max(workers, 1)))
     with Pipeline.open(engine, **options) as pipeline:  # one stream: an image has all processors to itself
-        found = replace(found, cost=bundle_cost(pipeline, options["threads"]))
-    return Evaluation(found, samples, folder, manifest.class_names, engine.name, manifest.model)
+        found = replace(found, cost=bundle_cost(pipeline, options["threads"]), classes=manifest.class_names)
+    return Evaluation(found, samples, folder, root, engine.name, manifest.model)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,12 @@ class LabeledList:
         counts = ", ".join(f"{len(samples)} {split}".strip() for split, samples in self.splits.items())
         return f"{self.place} is {self.layout}: {len(self.classes)} classes, {counts} images"
 
-    def labeled(self, split: str, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    def labeled(
+        self, split: str, classes: Sequence[str], say: Callable[[str], None] = lambda _: None
+    ) -> list[tuple[Path, int]]:
         """The images of a split with their index in `classes`, which may be others and in another order.
+
+        `say` is told where a table without splits stands for images that training should not have seen.
 
         Raises:
             InputError: there is no such split, or one of its images is of no class among them.
@@ -55,6 +59,12 @@ class LabeledList:
             raise InputError(
                 f"{self.place} is {self.layout} without {split} images; expected a split that it has: "
                 + ", ".join(str(self.place / name) for name in self.splits)
+            )
+        # A split that was named like a folder stands for every split, too; its name is no table's.
+        if "" in self.splits and split != "train" and self.place.suffix.lower() in _TABLES:
+            say(
+                f"{self.place} has no splits: a model trained on it has seen most of these images; give the table a "
+                "column split, or name images that training has not seen"
             )
         known = {name: index for index, name in enumerate(classes)}
         for path, label in samples:
@@ -133,8 +143,8 @@ def _read(data: Path, root: Path, layout: str, read: Callable[[Path], _Lists]) -
         names, listed = read(data)
         index = {name: number for number, name in enumerate(names)}
         splits = {
-            split: sorted(((root / path, index[name]) for path, name in rows), key=lambda sample: sample[::-1])
-            for split, rows in listed.items()
+            split: sorted(((path, index[name]) for path, name in rows), key=lambda sample: sample[::-1])
+            for split, rows in _once(data, root, listed).items()
         }
     except (InputError, ModuleNotFoundError):
         raise
@@ -149,6 +159,23 @@ def _read(data: Path, root: Path, layout: str, read: Callable[[Path], _Lists]) -
         found = f"class {twice[0]!r} more than once" if twice else f"{len(index)} classes"
         raise InputError(f"{data} is {layout} and names {found}; expected at least two that differ")
     return LabeledList(data, layout, root, tuple(names), splits)
+
+
+def _once(data: Path, root: Path, listed: Mapping[str, list[tuple[str, str]]]) -> dict[str, list[tuple[Path, str]]]:
+    """Each image once, however its path is written: a copy would be in training and held out of it."""
+    splits: dict[str, list[tuple[Path, str]]] = {split: [] for split in listed}
+    known: dict[str, str] = {}  # by the path without detours, what is said of the image
+    for split, rows in listed.items():
+        for path, name in ((root / path, name) for path, name in rows):
+            said, key = f"{split} {name!r}".strip(), os.path.normpath(path.absolute())
+            if key not in known:
+                known[key] = said
+                splits[split].append((path, name))
+            elif known[key] != said:
+                raise InputError(
+                    f"{data} names {path} as {known[key]} and as {said}; expected one class and one split of an image"
+                )
+    return splits
 
 
 def _table(path: Path) -> _Lists:
@@ -166,13 +193,14 @@ def _table(path: Path) -> _Lists:
             rows = list(csv.DictReader(lines))
     splits: dict[str, list[tuple[str, str]]] = {}
     for number, row in enumerate(rows, 1):
-        image, label, split = (row.get(name) for name in ("path", "label", "split"))
-        if image in (None, "") or label in (None, "") or ("split" in row and not split):
+        cells = (row.get(name) for name in ("path", "label", "split"))
+        image, label, split = ("" if cell is None else str(cell).strip() for cell in cells)
+        if not image or not label or ("split" in row and not split):
             raise InputError(
                 f"{path}, row {number}: found {row}; expected a value in each of the columns path, label and, if the "
                 "table has splits, split (train, val, test)"
             )
-        splits.setdefault(_split_name(str(split or "")), []).append((str(image), str(label)))
+        splits.setdefault(_split_name(split), []).append((image, label))
     return sorted({label for rows in splits.values() for _, label in rows}), splits
 
 

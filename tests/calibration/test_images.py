@@ -157,6 +157,9 @@ def test_a_list_calibrates_with_its_validation_split_or_the_one_that_is_named(tm
     assert not any("exits are set by" in line for line in said)
     choose_images(tmp_path / "images.csv", None, manifest, said.append)
     assert "exits are set by" in said[-1]
+    save_csv(tmp_path / "whole.csv", [{"path": row["path"], "label": row["label"]} for row in rows])
+    list_labeled(tmp_path / "whole.csv", names, said.append)
+    assert "whole.csv has no splits" in said[-1]
     save_csv(tmp_path / "images.csv", rows[:6])
     with pytest.raises(InputError, match=r"without val images; expected a split that it has: .*images\.csv/train"):
         list_labeled(tmp_path / "images.csv", names)

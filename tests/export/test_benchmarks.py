@@ -1,6 +1,7 @@
 """The scripts of benchmarks/: how they are called, what they compare, and the guard of the chain's price."""
 
 import importlib
+import os
 import re
 import sys
 import time
@@ -235,6 +236,28 @@ def test_the_frontier_has_every_place_where_a_chain_may_stop(tmp_path):
     write_predictions(tmp_path / "other.npz", single, names[::-1])
     done = CliRunner().invoke(frontier.main, [*runs, str(tmp_path / "other.npz"), "--out", str(tmp_path / "out")])
     assert "is of other images" in done.stderr
+
+
+def test_the_frontier_evaluates_a_run_anew_that_was_trained_on(tmp_path, monkeypatch):
+    heads, model = {"expert 1": np.eye(4)}, tmp_path / "run/best.pt"
+    found = Predictions(
+        np.arange(4), heads, np.ones((4, 1)), np.zeros((4, 1, 4)), cost=Cost((2.0,) * 2, (1.0,) * 2, "")
+    )
+    evaluated = []
+
+    def evaluate(arguments, **_):
+        evaluated.append(arguments)
+        write_predictions(Path(arguments[-1]), found, list("abcd"))
+
+    monkeypatch.setattr(frontier, "evaluate", evaluate)
+    model.parent.mkdir()
+    model.touch()
+    future = time.time() + 60
+    for written, runs in ((1, 1), (1, 1), (future, 2)):
+        os.utime(model, (written, written))
+        done = CliRunner().invoke(frontier.main, [str(model.parent), "--out", str(tmp_path / "out")])
+        assert done.exit_code == 0, done.output
+        assert len(evaluated) == runs
 
 
 @FP32

@@ -6,6 +6,7 @@ from scipy.stats import norm
 
 from mge.comparison import compare_models, difference
 from mge.evaluation import Predictions
+from mge_runtime.errors import InputError
 
 
 def test_a_difference_is_paired():
@@ -36,3 +37,19 @@ def test_images_are_matched_by_name():
     found = compare_models(first, second)
     assert (found["only_first"], found["only_second"]) == (["c"], [])
     assert found["costs"] == [None, None]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_classes_are_matched_by_name(swapped):
+    """Models may have their classes in another order; images that changed class are others."""
+    labels, nothing = np.array([0, 1, 1]), (np.ones((3, 1)), np.zeros((3, 1, 4)))
+    one, other = np.eye(2)[labels], np.eye(2)[1 - labels]
+    names = ["0.jpg", "1.jpg", "2.jpg"]
+    first = Predictions(labels, {"expert 1": one}, *nothing, classes=("hen", "tench")), names
+    if swapped:
+        second = Predictions(1 - labels, {"expert 1": other}, *nothing, classes=("tench", "hen")), names
+        assert compare_models(first, second)["heads"][0]["second"] == 1
+    else:
+        second = Predictions(labels, {"expert 1": one}, *nothing, classes=("tench", "hen")), names
+        with pytest.raises(InputError, match=r"0\.jpg is of class 'hen' in the first evaluation and of 'tench' in the"):
+            compare_models(first, second)

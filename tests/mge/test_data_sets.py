@@ -1,5 +1,6 @@
 """Training on data as it is downloaded: splits, problems that are found before the first epoch, dry runs."""
 
+import csv
 import shutil
 
 import numpy as np
@@ -112,7 +113,7 @@ def test_copies_across_splits_and_lonely_classes_are_doubtful_not_wrong(noise):
 
 def test_a_class_without_training_images_is_a_problem(tmp_path):
     rows = layouts.table_rows(tmp_path)
-    layouts.save_csv(tmp_path / "images.csv", [*rows, {**rows[-1], "label": "hen"}])
+    layouts.save_csv(tmp_path / "images.csv", [*rows, {"path": "hen.png", "label": "hen", "split": "test"}])
     assert checked(tmp_path / "images.csv")[1] == "1 of 3 classes have no image to train on: hen"
 
 
@@ -175,22 +176,36 @@ def save_products(folder):
     for path in (folder / "groceries").rglob("*.png"):  # scenes are made of JPEGs
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()
-    for number in range(9):
-        for split in ("train", "test"):
-            Image.new("RGB", (320, 340), (number * 20, 90, 30)).save(folder / f"distractors/{split}/{number}.jpg")
+    paint(folder, 30, "train", "val", "test")
+
+
+def paint(folder, blue, *splits):
+    """Make the distractors of training, those of training that it leaves to validation, or those of the test."""
+    for split in splits:
+        for number in range(9) if split == "test" else (0, 8) if split == "val" else range(1, 8):
+            place = folder / "distractors" / ("test" if split == "test" else "train") / f"{number}.jpg"
+            Image.new("RGB", (320, 340), (number * 20, 90, blue)).save(place)
 
 
 def test_scenes_are_trained_on_by_the_command_itself(tmp_path):
     save_products(tmp_path)
-    start = [tmp_path, tmp_path / "scenes", "--kind", "shelf2", "--train", tmp_path / "run"]
-    text = succeeds(scenes, *start, *QUICK, "--batch-size", "8").output
+
+    def run(name, *more):
+        """What the command says, and the losses of its training."""
+        start = [tmp_path, tmp_path / "scenes", "--kind", "shelf2", "--train", tmp_path / name]
+        text = succeeds(scenes, *start, *QUICK, "--batch-size", "8", *more).output
+        (row,) = csv.DictReader((tmp_path / name / "metrics.csv").read_text().splitlines())
+        return text, row["loss/total"]
+
+    text, loss = run("first")
     assert "8 training and 16 validation images" in text
     assert "validation sees no whole scenes" in text
-    plain = ["--data", tmp_path / "scenes", *QUICK, "--batch-size", "8", "--resize", "64"]
-    assert "no whole scenes" not in succeeds(scenes, *start[:-1], tmp_path / "again", *plain[2:]).output
-    succeeds(train, *plain, "--out", tmp_path / "plain")
-    losses = [(tmp_path / run / "metrics.csv").read_text().splitlines()[1].split(",")[1] for run in ("again", "plain")]
-    assert losses[0] != losses[1]
+    paint(tmp_path, 230, "val", "test")
+    text, same = run("again", "--resize", "64")
+    assert "no whole scenes" not in text
+    assert same == loss
+    paint(tmp_path, 230, "train")
+    assert run("other")[1] != loss  # training sees what lies around the products
 
 
 def test_runs_of_a_comparison_follow_each_other_and_go_on(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint, save_checkpoint
 from mge.cli.train import main as train
 from mge.model import MGENet, initialize_backbones
-from mge.training.recipe import TrainOptions, loss_terms, make_optimizer
+from mge.training.options import TrainOptions
+from mge.training.recipe import loss_terms, make_optimizer
 from mge_runtime.errors import CheckpointError
 from tests.helpers.commands import fails, succeeds
 from tests.helpers.tiny_models import make_model, save_noise

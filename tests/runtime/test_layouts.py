@@ -89,7 +89,30 @@ def test_images_of_a_table_without_splits_stand_for_any(tmp_path):
     rows = [{"path": row["path"], "label": row["label"]} for row in layouts.table_rows(tmp_path)]
     layouts.save_csv(tmp_path / "images.csv", rows)
     found = find_list(tmp_path / "images.csv")
-    assert len(found.labeled("train", found.classes)) == len(found.labeled("test", found.classes)) == 12
+    said = []
+    assert len(found.labeled("train", found.classes, said.append)) == 12
+    assert said == []
+    assert len(found.labeled("test", found.classes, said.append)) == 12
+    assert "has no splits: a model trained on it has seen most of these images" in said.pop()
+    layouts.save_csv(tmp_path / "images.csv", layouts.table_rows(tmp_path))
+    for place in ("images.csv", "images.csv/test"):
+        find_list(tmp_path / place).labeled("test", found.classes, said.append)
+    assert said == []
+
+
+def test_spaces_around_cells_mean_nothing(tmp_path):
+    (tmp_path / "images.csv").write_text("path,label,split\na.jpg, hen, Train\n b.jpg ,hen ,train\nc.jpg,cock,val\n")
+    found = find_list(tmp_path / "images.csv")
+    assert found.classes == ("cock", "hen")
+    assert found.splits == {
+        "train": [(tmp_path / "a.jpg", 1), (tmp_path / "b.jpg", 1)], "val": [(tmp_path / "c.jpg", 0)]
+    }  # fmt: skip
+
+
+def test_an_image_counts_once_however_its_path_is_written(tmp_path):
+    paths = ["x/a.jpg", "./x/a.jpg", "y/../x/a.jpg", tmp_path / "x/a.jpg", "b.jpg"]
+    layouts.save_csv(tmp_path / "images.csv", [{"path": path, "label": str(path)[-5]} for path in paths])
+    assert find_list(tmp_path / "images.csv").splits == {"": [(tmp_path / "x/a.jpg", 0), (tmp_path / "b.jpg", 1)]}
 
 
 def test_a_split_is_named_like_a_folder(tmp_path):
@@ -118,6 +141,9 @@ def test_class_folders_are_no_list_whatever_lies_beside_them(tmp_path):
         ("images.csv", "path,label\na.jpg,b\nb.jpg\n", "images.csv, row 2: found"),
         ("images.csv", "path,label,split\na.jpg,b,\n", "images.csv, row 1: found"),
         ("images.csv", "path,label\na.jpg,b\n", "names 1 classes; expected at least two that differ"),
+        ("images.csv", "path,label,split\na.jpg, ,train\n", "images.csv, row 1: found"),
+        ("images.csv", "path,label\na.jpg,b\n./a.jpg,c\n", "names .*a.jpg as 'b' and as 'c'; expected one class"),
+        ("images.csv", "path,label,split\na.jpg,b,train\nx/../a.jpg,b,test\n", "as train 'b' and as test 'b'"),
         ("images.csv", "", "names 0 classes"),
         ("images.csv", b"\xff\xfe", "its lists cannot be read: 'utf-8' codec"),
         ("images.parquet", "", "images.parquet"),

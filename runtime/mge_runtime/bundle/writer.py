@@ -43,9 +43,8 @@ _CHUNK = 1 << 22  # bytes read at once
 class GraphModel:
     """A graph's ONNX model, as bytes or as files."""
 
-    graph: (
-        bytes | Path
-    )  # serialized ModelProto; its external data, if any, lies in files "<graph>.weights" of the chain
+    # Serialized ModelProto; its external data, if any, lies in files "<graph>.weights" of the chain.
+    graph: bytes | Path
     weights: bytes | Path | None = None  # its own such file; None: it has no external data, or what others have
     cpu: bytes | Path | None = None  # the graph encoded for CPUs, over the same weights; of INT8 bundles alone
 
