@@ -9,14 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from mge.config import MGEConfig
+from mge.cost import count_gmacs
 from mge.model import MGENet
 from mge_calibration.int8.cpu import cpu_graph
 from mge_export.chain import join_graphs
 from mge_export.experts import ExpertGraph, build_graphs, views
-from mge_export.graph import count_gmacs, export_graph, externalize, inlined, weights_name
+from mge_export.graph import export_graph, externalize, inlined, weights_name
 from mge_export.images import VerifyImages
 from mge_export.int8 import Int8Request, LearnedGraph, check_quantization, quantize_graphs
 from mge_export.parity import ParityReport, check_bundle, measure_parity
@@ -91,7 +93,12 @@ def export_bundle(
         say(f"splitting {config.experts} x {config.arch} into graphs, {precision.value}")
         graphs = build_graphs(model, precision, half_linear=half_linear)
         known: Known = {} if config.sharing == "backbone" else None
-        written = [_write_graph(graph, made, folder, known, say) for graph, made in _made(graphs, int8, config, say)]
+        *before, whole = count_gmacs(model)  # up to each expert; the last graph has the gate, too
+        gmacs = np.diff((0.0, *before[:-1], whole)).round(9).tolist()
+        written = [
+            _write_graph(graph, made, folder, known, operations, say)
+            for (graph, made), operations in zip(_made(graphs, int8, config, say), gmacs, strict=True)
+        ]
         step = max(images.count // 10, 1)
 
         def progress(done: int) -> None:
@@ -114,7 +121,7 @@ def export_bundle(
             views=views(config),
             crops=config.crops,
             gate="gate" if config.experts > 1 else None,
-            gmacs={graph.spec.name: facts.gmacs for graph, facts in zip(graphs, written, strict=True)},
+            gmacs={graph.spec.name: operations for graph, operations in zip(graphs, gmacs, strict=True)},
             precision={  # pyright: ignore[reportArgumentType] - JSON values, nested
                 graph.spec.name: {
                     "type": facts.precision.value,
@@ -149,7 +156,6 @@ class _Written:
     files: GraphModel
     precision: Precision
     plan: dict[str, Any]  # what was read back and learned
-    gmacs: float
     runs_on_cpu: onnx.ModelProto  # what a CPU computes with: of INT8 bundles the graph encoded for it
 
 
@@ -167,13 +173,16 @@ def _made(
     yield from zip(graphs, learned, strict=True)
 
 
-def _write_graph(source: ExpertGraph, made: LearnedGraph, folder: Path, known: Known, say: Say) -> _Written:
+def _write_graph(
+    source: ExpertGraph, made: LearnedGraph, folder: Path, known: Known, gmacs: float, say: Say
+) -> _Written:
     """Write `<graph>.onnx` and its weights but those that are `known`, of INT8 also `<graph>.cpu.onnx`; check them."""
     graph, name, own = made.graph, source.spec.name, weights_name(source.spec.name)
-    model = inlined(graph.model, {own: graph.weights})
-    block = externalize(model, own, known)
-    inferred = infer_types(model)
-    plan = check_precision(name, inferred, graph.precision)
+    model, block = graph.model, graph.weights
+    if known is not None:
+        model = inlined(model, {own: block})
+        block = externalize(model, own, known)
+    plan = check_precision(name, infer_types(model), graph.precision)
     check_quantization(name, model, made.nodes)
     weights = folder / own
     weights.write_bytes(block)
@@ -181,7 +190,6 @@ def _write_graph(source: ExpertGraph, made: LearnedGraph, folder: Path, known: K
     encoded = cpu_graph(model, fast=True) if source.precision is Precision.INT8 else None
     cpu = None if encoded is None else _write_model(encoded, folder / f"{name}.cpu.onnx")
     files = GraphModel(_write_model(model, folder / f"{name}.onnx"), weights if block else None, cpu)
-    gmacs = count_gmacs(inferred)
     small = f", {source.underflowed} weights underflowed to 0" if source.underflowed else ""
     quantized = made.learned.get("quantized")
     integer = f", {quantized['convolutions']} of them and {quantized['adds']} sums in INT8" if quantized else ""
@@ -189,7 +197,7 @@ def _write_graph(source: ExpertGraph, made: LearnedGraph, folder: Path, known: K
         f"{name}: {len(model.graph.node)} nodes, {sum(plan['Conv'].values())} convolutions in "
         f"{graph.precision.onnx_name}{integer}, {gmacs:.3g} GMACs, weights {len(block) / 1e6:.1f} MB{small}"
     )
-    return _Written(name, files, graph.precision, {"operators": plan, **made.learned}, gmacs, encoded or model)
+    return _Written(name, files, graph.precision, {"operators": plan, **made.learned}, encoded or model)
 
 
 def _write_model(model: onnx.ModelProto, path: Path) -> Path:

@@ -20,7 +20,7 @@ from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
 from mge_runtime.manifest import BATCH, GraphSpec, TensorSpec
 
-__all__ = ["OPSET", "OnnxGraph", "count_gmacs", "export_graph", "externalize", "inlined", "weights_name"]
+__all__ = ["OPSET", "OnnxGraph", "export_graph", "externalize", "inlined", "weights_name"]
 
 # What PyTorch's exporter writes without converting, and old enough for every parser in use: TensorRT 10.3 of JetPack 6
 # knows 9 to 20, ONNX Runtime knows 18 since 1.14.
@@ -179,7 +179,7 @@ def externalize(model: onnx.ModelProto, location: str, known: dict[bytes, tuple[
         data = onnx.numpy_helper.to_array(tensor).tobytes()
         if len(data) < INLINE_LIMIT:
             continue
-        digest = hashlib.sha256(data).digest()
+        digest = b"" if known is None else hashlib.sha256(data).digest()
         place = (known or {}).get(digest)
         if place is None:
             block.extend(bytes(-len(block) % ALIGNMENT))
@@ -193,29 +193,3 @@ def externalize(model: onnx.ModelProto, location: str, known: dict[bytes, tuple[
         moved.ClearField("raw_data")
         tensor.CopyFrom(moved)
     return bytes(block)
-
-
-def count_gmacs(model: onnx.ModelProto) -> float:
-    """Convolutions and matrix products of one image, in billions of multiply-accumulates.
-
-    Args:
-        model: with inferred shapes, the batch as its only open axis.
-
-    Raises:
-        ExportError: a shape is not known.
-    """
-    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        shapes[value.name] = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-    total = 0
-    for node in model.graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
-            weights, (_, *made) = shapes.get(node.input[1], [0]), shapes.get(node.output[0], [0, 0])
-            if node.op_type == "Conv":
-                depth = math.prod(weights[1:])  # input channels of the group x kernel
-            else:
-                depth = math.prod(weights) // made[-1] if node.op_type == "Gemm" and made[-1] else weights[-2]
-            if not depth or not all(made):
-                raise ExportError(f"the shapes of {node.op_type} {node.name!r} cannot be inferred; expected known ones")
-            total += math.prod(made) * depth
-    return total / 1e9

@@ -66,7 +66,7 @@ def main(**options: Any) -> None:
         check_images({"train": train, "val": val}, classes, options["max_pixels"], note)
 
     from mge.data.folder import FolderDataset, TrainingDataset
-    from mge.training.dry_run import Rehearsal
+    from mge.training.dry_run import DryRun
     from mge.training.loop import Trainer
 
     train_options = TrainOptions(**_of(TrainOptions, options))
@@ -78,10 +78,9 @@ def main(**options: Any) -> None:
         for option, asked in (("--distill", train_options.distill), ("--sharing", config.sharing != "none")):
             if asked:
                 note(f"{option} does nothing for a single network; it is for --experts 2 and more")
-    images = (
-        click.get_current_context().obj or TrainingDataset
-    )  # `main.main(arguments, obj=...)` trains on images of another making
-    trainer = (Rehearsal if dry else Trainer)(
+    # `main.main(arguments, obj=...)` trains on images of another making.
+    images = click.get_current_context().obj or TrainingDataset
+    trainer = (DryRun if dry else Trainer)(
         model,
         images(train, config, train_options, max_pixels=pixels),
         FolderDataset(val, config, max_pixels=pixels),
@@ -105,7 +104,7 @@ def main(**options: Any) -> None:
         if fabric.is_global_zero and not dry:
             echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
         progress = trainer.fit(resume)
-    if isinstance(trainer, Rehearsal) and fabric.is_global_zero:
+    if isinstance(trainer, DryRun) and fabric.is_global_zero:
         if trainer.stopped_by:
             raise click.exceptions.Exit(128 + trainer.stopped_by)
         for line in trainer.report():

@@ -23,14 +23,14 @@ from mge.training.record import Meter
 from mge_runtime.files import format_bytes
 from mge_runtime.interrupt import Interrupt
 
-__all__ = ["Rehearsal"]
+__all__ = ["DryRun"]
 
 WARM_UP = 2  # steps that do not count: workers start, allocators find their size
 LEAST, SECONDS = 3, 20.0  # steps that are timed: so many, and for so long
 VALIDATED = 2  # batches, the last of which is timed
 
 
-class Rehearsal(Trainer):
+class DryRun(Trainer):
     """A trainer that stops after a few steps and keeps nothing; `report` then says what the whole run would cost.
 
     The device is waited for after each step, so that on a GPU the real steps are a little faster.

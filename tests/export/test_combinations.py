@@ -5,6 +5,7 @@ import os
 from itertools import product
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -53,6 +54,21 @@ def weights_of(bundle):
     return [bundle.sizes.get(f"onnx/{graph.name}.weights", 0) for graph in bundle.manifest.graphs]
 
 
+def count_gmacs(data):
+    """Convolutions and matrix products of a serialized graph for one image, read off its shapes."""
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(data))
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        shapes[value.name] = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    total = 0
+    for node in model.graph.node:
+        if node.op_type in ("Conv", "Gemm", "MatMul"):
+            weights, (_, *made) = shapes[node.input[1]], shapes[node.output[0]]
+            depth = weights[-2] if node.op_type == "MatMul" else np.prod(weights) // made[0]
+            total += np.prod(made) * depth
+    return total / 1e9
+
+
 @pytest.mark.parametrize(
     ("gate", "sharing", "sizes", "source", "precision"),
     ALL if EVERYTHING else PAIRS,
@@ -66,6 +82,8 @@ def test_a_combination_is_exported_within_tolerance(photographs, tmp_path, gate,
     assert not export_bundle(model, path, precision, images).report.failures  # it would have been refused
     with Bundle.open(path) as bundle:
         first, *others = weights_of(bundle)
+        for name, gmacs in bundle.manifest.gmacs.items():
+            assert gmacs == pytest.approx(count_gmacs(bundle.read(f"onnx/{name}.onnx")), abs=1e-9)
         write_chain(bundle, tmp_path / "chain.onnx")
     backbones = (1 if sharing == "backbone" else len(model.experts)) + (gate == "network")
     assert sum([first, *others]) == pytest.approx(backbones * first, rel=0.1)

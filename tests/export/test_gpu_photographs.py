@@ -4,7 +4,7 @@ import pytest
 
 from mge_runtime.bench_subject import Images, open_subject
 from mge_runtime.sources import find_images
-from tests.helpers.gpu import BACKENDS, CHECKS, open_on_gpu, selfcheck
+from tests.helpers.engines import BACKENDS, CHECKS, open_on_gpu, selfcheck
 
 
 def read(folder, subject):

@@ -12,7 +12,7 @@ from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Chain
 from mge_runtime.errors import BackendError
 from tests.helpers.chain_runs import EVERY, frames
-from tests.helpers.gpu import open_on_gpu
+from tests.helpers.engines import open_on_gpu
 
 pytestmark = pytest.mark.gpu
 

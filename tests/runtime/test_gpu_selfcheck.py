@@ -7,7 +7,7 @@ them; those in tests/export run a real export on photographs.
 import pytest
 
 from mge_runtime.bench_subject import Images
-from tests.helpers.gpu import BACKENDS, CHECKS, open_on_gpu, selfcheck
+from tests.helpers.engines import BACKENDS, CHECKS, open_on_gpu, selfcheck
 
 pytestmark = pytest.mark.gpu
 
