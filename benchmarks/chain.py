@@ -60,14 +60,19 @@ def main(
             require_same_model(ckpt, chain.manifest)
         click.echo(f"{engine.name} on {chain.choice}, {threads} threads, load {os.getloadavg()[0]:.1f}")
         for batch in batches:
-            size = chain.manifest.preprocess.size
-            frames = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
+            frames = noise(chain, batch)
             ways: dict[str, Callable[[], object]] = {"chain": lambda frames=frames: chain.run(frames)}
             if second is not None and other is not None:
-                ways[other.name] = lambda frames=frames: second.run(frames)
+                ways[other.name] = lambda frames=noise(second, batch): second.run(frames)
             if ckpt is not None:
                 ways |= checkpoint_ways(ckpt, chain, frames, threads, pytorch)
             show(batch, time_rounds(ways, rounds))
+
+
+def noise(chain: Pipeline, batch: int) -> np.ndarray:
+    """Frames of the size that a bundle reads, uint8 [batch, N, N, 3]."""
+    size = chain.manifest.preprocess.size
+    return np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
 
 
 def checkpoint_ways(

@@ -28,8 +28,6 @@ def check_images(
 ) -> None:
     """Look at the header of every image, at copies and at the number of images of each class.
 
-    50,000 photographs take some five seconds of one core, and the time of reading their ends from the disk.
-
     Args:
         splits: "train" and "val", paths with class indices.
         classes: names by class index.
