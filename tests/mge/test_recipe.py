@@ -5,6 +5,7 @@ import math
 import pickle
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +13,15 @@ from torch import nn
 from mge.config import MGEConfig
 from mge.model import MGENet
 from mge.training.options import OPTIMIZERS, TrainOptions
-from mge.training.recipe import distillation, diversity, loss_terms, make_optimizer, make_schedule, to_training_layout
+from mge.training.recipe import (
+    distillation,
+    diversity,
+    freeze,
+    loss_terms,
+    make_optimizer,
+    make_schedule,
+    to_training_layout,
+)
 from tests.helpers.tiny_models import tiny_config
 
 
@@ -218,3 +227,15 @@ def test_a_second_fit_adds_no_hooks_and_a_model_in_its_layout_can_be_pickled():
         to_training_layout(model, torch.device("cpu"))
     (layer,) = pickle.loads(pickle.dumps(model))
     assert (len(layer._forward_pre_hooks), len(layer._forward_hooks)) == (1, 1)
+
+
+@pytest.mark.parametrize("arch", ["resnet10t", "tf_efficientnet_lite0", "mobilenetv3_small_050", "convnext_atto"])
+def test_frozen_are_all_layers_that_lead_to_a_stride_and_no_other(arch):
+    model = MGENet(tiny_config(1, arch=arch, gate="none"))
+    freeze(model, 4)
+    level = model.experts[0].backbone.feature_info.info
+    until = next(place for place, item in enumerate(level) if item["reduction"] == 4)
+    backbone = timm.create_model(arch, features_only=True, out_indices=(until,))
+    backbone(torch.randn(2, 3, 64, 64))[0].sum().backward()
+    frozen = {name for name, weight in model.experts[0].backbone.named_parameters() if not weight.requires_grad}
+    assert frozen == {name for name, weight in backbone.named_parameters() if weight.grad is not None}

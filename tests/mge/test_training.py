@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import re
@@ -288,6 +290,29 @@ def test_the_moving_average_is_validated_and_kept(make):
     assert "experts.0.backbone.stage1.1.running_var" in trained
     again = collect(kept, batches(make_loader(trainer.val, 6, workers=0)))
     np.testing.assert_allclose(trainer.predictions.final, again.final, atol=1e-5)
+
+
+def test_frozen_layers_keep_weights_and_statistics(make):
+    trainer = make(kind=Watched, freeze=4)
+    start = copy.deepcopy(trainer.model.state_dict())
+    trainer.fit()
+    moved = {name for name, value in trainer.states[-1].items() if not torch.equal(value, start[name])}
+    backbone = {name for name in start if "backbone." in name}
+    assert {re.search(r"stage\d", name)[0] for name in backbone & moved} == {"stage3", "stage4", "stage5"}
+    assert {re.search(r"stage\d", name)[0] for name in backbone - moved} == {"stage1", "stage2"}
+
+
+def test_the_last_third_holds_the_statistics_of_a_shared_backbone_and_distills(make):
+    trainer = make(kind=Watched, epochs=3, distill=1.0)
+    config = dataclasses.replace(trainer.model.config, sharing="backbone", gate="none")
+    trainer.model = MGENet(config)
+    progress = trainer.fit()
+    name, weight = "experts.0.backbone.stage1.1.running_mean", "experts.0.backbone.stage1.0.weight"
+    steps = list(itertools.pairwise(trainer.states))
+    late = len(trainer.states) // 3 * 2 - 1
+    assert [torch.equal(one[name], two[name]) for one, two in steps] == [place >= late for place in range(len(steps))]
+    assert not any(torch.equal(one[weight], two[weight]) for one, two in steps)
+    assert ["loss/distill_1" in row for row in progress.history] == [False, False, True]
 
 
 def test_removed_images_are_said_and_the_rest_goes_on(make, capsys):
