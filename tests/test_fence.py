@@ -5,6 +5,7 @@
 
 import importlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -204,4 +205,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         observed = {"surface": observe_surface(), "numbers": observe_numbers(Path(folder))}
     rounded = json.loads(json.dumps(observed), parse_float=lambda text: float(f"{float(text):.7g}"))
-    GOLDEN.write_text(json.dumps(rounded) + "\n")
+    lines = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", json.dumps(rounded, indent=1))
+    GOLDEN.write_text(lines + "\n")
