@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from mge_runtime.bundle.archive import (
     CALIBRATION,
+    CARD,
     CHAIN,
     MANIFEST,
     ArchiveEntry,
@@ -312,6 +313,14 @@ class Bundle:
             return None
         digest = self.manifest_sha256
         return self._document(CALIBRATION, lambda data: Calibration.from_json(data, manifest_sha256=digest))
+
+    def card(self) -> str | None:
+        """The model card, if one was attached: Markdown with YAML front matter, as a stranger may have written it.
+
+        Raises:
+            BundleError: it is damaged.
+        """
+        return self._document(CARD, lambda data: data.decode(errors="replace")) if CARD in self._entries else None
 
     def engine(self, target: str) -> EngineDescription:
         """What the bundle says of the engines of one target; their plans are entries `engines/<target>/<graph>.plan`.
