@@ -31,6 +31,7 @@ from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import LARGEST
 from mge_runtime.files import atomic_path
+from mge_runtime.hub import HubAddress
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Entry, Manifest
 
@@ -109,12 +110,16 @@ class Bundle:
         """Open a bundle for reading.
 
         Args:
-            path: the file.
+            path: the file, or its address on the Hugging Face Hub, `hf://owner/name[@revision][/file]`.
             maps_weights: whether backends may map its weights, as `mmap` of `mge_runtime.Pipeline.open`.
 
         Raises:
-            BundleError: the file is missing, no bundle, damaged, cut short or of a newer schema.
+            BundleError: the file is missing, no bundle, damaged, cut short or of a newer schema, or the Hub does not
+                give it.
+            BackendError: the extra `hf` is not installed.
         """
+        if (address := HubAddress.parse(os.fspath(path))) is not None:
+            path = address.download()
         try:
             resolved = Path(os.path.realpath(path, strict=True))
             # Not blocking, for a pipe that nobody writes to.
