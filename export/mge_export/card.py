@@ -18,6 +18,7 @@ from mge_runtime.bundle.reader import LABELS, write_labels
 from mge_runtime.cli.info import describe
 from mge_runtime.cli.info_text import subjects
 from mge_runtime.errors import InputError, OutputError, brief
+from mge_runtime.fields import LARGEST
 from mge_runtime.files import atomic_path
 from mge_runtime.machine import describe_machine
 
@@ -26,7 +27,7 @@ __all__ = ["CardRequest", "Words", "write_hub_folder"]
 _CARD = re.compile(r"---\n(.*?)^---\n(.*)", re.DOTALL | re.MULTILINE)
 _FRONT = {"library_name": "mge", "pipeline_tag": "image-classification"}  # what the Hub files a model under
 _SECTIONS = ("Data", "Limits")  # that no tool can write
-_SUBJECTS = ("model", "classes", "input", "precision", "graphs", "parity", "made by")  # of `mge-info`
+_SUBJECTS = ("model", "classes", "input", "precision", "graphs", "made by")  # of `mge-info`
 _WORST = 3  # classes and confusions that are named
 _USE = """\
 ```sh
@@ -59,7 +60,8 @@ class Words:
         """
         expected = "expected Markdown that begins with YAML between two lines ---, with `license: mit` or another in it"
         try:
-            found = _CARD.fullmatch(path.read_text(encoding="utf-8"))
+            with path.open(encoding="utf-8") as file:
+                found = _CARD.fullmatch(file.read(LARGEST))
             front = yaml.safe_load(found[1]) if found else None
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"cannot read the model card {path}: {brief(error)}; {expected}") from error
@@ -99,28 +101,28 @@ class CardRequest:
             BundleError: the bundle cannot be read, or was changed meanwhile.
             OutputError: it cannot be written.
         """
-        tested = None if self.images is None else evaluate_bundle(path, *self.images, max_pixels=self.max_pixels)
-        _attach(path, self.words, tested, name)
+        with Bundle.open(path) as bundle:
+            machine, sha256 = describe_machine(), bundle.sha256
+            told = dict(subjects(describe(bundle, machine), bundle.manifest, machine))
+        facts = [f"- {key}: {'; '.join(x for x in told[key] if not x.startswith(' '))}" for key in _SUBJECTS]
+        facts.append(f"- parity: {next(iter(told['parity']))} (`mge-info {name} --all`)")
+        facts.append(f"- sha256: `{sha256}` (`mge-info {name} --verify SHA256`)")
+        accuracy = ["Not measured."]
+        if self.images is not None:
+            accuracy = _accuracy(evaluate_bundle(path, *self.images, max_pixels=self.max_pixels))
+        sections = {
+            "Accuracy": "\n".join(accuracy),
+            "Calibration": "\n".join(f"- {text.strip()}" for text in told["calibrated"]),
+            "Bundle": "\n".join(facts),
+            "Use": _USE.format(name=name),
+        }
+        front = yaml.safe_dump({**_FRONT, **self.words.front}, sort_keys=False, allow_unicode=True)
+        body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+        add_card(path, f"---\n{front}---\n\n{self.words.text}\n\n{body}\n", sha256=sha256)
 
 
-def _attach(path: Path, words: Words, tested: Evaluation | None, name: str) -> None:
-    with Bundle.open(path) as bundle:
-        machine, sha256 = describe_machine(), bundle.sha256
-        told = dict(subjects(describe(bundle, machine), bundle.manifest, machine))
-    facts = [f"- {key}: {'; '.join(text for text in told[key] if text[0] != ' ')}" for key in _SUBJECTS]
-    sections = {
-        "Accuracy": "Not measured." if tested is None else "\n".join(_accuracy(figures(tested), tested.folder)),
-        "Calibration": "\n".join(f"- {text.strip()}" for text in told["calibrated"]),
-        "Bundle": "\n".join([*facts, f"- sha256: `{sha256}` (`mge-info {name} --verify SHA256`)"]),
-        "Use": _USE.format(name=name),
-    }
-    front = yaml.safe_dump({**_FRONT, **words.front}, sort_keys=False, allow_unicode=True)
-    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-    add_card(path, f"---\n{front}---\n\n{words.text}\n\n{body}\n", sha256=sha256)
-
-
-def _accuracy(found: dict[str, Any], folder: Path) -> Iterator[str]:
-    source = "/".join(folder.resolve().parts[-2:])
+def _accuracy(evaluation: Evaluation) -> Iterator[str]:
+    found, source = figures(evaluation), "/".join(evaluation.folder.resolve().parts[-2:])
     yield (
         f"On the {found['images']} images of {source}, by this bundle; GMACs and ms are of one image, "
         f"{found['cost']['measured']}."

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from mge_runtime import Bundle, BundleError, Pipeline
+from mge_runtime.cli.bench import main as bench
+from mge_runtime.cli.info import main as info
 from mge_runtime.cli.run import main as run
 from tests.helpers.commands import fails, run_without, succeeds
 from tests.helpers.hub import COMMIT, serve_hub
@@ -47,7 +49,10 @@ def test_a_file_in_a_folder_and_the_commands(copy, tmp_path):
     copy.rename(copy.parent / "small/birds.plan")
     photograph = tmp_path / "bird.ppm"
     photograph.write_bytes(b"P6 40 40 255\n" + bytes(range(256)) * 18 + bytes(192))
-    assert "bird " in succeeds(run, "--engine", "hf://owner/name/small/birds.plan", photograph).stdout
+    address = "hf://owner/name/small/birds.plan"
+    assert "bird " in succeeds(run, "--engine", address, photograph).stdout
+    assert "birds.plan" not in succeeds(info, address).stdout  # it lies in the cache, by its hash
+    assert "onnxruntime on cpu" in succeeds(bench, "--engine", address, "--seconds", 1, photograph).output
 
 
 def test_the_environment_names_the_endpoint_and_nothing_is_imported_before(served, tmp_path):
