@@ -94,7 +94,7 @@ check-python: wheel ## the runtime's tests on another Python: make check-python 
 check-oldest: ## training and export with the oldest packages that pyproject allows (downloads about 6 GB)
 	benchmarks/check_oldest.sh $(PYTHON)
 
-# Chosen on validation images; a training that was stopped, or is finished, goes on in RUNS. See docs/guide/try.md.
+# A training in RUNS that was stopped goes on, one that is finished is taken. See docs/guide/try.md.
 models: RUNS ?= runs/worth
 models: $(READY) ## make models/groceries.plan again, SHARED=FOLDER with data/groceries and weights; two hours
 	@[ -d "$(SHARED)/data/groceries" ] || { echo "error: no folder $(SHARED)/data/groceries: make models SHARED=FOLDER"; exit 1; }
