@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest clean
+.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest models clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -93,6 +93,17 @@ check-python: wheel ## the runtime's tests on another Python: make check-python 
 
 check-oldest: ## training and export with the oldest packages that pyproject allows (downloads about 6 GB)
 	benchmarks/check_oldest.sh $(PYTHON)
+
+# A training in RUNS that was stopped goes on, one that is finished is taken. See docs/guide/try.md.
+models: RUNS ?= runs/worth
+models: $(READY) ## make models/groceries.plan again, SHARED=FOLDER with data/groceries and weights; two hours
+	@[ -d "$(SHARED)/data/groceries" ] || { echo "error: no folder $(SHARED)/data/groceries: make models SHARED=FOLDER"; exit 1; }
+	$(BIN)/python -m benchmarks.worth $(SHARED) $(RUNS) groceries-backbone
+	$(BIN)/mge-export --ckpt $(RUNS)/groceries-backbone-s0/best.pt --fp16 --target onnx \
+	  --verify-data $(SHARED)/data/groceries/val --verify-images 0 -o models/groceries.plan
+	$(BIN)/mge-calibrate models/groceries.plan --data $(SHARED)/data/groceries/val
+	$(BIN)/mge-export --engine models/groceries.plan --card models/groceries.md --test-data $(SHARED)/data/groceries
+	$(BIN)/mge-run --engine models/groceries.plan models/photographs
 
 clean: ## remove what the other targets made, the environment too
 	rm -rf .venv dist build $(DEMO) runs .pytest_cache .ruff_cache

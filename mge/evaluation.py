@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,13 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from mge.cost import Cost
+from mge.cost import Cost, bundle_cost
 from mge_runtime.errors import InputError, brief
 from mge_runtime.files import atomic_path
-from mge_runtime.layouts import relative_name
+from mge_runtime.layouts import find_list, relative_name
 from mge_runtime.metrics import calibration_error, log_softmax, share_interval
 from mge_runtime.preprocess import Viewport, compose_boxes
+from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, list_labeled, require_folder, validation_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,13 +25,18 @@ if TYPE_CHECKING:
     from mge_runtime.pipeline import Exit, Pipeline
     from mge_runtime.prediction import Prediction
 
+Label = Callable[[tuple[str, ...]], list[tuple[Path, int]]]  # class names to the images with their index among these
+
 __all__ = [
     "Evaluation",
     "Exits",
+    "Label",
     "Predictions",
     "Row",
     "collect",
     "collect_bundle",
+    "evaluate_bundle",
+    "find_labeled",
     "gate_report",
     "read_predictions",
     "summarize",
@@ -200,6 +206,54 @@ def collect_bundle(
         temperature=predictions[0].temperature,
         exits=exits,
     )
+
+
+def find_labeled(data: Path, split: str, note: Callable[[str], None]) -> tuple[Path, Path, Label]:
+    """The folder of labeled images, the one that their names start from, and what lists them by class.
+
+    Names in class folders start with the folder of the split, so that `0.jpg` of two splits are two images.
+
+    Raises:
+        InputError: there is none.
+    """
+    if (listed := find_list(data)) is not None:
+        note(str(listed))
+        return listed.root, listed.root, lambda classes: listed.labeled(split, classes, note)
+    folder = data / split if is_folder(data / split) else data
+    if split in VALIDATION_FOLDERS:
+        folder = validation_folder(data) or data
+    if is_folder(folder / "train"):
+        raise InputError(f"no folder {data / split}; expected the images there, or name the folder of another split")
+    require_folder(folder, "test/<class>/*.jpg in it, the class folders, a downloaded data set or a table of paths")
+    return folder, folder / "..", lambda classes: list_labeled(folder, classes, note)[1]
+
+
+def evaluate_bundle(
+    engine: Path, folder: Path, root: Path, label: Label, batch: int = 1, workers: int = 2, **options: Any
+) -> Evaluation:
+    """Run a bundle over what `find_labeled` found, and time it.
+
+    Args:
+        engine: the bundle.
+        folder: of the images.
+        root: that their names start from.
+        label: lists them.
+        batch: images in one run.
+        workers: threads that decode.
+        options: of `Pipeline.open`.
+
+    Raises:
+        MGEError: as for `Pipeline.open`, or an image cannot be read.
+    """
+    from mge_runtime.pipeline import Pipeline
+
+    with Pipeline.open(engine, streams="auto", **options) as pipeline:
+        manifest = pipeline.manifest
+        samples = label(manifest.class_names)
+        found = with_stops(collect_bundle(pipeline, samples, batch, max(workers, 1)))
+    with Pipeline.open(engine, **options) as pipeline:  # one stream: an image has all processors to itself
+        found = replace(found, cost=bundle_cost(pipeline, options.get("threads")), classes=manifest.class_names)
+    return Evaluation(found, samples, folder, root, engine.name, manifest.model)
 
 
 def with_stops(predictions: Predictions) -> Predictions:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mge_runtime.cli.common import Number, engine_batch_option, max_pixels_option, reports_errors
+from mge_runtime.cli.common import (
+    Number,
+    engine_batch_option,
+    max_pixels_option,
+    note,
+    options_given,
+    reports_errors,
+)
 from mge_runtime.errors import ExportError, OutputError
 from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
+
+if TYPE_CHECKING:
+    from mge_export.card import CardRequest
 
 __all__ = ["main"]
 
@@ -21,7 +32,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 
 
 @click.command(context_settings=SETTINGS)
-@click.option("--ckpt", type=PATH, required=True, help="best.pt of mge-train, or a checkpoint of the authors' code.")
+@click.option("--ckpt", type=PATH, help="best.pt of mge-train, or a checkpoint of the authors' code.")
+@click.option("--engine", type=PATH, help="Instead of --ckpt: a bundle to describe with --card and --hf.")
 @click.option("--fp16", is_flag=True, help="Backbones and part convolutions in half precision, the rest in FP32.")
 @click.option("--int8", is_flag=True, help="Backbones in INT8 with --calib-data, FP16 around it. Implies --fp16.")
 @click.option(
@@ -80,11 +92,31 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.option("--box-threshold", type=Number(0, 1, max_open=True), help="Of every crop.  [default: the checkpoint's]")
 @click.option("--resize", type=click.IntRange(1), help="Pixels, the shorter side before the center crop.")
 @click.option("--image-size", type=click.IntRange(1), help="Pixels, the side of every expert's input.")
+@click.option(
+    "--card",
+    type=PATH,
+    metavar="FILE",
+    help="Attach a model card: this Markdown of yours (front matter with license; sections Data and Limits), then what "
+    "is measured: accuracy, calibration, contents. mge-info --card prints it.",
+)
+@click.option(
+    "--test-data",
+    type=PATH,
+    help="Labeled images for the accuracy in the card, which no choice has seen: a folder with test/<class>/*.jpg, the "
+    "class folders, a downloaded data set or a table of paths.",
+)
+@click.option(
+    "--hf",
+    type=PATH,
+    metavar="DIR",
+    help="Also write a Hugging Face repository's files: card, bundle, labels.",
+)
 @click.option("--allow-mismatch", is_flag=True, help="Write even what is out of tolerance, and record that.")
 @click.version_option(package_name="mge")
 @reports_errors
 def main(
-    ckpt: Path,
+    ckpt: Path | None,
+    engine: Path | None,
     fp16: bool,
     int8: bool,
     calib_data: Path | None,
@@ -106,6 +138,9 @@ def main(
     box_threshold: float | None,
     resize: int | None,
     image_size: int | None,
+    card: Path | None,
+    test_data: Path | None,
+    hf: Path | None,
     allow_mismatch: bool,
 ) -> None:
     """Export a checkpoint to one bundle, with a parity report; out of tolerance, nothing is written.
@@ -113,6 +148,15 @@ def main(
     The bundle always holds ONNX graphs, which run anywhere; engines for TensorRT lie beside them, one set a target, and
     mge-build adds more on the device.
     """
+    if (ckpt is None) is (engine is None):
+        raise click.UsageError("name either --ckpt, to export it, or --engine, a bundle for --card and --hf")
+    if engine is not None:
+        usable = {"engine", "card", "test_data", "hf", "max_pixels"}
+        others = {parameter.name or "" for parameter in click.get_current_context().command.params} - usable
+        if unused := options_given(*others):
+            raise click.UsageError(f"--engine exports nothing and cannot use {', '.join(unused)}; leave that out")
+    if card is None and (test_data or (hf and ckpt) or (engine and not hf)):
+        raise click.UsageError("there is no model card to write: add --card FILE")
     if int8 is not (calib_data is not None):
         raise click.UsageError(
             "--int8 learns ranges from photographs and none were named: add --calib-data DIR"
@@ -121,6 +165,15 @@ def main(
         )
     if verify_images == 0 and verify_data is None:
         raise click.UsageError("--verify-images 0 takes all images of --verify-data: name that folder, or a number")
+    describe = None
+    if card is not None:
+        from mge_export.card import CardRequest
+
+        describe = CardRequest.read(card, test_data, max_pixels, note)
+    if ckpt is None:
+        assert engine is not None  # noqa: S101 - the usage check above; for the type checker
+        _describe(engine, describe, hf)
+        return
     path = ckpt.parent / DEFAULT_NAME if output is None else output
     from mge.archive import check_file
     from mge.config import read_labels
@@ -147,6 +200,7 @@ def main(
         from mge.checkpoint import load_checkpoint
         from mge_calibration.int8.images import read_calibration_images
         from mge_calibration.int8.quantize import Int8Options
+        from mge_export.card import write_hub_folder
         from mge_export.chain import write_chain
         from mge_export.export import export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
@@ -182,6 +236,12 @@ def main(
                 images = photographs(frames.held_out, origin, preprocess, say, max_pixels=max_pixels)
             options = Int8Options(calib_method, max_drop=max_drop / 100, min_box_iou=min_box_iou, seed=calib_seed)
             request = Int8Request(frames, options)
+
+        def finish(finished: Path) -> None:
+            plan.build(finished, interrupt, say)
+            if describe is not None:
+                describe.attach(finished, path.name)
+
         result = export_bundle(
             model,
             path,
@@ -191,17 +251,19 @@ def main(
             int8=request,
             checkpoint_sha256=file_sha256(ckpt),
             allow_mismatch=allow_mismatch,
-            finish=lambda finished: plan.build(finished, interrupt, say),
+            finish=finish,
             say=say,
         )
         interrupt.consequence = f"{path} was written before"
-        if extract is not None or onnx_file is not None:
+        if extract is not None or onnx_file is not None or hf is not None:
             try:
                 with Bundle.open(path) as bundle:
                     if extract is not None:
                         say(f"extracted {len(bundle.extract(extract))} files to {extract}")
                     if onnx_file is not None:
                         say(f"wrote {', '.join(map(str, write_chain(bundle, onnx_file)))}")
+                if hf is not None:
+                    say(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
             except OutputError as error:
                 raise OutputError(f"{error}; {path} was written before") from error
     if result.report.failures:
@@ -214,6 +276,18 @@ def main(
         f"weights {weights / 1e6:.1f} MB{engines}"
     )
     echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
+
+
+def _describe(path: Path, request: CardRequest | None, hf: Path | None) -> None:
+    """Attach a card to a bundle that is there, and write the folder for the Hub; no PyTorch is loaded."""
+    from mge_export.card import write_hub_folder
+
+    with interruptible("the description", f"{path} is whole; run it again", ExportError):
+        if request is not None:
+            request.attach(path, path.name)
+            echo(f"{path}: has its card: mge-info {shlex.quote(str(path))} --card")
+        if hf is not None:
+            echo(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
 
 
 if __name__ == "__main__":

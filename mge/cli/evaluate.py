@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,16 +20,14 @@ from mge_runtime.cli.common import (
     reports_errors,
     threads_option,
 )
-from mge_runtime.errors import InputError
 from mge_runtime.files import check_writable, echo
 
 if TYPE_CHECKING:
-    from mge.evaluation import Evaluation
+    from mge.evaluation import Evaluation, Label
 
 __all__ = ["main"]
 
 PATH = click.Path(path_type=Path)
-Label = Callable[[tuple[str, ...]], list[tuple[Path, int]]]  # class names to the images with their index among these
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
@@ -86,6 +83,7 @@ def main(
     --device, --backend, --threads and --no-mmap say how a bundle runs; a checkpoint runs on the CPU.
     """
     from mge.archive import check_file
+    from mge.evaluation import evaluate_bundle, find_labeled
 
     models = [path for path in (ckpt, engine) if path is not None]
     if (compare is None) is not (len(models) == 1) or (compare and models):
@@ -101,7 +99,7 @@ def main(
         raise click.UsageError(f"a checkpoint runs in PyTorch, which cannot use {', '.join(unused)}; leave that out")
     if data is None and len(stored) < len(models):
         raise click.UsageError("name the folder of the images with --data")
-    images = None if data is None else _images(data, split)
+    images = None if data is None else find_labeled(data, split, note)
     for path in (report, predictions):  # before the work, as all of these are
         if path is not None:
             check_writable(path)
@@ -114,7 +112,7 @@ def main(
         if path not in bundles:
             return _run_checkpoint(path, *images, batch, workers, max_pixels)
         options = {"device": device, "backend": backend, "threads": threads, "mmap": not no_mmap}
-        return _run_bundle(path, *images, batch, workers, options | {"max_pixels": max_pixels})
+        return evaluate_bundle(path, *images, batch, workers, **options, max_pixels=max_pixels)
 
     if compare is not None:
         from mge.comparison import compare_models, print_comparison
@@ -145,29 +143,6 @@ def main(
         echo(json.dumps(result, indent=2))
 
 
-def _images(data: Path, split: str) -> tuple[Path, Path, Label]:
-    """The folder of the images, the one that their names start from, and what lists them by class.
-
-    Names in class folders start with the folder of the split, so that `0.jpg` of two splits are two images.
-
-    Raises:
-        InputError: there is none.
-    """
-    from mge_runtime.layouts import find_list
-    from mge_runtime.sources import VALIDATION_FOLDERS, is_folder, list_labeled, require_folder, validation_folder
-
-    if (listed := find_list(data)) is not None:
-        note(str(listed))
-        return listed.root, listed.root, lambda classes: listed.labeled(split, classes, note)
-    folder = data / split if is_folder(data / split) else data
-    if split in VALIDATION_FOLDERS:
-        folder = validation_folder(data) or data
-    if is_folder(folder / "train"):
-        raise InputError(f"no folder {data / split}; expected the images there, or name another with --split")
-    require_folder(folder, "test/<class>/*.jpg in it, the class folders, a downloaded data set or a table of paths")
-    return folder, folder / "..", lambda classes: list_labeled(folder, classes, note)[1]
-
-
 def _run_checkpoint(
     ckpt: Path, folder: Path, root: Path, label: Label, batch: int, workers: int, max_pixels: int
 ) -> Evaluation:
@@ -182,22 +157,6 @@ def _run_checkpoint(
     found = with_stops(collect(model, batches(loader)))
     found = replace(found, cost=model_cost(model), classes=config.classes)
     return Evaluation(found, samples, folder, root, ckpt.name, config.to_dict())
-
-
-def _run_bundle(
-    engine: Path, folder: Path, root: Path, label: Label, batch: int, workers: int, options: dict[str, Any]
-) -> Evaluation:
-    from mge.cost import bundle_cost
-    from mge.evaluation import Evaluation, collect_bundle, with_stops
-    from mge_runtime.pipeline import Pipeline
-
-    with Pipeline.open(engine, streams="auto", **options) as pipeline:
-        manifest = pipeline.manifest
-        samples = label(manifest.class_names)
-        found = with_stops(collect_bundle(pipeline, samples, batch, max(workers, 1)))
-    with Pipeline.open(engine, **options) as pipeline:  # one stream: an image has all processors to itself
-        found = replace(found, cost=bundle_cost(pipeline, options["threads"]), classes=manifest.class_names)
-    return Evaluation(found, samples, folder, root, engine.name, manifest.model)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def open_subject(
         choice.warn_of_missing_engines()
         on_cpu = partial(Pipeline.open, path, "cpu", "onnxruntime", **options)
         return Subject(
-            path=Path(path),
+            path=bundle.path,
             manifest=bundle.manifest,
             manifest_sha256=bundle.manifest_sha256,
             targets=bundle.targets,

@@ -97,7 +97,7 @@ class Pipeline:
         Where engines are missing that would run, the logger "mge_runtime" gets one line with the command to build them.
 
         Args:
-            path: the `mge.plan` file.
+            path: the `mge.plan` file, or `hf://owner/name[@revision][/file]` on the Hugging Face Hub (extra `hf`).
             device: "auto", "cpu" or "cuda:0".
             backend: "auto", "onnxruntime", "tensorrt" or "tensorrt-rtx".
             threads: processors to compute with; None: all that this process may use.

@@ -8,11 +8,14 @@ import threading
 
 import pytest
 
-from mge_runtime.bundle import Bundle, GraphModel, add_calibration, add_engine, write_bundle, writer
+from mge_runtime.bundle import Bundle, GraphModel, add_calibration, add_card, add_engine, write_bundle, writer
 from mge_runtime.bundle.archive import ArchiveWriter, graph_entry, weights_entry
-from mge_runtime.errors import BundleError
+from mge_runtime.cli.info import main as info
+from mge_runtime.errors import BundleError, OutputError
+from mge_runtime.fields import LARGEST
 from mge_runtime.files import lock
-from tests.helpers.bundles import TARGET, add_engines, manifest_hash, read_entries, write_entries
+from tests.helpers.bundles import TARGET, add_engines, change_byte, manifest_hash, read_entries, write_entries
+from tests.helpers.commands import fails, succeeds
 
 OTHER_TARGET = "tensorrt-rtx-1.7-sm86-linux-x86_64"
 
@@ -207,3 +210,20 @@ def test_a_bundle_stays_readable_while_it_is_replaced(copy):
         assert not bundle.in_place()
         bundle.verify()
         assert bundle.calibration() is None
+
+
+def test_a_card_is_added_to_the_bundle_that_it_describes_and_to_no_other(copy):
+    with Bundle.open(copy) as bundle:
+        sha256 = bundle.sha256
+    before = copy.read_bytes()
+    with pytest.raises(BundleError, match="was changed while its card was written"):
+        add_card(copy, "# Birds\n", sha256="0" * 64)
+    with pytest.raises(OutputError, match="shorten its text"):
+        add_card(copy, "#" * (LARGEST + 1), sha256=sha256)
+    assert copy.read_bytes() == before
+    add_card(copy, "# B\x1birds\n\tindented\n", sha256=sha256)
+    with Bundle.open(copy) as bundle:
+        assert (bundle.card(), bundle.sha256) == ("# B\x1birds\n\tindented\n", sha256)
+    assert succeeds(info, copy, "--card").stdout == "# B?irds\n        indented\n"
+    change_byte(copy, "card.md")
+    assert "do not match their hash" in fails(info, copy)

@@ -2,7 +2,7 @@
 
 from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.bundle.reader import Bundle
-from mge_runtime.bundle.writer import GraphModel, add_calibration, add_engine, write_bundle
+from mge_runtime.bundle.writer import GraphModel, add_calibration, add_card, add_engine, write_bundle
 
 __all__ = [
     "Bundle",
@@ -10,6 +10,7 @@ __all__ = [
     "EngineDescription",
     "GraphModel",
     "add_calibration",
+    "add_card",
     "add_engine",
     "write_bundle",
 ]

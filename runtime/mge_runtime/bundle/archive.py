@@ -19,6 +19,7 @@ from mge_runtime.errors import BundleError, OutputError
 
 __all__ = [
     "CALIBRATION",
+    "CARD",
     "CHAIN",
     "MANIFEST",
     "ArchiveEntry",
@@ -35,12 +36,13 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
+CARD = "card.md"  # the model card, Markdown with YAML front matter
 CHAIN = "onnx/chain.onnx"  # all graphs in one, over the same weights: for whoever takes the files out
 
 _GRAPH = r"[A-Za-z0-9_]{1,64}"
 _TARGET = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _ENTRY_NAME = re.compile(  # none of them leads out of a folder that it is extracted to
-    rf"{re.escape(MANIFEST)}|{re.escape(CALIBRATION)}|onnx/{_GRAPH}\.((cpu\.)?onnx|weights)"
+    rf"{re.escape(MANIFEST)}|{re.escape(CALIBRATION)}|{re.escape(CARD)}|onnx/{_GRAPH}\.((cpu\.)?onnx|weights)"
     rf"|engines/{_TARGET}/(engine\.json|{_GRAPH}\.plan)"
 )
 

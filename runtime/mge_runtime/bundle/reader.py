@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from mge_runtime.bundle.archive import (
     CALIBRATION,
+    CARD,
     CHAIN,
     MANIFEST,
     ArchiveEntry,
@@ -30,6 +31,7 @@ from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import LARGEST
 from mge_runtime.files import atomic_path
+from mge_runtime.hub import HubAddress
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Entry, Manifest
 
@@ -108,12 +110,16 @@ class Bundle:
         """Open a bundle for reading.
 
         Args:
-            path: the file.
+            path: the file, or its address on the Hugging Face Hub, `hf://owner/name[@revision][/file]`.
             maps_weights: whether backends may map its weights, as `mmap` of `mge_runtime.Pipeline.open`.
 
         Raises:
-            BundleError: the file is missing, no bundle, damaged, cut short or of a newer schema.
+            BundleError: the file is missing, no bundle, damaged, cut short or of a newer schema, or the Hub does not
+                give it.
+            BackendError: the extra `hf` is not installed.
         """
+        if (address := HubAddress.parse(os.fspath(path))) is not None:
+            path = address.download()
         try:
             resolved = Path(os.path.realpath(path, strict=True))
             # Not blocking, for a pipe that nobody writes to.
@@ -312,6 +318,14 @@ class Bundle:
             return None
         digest = self.manifest_sha256
         return self._document(CALIBRATION, lambda data: Calibration.from_json(data, manifest_sha256=digest))
+
+    def card(self) -> str | None:
+        """The model card, if one was attached: Markdown with YAML front matter, as a stranger may have written it.
+
+        Raises:
+            BundleError: it is damaged.
+        """
+        return self._document(CARD, lambda data: data.decode(errors="replace")) if CARD in self._entries else None
 
     def engine(self, target: str) -> EngineDescription:
         """What the bundle says of the engines of one target; their plans are entries `engines/<target>/<graph>.plan`.

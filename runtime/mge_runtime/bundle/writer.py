@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mge_runtime.bundle.archive import (
     CALIBRATION,
+    CARD,
     CHAIN,
     MANIFEST,
     ArchiveWriter,
@@ -28,12 +29,12 @@ from mge_runtime.bundle.archive import (
 from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.bundle.onnx_graph import relocate
 from mge_runtime.bundle.reader import Bundle
-from mge_runtime.errors import BundleError, printable
-from mge_runtime.fields import JsonValue
+from mge_runtime.errors import BundleError, OutputError, printable
+from mge_runtime.fields import LARGEST, JsonValue
 from mge_runtime.files import atomic_path, is_temporary, lock
 from mge_runtime.manifest import Entry, Manifest
 
-__all__ = ["GraphModel", "add_calibration", "add_engine", "write_bundle"]
+__all__ = ["GraphModel", "add_calibration", "add_card", "add_engine", "write_bundle"]
 
 _LOGGER = logging.getLogger("mge_runtime")
 _CHUNK = 1 << 22  # bytes read at once
@@ -133,6 +134,30 @@ def add_calibration(
         document = Calibration(bundle.manifest_sha256, values).to_json()
         Calibration.from_json(document, manifest_sha256=bundle.manifest_sha256)
         archive.add(CALIBRATION, [document])
+
+
+def add_card(path: str | os.PathLike[str], card: str, *, sha256: str) -> None:
+    """Attach a model card to a bundle, or replace the one it has; everything else stays byte for byte.
+
+    Args:
+        path: the bundle.
+        card: Markdown with YAML front matter, at most 4 MB.
+        sha256: `Bundle.sha256` of what it describes, which a card is no part of.
+
+    Raises:
+        BundleError: the bundle cannot be read, or is another by now.
+        OutputError: it cannot be written, or the card is larger.
+    """
+    if len(data := card.encode()) > LARGEST:
+        raise OutputError(f"the model card has {len(data)} bytes; expected at most {LARGEST}: shorten its text")
+    with _updating(path) as (bundle, archive):
+        if bundle.sha256 != sha256:
+            raise BundleError(
+                f"{bundle.path} was changed while its card was written: found {bundle.sha256[:12]}, expected "
+                f"{sha256[:12]}, which was measured; write the card again"
+            )
+        _copy(bundle, archive, without={CARD})
+        archive.add(CARD, [data])
 
 
 def add_engine(

@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mge_runtime.cli.common import GPU_STATUS, reports_errors
-from mge_runtime.errors import BackendError, InputError, OutputError, printable
+from mge_runtime.errors import BackendError, BundleError, InputError, OutputError, printable
 from mge_runtime.files import echo
 from mge_runtime.interrupt import interruptible
 from mge_runtime.machine import Machine, describe_machine
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", default="mge.plan")
 @click.option("--all", "everything", is_flag=True, help="Also print graphs, the parity report, the machine.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything, the whole manifest included, as JSON.")
+@click.option("--card", "show_card", is_flag=True, help="Print its model card, Markdown, instead.")
 @click.option(
     "--verify",
     metavar="[SHA256]",
@@ -55,12 +56,13 @@ def main(
     bundle: str,
     everything: bool,
     as_json: bool,
+    show_card: bool,
     verify: str | None,
     extract: str | None,
     show_machine: bool,
     as_machine: Path | None,
 ) -> None:
-    """Show what is inside BUNDLE (default: mge.plan) and what would run here and why."""
+    """Show what is inside BUNDLE (default: mge.plan; hf://owner/name) and what would run here and why."""
     if show_machine:
         echo(describe_machine(always=True).to_json().decode(), nl=False)
         return
@@ -79,6 +81,12 @@ def main(
         if extract is not None:
             with interruptible("the extraction", f"{extract} may lack files; each is whole, run it again", OutputError):
                 facts["extracted"] = [str(path) for path in opened.extract(extract)]
+        if show_card:
+            if (card := facts["card"]) is None:
+                raise BundleError(f"{bundle} has no model card; mge-export --card writes one")
+            for line in card.splitlines():
+                echo(printable(line.expandtabs()))
+            return
         if as_json:
             echo(json.dumps(facts, indent=1))  # in ASCII: every locale can print it
             return
@@ -141,6 +149,7 @@ def describe(bundle: Bundle, machine: Machine, *, recorded: bool = False) -> dic
         "engines": engines,
         "cached_engines": cached,
         "calibration": None if calibration is None else dict(calibration.values),
+        "card": bundle.card(),
         "machine": json.loads(machine.to_json()),
         "here": {"recorded": recorded, **_what_runs(bundle, machine, cache=not recorded)},
     }

@@ -16,7 +16,7 @@ from mge_runtime.files import format_bytes
 from mge_runtime.machine import Machine
 from mge_runtime.manifest import Manifest
 
-__all__ = ["info_lines", "parity_lines"]
+__all__ = ["info_lines", "parity_lines", "subjects"]
 
 _WIDTH = 110  # characters
 _INDENT = 11
@@ -35,8 +35,8 @@ def info_lines(facts: dict[str, Any], manifest: Manifest, machine: Machine, *, e
     yield from _row("bundle", f"{facts['path']}, {format_bytes(facts['size'])}{'' if everything else ' (more: --all)'}")
     yield from _row("sha256", f"{facts['sha256']}{checked}")
     runs = "runs there" if facts["here"]["recorded"] else "runs here"
-    brief = ("model", "classes", "input", "precision", "parity", "engines", "calibrated", runs)
-    for label, texts in _subjects(facts, manifest, machine, runs):
+    brief = ("model", "classes", "input", "precision", "parity", "engines", "calibrated", "card", runs)
+    for label, texts in subjects(facts, manifest, machine, runs):
         if everything:
             for number, text in enumerate(texts):
                 yield from _row("" if number else label, text, lines=3 if label == "classes" else None)
@@ -46,9 +46,17 @@ def info_lines(facts: dict[str, Any], manifest: Manifest, machine: Machine, *, e
             yield from _row(label, text, lines=None if whole else 1)
 
 
-def _subjects(
-    facts: dict[str, Any], manifest: Manifest, machine: Machine, runs: str
+def subjects(
+    facts: dict[str, Any], manifest: Manifest, machine: Machine, runs: str = "runs here"
 ) -> Iterator[tuple[str, Iterable[str]]]:
+    """What there is to say of a bundle: a label and its lines, the first of which stands for all of them.
+
+    Args:
+        facts: as for `info_lines`, and so are the next two.
+        manifest: as well.
+        machine: as well.
+        runs: the label of what would run.
+    """
     frame = manifest.preprocess
     crop = f"shorter side to {frame.resize}, center crop {frame.size} x {frame.size}"
     yield "model", [_pairs(manifest.model) or "unknown"]
@@ -62,6 +70,8 @@ def _subjects(
     yield "parity", parity_lines(manifest.parity)
     yield "engines", _engines(facts)
     yield "calibrated", _calibration(facts["calibration"], manifest)
+    if facts["card"] is not None:
+        yield "card", [_card(facts["card"], facts["sha256"])]
     yield "machine", [machine.summary]
     yield runs, _here(facts["here"])
     yield "", ["everything, operators and the whole parity report included: --json"]
@@ -166,6 +176,12 @@ def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[
         "differ from the whole chain's, on images like those"
         + (f", with {calibrated.runs_on}" if calibrated.runs_on else "")
     )
+
+
+def _card(text: str, sha256: str) -> str:
+    title = next((line[2:].strip() for line in text.splitlines() if line.startswith("# ")), "without a title")
+    stale = "" if sha256 in text else "; it is of another sha256: a calibration or engines came later, or went"
+    return f"{title} (all of it: --card){stale}"
 
 
 def _here(here: dict[str, Any]) -> Iterator[str]:

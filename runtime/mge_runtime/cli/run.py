@@ -47,7 +47,9 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("images", nargs=-1)
 @click.option("--files-from", metavar="FILE|-", help="A list of more images, one a line; -: on standard input.")
-@click.option("--engine", default="mge.plan", show_default=True, help="The bundle to predict with.")
+@click.option(
+    "--engine", default="mge.plan", show_default=True, help="The bundle to predict with: a file, or hf://owner/name."
+)
 @max_pixels_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
 @click.option(

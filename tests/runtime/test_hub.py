@@ -1,0 +1,123 @@
+"""Bundles named hf://owner/name come from the Hub, which here is a folder served on loopback."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mge_runtime import Bundle, BundleError, Pipeline
+from mge_runtime.cli.bench import main as bench
+from mge_runtime.cli.info import main as info
+from mge_runtime.cli.run import main as run
+from tests.helpers.commands import fails, run_without, succeeds
+from tests.helpers.hub import COMMIT, serve_hub
+
+huggingface_hub = pytest.importorskip("huggingface_hub")
+
+
+def ask(endpoint, monkeypatch):
+    """What HF_ENDPOINT would have done before the import."""
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def served(copy, monkeypatch, tmp_path):
+    """The Hub, with the tiny bundle as `owner/name`, and a cache of its own."""
+    with serve_hub(copy.parent) as server:
+        ask(server.endpoint, monkeypatch)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+def test_a_bundle_of_the_hub_predicts_as_the_file_does(served, copy, photos):
+    with Pipeline.open("hf://owner/name") as there, Pipeline.open(copy) as here:
+        assert (there.predict(photos[0]).logits == here.predict(photos[0]).logits).all()
+    assert {path for _, path in served.asked if "/api/" not in path} == {"/owner/name/resolve/main/mge.plan"}
+    asked = len(served.asked)
+    for address in ("hf://owner/name", f"hf://owner/name@{COMMIT}", "hf://owner/name@main/mge.plan"):
+        with Bundle.open(address):
+            pass
+    assert {method for method, _ in served.asked[asked:]} == {"HEAD"}, "it was downloaded again"
+
+
+@pytest.mark.usefixtures("served")
+def test_a_file_in_a_folder_and_the_commands(copy, tmp_path):
+    (copy.parent / "small").mkdir()
+    copy.rename(copy.parent / "small/birds.plan")
+    photograph = tmp_path / "bird.ppm"
+    photograph.write_bytes(b"P6 40 40 255\n" + bytes(range(256)) * 18 + bytes(192))
+    address = "hf://owner/name/small/birds.plan"
+    assert "bird " in succeeds(run, "--engine", address, photograph).stdout
+    assert "birds.plan" not in succeeds(info, address).stdout  # it lies in the cache, by its hash
+    assert "onnxruntime on cpu" in succeeds(bench, "--engine", address, "--seconds", 1, photograph).output
+
+
+def test_the_environment_names_the_endpoint_and_nothing_is_imported_before(served, tmp_path):
+    code = (
+        "import sys\nfrom mge_runtime import Bundle, Pipeline\nassert 'huggingface_hub' not in sys.modules\n"
+        "print(Bundle.open('hf://owner/name').manifest.model)"
+    )
+    environment = os.environ | {"HF_ENDPOINT": served.endpoint, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "{'arch': 'tiny'}\n", done.stderr
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("hf://owner", "expected hf://owner/name"),
+        ("hf://owner/name/../../etc/x.plan", "expected hf://owner/name"),
+        ("hf://owner/name/README.md", "expected hf://owner/name"),
+        ("hf://owner/name/other.plan", "no such file: name one that it has"),
+        ("hf://owner/name@v2", "no such revision: check what follows the @"),
+        ("hf://owner/none", "no such repository, or a private one"),
+        ("hf://owner/gated", "its owner grants access"),
+        ("hf://owner/broken", "the Hub cannot be asked"),
+    ],
+)
+def test_what_is_not_there_is_one_line(address, words, tmp_path):
+    line = fails(run, "--engine", address, tmp_path / "mge.plan")
+    assert words in line
+    assert not list(tmp_path.rglob("blobs/*"))
+
+
+@pytest.mark.usefixtures("served")
+def test_without_a_network_the_cached_file_serves(monkeypatch):
+    with Bundle.open("hf://owner/name") as bundle:
+        known = bundle.sha256
+    ask("http://127.0.0.1:9", monkeypatch)
+    with Bundle.open("hf://owner/name") as bundle:
+        assert bundle.sha256 == known
+    with pytest.raises(BundleError, match=r"the Hub cannot be asked .* and nothing is cached; check the network"):
+        Bundle.open("hf://owner/other")
+
+
+def test_a_file_larger_than_any_bundle_is_not_asked_for(served):
+    served.size = 5 * 2**30
+    with pytest.raises(BundleError, match=r"it has 5\.37 GB; expected at most 4\.29 GB"):
+        Bundle.open("hf://owner/name")
+    assert [method for method, _ in served.asked] == ["HEAD"]
+
+
+def test_a_file_larger_than_announced_is_cut_off(served, tmp_path):
+    served.excess = bytes(1 << 24)
+    with pytest.raises(BundleError, match="more came than the"):
+        Bundle.open("hf://owner/name")
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) < 1 << 20
+
+
+@pytest.mark.usefixtures("served")
+def test_what_is_no_bundle_is_refused_as_any_file(copy):
+    copy.write_bytes(b"<html>")
+    with pytest.raises(BundleError, match=r"cannot open .*: it is no file that mge knows"):
+        Bundle.open("hf://owner/name")
+
+
+def test_a_missing_extra_says_what_to_install():
+    done = run_without(["huggingface_hub"], "mge_runtime.cli.run", "--engine", "hf://owner/name", __file__)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("install mge again, with its extra hf")
