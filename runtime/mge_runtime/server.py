@@ -87,7 +87,6 @@ class _Metrics:
         )
         self.queue = Gauge("mge_queue_images", "Images accepted and without a prediction yet.", registry=registry)
         self.swaps = Counter("mge_swaps", "Bundles opened after the first, or refused.", ["outcome"], registry=registry)
-        self.ready = Gauge("mge_ready", "1 once a bundle is warm.", registry=registry)
 
 
 class Service:
@@ -112,7 +111,8 @@ class Service:
         self._limits = limits
         self._top_k = top_k
         self._say = say
-        self._batcher: Batcher | None = None  # None: not yet ready
+        self._batcher: Batcher | None = None  # None: not yet open
+        self._fault: str | None = None  # why the last run of the chain failed
         self._asked = asyncio.Event()
         self._stopping = False
         self._waiting = 0  # as `Limits.queue` counts; only the event loop's thread touches it
@@ -153,8 +153,7 @@ class Service:
                 self._metrics.swaps.labels("refused").inc()
                 self._say(f"error: the new bundle is refused, the one before goes on: {brief(error)}")
             else:
-                old, self._batcher = self._batcher, new
-                self._metrics.ready.set(1)
+                old, self._batcher, self._fault = self._batcher, new, None
                 pipeline = new.pipeline
                 self._say(
                     f"ready: {len(pipeline.manifest.class_names)} classes, {pipeline.choice.backend} on "
@@ -185,9 +184,11 @@ class Service:
             self._metrics.seconds.observe(time.monotonic() - start)
 
     async def health(self) -> JSONResponse:
-        """Whether predictions are made; 503 until the first bundle is warm."""
+        """Whether predictions are made; 503 until the first bundle is warm, and when the last run failed."""
         if self._batcher is None:
             return JSONResponse({"status": "opening the bundle"}, 503)
+        if self._fault is not None:
+            return JSONResponse({"status": "failing", "error": self._fault}, 503)
         pipeline = self._batcher.pipeline
         choice = {"backend": pipeline.choice.backend, "device": pipeline.choice.device}
         return JSONResponse({"status": "ready", "classes": len(pipeline.manifest.class_names), **choice})
@@ -274,10 +275,13 @@ class Service:
             raise self._refusal("time", 504, line) from None
         for error in found:
             if isinstance(error, MGEError) and not isinstance(error, InputError):
-                self._say(f"error: {one_line(error)}")
-                raise HTTPException(500, one_line(error)) from error
+                self._fault = one_line(error)
+                self._say(f"error: {self._fault}")
+                raise HTTPException(500, self._fault) from error
             if isinstance(error, BaseException) and not isinstance(error, InputError):
-                raise error
+                raise error  # a defect, which shows its traceback
+        if not all(isinstance(one, InputError) for one in found):
+            self._fault = None
         return found
 
     @contextmanager

@@ -1,11 +1,13 @@
 """`mge-serve` over the loopback: what it predicts, refuses and survives, and how bundles are swapped under load."""
 
 import json
+import re
 import shutil
 import socket
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,6 +271,30 @@ def test_bundles_are_swapped_under_load_and_a_bad_one_is_refused(server, plan, t
     assert "the one before goes on: cannot " in refused[0]
 
 
+def test_a_bundle_overwritten_in_place_is_no_longer_healthy_until_it_is_opened_again(copy, files):
+    with Server(copy) as server:
+        assert server.ready().predict(files[0])[0] == 200
+        copy.write_bytes(copy.read_bytes())
+        status, found = server.predict(files[0])
+        assert status == 500
+        assert "was overwritten while it was open" in found["error"]
+        assert server.request("GET", "/health")[::2] == (503, {"status": "failing", **found})
+        server.signal("SIGHUP")
+        server.ready()
+        assert server.predict(files[0])[0] == 200
+
+
+def test_a_request_that_is_no_http_is_400_and_harms_nobody(server, files):
+    for head in (
+        b"\0\1\2\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(head)
+            assert connection.recv(1000)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 413")
+    assert server.predict(files[0])[0] == 200
+
+
 def test_ready_after_the_first_bundle_is_warm_and_stopped_without_losing_a_request(bundle_path, files):
     gate = (
         "from mge_runtime.pipeline import Pipeline; opened = Pipeline.open; "
@@ -280,7 +306,6 @@ def test_ready_after_the_first_bundle_is_warm_and_stopped_without_losing_a_reque
         status, headers, found = server.request("POST", "/predict", files[0])
         assert (status, headers["Retry-After"]) == (503, "1")
         assert found == {"error": "the bundle is still being opened; try again"}
-        assert server.metric("mge_ready") == 0
         server.process.stdin.write("\n")
         server.process.stdin.flush()
         server.ready()
@@ -297,6 +322,18 @@ def test_ready_after_the_first_bundle_is_warm_and_stopped_without_losing_a_reque
         ends = [status for _, status, _ in found if not isinstance(status, OSError)]
         assert set(ends) == {200}
         assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.jetson", "mge-serve.service"])
+def test_the_examples_call_the_command_with_options_that_it_has(name):
+    text = (Path(__file__).parents[2] / "examples/serve" / name).read_text()
+    if name.startswith("Docker"):
+        words = [w for line in re.findall(r"^(?:ENTRYPOINT|CMD) (.*)", text, re.MULTILINE) for w in json.loads(line)]
+    else:
+        words = re.search(r"^ExecStart=(.*)", text, re.MULTILINE)[1].split()
+    assert Path(words[0]).name == "mge-serve"
+    given = main.make_context("mge-serve", words[1:]).params
+    assert given["bundle"].endswith("/mge.plan")
 
 
 def test_what_keeps_it_from_starting_is_one_line(bundle_path, tmp_path):

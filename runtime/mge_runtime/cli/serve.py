@@ -204,3 +204,7 @@ async def _close_idle(server: Server) -> None:
         for (connection, _), since in idle.items():
             if now - since > _IDLE:
                 connection.transport.close()
+
+
+if __name__ == "__main__":
+    main(prog_name="mge-serve")
