@@ -11,6 +11,7 @@ from PIL import Image
 from mge_runtime import Pipeline
 from mge_runtime.batching import Batcher
 from mge_runtime.errors import BackendError, BundleError, InputError
+from tests.helpers.server import wait_until
 
 SECONDS = 30
 
@@ -91,9 +92,22 @@ def test_a_bad_image_fails_alone_and_a_cancelled_one_never_runs(bundle_path, pho
     assert sizes == [1]
 
 
+def test_a_cancelled_image_is_not_even_decoded(bundle_path, photos):
+    first, second = Held(photos[0]), Held(photos[1])
+    with batching(bundle_path, decoders=1) as (batcher, _):
+        batcher.submit(first)
+        assert batcher.submit(second).cancel()
+        second.released.set()
+        first.released.set()
+    assert not second.begun.is_set()
+
+
 def test_closing_finishes_what_was_submitted(bundle_path, photos):
+    held = Held(photos[0])
     with batching(bundle_path, batch=2) as (batcher, _):
-        futures = [batcher.submit(photo) for photo in photos]
+        futures = [batcher.submit(source) for source in (held, *photos)]
+        wait_until(futures[-1].done)
+        threading.Timer(0.1, held.released.set).start()
     assert all(future.result(0).class_name for future in futures)
     batcher.close()
     with pytest.raises(BackendError, match="is closed"):

@@ -1,5 +1,6 @@
 """`mge-serve` over the loopback: what it predicts, refuses and survives, and how bundles are swapped under load."""
 
+import http.client
 import json
 import re
 import shutil
@@ -213,6 +214,18 @@ def test_images_that_take_too_long_are_504_and_dropped(hasty, files):
     assert "send fewer images" in found["error"]
     wait_until(lambda: hasty.predict(files[0])[0] == 200)
     assert hasty.metric("mge_batch_images_sum") - before < 150
+
+
+def test_a_response_waits_for_no_acknowledgment(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        connection.request("GET", "/health/live")
+        connection.getresponse().read()
+        seconds.append(time.perf_counter() - start)
+    connection.close()
+    assert min(seconds[10:]) < 0.03  # Linux delays an acknowledgment by 40 ms
 
 
 def test_other_paths_and_methods_have_errors_as_json(server):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
 import time
@@ -30,7 +29,7 @@ from mge_runtime.errors import MGEError
 from mge_runtime.machine import cpu_count, import_library, install_extra
 
 if TYPE_CHECKING:
-    from uvicorn import Config, Server
+    from uvicorn import Server
 
     from mge_runtime.batching import Batcher
     from mge_runtime.chain import Exit
@@ -109,7 +108,7 @@ def main(
     """
     for library in _LIBRARIES:
         import_library(library, install_extra("serve"))
-    from uvicorn import Config
+    from uvicorn import Config, Server
 
     from mge_runtime.batching import Batcher
     from mge_runtime.pipeline import Pipeline
@@ -145,7 +144,7 @@ def main(
             server_header=False,
             timeout_graceful_shutdown=int(2 * timeout) + 5,
         )
-        asyncio.run(_serve(service, _server(config), listener))
+        asyncio.run(_serve(service, Server(config), listener))
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -156,30 +155,22 @@ def _listening(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise MGEError(
             f"cannot listen on {host}, port {port}: {error.strerror}; expected an address of this machine and a port "
             "that nobody has: name others with --host and --port"
         ) from error
-
-
-def _server(config: Config) -> Server:
-    from uvicorn import Server
-
-    class QuietServer(Server):
-        """Leaves signals to us: uvicorn would end by raising them once more."""
-
-        def capture_signals(self) -> contextlib.AbstractContextManager[None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return contextlib.nullcontext()
-
-    return QuietServer(config)
+    # Connections inherit it. asyncio sets it only on sockets that name their protocol, which these do not, and a
+    # response of two packets would wait 40 ms for the client's delayed acknowledgment.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 async def _serve(service: Service, server: Server, listener: socket.socket) -> None:
     """Serve until a signal asks to stop, or the first bundle cannot be opened."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn's own handler, which else would end by raising them again
         signal.signal(number, server.handle_exit)
     if hasattr(signal, "SIGHUP"):
         loop.add_signal_handler(signal.SIGHUP, service.reload)
