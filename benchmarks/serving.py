@@ -3,14 +3,15 @@
     python -m benchmarks.serving --engine mge.plan groceries/test
 
 Clients are threads of this process, each with one connection, and ask without pause; every twentieth upload is a JPEG
-cut short. In every round the bare pipeline predicts the same images from their files, one by one and in streams, while
-the server is idle. Then every number of clients asks once more while SIGHUP swaps the bundle in the middle. Exit code 1
-where a request is lost or has another status than it should.
+cut short. In every round the bare pipeline predicts the same images from their files, one by one and in streams of
+batches, while the server is idle. Then every number of clients asks once more while SIGHUP swaps the bundle in the
+middle. Exit code 1 where a request is lost or has another status than it should.
 """
 
 from __future__ import annotations
 
 import http.client
+import os
 import re
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from mge_runtime.cli.common import reports_errors
 from mge_runtime.sources import find_images
 
 BAD_EVERY = 20
+BATCH = 8  # the server's default
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Server:
     process: subprocess.Popen[str]
     port: int
     lines: list[str]  # of its standard error
+
+    def cpu_seconds(self) -> float:
+        """Processor time so far, of all its threads."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def wait_for(self, text: str, times: int) -> None:
         """Wait until so many lines begin with a text."""
@@ -57,6 +64,7 @@ class Load:
     """What clients saw."""
 
     seconds: float
+    cpu_seconds: float  # of the server
     latencies: list[float]  # milliseconds, of good images
     wrong: int  # responses with another status than they should have, and requests without one
 
@@ -115,20 +123,20 @@ def ask(server: Server, uploads: list[bytes], clients: int, *, swap: bool = Fals
         connection.close()
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), server.cpu_seconds()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return Load(time.perf_counter() - start, latencies, len(uploads) - len(right))
+    return Load(time.perf_counter() - start, server.cpu_seconds() - cpu, latencies, len(uploads) - len(right))
 
 
-def run_bare(pipeline: Pipeline, paths: list[Path]) -> float:
-    """Seconds that a pipeline takes for all images."""
-    start = time.perf_counter()
-    for _ in pipeline.predict_iter(paths):
+def run_bare(pipeline: Pipeline, paths: list[Path]) -> tuple[float, float]:
+    """Seconds that a pipeline takes for all images, and of processor time; in streams its batches are the server's."""
+    start, cpu = time.perf_counter(), time.process_time()
+    for _ in pipeline.predict_iter(paths, batch=BATCH if pipeline.streams > 1 else 1):
         pass
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 @click.command(help=__doc__)
@@ -145,7 +153,7 @@ def main(folder: Path, engine: Path, counts: tuple[int, ...], most: int, rounds:
     paths = [paths[number % len(paths)] for number in range(most)]
     uploads = [path.read_bytes() for path in paths]
     loads: dict[int, list[Load]] = {clients: [] for clients in counts}
-    bare: dict[str, list[float]] = {"one by one": [], "streams": []}
+    bare: dict[str, list[tuple[float, float]]] = {"one by one": [], "streams": []}
     wrong = 0
     with (
         Pipeline.open(engine) as one,
@@ -161,8 +169,9 @@ def main(folder: Path, engine: Path, counts: tuple[int, ...], most: int, rounds:
                 bare[name].append(run_bare(pipeline, paths))
             for clients in counts:
                 loads[clients].append(ask(server, uploads, clients))
-        for name, seconds in bare.items():
-            click.echo(f"pipeline, {name:10} {most / median(seconds):7.1f} images/s")
+        for name, times in bare.items():
+            seconds, cpu = (median(values) / most for values in zip(*times, strict=True))
+            click.echo(f"pipeline, {name:10} {1 / seconds:7.1f} images/s, {cpu * 1e3:.0f} ms of processor time each")
         good = most - most // BAD_EVERY
         for number, clients in enumerate(counts, 1):
             found = loads[clients]
@@ -170,12 +179,15 @@ def main(folder: Path, engine: Path, counts: tuple[int, ...], most: int, rounds:
             server.wait_for("ready", number + 1)
             wrong += swapped.wrong + sum(load.wrong for load in found)
             seconds = [load.seconds for load in found]
-            rates = (f"{ratio([good / most * t for t in times], seconds)} {name}" for name, times in bare.items())
+            cpu = median(load.cpu_seconds for load in found) / most
             p50, p99 = (median(load.percentile(share) for load in found) for share in (50, 99))
             click.echo(
-                f"{clients:3} clients  {most / median(seconds):7.1f} requests/s  p50 {p50:6.0f} ms  p99 {p99:6.0f} ms, "
-                f"{swapped.percentile(99):6.0f} ms with a swap; good images x pipeline: {'; '.join(rates)}"
+                f"{clients:3} clients  {most / median(seconds):7.1f} requests/s, {cpu * 1e3:.0f} ms of processor "
+                f"time each; p50 {p50:.0f} ms, p99 {p99:.0f} ms, with a swap {swapped.percentile(99):.0f} ms"
             )
+            for name, times in bare.items():
+                rate = ratio([good / most * taken for taken, _ in times], seconds)
+                click.echo(f"    good images a second x pipeline, {name}: {rate}")
     total = most * len(counts) * (rounds + 1)
     click.echo(f"{wrong} of {total} requests lost or with a wrong status, {len(counts)} swaps")
     sys.exit(int(wrong > 0))
