@@ -15,6 +15,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -246,8 +247,9 @@ class Service:
         limit = self._limits.images
         try:
             form = await _FormInMemory(request.headers, stream, max_files=limit, max_fields=limit).parse()
-        except MultiPartException as error:
-            raise self._refusal("form", 400, f"cannot read the form: {one_line(error.message)}") from error
+        except (MultiPartException, FormParserError) as error:  # older Starlettes let the second pass
+            message = getattr(error, "message", "it is no multipart data")
+            raise self._refusal("form", 400, f"cannot read the form: {one_line(message)}") from error
         uploads = await _uploads(form)
         if not uploads:
             raise self._refusal(
