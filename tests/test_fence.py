@@ -30,6 +30,7 @@ COMMANDS = {
     "mge-train": "mge.cli.train", "mge-eval": "mge.cli.evaluate", "mge-field-guide": "mge.cli.field_guide",
     "mge-export": "mge_export.cli", "mge-calibrate": "mge_calibration.cli", "mge-run": "mge_runtime.cli.run",
     "mge-build": "mge_runtime.cli.build", "mge-bench": "mge_runtime.cli.bench", "mge-info": "mge_runtime.cli.info",
+    "mge-serve": "mge_runtime.cli.serve",
 }  # fmt: skip
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 # Of the largest magnitude of a value's tensor. Another processor sums in another order, has other integer kernels.

@@ -8,6 +8,7 @@ import pytest
 
 COMMANDS = {
     "run": "mge_runtime.cli.run",
+    "serve": "mge_runtime.cli.serve",
     "bench": "mge_runtime.cli.bench",
     "build": "mge_runtime.cli.build",
     "calibrate": "mge_calibration.cli",
@@ -15,7 +16,7 @@ COMMANDS = {
     "train": "mge.cli.train",
     "export": "mge_export.cli",
 }
-RUNNING = {"run", "bench", "calibrate", "eval"}
+RUNNING = {"run", "serve", "bench", "calibrate", "eval"}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ RUNNING = {"run", "bench", "calibrate", "eval"}
         ("threads", RUNNING),
         ("no_mmap", RUNNING),
         ("max_pixels", RUNNING | {"train", "export"}),
+        ("exit_at", {"run", "serve"}),
         ("batch", {"build", "export"}),
     ],
 )

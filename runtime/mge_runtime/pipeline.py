@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
     from mge_runtime.backends.base import Array
 
-__all__ = ["Exit", "Pipeline"]
+__all__ = ["Exit", "Pipeline", "Prepared"]
 
 _Source = TypeVar("_Source", bound=ImageSource)
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """One image on its way into a batch."""
+class Prepared:
+    """One image on its way into a batch; made by `Pipeline.prepare`."""
 
     frame: NDArray[np.uint8]  # [S, S, 3]
     viewport: Viewport
@@ -174,8 +174,26 @@ class Pipeline:
             InputError: one of the images cannot be read; none is predicted then.
             BundleError, BackendError: as for `predict`.
         """
+        return self.predict_prepared([self.prepare(source) for source in sources], exit=exit)
+
+    def prepare(self, source: ImageSource) -> Prepared:
+        """Decode one image for `predict_prepared`; safe in any thread, also while the chain runs.
+
+        Raises:
+            InputError: as for `predict`.
+        """
+        start = time.perf_counter()
+        image = open_image(source, self._max_pixels)
+        decoded = time.perf_counter()
+        frame, viewport = to_frame(image, self.manifest.preprocess)
+        done = time.perf_counter()
+        timings = {"decode": (decoded - start) * 1e3, "preprocess": (done - decoded) * 1e3}
+        return Prepared(frame, viewport, timings)
+
+    def predict_prepared(self, images: Sequence[Prepared], *, exit: Exit | None = None) -> list[Prediction]:
+        """As `predict_batch`, for images that were prepared elsewhere: a server decodes in threads of its own."""
         policy = self._policy(exit)
-        return self._predict([self._prepare(source) for source in sources], policy) if sources else []
+        return self._predict(images, policy) if images else []
 
     def predict_iter(
         self, sources: Iterable[_Source], *, batch: int = 1, workers: int = 2, exit: Exit | None = None
@@ -241,7 +259,7 @@ class Pipeline:
         Raises:
             InputError: as for `predict`.
         """
-        return self._prepare(source).frame
+        return self.prepare(source).frame
 
     def report(self) -> dict[str, JsonValue]:
         """Memory, CUDA graphs and copies of a chain on a GPU, as plain values; empty on a CPU.
@@ -263,22 +281,13 @@ class Pipeline:
                 logging.getLogger("mge_runtime").warning(note)
         return policy
 
-    def _prepare(self, source: ImageSource) -> _Prepared:
-        start = time.perf_counter()
-        image = open_image(source, self._max_pixels)
-        decoded = time.perf_counter()
-        frame, viewport = to_frame(image, self.manifest.preprocess)
-        done = time.perf_counter()
-        timings = {"decode": (decoded - start) * 1e3, "preprocess": (done - decoded) * 1e3}
-        return _Prepared(frame, viewport, timings)
-
-    def _predict(self, prepared: Sequence[_Prepared], policy: ExitPolicy) -> list[Prediction]:
+    def _predict(self, prepared: Sequence[Prepared], policy: ExitPolicy) -> list[Prediction]:
         if self.max_batch is not None and len(prepared) > self.max_batch:
             return [found for group in batches(prepared, self.max_batch) for found in self._predict(group, policy)]
         result = self._run(np.stack([item.frame for item in prepared]), policy)
         return list(map(self._prediction, result.images(), prepared))
 
-    def _prediction(self, image: ImageResult, item: _Prepared) -> Prediction:
+    def _prediction(self, image: ImageResult, item: Prepared) -> Prediction:
         manifest, tensors = self.manifest, image.tensors
         views = [view for view in manifest.views if view.logits in tensors]
         crops = [tensors[view.box] for view in views if view.box is not None]
@@ -318,17 +327,17 @@ class Pipeline:
             for _, predictions in done:
                 yield from predictions
 
-    def _try_prepare(self, source: ImageSource) -> _Prepared | InputError:
+    def _try_prepare(self, source: ImageSource) -> Prepared | InputError:
         try:
-            return self._prepare(source)
+            return self.prepare(source)
         except InputError as error:
             # The traceback would keep the decoder's buffers alive for as long as the caller keeps the error.
             return error.with_traceback(None)
 
     def _predict_group(
-        self, group: list[tuple[_Source, _Prepared | InputError]], policy: ExitPolicy
+        self, group: list[tuple[_Source, Prepared | InputError]], policy: ExitPolicy
     ) -> list[tuple[_Source, Prediction | InputError]]:
-        good = [item for _, item in group if isinstance(item, _Prepared)]
+        good = [item for _, item in group if isinstance(item, Prepared)]
         found = iter(self._predict(good, policy) if good else [])
         return [(source, item if isinstance(item, InputError) else next(found)) for source, item in group]
 

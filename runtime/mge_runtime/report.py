@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
 from mge_runtime.errors import InputError, OutputError, one_line, printable
 from mge_runtime.files import atomic_path, echo
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mge_runtime.decode import ImageSource
     from mge_runtime.prediction import Prediction
 
-__all__ = ["CsvTable", "Form", "ImageFolder", "Lines", "csv_table", "image_folder", "is_stdout"]
+__all__ = ["CsvTable", "Form", "ImageFolder", "Lines", "csv_table", "image_folder", "is_stdout", "json_record"]
 
 Form: TypeAlias = Literal["line", "block", "json"]  # what is printed of an image
 
@@ -41,7 +41,7 @@ class Lines:
             OutputError: as `echo`.
         """
         if self._form == "json":  # in ASCII, so that every locale can print it
-            record = {"image": _unicode(image), **prediction.to_dict(top_k=self._top_k)}
+            record = json_record(image, prediction, self._top_k)
             echo(json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))}))
         elif self._form == "line":
             widest = min(max(map(len, prediction.class_names)), 40)  # the columns line up from line to line
@@ -52,7 +52,7 @@ class Lines:
     def add_error(self, image: str, error: InputError) -> None:
         """Print what JSON has of an image that could not be read; text has its line on standard error."""
         if self._form == "json":
-            echo(json.dumps({"image": _unicode(image), "error": one_line(error)}))
+            echo(json.dumps(json_record(image, error, self._top_k)))
 
     def _block(self, image: str, prediction: Prediction, saved: Path | None) -> list[str]:
         lines = [image, *(f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(self._top_k))]
@@ -62,6 +62,12 @@ class Lines:
         lines[-1] += f" of {prediction.width} x {prediction.height} pixels"
         lines.append(f"  {prediction.timings_ms['total']:.0f} ms")
         return lines if saved is None else [*lines, f"  drawn: {saved}"]
+
+
+def json_record(image: str, found: Prediction | InputError, top_k: int) -> dict[str, Any]:
+    """What JSON says of one image: its prediction, or why it could not be read."""
+    said = {"error": one_line(found)} if isinstance(found, InputError) else found.to_dict(top_k=top_k)
+    return {"image": _unicode(image), **said}
 
 
 def _unicode(name: str) -> str:

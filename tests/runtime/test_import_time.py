@@ -8,7 +8,7 @@ import pytest
 import mge_runtime
 
 HEAVY = {"torch", "torchvision", "timm", "onnx", "mge", "mge_export", "lightning"}
-NOT_FOR_HELP = HEAVY | {"numpy", "PIL", "onnxruntime"}
+NOT_FOR_HELP = HEAVY | {"numpy", "PIL", "onnxruntime", "fastapi", "uvicorn", "prometheus_client"}
 
 
 def loaded(code):
@@ -29,7 +29,7 @@ def test_importing_the_runtime_is_quick_and_loads_nothing_heavy():
     assert not runs[0][0] & {*NOT_FOR_HELP, "click"}
 
 
-@pytest.mark.parametrize("command", ["bench", "build", "info", "run"])
+@pytest.mark.parametrize("command", ["bench", "build", "info", "run", "serve"])
 def test_help_loads_nothing_heavy(command):
     code = (
         f"from mge_runtime.cli.{command} import main\ntry: main(['--help'])\nexcept SystemExit as s: assert not s.code"

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -16,6 +16,9 @@ from click.core import ParameterSource
 from mge_runtime.errors import InputError, MGEError, one_line, printable
 from mge_runtime.machine import cpu_count, install_extra
 from mge_runtime.sources import MAX_PIXELS
+
+if TYPE_CHECKING:
+    from mge_runtime.chain import Exit
 
 __all__ = [
     "GPU_STATUS",
@@ -25,6 +28,7 @@ __all__ = [
     "batch_option",
     "device_option",
     "engine_batch_option",
+    "exit_option",
     "max_pixels_option",
     "no_mmap_option",
     "note",
@@ -147,6 +151,17 @@ def _ask_for_log(context: click.Context, parameter: click.Parameter, value: int)
     return value
 
 
+def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exit:
+    """Read "calibrated", "never" or the number of a graph."""
+    if value == "never" or value == "calibrated":
+        return value
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(
+            f'{value!r} is neither "calibrated" nor "never" nor a number from 1 on', context, parameter
+        )
+    return int(value)
+
+
 # What several commands take; each option is the same in all of them.
 device_option = click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ..."
@@ -170,6 +185,15 @@ max_pixels_option = click.option(
     default=MAX_PIXELS,
     show_default="65 million",
     help="The most an image may have: memory is bounded by it, up to 30 bytes a pixel.",
+)
+exit_option = click.option(
+    "--exit",
+    "exit_at",
+    callback=_exit,
+    default="never",
+    show_default=True,
+    metavar="calibrated|never|N",
+    help="Stop early: as soon as it is confident enough (mge-calibrate learns when), or after expert N.",
 )
 engine_batch_option = click.option(
     "--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for."

@@ -15,6 +15,7 @@ from mge_runtime.cli.common import (
     backend_option,
     batch_option,
     device_option,
+    exit_option,
     max_pixels_option,
     no_mmap_option,
     note,
@@ -31,17 +32,6 @@ if TYPE_CHECKING:
 
 _TOP = 5
 _MANY = 8  # images; from here on several are predicted at once, and a terminal gets a progress bar
-
-
-def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exit:
-    """Read "calibrated", "never" or the number of a graph."""
-    if value == "never" or value == "calibrated":
-        return value
-    if not value.isdecimal() or int(value) < 1:
-        raise click.BadParameter(
-            f'{value!r} is neither "calibrated" nor "never" nor a number from 1 on', context, parameter
-        )
-    return int(value)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,15 +71,7 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
     callback=at_most_cpus,
     help=f"Images (or batches) computed side by side.  [default: 1; from {_MANY} images on: one for each processor]",
 )
-@click.option(
-    "--exit",
-    "exit_at",
-    callback=_exit,
-    default="never",
-    show_default=True,
-    metavar="calibrated|never|N",
-    help="Stop early: as soon as it is confident enough (mge-calibrate learns when), or after expert N.",
-)
+@exit_option
 @no_mmap_option
 @verbose_option
 @click.version_option(package_name="mge")

@@ -1,0 +1,146 @@
+"""Dynamic batching: images of many callers, decoded in threads, predicted together in runs of the chain."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
+
+from mge_runtime.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from mge_runtime.decode import ImageSource
+    from mge_runtime.pipeline import Pipeline, Prepared
+    from mge_runtime.prediction import Prediction
+
+__all__ = ["Batcher"]
+
+
+class _Ready(NamedTuple):
+    """A decoded image that waits for a run."""
+
+    image: Prepared
+    future: Future[Prediction]
+    since: float  # `time.monotonic`
+
+
+class Batcher:
+    """Predicts images as they come, from any thread; a context manager.
+
+    A run of the chain begins as soon as `batch` images are decoded, the oldest has waited for `wait` seconds, or no
+    other image is being decoded, so that an image alone waits for nobody. While the chain computes the next batch
+    gathers. As many runs are in flight as the pipeline has streams.
+
+    Args:
+        pipeline: open; closed with the batcher.
+        batch: most images in one run; at most the pipeline's `max_batch` of them are taken.
+        wait: seconds that a decoded image waits at most for others that are being decoded.
+        decoders: threads that decode; each may need the memory of one image, see `open_image`.
+        on_run: is called in the computing thread with the number of images of each run.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        batch: int = 8,
+        wait: float = 0.005,
+        decoders: int = 2,
+        on_run: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        if batch < 1 or decoders < 1:
+            raise BackendError(f"asked for batches of {batch} and {decoders} decoders; expected at least 1 of each")
+        self.pipeline = pipeline
+        self.batch: int = min(batch, pipeline.max_batch or batch)
+        self._wait = wait
+        self._on_run = on_run
+        self._changed = threading.Condition()  # guards the three below
+        self._ready: deque[_Ready] = deque()
+        self._decoding = 0  # images submitted and not yet decoded
+        self._closed = False
+        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="mge-decode")
+        self._runners = [threading.Thread(target=self._run, name=f"mge-run-{n}") for n in range(pipeline.streams)]
+        for thread in self._runners:
+            thread.start()
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, source: ImageSource) -> Future[Prediction]:
+        """Take an image; its future may be cancelled until its run begins.
+
+        Returns:
+            The prediction to be, or what `Pipeline.predict` raises: an `InputError` is about this image alone, anything
+            else befell all images of its run.
+
+        Raises:
+            BackendError: the batcher is closed.
+        """
+        future: Future[Prediction] = Future()
+        with self._changed:
+            if self._closed:
+                raise BackendError("the batcher is closed; expected an open one")
+            self._decoding += 1
+            self._decoders.submit(self._decode, source, future)
+        return future
+
+    def close(self) -> None:
+        """Finish what was submitted, then close the pipeline; closing twice does nothing."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._decoders.shutdown()
+        for thread in self._runners:
+            thread.join()
+        self.pipeline.close()
+
+    def _decode(self, source: ImageSource, future: Future[Prediction]) -> None:
+        image: Prepared | None = None
+        try:
+            if not future.cancelled():
+                image = self.pipeline.prepare(source)
+        except BaseException as error:
+            # The traceback would keep the decoder's buffers alive for as long as the caller keeps the error.
+            _fail(future, error.with_traceback(None) if isinstance(error, InputError) else error)
+        with self._changed:
+            self._decoding -= 1
+            if image is not None:
+                self._ready.append(_Ready(image, future, time.monotonic()))
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        """Predict batch after batch, until the batcher is closed and nothing is left."""
+        while (batch := self._next_batch()) is not None:
+            batch = [item for item in batch if item.future.set_running_or_notify_cancel()]
+            if not batch:
+                continue
+            try:
+                self._on_run(len(batch))
+                found = self.pipeline.predict_prepared([item.image for item in batch])
+            except BaseException as error:
+                for item in batch:
+                    item.future.set_exception(error)
+            else:
+                for item, prediction in zip(batch, found, strict=True):
+                    item.future.set_result(prediction)
+
+    def _next_batch(self) -> list[_Ready] | None:
+        """Wait for a batch; it is empty where another stream was quicker, None where no more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or (self._closed and not self._decoding))
+            if not self._ready:
+                return None
+            rest = self._ready[0].since + self._wait - time.monotonic()
+            self._changed.wait_for(lambda: len(self._ready) >= self.batch or not self._decoding, max(rest, 0))
+            return [self._ready.popleft() for _ in range(min(self.batch, len(self._ready)))]
+
+
+def _fail(future: Future[Prediction], error: BaseException) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

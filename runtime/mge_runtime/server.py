@@ -1,0 +1,334 @@
+"""The HTTP service of one bundle: predictions, health, metrics, and a new bundle in its place while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from python_multipart.exceptions import FormParserError
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+
+from mge_runtime.batching import Batcher
+from mge_runtime.errors import InputError, MGEError, brief, one_line
+from mge_runtime.report import json_record
+
+__all__ = ["Limits", "Service"]
+
+_LONGEST_NAME = 150  # characters of a file's name that are repeated in JSON
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # bounds of the latencies' histogram
+_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+            }
+        },
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for; what is beyond is refused before it costs anything."""
+
+    body: int = 16_000_000  # bytes of a request; `queue` of them are in memory at most
+    images: int = 16  # of a request
+    queue: int = 64  # images that were accepted and have no prediction yet; a request that is being read counts as one
+    seconds: float = 30.0  # to read a request, and then to predict its images
+
+
+class _Upload(bytes):
+    """The bytes of one image; decoding errors call them by this name."""
+
+    name: str
+
+    def __new__(cls, data: bytes, name: str) -> _Upload:
+        upload = super().__new__(cls, data)
+        upload.name = name[:_LONGEST_NAME]
+        return upload
+
+
+class _FormInMemory(MultiPartParser):
+    """A parser whose files stay in memory, where their size is bounded, and never reach the disk."""
+
+    spool_max_size = sys.maxsize
+
+
+class _Metrics:
+    """What Prometheus is told."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "mge_requests", "Requests to /predict by the status of their response.", ["status"], registry=registry
+        )
+        self.rejected = Counter("mge_rejected", "Requests refused by what they broke.", ["reason"], registry=registry)
+        self.images = Counter("mge_images", "Images by what became of them.", ["outcome"], registry=registry)
+        self.seconds = Histogram(
+            "mge_request_seconds", "From a request's headers to its response.", buckets=_SECONDS, registry=registry
+        )
+        self.batches = Histogram(
+            "mge_batch_images", "Images in one run of the chain.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+        )
+        self.queue = Gauge("mge_queue_images", "Images accepted and without a prediction yet.", registry=registry)
+        self.swaps = Counter("mge_swaps", "Bundles opened after the first, or refused.", ["outcome"], registry=registry)
+
+
+class Service:
+    """One bundle behind HTTP; `app` is the ASGI application, `keep_loaded` runs beside it in the same event loop.
+
+    Args:
+        open_batcher: opens the bundle; gets what `Batcher` calls for each run. Called in a thread, again for each swap.
+        limits: of requests.
+        top_k: likeliest classes to report.
+        say: is told in one line what happens to bundles.
+    """
+
+    def __init__(
+        self,
+        open_batcher: Callable[[Callable[[int], None]], Batcher],
+        limits: Limits,
+        *,
+        top_k: int = 5,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._open_batcher = open_batcher
+        self._limits = limits
+        self._top_k = top_k
+        self._say = say
+        self._batcher: Batcher | None = None  # None: not yet open
+        self._fault: str | None = None  # why the last run of the chain failed
+        self._asked = asyncio.Event()
+        self._stopping = False
+        self._waiting = 0  # as `Limits.queue` counts; only the event loop's thread touches it
+        self._metrics = _Metrics()
+        # The pages that FastAPI offers load scripts from another host.
+        self.app = app = FastAPI(title="mge-serve", version=version("mge"), docs_url=None, redoc_url=None)
+        app.post("/predict", response_model=None, openapi_extra={"requestBody": _BODY})(self.predict)
+        app.get("/health")(self.health)
+        app.get("/health/live")(self.live)
+        app.get("/metrics", response_model=None)(self.metrics)
+        app.exception_handler(HTTPException)(_as_json)
+
+    def reload(self) -> None:
+        """Ask `keep_loaded` to open the bundle again."""
+        self._asked.set()
+
+    def stop(self) -> None:
+        """Ask `keep_loaded` to close the bundle and return."""
+        self._stopping = True
+        self._asked.set()
+
+    async def keep_loaded(self) -> None:
+        """Open the bundle, again whenever `reload` was called, and close it after `stop`.
+
+        A new bundle is opened, checked and warmed up while the old one predicts, takes over between two requests, and
+        the old one is closed when its images are done. One that cannot be opened is refused, and the old one goes on.
+
+        Raises:
+            MGEError: the first bundle cannot be opened.
+        """
+        while not self._stopping:
+            self._asked.clear()
+            try:
+                new = await asyncio.to_thread(self._open)
+            except Exception as error:
+                if self._batcher is None:
+                    raise
+                self._metrics.swaps.labels("refused").inc()
+                self._say(f"error: the new bundle is refused, the one before goes on: {brief(error)}")
+            else:
+                old, self._batcher, self._fault = self._batcher, new, None
+                pipeline = new.pipeline
+                self._say(
+                    f"ready: {len(pipeline.manifest.class_names)} classes, {pipeline.choice.backend} on "
+                    f"{pipeline.choice.device}, at most {new.batch} images in a run, {pipeline.streams} at once"
+                )
+                if old is not None:
+                    await asyncio.to_thread(old.close)
+                    self._metrics.swaps.labels("done").inc()
+            await self._asked.wait()
+        if self._batcher is not None:
+            await asyncio.to_thread(self._batcher.close)
+
+    async def predict(self, request: Request) -> Response:
+        """Classify an image, the body, or several, files of a form; JSON as of `mge-run --json`, for a form a list."""
+        start, status = time.monotonic(), 500
+        try:
+            response = await self._predict(request)
+            status = response.status_code
+            return response
+        except HTTPException as refused:
+            status = refused.status_code
+            raise
+        except ClientDisconnect:
+            status = 499  # nobody reads it; the name that nginx gave to this end
+            return Response(status_code=status)
+        finally:
+            self._metrics.requests.labels(status).inc()
+            self._metrics.seconds.observe(time.monotonic() - start)
+
+    async def health(self) -> JSONResponse:
+        """Whether predictions are made; 503 until the first bundle is warm, and when the last run failed."""
+        if self._batcher is None:
+            return JSONResponse({"status": "opening the bundle"}, 503)
+        if self._fault is not None:
+            return JSONResponse({"status": "failing", "error": self._fault}, 503)
+        pipeline = self._batcher.pipeline
+        choice = {"backend": pipeline.choice.backend, "device": pipeline.choice.device}
+        return JSONResponse({"status": "ready", "classes": len(pipeline.manifest.class_names), **choice})
+
+    async def live(self) -> dict[str, str]:
+        """Whether the process serves HTTP."""
+        return {"status": "live"}
+
+    async def metrics(self) -> Response:
+        """Counters and histograms in Prometheus' text format."""
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    def _open(self) -> Batcher:
+        """Open the bundle and predict a gray image, alone and in a full batch: the first runs take longest."""
+        batcher = self._open_batcher(self._metrics.batches.observe)
+        gray = np.full((64, 64, 3), 128, np.uint8)
+        try:
+            for count in sorted({1, batcher.batch}):
+                batcher.pipeline.predict_batch([gray] * count)
+        except BaseException:
+            batcher.close()
+            raise
+        return batcher
+
+    async def _predict(self, request: Request) -> Response:
+        self._ready()
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > self._limits.body:
+            raise self._too_large(f"{int(declared):,} bytes")
+        with self._admitted() as admit:
+            try:
+                uploads, is_form = await asyncio.wait_for(self._read(request), self._limits.seconds)
+            except asyncio.TimeoutError:
+                raise self._refusal(
+                    "time", 408, f"the request was not read within {self._limits.seconds:g} s; send it faster"
+                ) from None
+            admit(len(uploads) - 1)
+            found = await self._found(uploads)
+        records = [json_record(upload.name, one, self._top_k) for upload, one in zip(uploads, found, strict=True)]
+        refused = sum(isinstance(one, InputError) for one in found)
+        self._metrics.images.labels("refused").inc(refused)
+        self._metrics.images.labels("predicted").inc(len(found) - refused)
+        return JSONResponse(records if is_form else records[0], 422 if refused == len(found) else 200)
+
+    def _ready(self) -> Batcher:
+        if self._batcher is None:
+            raise self._refusal("opening", 503, "the bundle is still being opened; try again")
+        return self._batcher
+
+    async def _read(self, request: Request) -> tuple[list[_Upload], bool]:
+        """The images of a request, and whether they came in a form."""
+        stream = self._bounded(request)
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            return [_Upload(b"".join([chunk async for chunk in stream]), "the request body")], False
+        limit = self._limits.images
+        try:
+            form = await _FormInMemory(request.headers, stream, max_files=limit, max_fields=limit).parse()
+        except (MultiPartException, FormParserError) as error:  # older Starlettes let the second pass
+            message = getattr(error, "message", "it is no multipart data")
+            raise self._refusal("form", 400, f"cannot read the form: {one_line(message)}") from error
+        uploads = await _uploads(form)
+        if not uploads:
+            raise self._refusal(
+                "form", 400, "the form holds no file; expected one or several images: curl -F image=@photo.jpg"
+            )
+        return uploads, True
+
+    async def _bounded(self, request: Request) -> AsyncGenerator[bytes, None]:
+        """The body's bytes as they come, as long as they are not too many."""
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > self._limits.body:
+                raise self._too_large("more")
+            yield chunk
+
+    async def _found(self, uploads: list[_Upload]) -> list[Any]:
+        """A prediction or an `InputError` for each image."""
+        batcher = self._ready()  # closed by no swap before the next await
+        futures = [asyncio.wrap_future(batcher.submit(upload)) for upload in uploads]
+        try:
+            found = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), self._limits.seconds)
+        except asyncio.TimeoutError:  # those that have not begun are cancelled by it
+            line = f"no prediction within {self._limits.seconds:g} s; try again, or send fewer images"
+            raise self._refusal("time", 504, line) from None
+        for error in found:
+            if isinstance(error, MGEError) and not isinstance(error, InputError):
+                self._fault = one_line(error)
+                self._say(f"error: {self._fault}")
+                raise HTTPException(500, self._fault) from error
+            if isinstance(error, BaseException) and not isinstance(error, InputError):
+                raise error  # a defect, which shows its traceback
+        if not all(isinstance(one, InputError) for one in found):
+            self._fault = None
+        return found
+
+    @contextmanager
+    def _admitted(self) -> Generator[Callable[[int], None]]:
+        """Count a request, and the further images that the block finds in it, as long as it lasts."""
+        counted = 0
+
+        def admit(count: int) -> None:
+            nonlocal counted
+            if self._waiting + count > self._limits.queue:
+                raise self._refusal(
+                    "queue", 503, f"{self._waiting} of {self._limits.queue} images are waiting already; try again"
+                )
+            counted += count
+            self._wait_for(count)
+
+        try:
+            admit(1)
+            yield admit
+        finally:
+            self._wait_for(-counted)
+
+    def _wait_for(self, count: int) -> None:
+        self._waiting += count
+        self._metrics.queue.set(self._waiting)
+
+    def _too_large(self, found: str) -> HTTPException:
+        return self._refusal(
+            "size", 413, f"the request holds {found}; expected at most {self._limits.body:,} bytes: send fewer images"
+        )
+
+    def _refusal(self, reason: str, status: int, line: str) -> HTTPException:
+        self._metrics.rejected.labels(reason).inc()
+        return HTTPException(status, line, {"Retry-After": "1"} if status == 503 else None)
+
+
+async def _uploads(form: FormData) -> list[_Upload]:
+    try:
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        return [_Upload(await file.read(), file.filename or "unnamed") for file in files]
+    finally:
+        await form.close()
+
+
+def _as_json(request: Request, error: HTTPException) -> JSONResponse:
+    """Every refusal as JSON of one form, that of an image which cannot be read."""
+    del request
+    return JSONResponse({"error": one_line(str(error.detail))}, error.status_code, error.headers)
