@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from mge_runtime.errors import InputError, OutputError, one_line, printable
 from mge_runtime.files import atomic_path, echo
+from mge_runtime.prediction import NONE_OF_THESE
 from mge_runtime.sources import SAVED_SUFFIX, NamedImage
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class Lines:
             echo(json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))}))
         elif self._form == "line":
             widest = min(max(map(len, prediction.class_names)), 40)  # the columns line up from line to line
-            echo(printable(f"{prediction.probability:6.1%}  {prediction.class_name:<{widest}}  {image}"))
+            name, share = prediction.class_name, f"{prediction.probability:.1%}"
+            name, share = (NONE_OF_THESE, "-") if prediction.rejected else (name, share)
+            echo(printable(f"{share:>6}  {name:<{widest}}  {image}"))
         else:
             echo("\n".join(map(printable, self._block(image, prediction, saved))))
 
@@ -56,6 +59,7 @@ class Lines:
 
     def _block(self, image: str, prediction: Prediction, saved: Path | None) -> list[str]:
         lines = [image, *(f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(self._top_k))]
+        lines[1:1] = [f"  {line}" for line in prediction.remarks()]
         for k, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
             share = "" if prediction.gate is None else f"counts {float(prediction.gate[k]):4.0%}, "
             lines.append(f"  expert {k + 1}  {share}saw x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}")
