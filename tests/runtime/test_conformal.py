@@ -1,6 +1,7 @@
 """Rejection, sets and coarser classes in the runtime: read, applied, shown."""
 
 import copy
+import csv
 import json
 
 import numpy as np
@@ -104,6 +105,10 @@ def test_commands_say_what_is_rejected(path, photos, tmp_path):
     options = ("--engine", path, "--device", "cpu", "--threads", 1, "--exit", "calibrated")
     lines = succeeds(run, *images, *options).stdout.splitlines()
     assert all(line.split()[:4] == ["-", "none", "of", "these"] for line in lines)
+    table = list(csv.DictReader(succeeds(run, *images, *options, "--csv", "-").stdout.splitlines()))
+    assert [(row["rejected"], row["coarse"], row["set"].split("|")[0]) for row in table] == [
+        ("yes", "bird", row["class_name"]) for row in table
+    ]
     block = succeeds(run, images[0], *options).stdout.splitlines()
     assert block[1:3] == ["  none of these", "  bird 100.0%"]
     told = CliRunner().invoke(info, [str(path), "--all"]).output
