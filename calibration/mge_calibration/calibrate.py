@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from mge_calibration.collect import FEWEST, collect
-from mge_calibration.conformal import ConformalOutcome, ConformalRequest, learn_conformal, read_parents
+from mge_calibration.conformal import (
+    ConformalOutcome,
+    ConformalRequest,
+    learn_conformal,
+    read_parents,
+    require_enough,
+)
 from mge_calibration.exits import ExitOutcome, fewest_images, learn_exits
 from mge_calibration.images import LabeledImage, choose_images, list_unknown
 from mge_calibration.temperature import TemperatureOutcome, learn_temperatures, set_temperature
@@ -88,6 +94,8 @@ def learn(
     parents = read_parents(wanted.hierarchy, manifest.class_names) if wanted.hierarchy else None
     unknowns = list_unknown(wanted.unknown) if wanted.unknown else []
     chosen = choose_images(request.data, request.exit_data, manifest, say)
+    most = (len(chosen.fitting) if chosen.testing is None else len(chosen.testing)) // 2
+    require_enough(wanted, most, guarantee.delta)  # before they are run; fewer may be readable
     opened = Pipeline.open(
         request.bundle,
         request.device,

@@ -44,6 +44,7 @@ __all__ = [
     "learn_conformal",
     "order_statistic",
     "read_parents",
+    "require_enough",
     "ways_to_run",
 ]
 
@@ -103,13 +104,7 @@ def learn_conformal(
     Raises:
         InputError: too few images for the smallest share.
     """
-    least = fewest_images(request.smallest or 0.5, delta)
-    if len(held) < least:
-        raise InputError(
-            f"{len(held)} images are left to set rejection, sets or coarser classes; a share of {request.smallest:.3g} "
-            f"and delta {delta:.3g} need {least} beside those for temperatures, and as many for exits: add images, or "
-            "allow a larger share"
-        )
+    require_enough(request, len(held), delta)
     ways = ways_to_run(held, temperatures, exits)
     hierarchy = Hierarchy(parents or {}, class_names)
 
@@ -130,6 +125,20 @@ def learn_conformal(
     others = {} if unknown is None else ways_to_run(unknown, temperatures, exits)
     figures = {way: _figures(learned, way, scaled, others.get(way)) for way, scaled in ways.items()}
     return ConformalOutcome(learned, len(held), figures)
+
+
+def require_enough(request: ConformalRequest, images: int, delta: float) -> None:
+    """Refuse fewer images than the smallest share needs.
+
+    Raises:
+        InputError: they are too few.
+    """
+    if (share := request.smallest) is not None and images < (least := fewest_images(share, delta)):
+        raise InputError(
+            f"{images} images are left to set rejection, sets or coarser classes; a share of {share:.3g} and delta "
+            f"{delta:.3g} need {least} beside those for temperatures, and as many for exits: add images, or allow a "
+            "larger share"
+        )
 
 
 def _figures(

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ from mge_calibration.conformal import (
 )
 from mge_calibration.exits import fewest_images
 from mge_calibration.images import LabeledImage, list_labeled, short_digest
+from mge_runtime.bundle import Bundle, write_bundle
 from mge_runtime.conformal import EXITS, energy
 from mge_runtime.errors import MGEError
+from mge_runtime.manifest import Crops
 from mge_runtime.pipeline import Pipeline
 from tests.helpers.commands import fails, succeeds
 
@@ -194,8 +197,6 @@ def test_the_runtime_does_what_was_learned(calibrated, labeled):
 
 
 def path_values(path):
-    from mge_runtime.bundle import Bundle
-
     with Bundle.open(path) as bundle:
         return json.loads(bundle.read("calibration.json"))["values"]
 
@@ -213,7 +214,8 @@ def test_nothing_changes_unless_it_is_asked_for(copy, labeled):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reject", "0.01"], "60 images are left to set rejection, .* a share of 0.01 and delta 0.05 need 299"),
+        (["--reject", "0.01"], "90 images are left to set rejection, .* a share of 0.01 and delta 0.05 need 299"),
+        (["--coverage", "0.955"], "60 images are left to set rejection, .* a share of 0.045 and delta 0.05 need 66"),
         (["--reject-data", "nowhere"], "no folder nowhere; expected a folder of images of no class"),
         (["--reject-data", "."], "no image in the folder"),
         (["--hierarchy", "labels.csv"], "cannot read labels.csv"),
@@ -227,3 +229,16 @@ def test_what_cannot_be_learned_is_one_line_and_leaves_the_bundle(copy, labeled,
     line = fails(main, copy, "--data", labeled, "--epsilon", "0.2", "--threads", "1", *options)
     assert re.search(message, line), line
     assert copy.read_bytes() == before
+
+
+def test_a_single_network_rejects_too(tiny, labeled, tmp_path):
+    (first, *_) = tiny.make_graphs()
+    manifest = replace(tiny.make_manifest([first]), gate=None)
+    manifest = replace(manifest, views=manifest.views[:1], crops=Crops(manifest.crops.sizes[:1]))
+    path = tmp_path / "one.plan"
+    write_bundle(path, manifest, {"expert_1": first.model()})
+    succeeds(main, path, "--data", labeled, "--threads", 1, "--reject", 0.1)
+    with Pipeline.open(path, threads=1) as pipeline:
+        assert list(pipeline.calibrated.conformal.reject.thresholds) == ["mean_logits_1"]
+        found = [pipeline.predict(image).rejected for image in labeled.glob("*/*")]
+    assert 0 < np.mean(found) < 0.2
