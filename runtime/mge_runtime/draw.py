@@ -236,7 +236,7 @@ def shortened(text: str, size: int, width: float) -> str:
 def _bars(prediction: Prediction) -> Image:
     """The class in large letters, what was learned beside it, the top classes and the gate as bars."""
     shares: list[float] = [] if prediction.gate is None else prediction.gate.tolist()
-    title, *lines = prediction.remarks() if prediction.rejected else (prediction.class_name, *prediction.remarks())
+    title, *lines = prediction.notes() if prediction.rejected else (prediction.class_name, *prediction.notes())
     width, top = _COLUMN, 44 + 22 * len(lines)
     canvas = Canvas.blank(width, top + 38 * len(prediction.top) + (36 + 26 * len(shares) if shares else 0))
     canvas.text(0, 0, title, 26, _INK, width)

@@ -84,7 +84,7 @@ class Prediction:
         """The `k` likeliest classes (all, where there are fewer), likeliest first; ties by class index."""
         return _likeliest(self.logits, self.class_names, k, self.temperature or 1.0)
 
-    def remarks(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What was learned to be said beside the class, for people, a line each; nothing of a plain prediction."""
         lines = [NONE_OF_THESE] if self.rejected else []
         if self.coarse is not None and self.coarse.name != self.class_name:

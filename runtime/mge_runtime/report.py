@@ -59,7 +59,7 @@ class Lines:
 
     def _block(self, image: str, prediction: Prediction, saved: Path | None) -> list[str]:
         lines = [image, *(f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(self._top_k))]
-        lines[1:1] = [f"  {line}" for line in prediction.remarks()]
+        lines[1:1] = [f"  {line}" for line in prediction.notes()]
         for k, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
             share = "" if prediction.gate is None else f"counts {float(prediction.gate[k]):4.0%}, "
             lines.append(f"  expert {k + 1}  {share}saw x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}")

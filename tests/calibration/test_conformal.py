@@ -208,7 +208,7 @@ def test_nothing_changes_unless_it_is_asked_for(copy, labeled):
     assert list(values["data"]) == ["temperatures", "exits"]
     with Pipeline.open(copy, threads=1) as pipeline:
         found = pipeline.predict(next(labeled.glob("*/*")))
-    assert (found.rejected, found.set, found.coarse, found.remarks()) == (None, None, None, [])
+    assert (found.rejected, found.set, found.coarse, found.notes()) == (None, None, None, [])
 
 
 @pytest.mark.parametrize(
