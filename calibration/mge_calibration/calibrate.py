@@ -12,8 +12,15 @@ from typing import Any
 import numpy as np
 
 from mge_calibration.collect import FEWEST, collect
+from mge_calibration.conformal import (
+    ConformalOutcome,
+    ConformalRequest,
+    learn_conformal,
+    read_parents,
+    require_enough,
+)
 from mge_calibration.exits import ExitOutcome, fewest_images, learn_exits
-from mge_calibration.images import LabeledImage, choose_images
+from mge_calibration.images import LabeledImage, choose_images, list_unknown
 from mge_calibration.temperature import TemperatureOutcome, learn_temperatures, set_temperature
 from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.calibrated import Guarantee, RunsOn
@@ -39,6 +46,7 @@ class Request:
     threads: int | None = None
     mmap: bool = True  # as for `Pipeline.open`, and so is the next
     max_pixels: int = MAX_PIXELS
+    conformal: ConformalRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,8 @@ class Learned:
     exits: ExitOutcome | str  # or why there are none
     gmacs: tuple[float, ...]  # of one image, everything up to each graph; the last is the full chain's
     unreadable: int  # images passed over
+    conformal: ConformalOutcome | None = None
+    held: tuple[LabeledImage, ...] = ()  # that set its thresholds
 
 
 def learn(
@@ -80,8 +90,12 @@ def learn(
     with Bundle.open(request.bundle) as bundle:
         manifest, manifest_sha256 = bundle.manifest, bundle.manifest_sha256
     gmacs = tuple(np.cumsum([manifest.gmacs[graph.name] for graph in manifest.graphs]).tolist())
-    guarantee = request.guarantee
+    guarantee, wanted = request.guarantee, request.conformal or ConformalRequest()
+    parents = read_parents(wanted.hierarchy, manifest.class_names) if wanted.hierarchy else None
+    unknowns = list_unknown(wanted.unknown) if wanted.unknown else []
     chosen = choose_images(request.data, request.exit_data, manifest, say)
+    most = (len(chosen.fitting) if chosen.testing is None else len(chosen.testing)) // 2
+    require_enough(wanted, most, guarantee.delta)  # before they are run; fewer may be readable
     opened = Pipeline.open(
         request.bundle,
         request.device,
@@ -92,7 +106,7 @@ def learn(
         mmap=request.mmap,
         max_pixels=request.max_pixels,
     )
-    with opened as pipeline, progress(len(chosen.fitting) + len(chosen.testing or [])) as bar:
+    with opened as pipeline, progress(len(chosen.fitting) + len(chosen.testing or []) + len(unknowns)) as bar:
         runs_on = RunsOn(pipeline.choice.backend, pipeline.choice.device)
         run = functools.partial(collect, pipeline, problem=problem, step=lambda: bar.update(1))
         fitted = run(chosen.fitting)
@@ -102,17 +116,27 @@ def learn(
                 "temperature: add images"
             )
         tested = run(chosen.testing) if chosen.testing else None
-    unreadable = fitted.unreadable + (tested.unreadable if tested else 0)
-    if tested is None and len(gmacs) > 1:
+        unknown = run(unknowns) if unknowns else None
+    unreadable = sum(part.unreadable for part in (fitted, tested, unknown) if part)
+    if tested is None and (len(gmacs) > 1 or wanted.smallest):
         parts = fitted.split(chosen.known, request.seed)
-        if len(parts[0]) >= FEWEST and len(parts[1]) >= fewest_images(guarantee.epsilon, guarantee.delta):
+        least = 1 if wanted.smallest else fewest_images(guarantee.epsilon, guarantee.delta)
+        if len(parts[0]) >= FEWEST and len(parts[1]) >= least:
             fitted, tested = parts
+    held = None
+    if wanted.smallest:  # how the chain is run must not depend on the images that set thresholds for it
+        held, tested = (tested or fitted.take(np.arange(0))).split(frozenset(), request.seed, share=1 / 2)
     outcomes = learn_temperatures(fitted, tested or fitted, seed=request.seed)
     for name, outcome in outcomes.items():
         if outcome.fit.bounded:
             say(f"the temperature of {name} ended at its bound, {outcome.fit.temperature:.3g}: add harder images")
     temperatures = {name: outcome.fit.temperature for name, outcome in outcomes.items()}
     exits = learn_exits(fitted, tested, temperatures, gmacs, guarantee, seed=request.seed)
+    conformal = None
+    if held is not None:
+        thresholds = None if isinstance(exits, str) else exits.thresholds
+        names, delta = manifest.class_names, guarantee.delta
+        conformal = learn_conformal(wanted, held, unknown, temperatures, thresholds, delta, names, parents)
     return Learned(
         request=request,
         manifest_sha256=manifest_sha256,
@@ -124,6 +148,8 @@ def learn(
         exits=exits,
         gmacs=gmacs,
         unreadable=unreadable,
+        conformal=conformal,
+        held=held.images if held else (),
     )
 
 

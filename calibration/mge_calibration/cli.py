@@ -1,4 +1,4 @@
-"""`mge-calibrate`: temperatures and early exits of a bundle, learned from labeled images."""
+"""`mge-calibrate`: temperatures, early exits and rejection of a bundle, learned from labeled images."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ _RELIABILITY = "reliability.png"
 
 
 SHARE = Number(1e-6, 1, max_open=True)  # below one in a million no number of images would do
+_REJECT, _COVERAGE = 0.05, 0.95
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,6 +66,29 @@ SHARE = Number(1e-6, 1, max_open=True)  # below one in a million no number of im
     help="Probability that this guarantee fails.",
 )
 @click.option(
+    "--reject",
+    type=SHARE,
+    help="Learn to reject what is of no class, and at most this share of known images with it.  "
+    f"[default with --reject-data: {_REJECT}]",
+)
+@click.option(
+    "--reject-data",
+    type=click.Path(path_type=Path),
+    help="Images of no class, in a folder: report how many of them are rejected.",
+)
+@click.option(
+    "--coverage",
+    type=SHARE,
+    help="Learn sets of classes that hold the right one for this share of images.  "
+    f"[default with --hierarchy: {_COVERAGE}]",
+)
+@click.option(
+    "--hierarchy",
+    metavar="CSV",
+    type=click.Path(path_type=Path),
+    help="Columns label and parent: predict what lies above a class, too, right for the share of --coverage.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
@@ -92,6 +116,10 @@ def main(
     exit_data: Path | None,
     epsilon: float,
     delta: float,
+    reject: float | None,
+    reject_data: Path | None,
+    coverage: float | None,
+    hierarchy: Path | None,
     seed: int,
     report_to: Path | None,
     device: str,
@@ -101,14 +129,15 @@ def main(
     max_pixels: int,
     as_json: bool,
 ) -> None:
-    """Calibrate BUNDLE (default: mge.plan): its probabilities, and where its chain may stop early.
+    """Calibrate BUNDLE (default: mge.plan): its probabilities, where its chain may stop early, and what it rejects.
 
     One temperature after each graph makes probabilities mean what they say. Thresholds on them say when an expert
     suffices: with probability 1 - delta at most a share epsilon of new images from the same source then gets another
     class than from the full chain, run by the same backend on the same kind of device. Images for this are others than
     those that set the temperatures or taught INT8, and independent draws from their source: of a burst of frames or of
-    several images of one object take one. Both go into the bundle, in place of an earlier calibration; if
-    anything fails the bundle stays as it was.
+    several images of one object take one. Half of them set rejection, sets and coarser classes instead, where those are
+    asked for. All goes into the bundle, in place of an earlier calibration; if anything fails the bundle stays as it
+    was.
 
     An image that cannot be read is reported and passed over; the exit code is 1 then.
     """
@@ -118,14 +147,33 @@ def main(
         for name in ("scipy", "matplotlib") if report_to else ("scipy",):
             importlib.import_module(name)  # now, not after the images: `reports_errors` says which extra brings it
         from mge_calibration.calibrate import Request, learn, publish
+        from mge_calibration.conformal import ConformalRequest
         from mge_calibration.report import as_text, as_values, save_reliability
         from mge_runtime.bundle.attachments import Calibration
         from mge_runtime.calibrated import Guarantee
         from mge_runtime.files import atomic_path
 
         guarantee = Guarantee(epsilon, delta)
+        missed = None if coverage is None else round(1 - coverage, 12)
+        conformal = ConformalRequest(
+            reject or (_REJECT if reject_data else None),
+            sets=missed,
+            coarse=(missed or round(1 - _COVERAGE, 12)) if hierarchy else None,
+            hierarchy=hierarchy,
+            unknown=reject_data,
+        )
         request = Request(
-            bundle, data, exit_data, guarantee, seed, device, backend, threads, mmap=not no_mmap, max_pixels=max_pixels
+            bundle,
+            data,
+            exit_data,
+            guarantee,
+            seed,
+            device,
+            backend,
+            threads,
+            mmap=not no_mmap,
+            max_pixels=max_pixels,
+            conformal=conformal,
         )
         if report_to is not None:
             _make_folder(report_to)

@@ -39,17 +39,20 @@ class ChainLogits:
         images = tuple(self.images[int(row)] for row in rows)
         return ChainLogits(images, self.labels[rows], {name: values[rows] for name, values in self.logits.items()})
 
-    def split(self, known: frozenset[str], seed: int) -> tuple[ChainLogits, ChainLogits]:
+    def split(
+        self, known: frozenset[str], seed: int, share: float = TEMPERATURE_SHARE
+    ) -> tuple[ChainLogits, ChainLogits]:
         """Split into a third for temperatures and the others for exits, by a seeded hash of each image's bytes.
 
         Args:
             known: digests of images that may set temperatures alone; they count toward their third.
             seed: another one gives another split.
+            share: of the first part, instead of a third.
         """
         hashes = [image.sha256 for image in self.images]
         free = [row for row, sha256 in enumerate(hashes) if short_digest(sha256) not in known]
         free.sort(key=lambda row: hashlib.sha256(f"{seed}:{hashes[row]}".encode()).digest())
-        wanted = round(TEMPERATURE_SHARE * len(self)) - (len(self) - len(free))
+        wanted = round(share * len(self)) - (len(self) - len(free))
         testing = np.sort(np.array(free[max(0, wanted) :], np.intp))
         return self.take(np.setdiff1d(np.arange(len(self)), testing)), self.take(testing)
 

@@ -16,7 +16,7 @@ from mge_runtime.layouts import find_list, relative_name
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Manifest
 
-__all__ = ["Chosen", "LabeledImage", "choose_images", "int8_digests", "list_labeled", "short_digest"]
+__all__ = ["Chosen", "LabeledImage", "choose_images", "int8_digests", "list_labeled", "list_unknown", "short_digest"]
 
 _LEAST_CLASSES = 1 / 2  # of the bundle's
 _NAMED = 5  # classes in a message
@@ -28,7 +28,7 @@ class LabeledImage:
 
     name: str  # relative to the data set, "/" between its parts
     path: Path
-    label: int  # class index of the bundle
+    label: int  # class index of the bundle; -1: of no class
     sha256: str  # of the file
 
 
@@ -82,6 +82,22 @@ def list_labeled(
                 "in its own class alone: remove the other"
             )
     return root, list(unique.values())
+
+
+def list_unknown(folder: Path) -> list[LabeledImage]:
+    """List images of no class, label -1, in a folder and its subfolders; of files with the same bytes the first.
+
+    Raises:
+        InputError: there are none.
+    """
+    sources.require_folder(folder, "a folder of images of no class (--reject-data)")
+    listed = sources.list_folder(folder)
+    if listed.problems:
+        raise listed.problems[0][1]
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        hashes = pool.map(_content_sha256, (image.path for image in listed.images))
+    images = [LabeledImage(i.name, i.path, -1, sha256) for i, sha256 in zip(listed.images, hashes, strict=True)]
+    return list({image.sha256: image for image in reversed(images)}.values())[::-1]
 
 
 def choose_images(data: Path, exit_data: Path | None, manifest: Manifest, say: Callable[[str], None]) -> Chosen:

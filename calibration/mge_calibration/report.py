@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mge_calibration.calibrate import Learned
+from mge_calibration.conformal import ConformalOutcome
 from mge_calibration.exits import ExitOutcome
 from mge_calibration.images import LabeledImage, short_digest
 from mge_calibration.temperature import TemperatureOutcome
@@ -32,6 +33,7 @@ def as_values(learned: Learned) -> dict[str, JsonValue]:
             for name, o in learned.temperatures.items()
         },
         "exits": {"none_because": exits} if isinstance(exits, str) else asdict(exits),
+        "conformal": learned.conformal and dict(learned.conformal.figures),
         "gmacs": list(learned.gmacs),
         "unreadable": learned.unreadable,
     }
@@ -43,7 +45,9 @@ def as_values(learned: Learned) -> dict[str, JsonValue]:
         "data": {
             "temperatures": _record(learned.fitted),
             "exits": None if learned.tested is None else _record(learned.tested),
+            **({"conformal": _record(learned.held)} if learned.held else {}),
         },
+        "conformal": learned.conformal and learned.conformal.learned.to_values(),
         "runs_on": asdict(learned.runs_on),
         "seed": learned.request.seed,
         "made_by": f"mge {version('mge')}",
@@ -80,7 +84,28 @@ def as_text(learned: Learned) -> str:
         lines.append(f"no early exits: {learned.exits}")
     else:
         lines += _exit_lines(learned, learned.exits)
+    if learned.conformal:
+        lines += ["", *_conformal_lines(learned.conformal)]
     return "\n".join(lines) + "\n"
+
+
+def _conformal_lines(outcome: ConformalOutcome) -> list[str]:
+    columns = {
+        "rejected": ("rejected %", 100),
+        "unknown_rejected": ("of unknown %", 100),
+        "auroc": ("AUROC", 1),
+        "set_size": ("classes in a set", 1),
+        "coarsened": ("coarser %", 100),
+    }
+    shown = [name for name in columns if name in next(iter(outcome.figures.values()))]
+    lines = [
+        f"thresholds from {outcome.images} images of their own; {outcome.learned}",
+        "",
+        f"{'stops after':<15}" + "".join(f"{columns[name][0]:>18}" for name in shown),
+    ]
+    for way, figures in outcome.figures.items():
+        lines.append(f"{way:<15}" + "".join(f"{figures[name] * columns[name][1]:>18.4g}" for name in shown))
+    return lines
 
 
 def _exit_lines(learned: Learned, exits: ExitOutcome) -> list[str]:

@@ -1,4 +1,4 @@
-"""The calibration that `mge-calibrate` learned: temperatures of the logits, and where the chain may stop early."""
+"""The calibration that `mge-calibrate` learned: temperatures, where the chain may stop early, thresholds to reject."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mge_runtime.bundle.archive import CALIBRATION
+from mge_runtime.conformal import EXITS, Conformal
 from mge_runtime.errors import BackendError
 from mge_runtime.fields import Field, JsonValue
 from mge_runtime.prediction import softmax
@@ -69,6 +70,7 @@ class Calibrated:
     images: Mapping[str, int] = field(default_factory=dict[str, int])  # used for "temperatures" and "exits", if told
     why_no_exits: str | None = None  # for people; None: there are some, or it is not told
     runs_on: RunsOn | None = None  # what predicted the images; the guarantee holds there alone. None: not told
+    conformal: Conformal | None = None  # what rejects, and what makes sets and coarser classes; None: not learned
 
     @classmethod
     def from_values(cls, values: Mapping[str, JsonValue], manifest: Manifest) -> Calibrated:
@@ -78,7 +80,7 @@ class Calibrated:
             BundleError: a temperature or a threshold is missing, out of range or of another type, or names no logits
                 of this chain.
         """
-        absent = dict.fromkeys(("temperatures", "exits", "data", "runs_on", "report"))
+        absent = dict.fromkeys(("temperatures", "exits", "data", "runs_on", "report", "conformal"))
         root = Field({**absent, **values}, "", CALIBRATION, "calibrate again with mge-calibrate").table()
         logits = [graph.logits for graph in manifest.graphs]
         temperatures = root["temperatures"].members(logits)
@@ -87,13 +89,16 @@ class Calibrated:
         data = {part: f.optional(Field.table) or {} for part, f in parts.items()}
         report = root["report"].optional(Field.table) or {}
         of_exits = report["exits"].optional(Field.table) if "exits" in report else None
+        thresholds = None if exits is None else _thresholds(exits["thresholds"], logits[:-1])
+        runs = [*logits, EXITS] if thresholds else logits
         return cls(
             {name: f.number(*_TEMPERATURES) for name, f in temperatures.items()},
-            None if exits is None else _thresholds(exits["thresholds"], logits[:-1]),
+            thresholds,
             None if exits is None else Guarantee(_share(exits["epsilon"]), _share(exits["delta"])),
             images={part: table["images"].integer() for part, table in data.items() if "images" in table},
             why_no_exits=of_exits["none_because"].text() if of_exits and "none_because" in of_exits else None,
             runs_on=root["runs_on"].optional(_runs_on),
+            conformal=root["conformal"].optional(lambda f: Conformal.read(f, manifest.class_names, runs)),
         )
 
     @property
@@ -102,13 +107,13 @@ class Calibrated:
         return bool(self.exits)
 
     def note(self, backend: str, device: str) -> str | None:
-        """Why the exits guarantee nothing for a backend and a device, in one line; None: they do, or it is not told."""
+        """Why thresholds guarantee nothing for a backend and a device, in one line; None: they do, or not told."""
         learned = self.runs_on
         if learned is None or (learned.backend, learned.device.split(":")[0]) == (backend, device.split(":")[0]):
             return None
         return (
-            f"the exits were learned with {learned}; they guarantee nothing for {RunsOn(backend, device)}, which "
-            "rounds otherwise; calibrate here for exits that do (mge-calibrate)"
+            f"the thresholds were learned with {learned}; they guarantee nothing for {RunsOn(backend, device)}, which "
+            "rounds otherwise; calibrate here for some that do (mge-calibrate)"
         )
 
     def exit_points(self, manifest: Manifest) -> tuple[ExitPoint, ...]:

@@ -234,15 +234,19 @@ def shortened(text: str, size: int, width: float) -> str:
 
 
 def _bars(prediction: Prediction) -> Image:
-    """The class in large letters, the top classes and the gate as bars."""
+    """The class in large letters, what was learned beside it, the top classes and the gate as bars."""
     shares: list[float] = [] if prediction.gate is None else prediction.gate.tolist()
-    width, top = _COLUMN, 44
+    title, *lines = prediction.notes() if prediction.rejected else (prediction.class_name, *prediction.notes())
+    width, top = _COLUMN, 44 + 22 * len(lines)
     canvas = Canvas.blank(width, top + 38 * len(prediction.top) + (36 + 26 * len(shares) if shares else 0))
-    canvas.text(0, 0, prediction.class_name, 26, _INK, width)
+    canvas.text(0, 0, title, 26, _INK, width)
+    for row, line in enumerate(lines):
+        canvas.text(0, 40 + 22 * row, line, 14, _MUTED, width)
+    among = 1 if prediction.set is None else len(prediction.set)
     for index, (name, probability) in enumerate(prediction.top):
         canvas.text(0, top, name, 15, _INK, width - 64)
         canvas.text(width, top, f"{probability:.1%}", 15, _INK, anchor="ra")
-        canvas.bar(0, top + 21, width, 7, probability, _INK if index == 0 else _MUTED)
+        canvas.bar(0, top + 21, width, 7, probability, _INK if index < among else _MUTED)
         top += 38
     if shares:
         canvas.text(0, top + 12, "gate: how much each expert counts", 13, _MUTED, width)

@@ -17,6 +17,7 @@ from mge_runtime.backends import Choice, Streams, choose, open_executor
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
 from mge_runtime.chain import Chain, ChainResult, Exit, ExitPolicy, ImageResult, resolve_exit
+from mge_runtime.conformal import EXITS, Judgment
 from mge_runtime.decode import MAX_PIXELS, ImageSource, load_decoders, open_image
 from mge_runtime.errors import BackendError, BundleError, InputError
 from mge_runtime.fields import JsonValue
@@ -275,7 +276,7 @@ class Pipeline:
 
     def _policy(self, exit: object) -> ExitPolicy:
         policy = resolve_exit(self.exit if exit is None else exit, self.calibrated, self.manifest)
-        if policy.exits and not self._noted:
+        if (policy.exits or self.calibrated.conformal) and not self._noted:
             self._noted = True  # once is enough
             if note := self.calibrated.note(self.choice.backend, self.choice.device):
                 logging.getLogger("mge_runtime").warning(note)
@@ -285,15 +286,19 @@ class Pipeline:
         if self.max_batch is not None and len(prepared) > self.max_batch:
             return [found for group in batches(prepared, self.max_batch) for found in self._predict(group, policy)]
         result = self._run(np.stack([item.frame for item in prepared]), policy)
-        return list(map(self._prediction, result.images(), prepared))
+        pairs = zip(result.images(), prepared, strict=True)
+        return [self._prediction(image, item, EXITS if policy.exits else image.logits) for image, item in pairs]
 
-    def _prediction(self, image: ImageResult, item: Prepared) -> Prediction:
+    def _prediction(self, image: ImageResult, item: Prepared, run: str) -> Prediction:
         manifest, tensors = self.manifest, image.tensors
         views = [view for view in manifest.views if view.logits in tensors]
         crops = [tensors[view.box] for view in views if view.box is not None]
         timings = {**item.timings_ms, **image.step_ms}
+        temperature = self.calibrated.temperatures.get(image.logits)
+        conformal, logits = self.calibrated.conformal, tensors[image.logits]
+        judgment = conformal.judge(logits, temperature or 1.0, run) if conformal else Judgment()
         return Prediction(
-            tensors[image.logits],
+            logits,
             manifest.class_names,
             expert_logits=np.stack([tensors[view.logits] for view in views]),
             gate=tensors.get(manifest.gate or ""),
@@ -302,7 +307,8 @@ class Pipeline:
             width=item.viewport.width,
             height=item.viewport.height,
             timings_ms={**timings, "total": sum(timings.values())},
-            temperature=self.calibrated.temperatures.get(image.logits),
+            temperature=temperature,
+            **judgment._asdict(),
         )
 
     def _iterate(

@@ -12,8 +12,9 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Prediction", "TopClass", "softmax"]
+__all__ = ["NONE_OF_THESE", "Prediction", "TopClass", "softmax"]
 
+NONE_OF_THESE = "none of these"  # what people read instead of a class that was rejected
 TOP = 5  # classes in `Prediction.top`
 
 
@@ -42,6 +43,12 @@ class Prediction:
     timings_ms: Mapping[str, float]
     # Of the logits, > 0, as it was learned; None: it was not, and probabilities are the model's own, as they are.
     temperature: float | None = None
+    # What `mge-calibrate` learned thresholds for; None: it did not.
+    rejected: bool | None = None  # whether the image looks like none of the classes
+    # The classes, likeliest first, among which the class is with the share that was asked for; at least one.
+    set: tuple[str, ...] | None = None
+    # The class, or what lies above it, where that is confident enough; None, too, where not even a root is.
+    coarse: TopClass | None = None
 
     @cached_property
     def top(self) -> tuple[TopClass, ...]:
@@ -77,6 +84,15 @@ class Prediction:
         """The `k` likeliest classes (all, where there are fewer), likeliest first; ties by class index."""
         return _likeliest(self.logits, self.class_names, k, self.temperature or 1.0)
 
+    def notes(self) -> list[str]:
+        """What was learned to be said beside the class, for people, a line each; nothing of a plain prediction."""
+        lines = [NONE_OF_THESE] if self.rejected else []
+        if self.coarse is not None and self.coarse.name != self.class_name:
+            lines.append(f"{self.coarse.name} {self.coarse.probability:.1%}")
+        if self.set is not None and len(self.set) > 1:
+            lines.append(f"one of {len(self.set)}: {', '.join(self.set[:TOP])}{', ...' if len(self.set) > TOP else ''}")
+        return lines
+
     def to_dict(self, *, top_k: int = TOP) -> dict[str, Any]:
         """Plain values for JSON: everything but logits and heat maps, numbers rounded for reading.
 
@@ -87,7 +103,10 @@ class Prediction:
             "class_name": self.class_name,
             "probability": round(self.probability, 6),
             "calibrated": self.calibrated,
-            "top": [{"class_name": t.name, "probability": round(t.probability, 6)} for t in self.top_k(top_k)],
+            "rejected": self.rejected,
+            "set": None if self.set is None else list(self.set),
+            "coarse": None if self.coarse is None else _plain(self.coarse),
+            "top": [_plain(likely) for likely in self.top_k(top_k)],
             "experts_used": self.experts_used,
             "experts": [self._expert(k) for k in range(self.experts_used)],
             "gate": None if self.gate is None else [round(float(share), 6) for share in self.gate],
@@ -98,8 +117,11 @@ class Prediction:
         }
 
     def _expert(self, k: int) -> dict[str, Any]:
-        best = _likeliest(self.expert_logits[k], self.class_names, 1)[0]
-        return {"class_name": best.name, "probability": round(best.probability, 6)}
+        return _plain(_likeliest(self.expert_logits[k], self.class_names, 1)[0])
+
+
+def _plain(likely: TopClass) -> dict[str, Any]:
+    return {"class_name": likely.name, "probability": round(likely.probability, 6)}
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:

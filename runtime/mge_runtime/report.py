@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
 from mge_runtime.errors import InputError, OutputError, one_line, printable
 from mge_runtime.files import atomic_path, echo
+from mge_runtime.prediction import NONE_OF_THESE
 from mge_runtime.sources import SAVED_SUFFIX, NamedImage
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class Lines:
             echo(json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))}))
         elif self._form == "line":
             widest = min(max(map(len, prediction.class_names)), 40)  # the columns line up from line to line
-            echo(printable(f"{prediction.probability:6.1%}  {prediction.class_name:<{widest}}  {image}"))
+            name, share = prediction.class_name, f"{prediction.probability:.1%}"
+            name, share = (NONE_OF_THESE, "-") if prediction.rejected else (name, share)
+            echo(printable(f"{share:>6}  {name:<{widest}}  {image}"))
         else:
             echo("\n".join(map(printable, self._block(image, prediction, saved))))
 
@@ -56,6 +59,7 @@ class Lines:
 
     def _block(self, image: str, prediction: Prediction, saved: Path | None) -> list[str]:
         lines = [image, *(f"  {probability:6.1%}  {name}" for name, probability in prediction.top_k(self._top_k))]
+        lines[1:1] = [f"  {line}" for line in prediction.notes()]
         for k, (x0, y0, x1, y1) in enumerate(prediction.boxes.tolist()):
             share = "" if prediction.gate is None else f"counts {float(prediction.gate[k]):4.0%}, "
             lines.append(f"  expert {k + 1}  {share}saw x {x0:.0f} to {x1:.0f}, y {y0:.0f} to {y1:.0f}")
@@ -82,13 +86,14 @@ class CsvTable:
     formula here, and a spreadsheet has to be told so ("import as text"). A terminal gets what it can show.
     """
 
-    def __init__(self, stream: TextIO | _Stdout, experts: int, top_k: int) -> None:
+    def __init__(self, stream: TextIO | _Stdout, experts: int, top_k: int, judged: bool) -> None:
         self._text = printable if stream.isatty() else str
         self._writer = csv.writer(stream, lineterminator="\n")
-        self._experts, self._top_k = experts, top_k
+        self._experts, self._top_k, self._judged = experts, top_k, judged
         numbers = range(1, experts + 1)
         header = ["image", "class_index", "class_name", "probability"]
         header += [f"{field}_{rank}" for rank in range(2, top_k + 1) for field in ("class_name", "probability")]
+        header += ["rejected", "set", "coarse"] if judged else []
         header += ["calibrated", "experts_used", *(f"gate_{k}" for k in numbers)]
         header += [f"box_{k}_{edge}" for k in numbers for edge in ("x0", "y0", "x1", "y1")]
         self._columns = [*header, "width", "height", "total_ms", "error"]
@@ -99,6 +104,9 @@ class CsvTable:
         values = prediction.to_dict(top_k=self._top_k)
         row = [image, values["class_index"], values["class_name"], values["probability"]]
         row += [top[field] for top in values["top"][1:] for field in ("class_name", "probability")]
+        if self._judged:
+            row += ["" if prediction.rejected is None else "yes" if prediction.rejected else "no"]
+            row += ["|".join(prediction.set or ()), prediction.coarse.name if prediction.coarse else ""]
         row += ["yes" if prediction.calibrated else "no"]
         row += [prediction.experts_used, *(values["gate"] or [""] * self._experts)]
         row += [edge for box in values["boxes"] for edge in box]
@@ -138,20 +146,22 @@ def is_stdout(path: Path | None) -> bool:
 
 
 @contextmanager
-def csv_table(path: Path, experts: int, top_k: int) -> Generator[CsvTable]:
+def csv_table(path: Path, experts: int, top_k: int, judged: bool = False) -> Generator[CsvTable]:
     """Open a CSV file that appears whole at the end of the block, or not at all; "-" prints row by row.
+
+    `judged` adds what rejects, the set (its classes with "|" between them) and the coarser class.
 
     Raises:
         OutputError: the place cannot be written; said before anything is computed.
     """
     if is_stdout(path):
-        yield CsvTable(_Stdout(), experts, top_k)
+        yield CsvTable(_Stdout(), experts, top_k, judged)
     else:
         with (
             atomic_path(path) as temporary,
             temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream,
         ):
-            yield CsvTable(stream, experts, top_k)
+            yield CsvTable(stream, experts, top_k, judged)
 
 
 class ImageFolder:

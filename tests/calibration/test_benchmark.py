@@ -1,4 +1,4 @@
-"""benchmarks/calibration.py on the tiny chain."""
+"""benchmarks/calibration.py and rejection.py on the tiny chain."""
 
 import re
 import shutil
@@ -6,7 +6,9 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import rejection
 from benchmarks.calibration import main
+from tests.helpers.commands import succeeds
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +42,15 @@ def test_halves_of_a_folder_are_counted(tiny_path, parts):
 def test_one_of_both_is_asked_for(tiny_path, parts):
     done = CliRunner().invoke(main, [str(tiny_path), "--data", str(parts[0]), "--exit-data", str(parts[1])])
     assert done.exit_code == 2
+
+
+def test_rejection_is_judged_on_the_other_half(tiny_path, parts, labeled, tmp_path):
+    """With 60 images the 12th score is the threshold at 30 %, so of new ones 12 in 61 fail."""
+    table = tmp_path / "labels.csv"
+    table.write_text("label,parent\n" + "".join(f"bird {k},bird\n" for k in range(5)))
+    options = ("--data", parts[0], "--test-data", labeled, "--unknown", parts[1], "--hierarchy", table)
+    done = succeeds(rejection.main, tiny_path, *options, "--epsilon", 0.3, "--share", 0.3, "--splits", 200)
+    shares = re.findall(r"(\w+): rejection +60 \+ 60 images: fail ([\d.]+) %", done.output)
+    assert len(shares) >= 3
+    for _, share in shares:
+        assert float(share) == pytest.approx(100 * 12 / 61, abs=1.5)

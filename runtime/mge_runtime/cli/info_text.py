@@ -163,6 +163,8 @@ def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[
     images = {key: f" (from {count} images)" for key, count in calibrated.images.items()}
     temperatures = ", ".join(f"{name} {value:.4g}" for name, value in calibrated.temperatures.items())
     yield f"temperatures: {temperatures}{images.get('temperatures', '')}"
+    if calibrated.conformal:
+        yield f"{calibrated.conformal}{images.get('conformal', '')}"
     if not calibrated.has_exits or (guarantee := calibrated.guarantee) is None:
         yield f"no early exits: {calibrated.why_no_exits or 'none were learned'}"
         return

@@ -143,7 +143,8 @@ def main(
         top_k = min(top_k or _TOP, len(manifest.class_names))
         outputs: list[Lines | CsvTable] = [] if csv_printed else [Lines("json" if as_json else text, top_k)]
         if csv_path:
-            outputs.append(stack.enter_context(csv_table(csv_path, len(manifest.views), top_k)))
+            judged = pipeline.calibrated.conformal is not None
+            outputs.append(stack.enter_context(csv_table(csv_path, len(manifest.views), top_k, judged)))
         for output in outputs:
             for name, problem in problems:
                 output.add_error(name, problem)
