@@ -63,7 +63,8 @@ def main(
             frames = noise(chain, batch)
             ways: dict[str, Callable[[], object]] = {"chain": lambda frames=frames: chain.run(frames)}
             if second is not None and other is not None:
-                ways[other.name] = lambda frames=noise(second, batch): second.run(frames)
+                others = noise(second, batch)
+                ways[other.name] = lambda others=others: second.run(others)
             if ckpt is not None:
                 ways |= checkpoint_ways(ckpt, chain, frames, threads, pytorch)
             show(batch, time_rounds(ways, rounds))

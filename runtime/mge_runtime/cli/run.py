@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mge_runtime.cli.common import (
+    Number,
     at_most_cpus,
     backend_option,
     batch_option,
@@ -19,6 +20,7 @@ from mge_runtime.cli.common import (
     max_pixels_option,
     no_mmap_option,
     note,
+    options_given,
     report,
     reports_errors,
     threads_option,
@@ -40,6 +42,18 @@ _MANY = 8  # images; from here on several are predicted at once, and a terminal 
 @click.option(
     "--engine", default="mge.plan", show_default=True, help="The bundle to predict with: a file, or hf://owner/name."
 )
+@click.option(
+    "--video",
+    metavar="SOURCE",
+    help="Instead of IMAGES: a video file, the number of a camera (0) or a stream (rtsp://, http:// with MJPEG), whose "
+    "newest frame is predicted. Needs the extra video.",
+)
+@click.option(
+    "--smooth",
+    type=Number(0, min_open=True),
+    metavar="SECONDS",
+    help="With --video: average over time; a frame counts half after so long.",
+)
 @max_pixels_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
 @click.option(
@@ -52,9 +66,9 @@ _MANY = 8  # images; from here on several are predicted at once, and a terminal 
 @click.option(
     "--save",
     "save_to",
-    metavar="DIR",
+    metavar="DIR|FILE.mp4",
     type=click.Path(path_type=Path),
-    help="Also draw each prediction: boxes and heat maps on the image, classes, gate.",
+    help="Also draw each prediction: boxes and heat maps on the image, classes, gate. With --video: an MP4 file.",
 )
 @click.option(
     "--top-k",
@@ -79,6 +93,8 @@ _MANY = 8  # images; from here on several are predicted at once, and a terminal 
 def main(
     images: tuple[str, ...],
     files_from: str | None,
+    video: str | None,
+    smooth: float | None,
     max_pixels: int,
     engine: str,
     as_json: bool,
@@ -99,8 +115,14 @@ def main(
     An image that cannot be read is reported and passed over; the exit code is 1 then, as it is after Ctrl-C or SIGTERM.
     Files appear whole or not at all: what is printed or drawn stays after an interrupt, a CSV file does not.
     """
+    if video is not None:
+        _video(video, smooth, save_to, top_k or _TOP, as_json=as_json, engine=engine, device=device, backend=backend,
+               threads=threads, exit_at=exit_at, no_mmap=no_mmap, max_pixels=max_pixels)  # fmt: skip
+        return
+    if smooth is not None:
+        raise click.UsageError("--smooth averages over the frames of --video SOURCE; name one")
     if not images and files_from is None:
-        raise click.UsageError("name images, or a list of them with --files-from")
+        raise click.UsageError("name images, a list of them with --files-from, or a --video")
     if ("-" in images) + ("@-" in images) + (files_from == "-") > 1:
         raise click.UsageError("standard input holds one image (-) or one list of them (--files-from -); name one")
     with ExitStack() as stack:
@@ -176,6 +198,40 @@ def main(
     if failed:
         if len(found) > 1:
             click.echo(f"{failed} of {len(found) + len(problems)} could not be read", err=True)
+        raise SystemExit(1)
+
+
+def _video(
+    source: str,
+    smooth: float | None,
+    save_to: Path | None,
+    top_k: int,
+    *,
+    as_json: bool,
+    engine: str,
+    device: str,
+    backend: str,
+    threads: int | None,
+    exit_at: Exit,
+    no_mmap: bool,
+    max_pixels: int,
+) -> None:
+    if unused := options_given("images", "files_from", "csv_path", "batch", "streams"):
+        raise click.UsageError(f"--video reads frames one after the other and cannot use {', '.join(unused)}")
+    if save_to is not None and save_to.suffix.lower() != ".mp4":
+        raise click.UsageError(f"--save {save_to}: with --video expected a file that ends with .mp4")
+    with interruptible("the run", "nothing was predicted", MGEError) as interrupt:
+        from mge_runtime.cli.video import run_video
+        from mge_runtime.pipeline import Pipeline
+
+        with Pipeline.open(engine, device, backend, threads, exit=exit_at, mmap=not no_mmap) as pipeline:
+            if pipeline.calibrated.exits and not options_given("exit_at"):
+                pipeline.exit = "calibrated"  # the next frame is waiting
+            interrupt.consequence = "what was printed stays"
+            whole = run_video(
+                pipeline, source, as_json=as_json, top_k=top_k, save=save_to, half_life=smooth, max_pixels=max_pixels
+            )
+    if not whole:
         raise SystemExit(1)
 
 
