@@ -267,7 +267,7 @@ def test_lists_bounds_and_what_is_passed_over():
     assert run("--files-from", "-", input=Path("list.txt").read_bytes()).stdout == run("@list.txt").stdout
     assert "note: passed over 2 files: 1 a pipe, socket or device, 1 with another suffix\n" in run("in", code=0).stderr
     assert "expected at most 1e-05 megapixels" in run("in/1.png", "--max-pixels", 10, code=1).stderr
-    assert "name images, or a list of them" in run(code=2).stderr
+    assert "name images, a list of them with --files-from" in run(code=2).stderr
 
 
 def test_nothing_to_predict():
