@@ -94,7 +94,7 @@ def learn(
     parents = read_parents(wanted.hierarchy, manifest.class_names) if wanted.hierarchy else None
     unknowns = list_unknown(wanted.unknown) if wanted.unknown else []
     chosen = choose_images(request.data, request.exit_data, manifest, say)
-    most = (len(chosen.fitting) if chosen.testing is None else len(chosen.testing)) // 2
+    most = len(chosen.fitting) // 3 if chosen.testing is None else len(chosen.testing) // 2  # as they are split below
     require_enough(wanted, most, guarantee.delta)  # before they are run; fewer may be readable
     opened = Pipeline.open(
         request.bundle,
@@ -117,6 +117,10 @@ def learn(
             )
         tested = run(chosen.testing) if chosen.testing else None
         unknown = run(unknowns) if unknowns else None
+    if unknown is not None and not len(unknown):
+        raise InputError(
+            f"none of the {len(unknowns)} images in {wanted.unknown} can be read; expected some of no class"
+        )
     unreadable = sum(part.unreadable for part in (fitted, tested, unknown) if part)
     if tested is None and (len(gmacs) > 1 or wanted.smallest):
         parts = fitted.split(chosen.known, request.seed)

@@ -78,9 +78,9 @@ _REJECT, _COVERAGE = 0.05, 0.95
 )
 @click.option(
     "--coverage",
-    type=SHARE,
-    help="Learn sets of classes that hold the right one for this share of images.  "
-    f"[default with --hierarchy: {_COVERAGE}]",
+    type=Number(1e-6, 1 - 1e-6),
+    help="Learn sets of classes that hold the right one for this share of images; with --hierarchy "
+    f"also the share of coarser classes.  [default of that: {_COVERAGE}]",
 )
 @click.option(
     "--hierarchy",
@@ -158,7 +158,7 @@ def main(
         conformal = ConformalRequest(
             reject or (_REJECT if reject_data else None),
             sets=missed,
-            coarse=(missed or round(1 - _COVERAGE, 12)) if hierarchy else None,
+            coarse=(round(1 - _COVERAGE, 12) if missed is None else missed) if hierarchy else None,
             hierarchy=hierarchy,
             unknown=reject_data,
         )

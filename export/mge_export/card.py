@@ -165,7 +165,7 @@ def write_hub_folder(path: Path, folder: Path) -> list[Path]:
             raise OutputError(f"cannot make the folder {folder}: {error.strerror}; name another for --hf") from error
         readme, plan, labels = (folder / name for name in ("README.md", "mge.plan", LABELS))
         with atomic_path(readme) as temporary:
-            temporary.write_text(card, encoding="utf-8")
+            temporary.write_text(card.replace(path.name, plan.name), encoding="utf-8")  # in its commands
         with atomic_path(plan) as temporary:
             shutil.copyfile(bundle.path, temporary)
         write_labels(labels, names)

@@ -110,7 +110,7 @@ class Batcher:
             _fail(future, error.with_traceback(None) if isinstance(error, InputError) else error)
         with self._changed:
             self._decoding -= 1
-            if image is not None:
+            if image is not None and not future.cancelled():
                 self._ready.append(_Ready(image, future, time.monotonic()))
             self._changed.notify_all()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -25,8 +25,12 @@ from mge_runtime.batching import Batcher
 from mge_runtime.errors import InputError, MGEError, brief, one_line
 from mge_runtime.report import json_record
 
+if TYPE_CHECKING:
+    from mge_runtime.decode import ImageSource
+
 __all__ = ["Limits", "Service"]
 
+_GRAY = np.full((64, 64, 3), 128, np.uint8)  # an image for runs that nobody asked for
 _LONGEST_NAME = 150  # characters of a file's name that are repeated in JSON
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # bounds of the latencies' histogram
 _BODY = {
@@ -185,9 +189,12 @@ class Service:
             self._metrics.seconds.observe(time.monotonic() - start)
 
     async def health(self) -> JSONResponse:
-        """Whether predictions are made; 503 until the first bundle is warm, and when the last run failed."""
+        """Whether predictions are made; 503 until the first bundle is warm, and when runs of the chain fail."""
         if self._batcher is None:
             return JSONResponse({"status": "opening the bundle"}, 503)
+        if self._fault is not None:
+            with suppress(Exception):  # who asks may send nothing to a service that fails, so this makes the next run
+                await self._found([_GRAY])
         if self._fault is not None:
             return JSONResponse({"status": "failing", "error": self._fault}, 503)
         pipeline = self._batcher.pipeline
@@ -205,10 +212,9 @@ class Service:
     def _open(self) -> Batcher:
         """Open the bundle and predict a gray image, alone and in a full batch: the first runs take longest."""
         batcher = self._open_batcher(self._metrics.batches.observe)
-        gray = np.full((64, 64, 3), 128, np.uint8)
         try:
             for count in sorted({1, batcher.batch}):
-                batcher.pipeline.predict_batch([gray] * count)
+                batcher.pipeline.predict_batch([_GRAY] * count)
         except BaseException:
             batcher.close()
             raise
@@ -266,7 +272,7 @@ class Service:
                 raise self._too_large("more")
             yield chunk
 
-    async def _found(self, uploads: list[_Upload]) -> list[Any]:
+    async def _found(self, uploads: Sequence[ImageSource]) -> list[Any]:
         """A prediction or an `InputError` for each image."""
         batcher = self._ready()  # closed by no swap before the next await
         futures = [asyncio.wrap_future(batcher.submit(upload)) for upload in uploads]
@@ -276,13 +282,16 @@ class Service:
             line = f"no prediction within {self._limits.seconds:g} s; try again, or send fewer images"
             raise self._refusal("time", 504, line) from None
         for error in found:
-            if isinstance(error, MGEError) and not isinstance(error, InputError):
-                self._fault = one_line(error)
-                self._say(f"error: {self._fault}")
-                raise HTTPException(500, self._fault) from error
-            if isinstance(error, BaseException) and not isinstance(error, InputError):
-                raise error  # a defect, which shows its traceback
-        if not all(isinstance(one, InputError) for one in found):
+            if not isinstance(error, BaseException) or isinstance(error, InputError):
+                continue
+            fault = one_line(error) if isinstance(error, MGEError) else brief(error)
+            if batcher is self._batcher:  # else a new bundle has taken over
+                self._fault = fault
+            self._say(f"error: {fault}")
+            if isinstance(error, MGEError):
+                raise HTTPException(500, fault) from error
+            raise error  # a defect, which shows its traceback
+        if batcher is self._batcher and not all(isinstance(one, InputError) for one in found):
             self._fault = None
         return found
 

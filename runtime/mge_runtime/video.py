@@ -32,8 +32,10 @@ SILENCE = 10.0  # seconds without a byte, after which a source has failed
 PATIENCE = 60.0  # seconds without a frame, for which a live source is connected to again
 DAMAGED = 100  # frames in a row that cannot be decoded, after which a source has failed
 _WAITS = (0.5, 1, 2, 4, 8)  # seconds before it is connected to again; then the last of them
-# A file may be a playlist that names others, and a stream may redirect: neither leads anywhere but where it came from.
-_FILE, _NETWORK = "file", "rtsp,rtsps,rtp,http,https,tcp,tls,udp,crypto"
+# A file must lead to no other and to no host, so it may not be one of the playlists that FFmpeg knows; nor a stream to
+# a file.
+_CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,mxf,nut,ivf,gif,h264,hevc,m4v,mjpeg,mpjpeg"
+_NETWORK = "rtsp,rtsps,rtp,http,https,tcp,tls,udp,crypto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +127,7 @@ class Video:
         """The thread: whatever ends it reaches who waits for frames."""
         try:
             self._read_on()
+            self._container.close()
         except BaseException as error:
             with self._changed:
                 self._failure = error
@@ -166,12 +169,14 @@ class Video:
                 break
 
     def _open(self) -> Any:
-        name, options, form = self._source, {"protocol_whitelist": _FILE}, None
+        name, form = self._source, None
+        options = {"max_pixels": str(self._max_pixels)}  # FFmpeg allocates nothing larger
         if name.isdecimal():
             name, form = f"/dev/video{name}", "video4linux2"
         elif self.live:
-            options = {"protocol_whitelist": _NETWORK}
+            options["protocol_whitelist"] = _NETWORK
         else:
+            options |= {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
             name = f"file:{os.path.abspath(name)}"  # noqa: PTH100 - Path would fold names that the system knows apart
         try:
             container = self._av.open(name, format=form, options=options, timeout=(SILENCE, SILENCE))
@@ -185,7 +190,12 @@ class Video:
             raise InputError(f"{self._source} has no video in it; expected a video file, a camera or a stream")
         stream = container.streams.video[0]
         stream.thread_type = "NONE" if self.live else "AUTO"  # frame threads hold frames back
-        self._check(stream.codec_context.width or 0, stream.codec_context.height or 0)
+        stream.codec_context.options = {"max_pixels": str(self._max_pixels)}
+        try:
+            self._check(stream.codec_context.width or 0, stream.codec_context.height or 0)
+        except InputError:
+            container.close()
+            raise
         return container
 
     def _check(self, width: int, height: int) -> None:
@@ -202,8 +212,7 @@ class Video:
         packets = self._container.demux(stream)
         while True:
             try:
-                packet = next(packets)
-                decoded = packet.decode()
+                decoded = next(packets).decode()
             except (StopIteration, errors.EOFError):
                 if not self.read and not self.live:
                     raise InputError(f"{self._source} has no frame that can be decoded; expected a video") from None
@@ -211,10 +220,14 @@ class Video:
             except errors.InvalidDataError as error:
                 self.damaged, bad = self.damaged + 1, bad + 1
                 if bad < DAMAGED:
+                    packets = self._container.demux(stream)  # a generator that raised has ended
                     continue
                 raise InputError(f"{self._source} is damaged: {DAMAGED} frames in a row cannot be decoded") from error
             except (errors.FFmpegError, OSError) as error:
-                raise InputError(f"cannot read {self._source} any further: {brief(error)}") from error
+                raise InputError(
+                    f"cannot read {self._source} any further: {brief(error)}; expected whole frames of at most "
+                    f"{self._max_pixels} pixels (--max-pixels)"
+                ) from error
             for picture in decoded:
                 bad = 0
                 yield self._frame(picture)
@@ -223,7 +236,9 @@ class Video:
         self._check(picture.width, picture.height)
         # FFmpeg says by how many degrees to turn the frame counterclockwise.
         image = np.ascontiguousarray(np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90) % 4))
-        clock = time.monotonic() if self.live else float(picture.time or 0)
+        rate = self._container.streams.video[0].average_rate or 25
+        clock = float(self.read / rate if picture.time is None else picture.time)
+        clock = time.monotonic() if self.live else clock
         if self._started is None:
             self._started = clock
         self.read += 1
@@ -268,6 +283,7 @@ class VideoWriter:
         self._container = container
         self._stream: Any = None
         self._last = -1
+        self.frames = 0
 
     def add(self, image: NDArray[np.uint8], seconds: float) -> None:
         """Append a frame, uint8 RGB [H, W, 3]; all are scaled to the first one's size, made even."""
@@ -279,7 +295,7 @@ class VideoWriter:
             self._stream.width, self._stream.height = (max(side // 2 * 2, 2) for side in (frame.width, frame.height))
             self._stream.pix_fmt = "yuv420p"
             self._stream.codec_context.time_base = Fraction(1, 1000)
-        self._last = max(round(seconds * 1000), self._last + 1)
+        self._last, self.frames = max(round(seconds * 1000), self._last + 1), self.frames + 1
         scaled = frame.reformat(width=self._stream.width, height=self._stream.height, format="yuv420p")
         scaled.pts, scaled.time_base = self._last, Fraction(1, 1000)
         self._container.mux(self._stream.encode(scaled))
@@ -305,5 +321,7 @@ def video_writer(path: Path) -> Generator[VideoWriter]:
                 writer = VideoWriter(container)
                 yield writer
                 writer.finish()
-        except (av.error.FFmpegError, OSError) as error:
+        except av.error.FFmpegError as error:
             raise OutputError(f"cannot write {path}: {brief(error)}; name another place for --save") from error
+        if not writer.frames:
+            raise OutputError(f"{path} is not written: there was no frame to draw")

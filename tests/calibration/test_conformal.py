@@ -214,7 +214,7 @@ def test_nothing_changes_unless_it_is_asked_for(copy, labeled):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reject", "0.01"], "90 images are left to set rejection, .* a share of 0.01 and delta 0.05 need 299"),
+        (["--reject", "0.01"], "60 images are left to set rejection, .* a share of 0.01 and delta 0.05 need 299"),
         (["--coverage", "0.955"], "60 images are left to set rejection, .* a share of 0.045 and delta 0.05 need 66"),
         (["--reject-data", "nowhere"], "no folder nowhere; expected a folder of images of no class"),
         (["--reject-data", "."], "no image in the folder"),

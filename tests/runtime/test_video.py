@@ -206,13 +206,28 @@ def test_what_is_no_video_is_refused_in_one_line(tmp_path, name, content, messag
         list(Video(str(tmp_path / name)))
 
 
+def test_a_file_leads_to_no_other(tmp_path):
+    write_video(tmp_path / "other.mp4")
+    (tmp_path / "clip.mp4").write_text("ffconcat version 1.0\nfile other.mp4\n")
+    with pytest.raises(InputError, match="cannot open the video"):
+        Video(str(tmp_path / "clip.mp4"))
+
+
+def test_what_was_drawn_before_stays_where_there_is_no_frame(tmp_path, bundle_path):
+    path = write_video(tmp_path / "a.ts")
+    path.write_bytes(path.read_bytes()[:400])
+    (tmp_path / "o.mp4").write_bytes(b"kept")
+    fails(main, "--engine", bundle_path, "--video", path, "--save", tmp_path / "o.mp4")
+    assert (tmp_path / "o.mp4").read_bytes() == b"kept"
+
+
 def test_frames_beyond_the_limit_are_refused(tmp_path):
     path = write_video(tmp_path / "a.mp4")
     with pytest.raises(InputError, match="64 x 48 pixels; expected at most 1000 pixels"):
         Video(str(path), max_pixels=1000)
     with (
         camera(lambda: endless(size=(640, 480))) as address,
-        pytest.raises(InputError, match="640 x 480 pixels; expected at most"),
+        pytest.raises(InputError, match="expected whole frames of at most 10000 pixels"),
         Video(address, max_pixels=10_000, patience=1) as source,
     ):
         list(source)

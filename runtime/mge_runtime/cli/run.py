@@ -227,9 +227,15 @@ def _video(
         with Pipeline.open(engine, device, backend, threads, exit=exit_at, mmap=not no_mmap) as pipeline:
             if pipeline.calibrated.exits and not options_given("exit_at"):
                 pipeline.exit = "calibrated"  # the next frame is waiting
-            interrupt.consequence = "what was printed stays"
             whole = run_video(
-                pipeline, source, as_json=as_json, top_k=top_k, save=save_to, half_life=smooth, max_pixels=max_pixels
+                pipeline,
+                source,
+                as_json=as_json,
+                top_k=top_k,
+                save=save_to,
+                half_life=smooth,
+                max_pixels=max_pixels,
+                interrupt=interrupt,
             )
     if not whole:
         raise SystemExit(1)

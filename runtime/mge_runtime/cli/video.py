@@ -14,12 +14,12 @@ from mge_runtime.cli.common import note
 from mge_runtime.draw import Canvas, draw_boxes
 from mge_runtime.errors import InputError, printable
 from mge_runtime.files import echo
-from mge_runtime.interrupt import Interrupt
 from mge_runtime.prediction import NONE_OF_THESE
 from mge_runtime.report import json_record
 from mge_runtime.video import Smoother, Video, video_writer
 
 if TYPE_CHECKING:
+    from mge_runtime.interrupt import Interrupt
     from mge_runtime.pipeline import Pipeline
     from mge_runtime.prediction import Prediction
     from mge_runtime.video import Frame
@@ -38,6 +38,7 @@ def run_video(
     save: Path | None,
     half_life: float | None,
     max_pixels: int,
+    interrupt: Interrupt,
 ) -> bool:
     """Predict frame after frame until the source ends or a signal comes; returns whether it was to the end.
 
@@ -51,7 +52,6 @@ def run_video(
     done = 0
     failure: InputError | None = None
     with ExitStack() as stack:
-        interrupt = stack.enter_context(Interrupt())
         video = stack.enter_context(Video(source, max_pixels=max_pixels))
         writer = stack.enter_context(video_writer(save)) if save else None
         try:
@@ -68,6 +68,8 @@ def run_video(
             if not interrupt.requested:
                 raise
         except InputError as error:
+            if not done:
+                raise
             failure = error  # what was drawn until now stays
     note(
         f"{done} frames predicted of {video.read} read; {video.dropped} dropped for newer ones, {video.damaged} "
