@@ -22,8 +22,8 @@ def fit_average(gate: Average, logits: Tensor, labels: Tensor) -> None:
 
     A weight and a temperature for each expert are one number in a sum of logits, sum_k (w_k / T_k) logits_k: these K
     coefficients are learned, their sum is the scale. The plain average, each expert alone and blends of the two are
-    tried, too, each with a scale of its own, and what names most images right is taken, of equal ones the likeliest: on these images
-    the result is never less accurate than any of them.
+    tried, too, each with a scale of its own, and what names most images right is taken, of equal ones the likeliest: on
+    these images the result is never less accurate than any of them.
 
     Args:
         gate: changed in place.
