@@ -286,6 +286,7 @@ def test_a_signal_ends_a_camera_with_a_whole_file(tmp_path, bundle_path):
     [
         (["a.png", "--video", "0"], "cannot use images"),
         (["--video", "0", "--save", "folder"], "a file that ends with .mp4"),
+        (["--video", "0", "--top-k", "3"], "cannot use --top-k; add --json"),
         (["--smooth", "1", "a.png"], "--smooth averages over the frames"),
     ],
 )

@@ -218,6 +218,8 @@ def _video(
 ) -> None:
     if unused := options_given("images", "files_from", "csv_path", "batch", "streams"):
         raise click.UsageError(f"--video reads frames one after the other and cannot use {', '.join(unused)}")
+    if not as_json and options_given("top_k"):
+        raise click.UsageError("--video prints one class a line and cannot use --top-k; add --json")
     if save_to is not None and save_to.suffix.lower() != ".mp4":
         raise click.UsageError(f"--save {save_to}: with --video expected a file that ends with .mp4")
     with interruptible("the run", "nothing was predicted", MGEError) as interrupt:
