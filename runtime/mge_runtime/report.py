@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from mge_runtime.decode import ImageSource
     from mge_runtime.prediction import Prediction
 
-__all__ = ["CsvTable", "Form", "ImageFolder", "Lines", "csv_table", "image_folder", "is_stdout", "json_record"]
+__all__ = [
+    "CsvTable",
+    "Form",
+    "ImageFolder",
+    "Lines",
+    "csv_table",
+    "headline",
+    "image_folder",
+    "is_stdout",
+    "json_record",
+]
 
 Form: TypeAlias = Literal["line", "block", "json"]  # what is printed of an image
 
@@ -46,8 +56,7 @@ class Lines:
             echo(json.dumps(record if saved is None else {**record, "saved": _unicode(str(saved))}))
         elif self._form == "line":
             widest = min(max(map(len, prediction.class_names)), 40)  # the columns line up from line to line
-            name, share = prediction.class_name, f"{prediction.probability:.1%}"
-            name, share = (NONE_OF_THESE, "-") if prediction.rejected else (name, share)
+            name, share = headline(prediction)
             echo(printable(f"{share:>6}  {name:<{widest}}  {image}"))
         else:
             echo("\n".join(map(printable, self._block(image, prediction, saved))))
@@ -66,6 +75,11 @@ class Lines:
         lines[-1] += f" of {prediction.width} x {prediction.height} pixels"
         lines.append(f"  {prediction.timings_ms['total']:.0f} ms")
         return lines if saved is None else [*lines, f"  drawn: {saved}"]
+
+
+def headline(prediction: Prediction) -> tuple[str, str]:
+    """The class and its probability in few characters; of what is rejected, that."""
+    return (NONE_OF_THESE, "-") if prediction.rejected else (prediction.class_name, f"{prediction.probability:.1%}")
 
 
 def json_record(image: str, found: Prediction | InputError, top_k: int) -> dict[str, Any]:

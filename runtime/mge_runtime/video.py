@@ -75,7 +75,7 @@ class Video:
         self.reconnected = 0
         self._source, self._max_pixels, self._patience = source, max_pixels, patience
         self._av: Any = import_library("av", install_extra("video"))
-        self._av.logging.set_level(None)  # FFmpeg's own remarks; what matters is raised
+        self._av.logging.set_level(None)  # nothing of FFmpeg's on standard error; what matters is raised
         self._container = self._open()
         self._changed = threading.Condition()
         self._newest: Frame | None = None
@@ -228,16 +228,16 @@ class Video:
                     f"cannot read {self._source} any further: {brief(error)}; expected whole frames of at most "
                     f"{self._max_pixels} pixels (--max-pixels)"
                 ) from error
-            for picture in decoded:
+            for raw in decoded:
                 bad = 0
-                yield self._frame(picture)
+                yield self._frame(raw)
 
-    def _frame(self, picture: Any) -> Frame:
-        self._check(picture.width, picture.height)
+    def _frame(self, raw: Any) -> Frame:
+        self._check(raw.width, raw.height)
         # FFmpeg says by how many degrees to turn the frame counterclockwise.
-        image = np.ascontiguousarray(np.rot90(picture.to_ndarray(format="rgb24"), round(picture.rotation / 90) % 4))
+        image = np.ascontiguousarray(np.rot90(raw.to_ndarray(format="rgb24"), round(raw.rotation / 90) % 4))
         rate = self._container.streams.video[0].average_rate or 25
-        clock = float(self.read / rate if picture.time is None else picture.time)
+        clock = float(self.read / rate if raw.time is None else raw.time)
         clock = time.monotonic() if self.live else clock
         if self._started is None:
             self._started = clock

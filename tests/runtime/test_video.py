@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-c", "from mge_runtime.cli.run import main; main(pro
 GRAY = range(20, 220, 20)  # of the frames, in their order
 
 
-def picture(gray, size=(64, 48)):
+def shaded(gray, size=(64, 48)):
     """A gray frame that is darker to the right, so that a rotation shows."""
     row = np.linspace(1, 0.5, size[0])[None, :, None]
     return np.broadcast_to((gray * row).astype(np.uint8), (size[1], size[0], 3))
@@ -39,7 +39,7 @@ def write_video(path, *, rate=10, rotation=0, size=(64, 48)):
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for gray in GRAY:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture(gray, size)))))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(shaded(gray, size)))))
         container.mux(stream.encode())
     if rotation:  # a phone notes it in the track's matrix, which no PyAV writes: 90 degrees clockwise
         content = bytearray(path.read_bytes())
@@ -54,7 +54,7 @@ def write_video(path, *, rate=10, rotation=0, size=(64, 48)):
 
 def jpeg(gray, size=(64, 48)):
     file = io.BytesIO()
-    Image.fromarray(picture(gray, size)).save(file, "JPEG")
+    Image.fromarray(shaded(gray, size)).save(file, "JPEG")
     return file.getvalue()
 
 
@@ -116,14 +116,14 @@ def test_every_frame_of_a_file_comes_once_with_its_time(tmp_path):
     np.testing.assert_allclose([frame.seconds for frame in frames], np.arange(len(GRAY)) / 10, atol=1e-3)
     for frame, gray in zip(frames, GRAY, strict=True):
         assert frame.image.shape == (48, 64, 3)
-        assert np.abs(frame.image.astype(int) - picture(gray)).mean() < 6
+        assert np.abs(frame.image.astype(int) - shaded(gray)).mean() < 6
     assert (source.read, source.dropped, source.damaged) == (len(GRAY), 0, 0)
 
 
 def test_the_rotation_of_a_phone_is_applied(tmp_path):
     with Video(str(write_video(tmp_path / "a.mp4", rotation=90))) as source:
         frame = list(source)[-1]
-    upright = np.rot90(picture(GRAY[-1]), -1)  # clockwise
+    upright = np.rot90(shaded(GRAY[-1]), -1)  # clockwise
     assert frame.image.shape == upright.shape
     assert np.abs(frame.image.astype(int) - upright).mean() < 6
 

@@ -226,7 +226,8 @@ def _video(
         from mge_runtime.cli.video import run_video
         from mge_runtime.pipeline import Pipeline
 
-        with Pipeline.open(engine, device, backend, threads, exit=exit_at, mmap=not no_mmap) as pipeline:
+        opened = Pipeline.open(engine, device, backend, threads, exit=exit_at, mmap=not no_mmap, max_pixels=max_pixels)
+        with opened as pipeline:
             if pipeline.calibrated.exits and not options_given("exit_at"):
                 pipeline.exit = "calibrated"  # the next frame is waiting
             whole = run_video(

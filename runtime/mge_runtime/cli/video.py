@@ -14,8 +14,7 @@ from mge_runtime.cli.common import note
 from mge_runtime.draw import Canvas, draw_boxes
 from mge_runtime.errors import InputError, printable
 from mge_runtime.files import echo
-from mge_runtime.prediction import NONE_OF_THESE
-from mge_runtime.report import json_record
+from mge_runtime.report import headline, json_record
 from mge_runtime.video import Smoother, Video, video_writer
 
 if TYPE_CHECKING:
@@ -81,8 +80,7 @@ def run_video(
 
 
 def _line(frame: Frame, prediction: Prediction) -> str:
-    name, share = prediction.class_name, f"{prediction.probability:.1%}"
-    name, share = (NONE_OF_THESE, "-") if prediction.rejected else (name, share)
+    name, share = headline(prediction)
     return printable(f"{frame.seconds:9.3f} s  {share:>6}  {name}")
 
 
@@ -99,6 +97,6 @@ def _drawn(frame: Frame, prediction: Prediction) -> np.ndarray:
     strip = max(image.height // 14, 24)
     canvas = Canvas.blank(image.width, image.height + strip)
     canvas.paste(image, 0, 0)
-    text = NONE_OF_THESE if prediction.rejected else f"{prediction.probability:4.0%}  {prediction.class_name}"
+    text = "  ".join(reversed(headline(prediction)))
     canvas.text(strip // 3, image.height + strip // 6, text, strip * 2 // 3, width=image.width - strip)
     return np.asarray(canvas.image)
