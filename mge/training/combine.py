@@ -34,7 +34,7 @@ def fit_average(gate: Average, logits: Tensor, labels: Tensor) -> None:
     experts = logits.shape[1]
     alone = torch.eye(experts, dtype=torch.float64)
     equal = alone.sum(0) / experts
-    # On few images an expert may be ahead by one of them: between it and the average lies what is as good, and likelier.
+    # On few images an expert may be ahead by one of them: what lies between it and the average is likelier.
     directions = [equal, *(share * one + (1 - share) * equal for share in (0.25, 0.5, 0.75, 1.0) for one in alone)]
     found = [_coefficients(logits, labels, direction[None]) for direction in directions]
     found.append(_coefficients(logits, labels, alone))
