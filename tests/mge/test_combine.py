@@ -88,6 +88,20 @@ def test_learned_weights_are_never_less_accurate_than_the_average_or_an_expert(s
     assert (gate.weights >= 0).all()
 
 
+@pytest.mark.parametrize("seed", [1, 12])  # one expert is ahead of the average and of the likeliest weights
+def test_an_expert_that_is_ahead_by_chance_does_not_get_all_the_weight(seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (60,), generator=generator)
+    common, own = (torch.randn(60, k, 4, generator=generator) for k in (1, 3))
+    logits = common + 0.4 * own + 1.2 * torch.nn.functional.one_hot(labels, 4)[:, None]
+    best = max(top1(one, labels) for one in logits.unbind(1))
+    assert best > top1(logits.mean(1), labels)
+    gate = Average(3)
+    fit_average(gate, logits, labels)
+    assert top1(mix(gate, gate(logits), logits), labels) >= best
+    assert gate.weights.min() > 0.1
+
+
 def test_learned_weights_find_the_temperatures_that_made_the_labels():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(20_000, 2, 4, generator=generator)
