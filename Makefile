@@ -40,7 +40,7 @@ demo: $(READY) ## draw a field guide, train, export, predict; some minutes on tw
 	@echo; echo "the bundle is $(DEMO)/mge.plan; what each expert saw is drawn in $(DEMO)/drawn"
 
 # A backbone that learns from nothing, at the size the birds are drawn for; see docs/lab/results.md for the longer run.
-RECIPE = --arch plainnet_w16 --init none --image-size 112 --resize 128 --batch-size 16 --schedule onecycle \
+RECIPE = --recipe paper --arch plainnet_w16 --init none --image-size 112 --resize 128 --batch-size 16 --schedule onecycle \
   --backbone-lr 0.05 --head-lr 0.05 --weight-decay 5e-4 --label-smoothing 0.1 --diversity none --parts-per-class 4 \
   --box-threshold 0.3 --workers 1 --accelerator cpu
 

@@ -19,7 +19,7 @@ train() { # name seed options...
   [ -e "$folder/last.pt" ] && resume=(--resume "$folder/last.pt")
   mge-train --data "$data" --out "$folder" --arch tf_efficientnet_lite0 --init "$weights" --seed "$seed" \
     --epochs 8 --batch-size 24 --schedule onecycle --backbone-lr 0.02 --head-lr 0.1 --label-smoothing 0.1 --clip-norm 5 \
-    --accelerator cpu --workers 1 "$@" "${resume[@]}"
+    --recipe paper --crop-area 0.5 --accelerator cpu --workers 1 "$@" "${resume[@]}"
   mge-eval --ckpt "$folder/last.pt" --data "$data" --predictions "$folder/test.npz" | tee "$folder/table.txt"
 }
 

@@ -35,8 +35,7 @@ __all__ = ["main"]
 def main(**options: Any) -> None:
     """Train a mixture of granularity-specific experts on a folder of images.
 
-    The defaults are the paper's but for one: the box thresholds follow --crop-area, because the paper's 0.2 keeps 98 %
-    of most images, which is no attention. --recipe paper brings it back.
+    The defaults are what measured best for its cost; --recipe paper trains as published.
 
     Ctrl-C, SIGTERM and SIGHUP end the run after the current step; --resume continues it.
     """
@@ -75,7 +74,7 @@ def main(**options: Any) -> None:
     config, pixels = model.config, options["max_pixels"]
     options |= {name: value for name, value in asdict(config).items() if name in options}  # for --resume and --config
     if first and config.experts == 1:
-        for option, asked in (("--distill", train_options.distill), ("--sharing", config.sharing != "none")):
+        for option, asked in (("--distill", train_options.distill), ("--sharing", "sharing" in given)):
             if asked:
                 note(f"{option} does nothing for a single network; it is for --experts 2 and more")
     # `main.main(arguments, obj=...)` trains on images of another making.

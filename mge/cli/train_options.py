@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from mge.archive import check_file, read_plain, taking_up
 from mge.config import GATES, SHARINGS, MGEConfig
-from mge.training.options import AUGMENTATIONS, CROP_AREA, OPTIMIZERS, RECIPES, TrainOptions
+from mge.training.options import AUGMENTATIONS, CROP_AREA, OPTIMIZERS, RECIPES, TrainOptions, smaller_later
 from mge_runtime.cli.common import Number, max_pixels_option
 from mge_runtime.errors import CheckpointError, InputError, TrainingError, brief
 from mge_runtime.files import atomic_path
@@ -45,9 +45,9 @@ class Sizes(click.ParamType):
 
 
 def _field(name: str, kind: Any, help: str | None = None) -> Callable[..., Any]:
-    """An option that is a field of `TrainOptions` or `MGEConfig`, and has its default."""
+    """An option that is a field of `TrainOptions` or `MGEConfig`; the default is the recipe's, or the field's."""
     field = name.removeprefix("--").partition("/")[0].replace("-", "_")
-    default = getattr(TrainOptions if hasattr(TrainOptions, field) else MGEConfig, field)
+    default = RECIPES["modern"].get(field, getattr(TrainOptions if hasattr(TrainOptions, field) else MGEConfig, field))
     return click.option(name, type=kind, default=default, help=help)
 
 
@@ -73,9 +73,8 @@ _OPTIONS = (
     click.option(
         "--recipe",
         type=click.Choice(list(RECIPES)),
-        default="default",
-        help="Values of options that are not given. paper: as published; default: the same, but box thresholds follow "
-        f"--crop-area {CROP_AREA}; modern: AdamW, warm-up, TrivialAugment, moving average and more.",
+        default="modern",
+        help="Values of options that are not given. modern: the defaults below; paper: as published.",
     ),
     click.option("--arch", default="resnet50", help="timm backbone; any CNN with features at strides 16 and 32."),
     click.option(
@@ -101,13 +100,14 @@ _OPTIONS = (
     _field(
         "--image-size",
         click.IntRange(32),
-        "Side of every expert's input in pixels; from 160 on, attention maps are fine enough to place crops well.",
+        "Side of the first expert's input in pixels; from 160 on, attention maps are fine enough to place crops well.",
     ),
     click.option(
         "--image-sizes",
         type=Sizes(),
         metavar="S1,S2,...",
-        help="Side of each expert's input, where they differ: 448,224,224 costs half of three times 448.",
+        help="Side of each expert's input.  [default: 5/7 of --image-size for later experts, in steps of 32; --recipe "
+        "paper: the same for all]",
     ),
     _field(
         "--source-size",
@@ -165,7 +165,7 @@ _OPTIONS = (
         "Weight of loss terms by which all experts but the last follow the mixture in the last third of the epochs, so "
         "that early exits come earlier.",
     ),
-    click.option("--clip-norm", type=Number(0, min_open=True), help="Largest gradient norm."),
+    _field("--clip-norm", Number(0, min_open=True), "Largest gradient norm."),
     _field("--flip/--no-flip", None, "Random horizontal flips."),
     _field("--augment", click.Choice(AUGMENTATIONS), "trivial: TrivialAugment; rand: RandAugment."),
     _field("--erasing", Number(0, 1), "Probability that a random rectangle of an image is erased."),
@@ -292,6 +292,8 @@ def _complete(options: dict[str, Any]) -> None:
     if options["crop_area"] and options["box_threshold"]:
         raise click.UsageError("--box-threshold fixes what --crop-area moves; give one of them")
     init = options["init"]
+    if options["recipe"] != "paper" and not options["image_sizes"] and not is_own(init) and options["experts"] > 1:
+        options["image_sizes"] = smaller_later(options["image_size"], options["experts"])
     if is_own(init):
         check_file(Path(init))
     elif init.endswith(".safetensors") and not Path(init).is_file():

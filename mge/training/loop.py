@@ -208,7 +208,8 @@ class Trainer:
         alone = self.fabric.world_size == 1
         wrapped.train()
         hold_statistics(self._frozen)
-        if self.model.config.sharing == "backbone" and self._is_late(progress):
+        config = self.model.config
+        if config.experts > 1 and config.sharing == "backbone" and self._is_late(progress):
             hold_statistics(self.model.get_submodule("experts.0.backbone").modules())
         with meter.epoch(progress.epoch, progress.step):
             for frames, labels in batches(self._train_loader):

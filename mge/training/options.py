@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from mge.config import PAPER_THRESHOLD
+from mge.config import PAPER_THRESHOLD, MGEConfig
 
-__all__ = ["AUGMENTATIONS", "CROP_AREA", "OPTIMIZERS", "RECIPES", "TrainOptions"]
+__all__ = ["AUGMENTATIONS", "CROP_AREA", "OPTIMIZERS", "RECIPES", "TrainOptions", "smaller_later"]
 
 CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
 OPTIMIZERS = ("sgd", "adamw", "nadamw", "lamb", "lion")  # timm's names; "sgd" has a momentum and no Nesterov
@@ -49,28 +49,42 @@ class TrainOptions:
     compile: bool = False  # torch.compile for the backbones
 
 
+# After ConvNeXt (Liu et al. 2022, appendix A: AdamW, cosine, layer-wise rates, label smoothing, erasing, EMA), with the
+# augmentation that has nothing to tune (Müller and Hutter 2021, TrivialAugment), with rates and a batch for the few
+# steps that a small data set has: half the rates learned too little in four epochs. The chain is what measured best for
+# its cost (docs/lab/worth.md).
+_MODERN: Mapping[str, Any] = {
+    "gate": "none",
+    "sharing": "backbone",
+    "crop_area": (CROP_AREA,),
+    "epochs": 30,
+    "batch_size": 16,
+    "optimizer": "adamw",
+    "head_lr": 4e-3,
+    "backbone_lr": 1e-3,
+    "layer_decay": 0.9,
+    "weight_decay": 0.05,
+    "schedule": "cosine",
+    "warmup_epochs": 1.0,
+    "ema": 0.998,
+    "label_smoothing": 0.1,
+    "clip_norm": 5.0,
+    "augment": "trivial",
+    "erasing": 0.25,
+}
+_PAPER: Mapping[str, Any] = asdict(TrainOptions()) | {"gate": MGEConfig.gate, "sharing": MGEConfig.sharing}
+# Values of options of mge-train that are not given; the first recipe's are the defaults.
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {  # values of options of mge-train; what a recipe leaves out has the option's default
-        "default": {"crop_area": (CROP_AREA,)},
-        "paper": {"box_threshold": (PAPER_THRESHOLD,)},
-        # After ConvNeXt (Liu et al. 2022, appendix A: AdamW, cosine, layer-wise rates, label smoothing, erasing, EMA),
-        # with the augmentation that has nothing to tune (Müller and Hutter 2021, TrivialAugment), and with rates and a
-        # batch for the few steps that a small data set has: half the rates learned too little in four epochs.
-        "modern": {
-            "crop_area": (CROP_AREA,),
-            "batch_size": 16,
-            "optimizer": "adamw",
-            "head_lr": 4e-3,
-            "backbone_lr": 1e-3,
-            "layer_decay": 0.9,
-            "weight_decay": 0.05,
-            "schedule": "cosine",
-            "warmup_epochs": 1.0,
-            "ema": 0.998,
-            "label_smoothing": 0.1,
-            "clip_norm": 5.0,
-            "augment": "trivial",
-            "erasing": 0.25,
-        },
+    {
+        "modern": _MODERN,
+        "paper": {name: _PAPER[name] for name in _MODERN} | {"box_threshold": (PAPER_THRESHOLD,)},
     }
 )
+
+
+def smaller_later(size: int, experts: int) -> tuple[int, ...]:
+    """The sides of the experts' images in pixels by default: later ones see a part of it, at about half the cost.
+
+    Five sevenths of the first's, the nearest multiple of 32 (of the backbones' stride): 448, 320, 320.
+    """
+    return (size, *(max(32, round(size * 5 / 7 / 32) * 32),) * (experts - 1))

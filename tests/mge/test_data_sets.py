@@ -153,7 +153,9 @@ def test_a_dry_run_of_a_run_that_goes_on_writes_nothing(noise, monkeypatch, out)
 
 def test_a_dry_run_counts_what_the_model_computes(noise):
     def gmacs(*options):
-        text = succeeds(train, "--data", noise, *QUICK, "--gate", "none", *options, "--dry-run").output
+        text = succeeds(
+            train, "--data", noise, *QUICK, "--recipe", "paper", "--gate", "none", *options, "--dry-run"
+        ).output
         return float(text.partition("model: ")[2].split()[0])
 
     one, two, large = gmacs("--experts", "1"), gmacs(), gmacs("--image-size", "128")

@@ -79,6 +79,7 @@ def test_a_run_is_trained_resumed_and_fine_tuned(tmp_path):
     other = save_noise(tmp_path / "other/train", {"c": 4, "d": 4}).parent
     quick = ["--batch-size", 4, "--accelerator", "cpu", "--workers", 0]
     start = ["--init", "none", "--arch", "test_resnet", "--image-size", 64, "--gate", "shared", "--sharing", "backbone"]
+    start += ["--recipe", "paper"]
     succeeds(train, "--data", folder, "--out", tmp_path / "run", *start, *quick, "--epochs", 1)
     last = tmp_path / "run/last.pt"
     assert "--sharing backbone, now it is none" in fails(train, "--resume", last, "--sharing", "none")

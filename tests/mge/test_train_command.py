@@ -107,7 +107,7 @@ def test_one_of_the_options_about_sizes_decides(data, tmp_path):
     mine = tmp_path / "mine.toml"
     mine.write_text("image-sizes = [96, 64]\n")
     succeeds(train, *start, "--config", mine, "--out", tmp_path / "a")
-    assert load_checkpoint(tmp_path / "a/last.pt").config.sizes == (64, 64)
+    assert load_checkpoint(tmp_path / "a/last.pt").config.sizes == (64, 32)
     succeeds(train, "--config", tmp_path / "a/options.toml", "--image-sizes", "96,64", "--out", tmp_path / "b")
     assert load_checkpoint(tmp_path / "b/last.pt").config.sizes == (96, 64)
     again = ["--config", tmp_path / "b/options.toml", "--image-size", "96", "--epochs", "2"]
@@ -181,7 +181,7 @@ def test_resume_alone_goes_on(trained, data, tmp_path):
     assert (out / "metrics.csv").read_text().count("\n") == 3
     assert "2 epochs instead of 1" in done.output
     assert "--image-size 64, now it is 96" in fails(train, "--resume", last, "--image-size", "96")
-    assert "--head-lr 0.01, now it is 0.5" in fails(train, "--resume", last, "--head-lr", "0.5")
+    assert "--head-lr 0.004, now it is 0.5" in fails(train, "--resume", last, "--head-lr", "0.5")
     assert "epochs = 2 (now 1)" in fails(train, "--resume", last, "--epochs", "1")
     assert "no training state" in fails(train, "--resume", out / "best.pt")
     shutil.copytree(data, tmp_path / "fewer")
@@ -317,7 +317,7 @@ def test_every_backbone_starts_from_the_file(data, tmp_path):
     file = tmp_path / "w.safetensors"
     save_file({name: tensor.half().contiguous() for name, tensor in weights.items()}, file)
     start = ["--data", data, "--out", tmp_path / "run", "--init", file, *TINY, "--box-threshold", "0.3"]
-    succeeds(train, *start, "--backbone-lr", "0", "--weight-decay", "0")
+    succeeds(train, *start, "--recipe", "paper", "--backbone-lr", "0", "--weight-decay", "0")
     model = load_checkpoint(tmp_path / "run/best.pt")
     assert model.config.box_thresholds == (0.3,)
     for part in (*model.experts, model.gate):
@@ -392,7 +392,7 @@ def test_bad_options_are_refused_before_pytorch_is_loaded(trained, data, tmp_pat
         "box_thresholds is (0.1, 0.2); expected 1": [*start, "--box-threshold", "0.1", "--box-threshold", "0.2"],
         "text.pt is a text file": [*start, "--init", tmp_path / "text.pt"],
         "epochs = 3 (now 2); expected no fewer": [*resume, "--epochs", "2"],
-        "with --head-lr 0.01, now it is 0.5": [*resume, "--head-lr", "0.5"],
+        "with --head-lr 0.004, now it is 0.5": [*resume, "--head-lr", "0.5"],
         "holds a model but no training state": ["train", "--resume", trained[0] / "best.pt"],
         "data folder has 2 others": [*resume, "--data", tmp_path / "other"],
         "does not exist; make it or name another place": [*export, "-o", tmp_path / "none/x.plan"],
