@@ -15,7 +15,8 @@ from mge.archive import check_file, read_plain, taking_up
 from mge.config import GATES, SHARINGS, MGEConfig
 from mge.training.options import AUGMENTATIONS, CROP_AREA, OPTIMIZERS, RECIPES, TrainOptions, smaller_later
 from mge_runtime.cli.common import Number, max_pixels_option
-from mge_runtime.errors import CheckpointError, InputError, TrainingError, brief
+from mge_runtime.cli.verbs import options_of, read_toml
+from mge_runtime.errors import CheckpointError, TrainingError
 from mge_runtime.files import atomic_path
 
 __all__ = ["check_areas", "is_own", "resolve", "training_options", "write_options"]
@@ -201,9 +202,10 @@ def resolve(options: dict[str, Any]) -> tuple[set[str], MGEConfig | None]:
         click.UsageError: options contradict each other, or one is missing.
     """
     context = click.get_current_context()
-    given = {name for name in options if context.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    sources = (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
+    given = {name for name in options if context.get_parameter_source(name) in sources}
     if (path := options["config"]) is not None:
-        content = _read_config(path, context)
+        content = options_of(read_toml(path), context, str(path))
         if "recipe" in given and (recipe := content.get("recipe", options["recipe"])) != options["recipe"]:
             raise click.UsageError(
                 f"--recipe {options['recipe']} would change nothing that {path} names, which is of recipe {recipe}; "
@@ -250,37 +252,6 @@ def _fill(options: dict[str, Any], given: set[str], values: Mapping[str, Any]) -
     names = values.keys() - taken
     options |= {name: values[name] for name in names}
     return names
-
-
-def _read_config(path: Path, context: click.Context) -> dict[str, Any]:
-    """The options that a file names, each as its option reads it."""
-    try:
-        import tomllib  # not above: the rest of the command line can be read by the Pythons of devices
-    except ModuleNotFoundError as error:
-        raise InputError("cannot read --config: this Python has no tomllib; training needs 3.11 or newer") from error
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"cannot read --config {path}: {brief(error)}; expected a TOML file") from error
-    kinds = {parameter.name: parameter for parameter in context.command.params if parameter.name != "config"}
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        kind = kinds.get(key.replace("-", "_"))
-        if not isinstance(kind, click.Option) or not kind.expose_value:
-            raise InputError(f"{path}: {key!r} is no option of mge-train; mge-train -h lists them")
-        try:
-            values[str(kind.name)] = kind.type_cast_value(context, _as_words(value, kind))
-        except click.BadParameter as error:
-            raise InputError(f"{path}: {key} is {json.dumps(value, default=str)}: {error.message}") from error
-    return values
-
-
-def _as_words(value: Any, option: click.Option) -> Any:
-    """A TOML value as the command line would spell it, so that 1.5 is no integer and "yes" no number."""
-    if not isinstance(value, list):
-        return [str(value)] if option.multiple else str(value)
-    words = [str(one) for one in value]
-    return words if option.multiple or option.nargs > 1 else ",".join(words)
 
 
 def _complete(options: dict[str, Any]) -> None:

@@ -1,0 +1,66 @@
+"""`mge VERB` is `mge-VERB`, and --config gives the verbs their options."""
+
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import click
+import pytest
+import tomllib
+
+from mge_runtime.cli.verbs import main
+from tests.helpers.commands import fails, succeeds
+from tests.helpers.tiny_models import save_noise
+from tests.runtime.tiny_chain import write_tiny_bundle
+
+SCRIPTS = [point for point in distribution("mge").entry_points if point.name.startswith("mge-")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_each_command_is_a_verb(script):
+    verb = script.name.removeprefix("mge-")
+    assert main.get_command(click.Context(main), verb) is script.load()
+    assert f"  {verb} " in succeeds(main, "-h").output
+
+
+def test_nothing_but_the_verb_asked_for_is_imported():
+    code = "import sys; from mge_runtime.cli.verbs import main; main(['info', '-h'], standalone_mode=False); "
+    code += "assert not {'mge.cli.train', 'mge_export.cli', 'torch'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: ")
+    assert "No such command 'walk'" in fails(main, "walk", code=2)
+
+
+def test_a_file_gives_options_and_the_command_line_goes_before_them(tmp_path):
+    write_tiny_bundle(tmp_path / "mge.plan")
+    photo = Path(__file__).parents[1] / "models/photographs/Granny-Smith.jpg"
+    config = tmp_path / "mge.toml"
+    config.write_text(f'[run]\nengine = "{tmp_path / "mge.plan"}"\ncsv = "-"\ntop-k = 2\n[info]\njson = true\n')
+    start = ["--config", config, "run", photo]
+    assert "class_name_2" in succeeds(main, *start).output
+    assert "class_name_2" not in succeeds(main, *start, "--top-k", 1).output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[walk]\n", "'walk' is no table of a verb of mge"),
+        ("threads = 2\n", "'threads' is no table of a verb of mge"),
+        ("[run]\nthreds = 2\n", "'threds' is no option of mge run; mge run -h lists them"),
+        ("[run]\nthreads = 1.5\n", "threads is 1.5: '1.5' is not a valid integer"),
+        ("[run\n", "expected a TOML file"),
+    ],
+)
+def test_a_file_with_a_mistake_is_one_line(tmp_path, content, message):
+    (tmp_path / "mge.toml").write_text(content)
+    assert message in fails(main, "--config", tmp_path / "mge.toml", "run", "x.jpg")
+
+
+def test_options_of_a_file_go_before_those_of_a_recipe(tmp_path):
+    data = save_noise(tmp_path / "data/train", {"a": 4, "b": 4}).parent
+    tiny = f'init = "none"\narch = "test_resnet"\nimage-size = 64\nexperts = 2\ndata = "{data}"\nworkers = 0\n'
+    (tmp_path / "mge.toml").write_text(f'[train]\nrecipe = "paper"\nbatch-size = 4\nepochs = 1\n{tiny}')
+    succeeds(main, "--config", tmp_path / "mge.toml", "train", "--accelerator", "cpu", "--out", tmp_path / "run")
+    kept = tomllib.loads((tmp_path / "run/options.toml").read_text())
+    assert (kept["batch-size"], kept["epochs"], kept["optimizer"]) == (4, 1, "sgd")
