@@ -5,10 +5,10 @@ Images of another seed than the model was trained with, 2000 for thresholds and 
     mge-field-guide guide --seed 1 --species 12 --train 1000 --val 2000 --test 2000
     python -m benchmarks.calibration mge.plan --data guide/train --exit-data guide/val --test-data guide/test
 
-Random halves of one folder, one for thresholds and one for the test:
+One folder split at random, again and again, into a share for thresholds and the rest for the test:
 
     python -m benchmarks.calibration mge.plan --data groceries/val \
-        --exit-data groceries/test --halves 50 --epsilon 0.03
+        --exit-data groceries/test --splits 50 --epsilon 0.03
 
 `--data` sets temperatures and the path of candidates. The rule is the runtime's: an image stops after the first graph
 whose calibrated confidence reaches its threshold. Nothing is written to the bundle.
@@ -41,7 +41,8 @@ from mge_runtime.pipeline import Pipeline
 @click.option("--data", type=click.Path(path_type=Path), required=True)
 @click.option("--exit-data", type=click.Path(path_type=Path), required=True)
 @click.option("--test-data", type=click.Path(path_type=Path))
-@click.option("--halves", type=click.IntRange(1), help="Split --exit-data this often instead of using --test-data.")
+@click.option("--splits", type=click.IntRange(1), help="Split --exit-data this often instead of using --test-data.")
+@click.option("--share", type=SHARE, default=0.5, show_default=True, help="Of the images of a split, for thresholds.")
 @click.option("--epsilon", type=SHARE, default=0.01, show_default=True)
 @click.option("--delta", type=SHARE, default=0.05, show_default=True)
 @reports_errors
@@ -50,13 +51,14 @@ def main(
     data: Path,
     exit_data: Path,
     test_data: Path | None,
-    halves: int | None,
+    splits: int | None,
+    share: float,
     epsilon: float,
     delta: float,
 ) -> None:
     """Run the images, learn, and print what the test images say."""
-    if (test_data is None) == (halves is None):
-        raise click.UsageError("give either --test-data or --halves")
+    if (test_data is None) == (splits is None):
+        raise click.UsageError("give either --test-data or --splits")
     with Bundle.open(engine) as bundle:
         gmacs = np.cumsum([bundle.manifest.gmacs[graph.name] for graph in bundle.manifest.graphs])
     with Pipeline.open(engine, streams="auto") as pipeline:
@@ -71,8 +73,8 @@ def main(
     learn = partial(learn_exits, fitted, temperatures=temperatures, gmacs=gmacs.tolist(), guarantee=guarantee, seed=0)
     apply = partial(follow, temperatures=temperatures, gmacs=gmacs)
     click.echo(f"epsilon {epsilon:g}, delta {delta:g}, {gmacs[-1]:.4g} GMACs in all")
-    if halves is not None:
-        print_halves(exits, guarantee, halves, learn, apply)
+    if splits is not None:
+        print_splits(exits, guarantee, splits, round(share * len(exits)), learn, apply)
     elif isinstance(outcome := learn(exits), str):
         click.echo(outcome)
     else:
@@ -126,22 +128,23 @@ def print_exits(outcome: ExitOutcome, found: Followed) -> None:
     )
 
 
-def print_halves(
+def print_splits(
     exits: ChainLogits,
     guarantee: Guarantee,
-    halves: int,
+    splits: int,
+    images: int,
     learn: Callable[[ChainLogits], ExitOutcome | str],
     apply: Callable[[ExitOutcome, ChainLogits], Followed],
 ) -> None:
-    """Thresholds from one random half, disagreement on the other.
+    """Thresholds from so many random images, disagreement on the others.
 
-    The halves of one split are not independent: what one has of a fixed set's disagreements the other lacks. Beside
-    the other half's share, that of the whole folder is therefore judged, too.
+    The parts of one split are not independent: what one has of a fixed set's disagreements the other lacks. Beside
+    the others' share, that of the whole folder is therefore judged, too.
     """
     rows: list[tuple[float, ...]] = []
-    for seed in range(halves):
+    for seed in range(splits):
         order = np.random.default_rng(seed).permutation(len(exits))
-        first, second = (exits.take(part) for part in np.array_split(order, 2))
+        first, second = (exits.take(part) for part in np.split(order, [images]))
         if isinstance(outcome := learn(first), str):
             rows.append((0.0, 0.0, 1.0, 0.0))  # no exits
             continue
@@ -150,13 +153,12 @@ def print_halves(
         rows.append((found.differs.mean(), whole, found.share.mean(), found.points.mean()))
     other, whole, share, points = np.array(rows).T
     above = [int((shares > guarantee.epsilon).sum()) for shares in (other, whole)]
-    test = len(exits) // 2
     click.echo(
-        f"{halves} random halves, {len(exits) - test} images for thresholds and {test} for the test; "
+        f"{splits} random splits, {images} images for thresholds and {len(exits) - images} for the test; "
         f"no exits in {int((share == 1).sum())}\n"
-        f"other half: disagreement {100 * other.mean():.2f} % on average, at most {100 * other.max():.2f} %, "
+        f"others: disagreement {100 * other.mean():.2f} % on average, at most {100 * other.max():.2f} %, "
         f"above epsilon in {above[0]}; on the whole folder above epsilon in {above[1]}; "
-        f"delta allows {guarantee.delta * halves:g} on average\n"
+        f"delta allows {guarantee.delta * splits:g} on average\n"
         f"mean cost {100 * share.mean():.1f} % of the full chain ({100 * share.min():.1f} to {100 * share.max():.1f}), "
         f"top-1 {points.mean():+.2f} points"
     )

@@ -32,11 +32,12 @@ def test_thresholds_are_judged_on_other_images(tiny_path, parts):
     assert len(re.findall(r"NLL [\d.]+ -> [\d.]+ ", done.output)) == 3
 
 
-def test_halves_of_a_folder_are_counted(tiny_path, parts):
-    options = ["--data", str(parts[0]), "--exit-data", str(parts[1]), "--halves", "4", "--epsilon", "0.2"]
+def test_splits_of_a_folder_are_counted(tiny_path, parts):
+    options = ["--data", str(parts[0]), "--exit-data", str(parts[1]), "--splits", "4", "--share", "0.7"]
+    options += ["--epsilon", "0.2"]
     done = CliRunner().invoke(main, [str(tiny_path), *options])
     assert done.exit_code == 0, done.output
-    assert "4 random halves, 30 images for thresholds and 30 for the test" in done.output
+    assert "4 random splits, 42 images for thresholds and 18 for the test" in done.output
 
 
 def test_one_of_both_is_asked_for(tiny_path, parts):
