@@ -39,6 +39,7 @@ class DryRun(Trainer):
     def fit(self, resume: Path | None = None) -> Progress:
         """Take a few steps, and validate on a few batches."""
         self._steps: list[float] = []  # seconds of each, with the wait for its images
+        self._waits: list[float] = []  # seconds of each wait
         self._validation = 0.0  # seconds of a batch
         self._gmacs = count_gmacs(self.model.eval())[-1]
         return super().fit(resume)
@@ -49,11 +50,15 @@ class DryRun(Trainer):
         yield f"images of a class to train on: {counts[0]} to {counts[-1]}, median {median(counts):g}"
         yield f"model: {self._gmacs:.3g} GMACs an image; experts at {', '.join(map(str, self.model.config.sizes))} px"
         if self._steps:
-            step, epochs = fmean(self._steps[WARM_UP:] or self._steps), self.options.epochs
+            step, wait = (fmean(times[WARM_UP:] or times) for times in (self._steps, self._waits))
+            epochs = self.options.epochs
             images = self.options.batch_size * self.fabric.world_size
             parts = step * self.steps_per_epoch, self._validation * len(self._val_loader)
             epoch, validation, run = map(tqdm.format_interval, (*parts, epochs * sum(parts)))
-            yield f"time: {step:.3g} s a step of {images} images, {images / step:.3g} images/s"
+            yield (
+                f"time: {step:.3g} s a step of {images} images, {images / step:.3g} images/s; "
+                f"{wait / step:.0%} of it waiting for images"
+            )
             yield f"time: {epoch} an epoch and {validation} its validation; {run} for {epochs} epochs"
         if (peak := peak_memory(self.fabric.device)) is not None:
             yield f"memory: {format_bytes(peak)} at most, {self.fabric.device.type}"
@@ -72,6 +77,7 @@ class DryRun(Trainer):
         return True
 
     def _step(self, *arguments: Any, **options: Any) -> None:
+        self._waits.append(time.perf_counter() - self._last)
         super()._step(*arguments, **options)
         if self.fabric.device.type != "cpu":
             torch.accelerator.synchronize()

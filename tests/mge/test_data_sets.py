@@ -1,6 +1,7 @@
 """Training on data as it is downloaded: splits, problems that are found before the first epoch, dry runs."""
 
 import csv
+import re
 import shutil
 
 import numpy as np
@@ -135,6 +136,7 @@ def test_a_dry_run_says_what_a_run_costs_and_writes_nothing(noise, monkeypatch, 
     assert "8 training and 4 validation images of 2 classes" in text
     assert "images of a class to train on: 4 to 4, median 4" in text
     assert " s a step of 4 images, " in text
+    assert 0 <= int(re.search(r"(\d+)% of it waiting for images", text)[1]) < 100
     assert " for 1 epochs" in text
     assert "GB at most, cpu" in text or "MB at most, cpu" in text
     assert "dry run: nothing was written" in text
