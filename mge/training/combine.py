@@ -18,12 +18,12 @@ __all__ = ["balance", "fit_average"]
 
 
 def fit_average(gate: Average, logits: Tensor, labels: Tensor) -> None:
-    """Learn the weights and the scale of an average by maximum likelihood.
+    """Learn the weights and the scale of an average from held-out images.
 
     A weight and a temperature for each expert are one number in a sum of logits, sum_k (w_k / T_k) logits_k: these K
-    coefficients are learned, their sum is the scale. The plain average, each expert alone and blends of the two are
-    tried, too, each with a scale of its own, and what names most images right is taken, of equal ones the likeliest: on
-    these images the result is never less accurate than any of them.
+    coefficients are learned, their sum is the scale. The likeliest under a prior that favors equal ones moves towards
+    the plain average, an expert or a blend of the two, just as far as it must to name at least as many of these images
+    right as the average and each expert do: there the result is never less accurate than they are.
 
     Args:
         gate: changed in place.
@@ -34,22 +34,32 @@ def fit_average(gate: Average, logits: Tensor, labels: Tensor) -> None:
     experts = logits.shape[1]
     alone = torch.eye(experts, dtype=torch.float64)
     equal = alone.sum(0) / experts
-    # On few images an expert may be ahead by one of them: what lies between it and the average is likelier.
-    directions = [equal, *(share * one + (1 - share) * equal for share in (0.25, 0.5, 0.75, 1.0) for one in alone)]
-    found = [_coefficients(logits, labels, direction[None]) for direction in directions]
-    found.append(_coefficients(logits, labels, alone))
 
-    def score(coefficients: Tensor) -> tuple[int, float]:
-        mixed = (coefficients[:, None] * logits).sum(1)
-        return int((mixed.argmax(1) == labels).sum()), -float(F.cross_entropy(mixed, labels))
+    def mixed(coefficients: Tensor) -> Tensor:
+        return (coefficients[:, None] * logits).sum(1)
 
-    best = max(found, key=score)
+    def right(direction: Tensor) -> int:
+        return int((mixed(direction).argmax(1) == labels).sum())
+
+    likeliest = _coefficients(logits, labels, alone)
+    floor, good = max(map(right, (equal, *alone))), list[Tensor]()
+    goals = [equal, *(torch.lerp(equal, one, share) for share in (0.25, 0.5, 0.75, 1.0) for one in alone)]
+    for share in (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0):
+        directions = [torch.lerp(likeliest / likeliest.sum(), goal, share) for goal in goals]
+        if good := [direction for direction in directions if right(direction) >= floor]:
+            break
+    scaled = [_coefficients(logits, labels, direction[None]) for direction in good]
+    best = min(scaled, key=lambda found: float(F.cross_entropy(mixed(found), labels)))
     gate.weights.copy_(best / best.sum())
     gate.scale.copy_(best.sum())
 
 
 def _coefficients(logits: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
-    """The likeliest positive combination of directions [D, K], by L-BFGS on the logarithms: -> [K]."""
+    """The likeliest positive combination of directions [D, K], by L-BFGS on the logarithms: -> [K].
+
+    Their prior is a normal distribution around their mean, of variance 1/2. On few images the likelihood alone trusts
+    whoever was lucky: see docs/adr/0011-cheaper-chains-and-crops-of-the-source.md.
+    """
     logarithms = torch.full((len(directions),), -math.log(len(directions)), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([logarithms], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -59,7 +69,9 @@ def _coefficients(logits: Tensor, labels: Tensor, directions: Tensor) -> Tensor:
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy((coefficients()[:, None] * logits).sum(1), labels)
+        mixed = (coefficients()[:, None] * logits).sum(1)
+        value = F.cross_entropy(mixed, labels, reduction="sum")
+        value = (value + (logarithms - logarithms.mean()).square().sum()) / len(labels)
         value.backward()
         return value
 
