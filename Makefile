@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest models clean
+.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest check-cpp models clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -93,6 +93,11 @@ check-python: wheel ## the runtime's tests on another Python: make check-python 
 
 check-oldest: ## training and export with the oldest packages that pyproject allows (downloads about 6 GB)
 	benchmarks/check_oldest.sh $(PYTHON)
+
+check-cpp: ORT_INCLUDE ?= /usr/include/onnxruntime
+check-cpp: $(READY) ## examples/cpp against the runtime; ORT_INCLUDE=FOLDER: ONNX Runtime's headers, SHARED=FOLDER: 100 photographs
+	ORT_INCLUDE="$(ORT_INCLUDE)" MGE_PHOTOGRAPHS="$(if $(SHARED),$(SHARED)/data/groceries/test)" OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q tests/test_cpp.py
 
 # A training in RUNS that was stopped goes on, one that is finished is taken. See docs/guide/try.md.
 models: RUNS ?= runs/worth

@@ -1,13 +1,14 @@
 """`chain.onnx`: the whole chain in one graph, for everybody who runs ONNX without this package.
 
 Its one input is `frame`, uint8 RGB [B, S, S, 3]; its outputs are `probabilities`, `logits`, `gate` and each expert's
-boxes and heat maps. `metadata_props` says what the classes are and how an image becomes a frame.
+boxes and heat maps. `metadata_props` says what the classes are, how an image becomes a frame, and what boxes are in.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -43,20 +44,20 @@ def join_graphs(manifest: Manifest, models: Mapping[str, onnx.ModelProto]) -> on
         compose.add_prefix_graph(models[spec.name].graph, f"{spec.name}/", rename_inputs=False, rename_outputs=False)
         for spec in manifest.graphs
     ]
-    nodes, weights = _weights_once(graphs)
     size, classes = manifest.preprocess.size, len(manifest.class_names)
     scaled = f"{PROBABILITIES}/scaled"
     joined = helper.make_graph(
         [
-            *nodes,
+            *(node for graph in graphs for node in graph.node),
             helper.make_node("Div", [manifest.logits, TEMPERATURE], [scaled], name=f"{PROBABILITIES}/div"),
             helper.make_node("Softmax", [scaled], [PROBABILITIES], name=f"{PROBABILITIES}/softmax", axis=1),
         ],
         "chain",
         [helper.make_tensor_value_info(FRAME, onnx.TensorProto.UINT8, [BATCH, size, size, 3])],
         [helper.make_tensor_value_info(PROBABILITIES, onnx.TensorProto.FLOAT, [BATCH, classes]), *_reported(manifest)],
-        weights,
+        [tensor for graph in graphs for tensor in graph.initializer],
     )
+    _share_weights(joined, half=False)
     # Q/DQ of INT8 need a later one (mge_calibration.int8.insert); the rest means the same in both.
     opset = max([OPSET, *(entry.version for model in models.values() for entry in model.opset_import)])
     model = helper.make_model(
@@ -71,22 +72,30 @@ def join_graphs(manifest: Manifest, models: Mapping[str, onnx.ModelProto]) -> on
     return model
 
 
-def _weights_once(graphs: Sequence[onnx.GraphProto]) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Nodes and initializers of all graphs; weights at one place of a file are one initializer, whoever reads them."""
-    nodes = [node for graph in graphs for node in graph.node]
+def _share_weights(graph: onnx.GraphProto, *, half: bool) -> None:
+    """Make one initializer of weights at one place of a file, whoever reads them.
+
+    Args:
+        graph: changed in place.
+        half: those in FP16, too: ONNX Runtime's CPU provider, which computes in FP32, converts weights ahead where they
+            have one reader, else at every run, and then has no fast convolution for them (twice the time).
+    """
     kept: dict[object, onnx.TensorProto] = {}
     names: dict[str, str] = {}
-    for tensor in (tensor for graph in graphs for tensor in graph.initializer):
+    for tensor in graph.initializer:
         place = tuple(entry.value for entry in tensor.external_data)
-        key = (tensor.data_type, *tensor.dims, *place) if place else tensor.name
+        shared = place and (half or tensor.data_type != onnx.TensorProto.FLOAT16)
+        key = (tensor.data_type, *tensor.dims, *place) if shared else tensor.name
         names[tensor.name] = kept.setdefault(key, tensor).name
-    for node in nodes:
+    for node in graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
-    return nodes, list(kept.values())
+    weights = list(kept.values())
+    del graph.initializer[:]
+    graph.initializer.extend(weights)
 
 
 def write_chain(bundle: Bundle, path: Path) -> list[Path]:
-    """Write a bundle's `chain.onnx` as one self-contained file, and `labels.txt` beside it.
+    """Write a bundle's `chain.onnx` as one self-contained file, each weight once, and `labels.txt` beside it.
 
     Above 2 GB, which no ONNX file may have, the weights go to `<path>.data`.
 
@@ -105,7 +114,9 @@ def write_chain(bundle: Bundle, path: Path) -> list[Path]:
         for spec in bundle.manifest.graphs
         if (name := weights_entry(spec.name)) in bundle.sizes
     }
-    model = inlined(onnx.load_model_from_string(bundle.read(CHAIN)), weights)
+    model = onnx.load_model_from_string(bundle.read(CHAIN))
+    _share_weights(model.graph, half=True)  # each is stored in this file, where in the bundle they are referred to
+    model = inlined(model, weights)
     written = [path]
     if sum(map(len, weights.values())) > _MOST_INLINE:
         written.append(path.with_name(f"{path.name}.data"))
@@ -138,5 +149,6 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
         "size": str(spec.size),
         "mean": json.dumps(spec.mean),
         "std": json.dumps(spec.std),
+        "crops": json.dumps(asdict(manifest.crops)),
         "mge": version("mge"),
     }

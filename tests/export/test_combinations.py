@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections import Counter
 from itertools import product
 
 import numpy as np
@@ -85,6 +86,11 @@ def test_a_combination_is_exported_within_tolerance(photographs, tmp_path, gate,
         for name, gmacs in bundle.manifest.gmacs.items():
             assert gmacs == pytest.approx(count_gmacs(bundle.read(f"onnx/{name}.onnx")), abs=1e-9)
         write_chain(bundle, tmp_path / "chain.onnx")
+        chain = onnx.load_from_string(bundle.read("onnx/chain.onnx")).graph
+    readers = Counter(name for node in chain.node for name in node.input)
+    halves = [t.name for t in chain.initializer if t.data_type == onnx.TensorProto.FLOAT16 and t.external_data]
+    assert bool(halves) is (precision is FP16)
+    assert all(readers[name] == 1 for name in halves)  # else a CPU takes twice the time
     backbones = (1 if sharing == "backbone" else len(model.experts)) + (gate == "network")
     assert sum([first, *others]) == pytest.approx(backbones * first, rel=0.1)
     assert (tmp_path / "chain.onnx").stat().st_size == pytest.approx(backbones * first, rel=0.25)  # nodes, too

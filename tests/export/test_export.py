@@ -239,6 +239,7 @@ def test_the_chain_says_how_an_image_becomes_its_input_and_what_the_classes_are(
     assert json.loads(props["class_names"]) == list(config.classes)
     assert (int(props["size"]), int(props["resize"])) == (config.image_size, config.resize)
     assert (json.loads(props["mean"]), json.loads(props["std"])) == (list(config.mean), list(config.std))
+    assert json.loads(props["crops"]) == {"sizes": list(config.sizes), "frame": 0}
     assert (props["temperature"], props["mge"]) == ("1.0", version("mge"))
     assert [entry.version for entry in model.opset_import] == [18]
 
