@@ -27,7 +27,7 @@ export class Bundle {
       throw new Error(`it has schema version ${version}; expected ${SCHEMA_VERSION}: export again`);
     const { size, resize } = preprocess ?? {};
     if (!(graphs?.length > 0 && 2 <= size && size <= resize && size <= MAX_SIDE && resize <= 4 * size))
-      throw new Error(`its manifest has ${graphs?.length} graphs for frames of ${size} px; expected 1 or more, 2 to 4096`);
+      throw new Error(`it has ${graphs?.length} graphs for frames of ${size} px; expected 1 or more, 2 to ${MAX_SIDE}`);
   }
 
   has(name) {

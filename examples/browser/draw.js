@@ -3,7 +3,7 @@
 // Okabe and Ito, "Color Universal Design" (2008): told apart by all kinds of color vision.
 const EXPERTS = ["#0072b2", "#e69f00", "#cc79a7", "#009e73", "#56b4e9", "#d55e00"];
 // Dark blue to yellow through red, lightness rising evenly (after "inferno", Smith and van der Walt, 2015).
-const HEAT = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]]; // prettier-ignore
+const HEAT = [[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]];
 const LONGEST = 800; // pixels of the image's longer side
 const SIDE = 196; // pixels of what an expert saw
 const TOP = 5; // classes

@@ -1,4 +1,4 @@
-/* From an image to the chain's frame, and of boxes in it back to the image: decode.py and preprocess.py of the runtime. */
+/* From an image to the chain's frame, and boxes in it back to the image: the runtime's decode.py and preprocess.py. */
 
 /** The most pixels that are decoded, as in the runtime. */
 export const MAX_PIXELS = 65e6;
@@ -98,8 +98,8 @@ function kernels(inputs, outputs, first, count) {
 /**
  * What each expert saw, in pixels of the source image: [K, 4], the first what the frame shows.
  *
- * Where crops are cut from the frame (`crops.frame`), boxes are in its pixels; else box k in those of view k, whose crop
- * is resized with aligned corners (`compose_boxes` of the runtime has the formula).
+ * Where crops are cut from the frame (`crops.frame`), boxes are in its pixels; else box k in those of view k, whose
+ * crop is resized with aligned corners (the runtime's `compose_boxes` has the formula).
  */
 export function composeBoxes(boxes, [left, top, right, bottom], crops) {
   const size = crops.frame || crops.sizes[0];
@@ -110,8 +110,11 @@ export function composeBoxes(boxes, [left, top, right, bottom], crops) {
   });
   const [x, y] = [(right - left) / size, (bottom - top) / size];
   return [[0, 0, size, size], ...seen].map(([x0, y0, x1, y1]) => [
-    left + x0 * x, top + y0 * y, left + x1 * x, top + y1 * y,
-  ]); // prettier-ignore
+    left + x0 * x,
+    top + y0 * y,
+    left + x1 * x,
+    top + y1 * y,
+  ]);
 }
 
 function toOuter(edges, box, size) {

@@ -120,8 +120,10 @@ $("#camera").onclick = () => (video.srcObject ? stop() : trying("the camera", wa
 
 // ?bundle=ADDRESS opens a bundle that is served beside the page.
 const address = new URLSearchParams(location.search).get("bundle");
-export const opened = address && trying(address, async () => {
-  const response = await fetch(address);
+export const opened = address && trying(address, fetched);
+
+async function fetched() {
+  const response = await fetch(address, { signal: AbortSignal.timeout(OPENING * 1e3) });
   if (!response.ok) throw new Error(`the server says ${response.status}`);
   await openFile(address, await response.blob());
-});
+}
