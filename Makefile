@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest check-cpp models clean
+.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest check-cpp models clean check-browser
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -84,6 +84,10 @@ check-jetson: wheel ## would pip find everything on JetPack 6 (Python 3.10, aarc
 
 check-export: $(READY) ## every gate, sharing, image sizes and source size in FP32 and FP16, TensorRT-RTX too
 	MGE_ALL_COMBINATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/export/test_combinations.py
+
+check-browser: $(READY) ## examples/browser in headless Chromium against the runtime (fetches onnxruntime-web, 150 MB)
+	npm install --prefix examples/browser --no-package-lock --no-fund --no-audit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/browser
 
 check-tensorrt: $(READY) ## do the bindings of TensorRT 10.3, 10.16 and 11.4 hold every name that we use?
 	benchmarks/check_tensorrt.sh $(BIN)/python
