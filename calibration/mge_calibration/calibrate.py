@@ -84,10 +84,12 @@ def learn(
 
     Raises:
         InputError: a folder without usable images, or too few of them.
-        BundleError: no bundle, or a damaged one.
+        BundleError: no bundle, a damaged one, or one of the Hub, which cannot be written.
+        OutputError: the bundle cannot be written.
         BackendError: it cannot run here, or a graph failed.
     """
     with Bundle.open(request.bundle) as bundle:
+        bundle.check_writable()
         manifest, manifest_sha256 = bundle.manifest, bundle.manifest_sha256
     gmacs = tuple(np.cumsum([manifest.gmacs[graph.name] for graph in manifest.graphs]).tolist())
     guarantee, wanted = request.guarantee, request.conformal or ConformalRequest()
