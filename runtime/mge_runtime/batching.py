@@ -59,6 +59,7 @@ class Batcher:
         self._on_run = on_run
         self._changed = threading.Condition()  # guards the three below
         self._ready: deque[_Ready] = deque()
+        self._sources: dict[Future[Prediction], ImageSource] = {}  # whose decoding has not begun
         self._decoding = 0  # images submitted and not yet decoded
         self._closed = False
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="mge-decode")
@@ -87,7 +88,9 @@ class Batcher:
             if self._closed:
                 raise BackendError("the batcher is closed; expected an open one")
             self._decoding += 1
-            self._decoders.submit(self._decode, source, future)
+            self._sources[future] = source
+            self._decoders.submit(self._decode, future)
+        future.add_done_callback(self._drop)
         return future
 
     def close(self) -> None:
@@ -100,10 +103,14 @@ class Batcher:
             thread.join()
         self.pipeline.close()
 
-    def _decode(self, source: ImageSource, future: Future[Prediction]) -> None:
+    def _drop(self, future: Future[Prediction]) -> None:
+        """Let go of an image that was cancelled, which the decoders may reach much later."""
+        self._sources.pop(future, None)
+
+    def _decode(self, future: Future[Prediction]) -> None:
         image: Prepared | None = None
         try:
-            if not future.cancelled():
+            if (source := self._sources.pop(future, None)) is not None:
                 image = self.pipeline.prepare(source)
         except BaseException as error:
             # The traceback would keep the decoder's buffers alive for as long as the caller keeps the error.

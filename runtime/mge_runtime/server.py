@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -233,7 +233,7 @@ class Service:
                     "time", 408, f"the request was not read within {self._limits.seconds:g} s; send it faster"
                 ) from None
             admit(len(uploads) - 1)
-            found = await self._found(uploads)
+            found = await _unless_gone(request, self._found(uploads))
         records = [json_record(upload.name, one, self._top_k) for upload, one in zip(uploads, found, strict=True)]
         refused = sum(isinstance(one, InputError) for one in found)
         self._metrics.images.labels("refused").inc(refused)
@@ -327,6 +327,28 @@ class Service:
     def _refusal(self, reason: str, status: int, line: str) -> HTTPException:
         self._metrics.rejected.labels(reason).inc()
         return HTTPException(status, line, {"Retry-After": "1"} if status == 503 else None)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """What the work gives; it is cancelled where the client, whose request has been read, goes away before.
+
+    Raises:
+        ClientDisconnect: it went away.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
 
 
 async def _uploads(form: FormData) -> list[_Upload]:
