@@ -167,7 +167,9 @@ def _hub_files(bundle: Bundle) -> dict[str, bytes]:
     if (card := bundle.card()) is None:
         raise InputError(f"{bundle.path} has no model card, which the Hub shows; add one with --card FILE")
     labels = "".join(f"{name}\n" for name in bundle.manifest.class_names)
-    return {"README.md": card.replace(bundle.path.name, _PLAN).encode(), LABELS: labels.encode()}  # in its commands
+    if named := re.search(r"^mge-run --engine (.+) IMAGES", card, re.MULTILINE):  # the file, when it was written
+        card = card.replace(named[1], _PLAN)
+    return {"README.md": card.encode(), LABELS: labels.encode()}
 
 
 def check_hub_folder(folder: Path, path: Path) -> None:

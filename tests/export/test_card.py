@@ -121,9 +121,13 @@ def test_the_folder_for_the_hub_holds_card_bundle_and_labels(plan, words, tmp_pa
     assert (hub / "labels.txt").read_text().splitlines() == [f"bird {number}" for number in range(5)]
     with zipfile.ZipFile(hub / "mge.plan") as archive:
         assert archive.testzip() is None
-    succeeds(main, "--engine", plan, "--hf", hub)  # what it wrote it replaces
+    other = plan.rename(tmp_path / "birds.plan")
+    succeeds(main, "--engine", other, "--card", words)
+    for _ in range(2):  # what it wrote it replaces
+        succeeds(main, "--engine", other, "--hf", hub)
+    assert "mge-run --engine mge.plan IMAGES" in (hub / "README.md").read_text()
     (tmp_path / "file").touch()
-    assert "cannot make the folder" in fails(main, "--engine", plan, "--hf", tmp_path / "file")
+    assert "cannot make the folder" in fails(main, "--engine", other, "--hf", tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", ["README.md", "mge.plan", "labels.txt"])
