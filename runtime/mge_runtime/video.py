@@ -131,7 +131,6 @@ class Video:
         """The thread: whatever ends it reaches who waits for frames."""
         try:
             self._read_on()
-            self._container.close()
         except BaseException as error:
             with self._changed:
                 self._failure = error
@@ -143,11 +142,14 @@ class Video:
         Raises:
             InputError: no frame came for too long.
         """
-        heard, reason = time.monotonic(), "it ended"
-        while not self._closed:
+        heard, reason, waits = time.monotonic(), "it ended", chain(_WAITS, repeat(_WAITS[-1]))
+        while True:
             try:
+                if self._container is None:
+                    self._container = self._open()
+                    self.reconnected += 1
                 for frame in self._frames():
-                    heard = time.monotonic()
+                    heard, waits = time.monotonic(), chain(_WAITS, repeat(_WAITS[-1]))
                     with self._changed:
                         self.dropped += self._newest is not None
                         self._newest = frame
@@ -159,22 +161,14 @@ class Video:
             except InputError as error:
                 reason = brief(error)
             finally:
-                self._container.close()
-            for pause in chain(_WAITS, repeat(_WAITS[-1])):
-                if time.monotonic() - heard > self._patience:
-                    raise InputError(f"{self._source} gives no frames any more ({reason}); gave up")
-                with self._changed:
-                    if self._closed or self._changed.wait_for(lambda: self._closed, min(pause, self._patience)):
-                        return
-                try:
-                    self._container = self._open()
-                except _TooLargeError:
-                    raise
-                except InputError as error:
-                    reason = brief(error)
-                    continue
-                self.reconnected += 1
-                break
+                if self._container is not None:
+                    self._container.close()
+                self._container = None
+            if time.monotonic() - heard > self._patience:
+                raise InputError(f"{self._source} gives no frames any more ({reason}); gave up")
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed, min(next(waits), self._patience)):
+                    return
 
     def _open(self) -> Any:
         name, form = self._source, None
