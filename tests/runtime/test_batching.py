@@ -3,7 +3,7 @@
 import io
 import threading
 import weakref
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
@@ -36,7 +36,8 @@ class Held(io.BytesIO):
 def batching(path, streams=1, **options):
     """A batcher, and the sizes of its runs."""
     sizes = []
-    with Batcher(Pipeline.open(path, threads=1, streams=streams), on_run=sizes.append, **options) as batcher:
+    opened = Pipeline.open(path, threads=1, streams=streams)
+    with closing(Batcher(opened, on_run=sizes.append, **options)) as batcher:
         yield batcher, sizes
 
 
