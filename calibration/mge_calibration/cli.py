@@ -151,7 +151,7 @@ def main(
             hierarchy=hierarchy,
             unknown=reject_data,
         )
-        request = Request(bundle, data, exit_data, guarantee, seed, **opening, conformal=conformal)
+        request = Request(bundle, data, exit_data, guarantee, seed, opening, conformal)
         if report_to is not None:
             _make_folder(report_to)
         learned = learn(request, say=say, problem=report, progress=_progress)
