@@ -57,7 +57,7 @@ unit: $(READY) ## the tests, two at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 fast: $(READY) ## the runtime's quick tests, while you edit: under a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not slow' tests/runtime tests/test_imports.py tests/test_options.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not slow' tests/runtime tests/test_options.py
 
 docs: $(READY) ## the site in build/site; links and docstrings are checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q

@@ -24,7 +24,6 @@ from mge_calibration.images import LabeledImage, choose_images, list_unknown
 from mge_calibration.temperature import TemperatureOutcome, learn_temperatures, set_temperature
 from mge_runtime.bundle import Bundle, add_calibration
 from mge_runtime.calibrated import Guarantee, RunsOn
-from mge_runtime.decode import MAX_PIXELS
 from mge_runtime.errors import InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.pipeline import Pipeline
@@ -41,11 +40,7 @@ class Request:
     exit_data: Path | None  # others for the exits; None: a part of `data`
     guarantee: Guarantee
     seed: int
-    device: str = "auto"
-    backend: str = "auto"
-    threads: int | None = None
-    mmap: bool = True  # as for `Pipeline.open`, and so is the next
-    max_pixels: int = MAX_PIXELS
+    opening: Mapping[str, Any]  # of `Pipeline.open`
     conformal: ConformalRequest | None = None
 
 
@@ -84,10 +79,12 @@ def learn(
 
     Raises:
         InputError: a folder without usable images, or too few of them.
-        BundleError: no bundle, or a damaged one.
+        BundleError: no bundle, a damaged one, or one of the Hub, which cannot be written.
+        OutputError: the bundle cannot be written.
         BackendError: it cannot run here, or a graph failed.
     """
     with Bundle.open(request.bundle) as bundle:
+        bundle.check_writable()
         manifest, manifest_sha256 = bundle.manifest, bundle.manifest_sha256
     gmacs = tuple(np.cumsum([manifest.gmacs[graph.name] for graph in manifest.graphs]).tolist())
     guarantee, wanted = request.guarantee, request.conformal or ConformalRequest()
@@ -96,16 +93,8 @@ def learn(
     chosen = choose_images(request.data, request.exit_data, manifest, say)
     most = len(chosen.fitting) // 3 if chosen.testing is None else len(chosen.testing) // 2  # as they are split below
     require_enough(wanted, most, guarantee.delta)  # before they are run; fewer may be readable
-    opened = Pipeline.open(
-        request.bundle,
-        request.device,
-        request.backend,
-        request.threads,
-        streams="auto",
-        calibration=False,  # what is there already is about to be replaced; it may be damaged
-        mmap=request.mmap,
-        max_pixels=request.max_pixels,
-    )
+    # What calibration is there already is about to be replaced; it may be damaged.
+    opened = Pipeline.open(request.bundle, streams="auto", calibration=False, **request.opening)
     with opened as pipeline, progress(len(chosen.fitting) + len(chosen.testing or []) + len(unknowns)) as bar:
         runs_on = RunsOn(pipeline.choice.backend, pipeline.choice.device)
         run = functools.partial(collect, pipeline, problem=problem, step=lambda: bar.update(1))

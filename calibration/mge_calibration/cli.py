@@ -13,14 +13,11 @@ import click
 
 from mge_runtime.cli.common import (
     Number,
-    backend_option,
-    device_option,
-    max_pixels_option,
-    no_mmap_option,
+    Opening,
+    opening_options,
     report,
     reports_errors,
     say,
-    threads_option,
 )
 from mge_runtime.errors import MGEError, OutputError
 from mge_runtime.files import echo
@@ -102,11 +99,7 @@ _REJECT, _COVERAGE = 0.05, 0.95
     type=click.Path(path_type=Path),
     help=f"Also write {_REPORT} and {_RELIABILITY} here.",
 )
-@device_option
-@backend_option
-@threads_option
-@no_mmap_option
-@max_pixels_option
+@opening_options
 @click.option("--json", "as_json", is_flag=True, help="Print what was written to the bundle.")
 @click.version_option(package_name="mge")
 @reports_errors
@@ -122,11 +115,7 @@ def main(
     hierarchy: Path | None,
     seed: int,
     report_to: Path | None,
-    device: str,
-    backend: str,
-    threads: int | None,
-    no_mmap: bool,
-    max_pixels: int,
+    opening: Opening,
     as_json: bool,
 ) -> None:
     """Calibrate BUNDLE (default: mge.plan): its probabilities, where its chain may stop early, and what it rejects.
@@ -162,19 +151,7 @@ def main(
             hierarchy=hierarchy,
             unknown=reject_data,
         )
-        request = Request(
-            bundle,
-            data,
-            exit_data,
-            guarantee,
-            seed,
-            device,
-            backend,
-            threads,
-            mmap=not no_mmap,
-            max_pixels=max_pixels,
-            conformal=conformal,
-        )
+        request = Request(bundle, data, exit_data, guarantee, seed, opening, conformal)
         if report_to is not None:
             _make_folder(report_to)
         learned = learn(request, say=say, problem=report, progress=_progress)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mge.evaluation import Evaluation, Label, evaluate_bundle, find_labeled
+from mge.evaluation import Label, evaluate_bundle, find_labeled
 from mge.figures import cost_cells, figures, percent
 from mge_runtime.bundle import Bundle, add_card
-from mge_runtime.bundle.reader import LABELS, write_labels
+from mge_runtime.bundle.reader import LABELS
 from mge_runtime.cli.info import describe
 from mge_runtime.cli.info_text import subjects
-from mge_runtime.errors import InputError, OutputError, brief
+from mge_runtime.errors import BundleError, InputError, OutputError, brief
 from mge_runtime.fields import LARGEST
 from mge_runtime.files import atomic_path
 from mge_runtime.machine import describe_machine
 
-__all__ = ["CardRequest", "Words", "write_hub_folder"]
+__all__ = ["CardRequest", "Words", "check_hub_folder", "write_hub_folder"]
 
 _CARD = re.compile(r"---\n(.*?)^---\n(.*)", re.DOTALL | re.MULTILINE)
 _FRONT = {"library_name": "mge", "pipeline_tag": "image-classification"}  # what the Hub files a model under
+_PLAN = "mge.plan"  # its name on the Hub
 _SECTIONS = ("Data", "Limits")  # that no tool can write
 _SUBJECTS = ("model", "classes", "input", "precision", "graphs", "made by")  # of `mge-info`
 _WORST = 3  # classes and confusions that are named
@@ -102,27 +105,42 @@ class CardRequest:
             OutputError: it cannot be written.
         """
         with Bundle.open(path) as bundle:
+            bundle.check_writable()
             machine, sha256 = describe_machine(), bundle.sha256
             told = dict(subjects(describe(bundle, machine), bundle.manifest, machine))
         facts = [f"- {key}: {'; '.join(x for x in told[key] if not x.startswith(' '))}" for key in _SUBJECTS]
         facts.append(f"- parity: {next(iter(told['parity']))} (`mge-info {name} --all`)")
         facts.append(f"- sha256: `{sha256}` (`mge-info {name} --verify SHA256`)")
-        accuracy = ["Not measured."]
+        front, accuracy = {**_FRONT, **self.words.front}, ["Not measured."]
         if self.images is not None:
-            accuracy = _accuracy(evaluate_bundle(path, *self.images, max_pixels=self.max_pixels))
+            evaluation = evaluate_bundle(path, *self.images, max_pixels=self.max_pixels)
+            found, source = figures(evaluation), "/".join(evaluation.folder.resolve().parts[-2:])
+            accuracy = _accuracy(found, source)
+            front = {**_model_index(found, source, Path(name).stem), **front}
         sections = {
             "Accuracy": "\n".join(accuracy),
             "Calibration": "\n".join(f"- {text.strip()}" for text in told["calibrated"]),
             "Bundle": "\n".join(facts),
             "Use": _USE.format(name=name),
         }
-        front = yaml.safe_dump({**_FRONT, **self.words.front}, sort_keys=False, allow_unicode=True)
+        header = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
         body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
-        add_card(path, f"---\n{front}---\n\n{self.words.text}\n\n{body}\n", sha256=sha256)
+        add_card(path, f"---\n{header}---\n\n{self.words.text}\n\n{body}\n", sha256=sha256)
 
 
-def _accuracy(evaluation: Evaluation) -> Iterator[str]:
-    found, source = figures(evaluation), "/".join(evaluation.folder.resolve().parts[-2:])
+def _model_index(found: Mapping[str, Any], source: str, name: str) -> dict[str, Any]:
+    """The accuracy of the final predictions as the Hub lists it: https://github.com/huggingface/hub-docs."""
+    count, row = found["images"], found["heads"][-1]
+    metrics = [
+        {"type": "accuracy", "name": f"Top-{k} accuracy of {count} images", "value": round(float(row[f"top{k}"]), 4)}
+        for k in (1, 5)
+    ]
+    dataset = {"name": source, "type": "imagefolder", "split": "test"}
+    result = {"task": {"type": _FRONT["pipeline_tag"]}, "dataset": dataset, "metrics": metrics}
+    return {"model-index": [{"name": name, "results": [result]}]}
+
+
+def _accuracy(found: Mapping[str, Any], source: str) -> Iterator[str]:
     yield (
         f"On the {found['images']} images of {source}, by this bundle; GMACs and ms are of one image, "
         f"{found['cost']['measured']}."
@@ -140,12 +158,52 @@ def _accuracy(evaluation: Evaluation) -> Iterator[str]:
     yield f"\nLeast accurate: {', '.join(worst)}. Most often confused: {', '.join(taken) or 'none'}."
 
 
+def _hub_files(bundle: Bundle) -> dict[str, bytes]:
+    """What lies beside a bundle in a repository of the Hub, by name.
+
+    Raises:
+        InputError: it has no card.
+    """
+    if (card := bundle.card()) is None:
+        raise InputError(f"{bundle.path} has no model card, which the Hub shows; add one with --card FILE")
+    labels = "".join(f"{name}\n" for name in bundle.manifest.class_names)
+    if named := re.search(r"^mge-run --engine (.+) IMAGES", card, re.MULTILINE):  # the file, when it was written
+        card = card.replace(named[1], _PLAN)
+    return {"README.md": card.encode(), LABELS: labels.encode()}
+
+
+def check_hub_folder(folder: Path, path: Path) -> None:
+    """Check that `write_hub_folder` replaces nothing but what it wrote.
+
+    Args:
+        folder: where to.
+        path: the bundle, which may lie there itself.
+
+    Raises:
+        OutputError: the folder holds a README.md, mge.plan or labels.txt that is something else.
+    """
+    held = [file for name in ("README.md", _PLAN, LABELS) if os.path.lexists(file := folder / name)]
+    try:
+        if held == [folder / _PLAN] and held[0].samefile(path):
+            return
+        if held:
+            with Bundle.open(folder / _PLAN) as bundle:
+                files = _hub_files(bundle)
+            held = [folder / name for name, data in files.items() if (folder / name).read_bytes() != data]
+    except (BundleError, InputError, OSError):
+        pass  # not as it was written
+    if held:
+        raise OutputError(
+            f"{held[0]} is not what --hf wrote, or was edited since; move it away, or name a new folder for --hf"
+        )
+
+
 def write_hub_folder(path: Path, folder: Path) -> list[Path]:
     """Write what a model repository of the Hugging Face Hub holds: README.md, the card; mge.plan; labels.txt.
 
     Args:
         path: a bundle with a card.
-        folder: where to; files of the same names are replaced, each whole or not at all.
+        folder: where to; files of the same names are replaced, all of them or none: `check_hub_folder` before.
 
     Returns:
         The files that were written.
@@ -155,18 +213,17 @@ def write_hub_folder(path: Path, folder: Path) -> list[Path]:
         InputError: it has no card.
         OutputError: the folder cannot be written.
     """
-    with Bundle.open(path) as bundle:
-        card, names = bundle.card(), bundle.manifest.class_names
-        if card is None:
-            raise InputError(f"{path} has no model card, which the Hub shows; add one with --card FILE")
+    with Bundle.open(path) as bundle, ExitStack() as stack:
+        files, watched = _hub_files(bundle), bundle.watched()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make the folder {folder}: {error.strerror}; name another for --hf") from error
-        readme, plan, labels = (folder / name for name in ("README.md", "mge.plan", LABELS))
-        with atomic_path(readme) as temporary:
-            temporary.write_text(card.replace(path.name, plan.name), encoding="utf-8")  # in its commands
-        with atomic_path(plan) as temporary:
-            shutil.copyfile(bundle.path, temporary)
-        write_labels(labels, names)
-    return [readme, plan, labels]
+        for name, data in files.items():
+            stack.enter_context(atomic_path(folder / name)).write_bytes(data)
+        copy = stack.enter_context(atomic_path(folder / _PLAN))
+        with open(watched.descriptor, "rb", closefd=False) as content, copy.open("wb") as stream:
+            content.seek(0)  # of the file that was opened, whatever lies in its place by now
+            shutil.copyfileobj(content, stream)
+        watched.check()
+    return [folder / name for name in (*files, _PLAN)]

@@ -165,6 +165,11 @@ def main(
         )
     if verify_images == 0 and verify_data is None:
         raise click.UsageError("--verify-images 0 takes all images of --verify-data: name that folder, or a number")
+    path = engine or output or Path(ckpt or "").parent / DEFAULT_NAME
+    if hf is not None:
+        from mge_export.card import check_hub_folder
+
+        check_hub_folder(hf, path)
     describe = None
     if card is not None:
         from mge_export.card import CardRequest
@@ -174,7 +179,6 @@ def main(
         assert engine is not None  # noqa: S101 - the usage check above; for the type checker
         _describe(engine, describe, hf)
         return
-    path = ckpt.parent / DEFAULT_NAME if output is None else output
     from mge.archive import check_file
     from mge.config import read_labels
     from mge_calibration.int8.images import CALIBRATION_FOLDER

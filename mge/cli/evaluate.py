@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mge_runtime.cli.common import (
-    backend_option,
+    Opening,
     batch_option,
-    device_option,
-    max_pixels_option,
-    no_mmap_option,
     note,
+    opening_options,
     options_given,
     reports_errors,
-    threads_option,
 )
 from mge_runtime.files import check_writable, echo
 
@@ -48,11 +45,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--split", default="test", help="Folder below --data, or split of its list, where there is one.")
 @batch_option(32, "--batch-size")
 @click.option("--workers", type=click.IntRange(0), default=2, help="Processes (threads for a bundle) that decode.")
-@max_pixels_option
-@device_option
-@backend_option
-@threads_option
-@no_mmap_option
+@opening_options
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--report", type=PATH, help="Also write a page for people, with images, to this HTML file.")
 @click.option("--predictions", type=PATH, help="Also write labels, logits, gate, boxes and cost to this .npz file.")
@@ -66,11 +59,7 @@ def main(
     split: str,
     batch: int,
     workers: int,
-    max_pixels: int,
-    device: str,
-    backend: str,
-    threads: int | None,
-    no_mmap: bool,
+    opening: Opening,
     as_json: bool,
     report: Path | None,
     predictions: Path | None,
@@ -110,9 +99,8 @@ def main(
     def evaluate(path: Path) -> Evaluation:
         assert images is not None  # noqa: S101 - the usage check above; for the type checker
         if path not in bundles:
-            return _run_checkpoint(path, *images, batch, workers, max_pixels)
-        options = {"device": device, "backend": backend, "threads": threads, "mmap": not no_mmap}
-        return evaluate_bundle(path, *images, batch, workers, **options, max_pixels=max_pixels)
+            return _run_checkpoint(path, *images, batch, workers, opening["max_pixels"])
+        return evaluate_bundle(path, *images, batch, workers, **opening)
 
     if compare is not None:
         from mge.comparison import compare_models, print_comparison
@@ -136,7 +124,7 @@ def main(
         if report is not None:
             from mge.report import write_report
 
-            write_report(report, result, found, max_pixels)
+            write_report(report, result, found, opening["max_pixels"])
         if not as_json:
             print_table(result)
     if as_json:

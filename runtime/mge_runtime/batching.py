@@ -28,7 +28,7 @@ class _Ready(NamedTuple):
 
 
 class Batcher:
-    """Predicts images as they come, from any thread; a context manager.
+    """Predicts images as they come, from any thread; close it.
 
     A run of the chain begins as soon as `batch` images are decoded, the oldest has waited for `wait` seconds, or no
     other image is being decoded, so that an image alone waits for nobody. While the chain computes the next batch
@@ -59,18 +59,13 @@ class Batcher:
         self._on_run = on_run
         self._changed = threading.Condition()  # guards the three below
         self._ready: deque[_Ready] = deque()
+        self._sources: dict[Future[Prediction], ImageSource] = {}  # whose decoding has not begun
         self._decoding = 0  # images submitted and not yet decoded
         self._closed = False
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="mge-decode")
         self._runners = [threading.Thread(target=self._run, name=f"mge-run-{n}") for n in range(pipeline.streams)]
         for thread in self._runners:
             thread.start()
-
-    def __enter__(self) -> Batcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def submit(self, source: ImageSource) -> Future[Prediction]:
         """Take an image; its future may be cancelled until its run begins.
@@ -87,7 +82,10 @@ class Batcher:
             if self._closed:
                 raise BackendError("the batcher is closed; expected an open one")
             self._decoding += 1
-            self._decoders.submit(self._decode, source, future)
+            self._sources[future] = source
+            self._decoders.submit(self._decode, future)
+        # One that is cancelled is let go at once; the decoders may reach it much later.
+        future.add_done_callback(lambda done: self._sources.pop(done, None))
         return future
 
     def close(self) -> None:
@@ -100,14 +98,15 @@ class Batcher:
             thread.join()
         self.pipeline.close()
 
-    def _decode(self, source: ImageSource, future: Future[Prediction]) -> None:
+    def _decode(self, future: Future[Prediction]) -> None:
         image: Prepared | None = None
         try:
-            if not future.cancelled():
+            if (source := self._sources.pop(future, None)) is not None:
                 image = self.pipeline.prepare(source)
         except BaseException as error:
             # The traceback would keep the decoder's buffers alive for as long as the caller keeps the error.
-            _fail(future, error.with_traceback(None) if isinstance(error, InputError) else error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error.with_traceback(None) if isinstance(error, InputError) else error)
         with self._changed:
             self._decoding -= 1
             if image is not None and not future.cancelled():
@@ -139,8 +138,3 @@ class Batcher:
             rest = self._ready[0].since + self._wait - time.monotonic()
             self._changed.wait_for(lambda: len(self._ready) >= self.batch or not self._decoding, max(rest, 0))
             return [self._ready.popleft() for _ in range(min(self.batch, len(self._ready)))]
-
-
-def _fail(future: Future[Prediction], error: BaseException) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)

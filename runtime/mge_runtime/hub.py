@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from mge_runtime.machine import import_library, install_extra
 __all__ = ["HubAddress"]
 
 _SCHEME = "hf://"
+_FOLDED = re.compile("^hf://?")
 _NAME = r"\w[\w.-]*"
 _ADDRESS = re.compile(rf"{_SCHEME}({_NAME}/{_NAME})(?:@({_NAME}))?(?:/((?:{_NAME}/)*{_NAME}\.plan))?", re.ASCII)
 _REFUSALS = {  # by huggingface_hub's error; the first that fits
@@ -23,6 +25,7 @@ _REFUSALS = {  # by huggingface_hub's error; the first that fits
     "RevisionNotFoundError": "the repository has no such revision: check what follows the @",
     "RemoteEntryNotFoundError": "the repository has no such file: name one that it has, hf://owner/name/other.plan",
 }
+_LOGGER = logging.getLogger("mge_runtime")
 _LARGEST = 2**32 - 1  # bytes; no bundle is larger (`bundle.archive`)
 
 
@@ -36,12 +39,13 @@ class HubAddress:
 
     @classmethod
     def parse(cls, text: str) -> HubAddress | None:
-        """Read an address; None for what does not start with `hf://`.
+        """Read an address; None for what does not start with `hf://`, or `hf:/` as `pathlib` makes of it.
 
         Raises:
             BundleError: it is none of the Hub.
         """
-        if not text.startswith(_SCHEME):
+        text, count = _FOLDED.subn(_SCHEME, text)
+        if not count:
             return None
         if (found := _ADDRESS.fullmatch(text)) is None:
             raise BundleError(
@@ -57,12 +61,13 @@ class HubAddress:
     def download(self) -> str:
         """Fetch this one file into huggingface_hub's cache, unless it is there; where it lies.
 
-        The Hub is asked once whether the revision has moved; where it cannot be asked, what is cached serves. Endpoint,
-        token, cache and time limits (10 s without a byte) are huggingface_hub's and those of its environment variables.
+        The Hub is asked whether the revision has moved. Where it does not respond (no connection, a time-out, an error
+        of its own: 5xx) what is cached serves, and a warning says so; what it refuses is an error. Endpoint, token,
+        cache and time limits (10 s without a byte) are huggingface_hub's and those of its environment variables.
 
         Raises:
             BackendError: huggingface_hub is not installed.
-            BundleError: there is no such file, it is too large, or the Hub cannot be asked and nothing is cached.
+            BundleError: the Hub gives no such file, it is too large, or the Hub does not respond and nothing is cached.
         """
         hub = import_library("huggingface_hub", install_extra("hf"))
         errors = importlib.import_module("huggingface_hub.errors")
@@ -76,8 +81,14 @@ class HubAddress:
             for name, problem in _REFUSALS.items():
                 if isinstance(error, getattr(errors, name)):
                     raise BundleError(f"cannot open {self}: {problem}") from error
+            http_error = errors.HfHubHTTPError.__bases__[0]  # that of httpx, or of what a release has in its place
+            status = getattr(getattr(error, "response", None), "status_code", 500)  # none: nothing came back
+            if status < 500 or not isinstance(error, (http_error, ConnectionError)):
+                raise BundleError(f"cannot open {self}: {brief(error)}") from error
             with suppress(errors.LocalEntryNotFoundError):
-                return hub.hf_hub_download(**place, local_files_only=True)
+                path = hub.hf_hub_download(**place, local_files_only=True)
+                _LOGGER.warning("%s is as it was cached: the Hub cannot be asked (%s)", self, brief(error))
+                return path
             raise BundleError(
                 f"cannot open {self}: the Hub cannot be asked ({brief(error)}) and nothing is cached; check the "
                 "network, HF_ENDPOINT and HF_HUB_OFFLINE, or copy the file here"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from python_multipart.exceptions import FormParserError
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -225,15 +225,16 @@ class Service:
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._limits.body:
             raise self._too_large(f"{int(declared):,} bytes")
-        with self._admitted() as admit:
+        with ExitStack() as stack:
+            self._admit(1, stack)
             try:
                 uploads, is_form = await asyncio.wait_for(self._read(request), self._limits.seconds)
             except asyncio.TimeoutError:
                 raise self._refusal(
                     "time", 408, f"the request was not read within {self._limits.seconds:g} s; send it faster"
                 ) from None
-            admit(len(uploads) - 1)
-            found = await self._found(uploads)
+            self._admit(len(uploads) - 1, stack)
+            found = await _unless_gone(request, self._found(uploads))
         records = [json_record(upload.name, one, self._top_k) for upload, one in zip(uploads, found, strict=True)]
         refused = sum(isinstance(one, InputError) for one in found)
         self._metrics.images.labels("refused").inc(refused)
@@ -256,7 +257,8 @@ class Service:
         except (MultiPartException, FormParserError) as error:  # older Starlettes let the second pass
             message = getattr(error, "message", "it is no multipart data")
             raise self._refusal("form", 400, f"cannot read the form: {one_line(message)}") from error
-        uploads = await _uploads(form)
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        uploads = [_Upload(await file.read(), file.filename or "unnamed") for file in files]
         if not uploads:
             raise self._refusal(
                 "form", 400, "the form holds no file; expected one or several images: curl -F image=@photo.jpg"
@@ -295,25 +297,14 @@ class Service:
             self._fault = None
         return found
 
-    @contextmanager
-    def _admitted(self) -> Generator[Callable[[int], None]]:
-        """Count a request, and the further images that the block finds in it, as long as it lasts."""
-        counted = 0
-
-        def admit(count: int) -> None:
-            nonlocal counted
-            if self._waiting + count > self._limits.queue:
-                raise self._refusal(
-                    "queue", 503, f"{self._waiting} of {self._limits.queue} images are waiting already; try again"
-                )
-            counted += count
-            self._wait_for(count)
-
-        try:
-            admit(1)
-            yield admit
-        finally:
-            self._wait_for(-counted)
+    def _admit(self, count: int, stack: ExitStack) -> None:
+        """Count images as waiting until the stack is closed."""
+        if self._waiting + count > self._limits.queue:
+            raise self._refusal(
+                "queue", 503, f"{self._waiting} of {self._limits.queue} images are waiting already; try again"
+            )
+        self._wait_for(count)
+        stack.callback(self._wait_for, -count)
 
     def _wait_for(self, count: int) -> None:
         self._waiting += count
@@ -329,12 +320,26 @@ class Service:
         return HTTPException(status, line, {"Retry-After": "1"} if status == 503 else None)
 
 
-async def _uploads(form: FormData) -> list[_Upload]:
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """What the work gives; it is cancelled where the client, whose request has been read, goes away before.
+
+    Raises:
+        ClientDisconnect: it went away.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
     try:
-        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        return [_Upload(await file.read(), file.filename or "unnamed") for file in files]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
     finally:
-        await form.close()
+        task.cancel()
+        gone.cancel()
 
 
 def _as_json(request: Request, error: HTTPException) -> JSONResponse:

@@ -48,6 +48,10 @@ class Frame:
     number: int  # of the frames that were decoded, from 0; those that were dropped count
 
 
+class _TooLargeError(InputError):
+    """Frames beyond the limit, which connecting again makes no smaller."""
+
+
 class Video:
     """A source of frames: to be iterated once, and closed.
 
@@ -127,7 +131,6 @@ class Video:
         """The thread: whatever ends it reaches who waits for frames."""
         try:
             self._read_on()
-            self._container.close()
         except BaseException as error:
             with self._changed:
                 self._failure = error
@@ -139,34 +142,33 @@ class Video:
         Raises:
             InputError: no frame came for too long.
         """
-        heard, reason = time.monotonic(), "it ended"
-        while not self._closed:
+        heard, reason, waits = time.monotonic(), "it ended", chain(_WAITS, repeat(_WAITS[-1]))
+        while True:
             try:
+                if self._container is None:
+                    self._container = self._open()
+                    self.reconnected += 1
                 for frame in self._frames():
-                    heard = time.monotonic()
+                    heard, waits = time.monotonic(), chain(_WAITS, repeat(_WAITS[-1]))
                     with self._changed:
                         self.dropped += self._newest is not None
                         self._newest = frame
                         self._changed.notify_all()
                     if self._closed:
                         return
+            except _TooLargeError:
+                raise
             except InputError as error:
                 reason = brief(error)
             finally:
-                self._container.close()
-            for pause in chain(_WAITS, repeat(_WAITS[-1])):
-                if time.monotonic() - heard > self._patience:
-                    raise InputError(f"{self._source} gives no frames any more ({reason}); gave up")
-                with self._changed:
-                    if self._closed or self._changed.wait_for(lambda: self._closed, min(pause, self._patience)):
-                        return
-                try:
-                    self._container = self._open()
-                except InputError as error:
-                    reason = brief(error)
-                    continue
-                self.reconnected += 1
-                break
+                if self._container is not None:
+                    self._container.close()
+                self._container = None
+            if time.monotonic() - heard > self._patience:
+                raise InputError(f"{self._source} gives no frames any more ({reason}); gave up")
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed, min(next(waits), self._patience)):
+                    return
 
     def _open(self) -> Any:
         name, form = self._source, None
@@ -200,14 +202,14 @@ class Video:
 
     def _check(self, width: int, height: int) -> None:
         if width * height > self._max_pixels:
-            raise InputError(
+            raise _TooLargeError(
                 f"{self._source} has frames of {width} x {height} pixels; expected at most {self._max_pixels} pixels: "
                 "give it in a smaller size, or allow more with --max-pixels"
             )
 
     def _frames(self) -> Generator[Frame]:
         """Decode to the end of the source, as it is open now."""
-        errors, bad = self._av.error, 0
+        errors, bad, first = self._av.error, 0, True
         stream = self._container.streams.video[0]
         packets = self._container.demux(stream)
         while True:
@@ -224,12 +226,14 @@ class Video:
                     continue
                 raise InputError(f"{self._source} is damaged: {DAMAGED} frames in a row cannot be decoded") from error
             except (errors.FFmpegError, OSError) as error:
-                raise InputError(
+                # FFmpeg's word for more than `max_pixels`; after good frames also for a damaged header.
+                limit = first and isinstance(error, errors.ArgumentError)
+                raise (_TooLargeError if limit else InputError)(
                     f"cannot read {self._source} any further: {brief(error)}; expected whole frames of at most "
                     f"{self._max_pixels} pixels (--max-pixels)"
                 ) from error
             for raw in decoded:
-                bad = 0
+                bad, first = 0, False
                 yield self._frame(raw)
 
     def _frame(self, raw: Any) -> Frame:
@@ -277,7 +281,7 @@ class Smoother:
 
 
 class VideoWriter:
-    """Writes an MP4 file (H.264), whose frames keep their times; made by `video_writer`."""
+    """Writes an MP4 file whose frames keep their times, H.264 where PyAV has an encoder for it; by `video_writer`."""
 
     def __init__(self, container: Any) -> None:
         self._container = container
@@ -291,7 +295,11 @@ class VideoWriter:
 
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         if self._stream is None:
-            self._stream = self._container.add_stream("libx264", rate=30, options={"preset": "veryfast", "crf": "23"})
+            if "libx264" in av.codecs_available:
+                quality = {"preset": "veryfast", "crf": "23"}
+                self._stream = self._container.add_stream("libx264", rate=30, options=quality)
+            else:  # a build of FFmpeg without what is under the GPL
+                self._stream = self._container.add_stream("mpeg4", rate=30, bit_rate=4_000_000)
             self._stream.width, self._stream.height = (max(side // 2 * 2, 2) for side in (frame.width, frame.height))
             self._stream.pix_fmt = "yuv420p"
             self._stream.codec_context.time_base = Fraction(1, 1000)

@@ -1,8 +1,10 @@
 """A bundle carries a model card: its author's words, what was measured; with it, it is a repository for the Hub."""
 
+import re
 import subprocess
 import sys
 import zipfile
+from unittest.mock import ANY
 
 import pytest
 import yaml
@@ -54,9 +56,14 @@ def test_a_card_holds_the_words_and_what_was_measured(plan, words, birds):
         succeeds(main, "--engine", plan, "--card", words, "--test-data", birds)
     card = succeeds(info, plan, "--card").stdout
     _, front, text = card.split("---\n", 2)
+    top1 = float(re.search(r"\| mixture \| ([\d.]+) ", text)[1]) / 100
     assert yaml.safe_load(front) == {
         "library_name": "mge", "pipeline_tag": "image-classification", "license": "mit", "tags": ["birds"],
+        "model-index": [{"name": "mge", "results": [ANY]}],
     }  # fmt: skip
+    (result, _) = pytest.importorskip("huggingface_hub").ModelCard(card).data.eval_results
+    assert (result.metric_name, result.metric_value) == ("Top-1 accuracy of 10 images", top1)
+    assert (result.dataset_name, result.dataset_split) == ("birds/test", "test")
     assert text.startswith(
         "\n# Five birds\n\n## Data\n\nDrawn.\n\n## Limits\n\nNo bird but these.\n\n## Accuracy\n\nOn the 10 "
     )
@@ -114,8 +121,30 @@ def test_the_folder_for_the_hub_holds_card_bundle_and_labels(plan, words, tmp_pa
     assert (hub / "labels.txt").read_text().splitlines() == [f"bird {number}" for number in range(5)]
     with zipfile.ZipFile(hub / "mge.plan") as archive:
         assert archive.testzip() is None
+    other = plan.rename(tmp_path / "birds.plan")
+    succeeds(main, "--engine", other, "--card", words)
+    for _ in range(2):  # what it wrote it replaces
+        succeeds(main, "--engine", other, "--hf", hub)
+    assert "mge-run --engine mge.plan IMAGES" in (hub / "README.md").read_text()
     (tmp_path / "file").touch()
-    assert "cannot make the folder" in fails(main, "--engine", plan, "--hf", tmp_path / "file")
+    assert "cannot make the folder" in fails(main, "--engine", other, "--hf", tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["README.md", "mge.plan", "labels.txt"])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_folder_for_the_hub_that_holds_something_else_is_left_alone(plan, words, tmp_path, name, written):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    succeeds(main, "--engine", plan, "--card", words, *(["--hf", hub] if written else []))
+    (hub / name).write_bytes(b"of somebody")
+    before = {path: path.read_bytes() for path in hub.iterdir()}
+    assert "is not what --hf wrote, or was edited since" in fails(main, "--engine", plan, "--hf", hub)
+    assert {path: path.read_bytes() for path in hub.iterdir()} == before
+
+
+def test_the_bundle_may_lie_in_the_folder_for_the_hub(plan, words):
+    for _ in range(2):
+        succeeds(main, "--engine", plan, "--card", words, "--hf", plan.parent)
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,13 @@ from mge_export.precision import Precision, check_precision, infer_types
 from mge_export.runners import reference_tensors
 from mge_runtime import Pipeline
 from mge_runtime.backends.onnxruntime import load_onnxruntime
+from mge_runtime.bench_subject import Images, open_subject
 from mge_runtime.bundle import Bundle
 from mge_runtime.compare import box_area
 from mge_runtime.errors import ExportError, InputError
 from mge_runtime.prediction import softmax
+from mge_runtime.sources import find_images
+from tests.helpers.engines import BACKENDS, CHECKS, open_on_gpu, selfcheck
 
 onnxruntime = load_onnxruntime()
 
@@ -257,3 +260,24 @@ def test_the_chain_can_be_written_as_one_file(exported, tmp_path, monkeypatch):
     )
     for found in others:
         assert all(map(np.array_equal, found, expected))
+
+
+def read(folder, subject):
+    images = Images.read(find_images([str(folder)]).images, subject, problem=pytest.fail)
+    assert images.source == "10 named images"
+    return images.frames
+
+
+@pytest.mark.parametrize("name", ["the same outputs in batches", "the same outputs from two pipelines at once"])
+def test_an_export_passes_on_the_cpu(exported, photographs, name):
+    subject = open_subject(exported.path, "cpu", threads=1)
+    selfcheck(subject, read(photographs, subject), name)
+    assert subject.tolerances.relative == exported.result.report.tolerances.relative
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CHECKS)
+def test_selfcheck(exported, photographs, backend, name, tmp_path):
+    subject = open_on_gpu(exported.path, backend, tmp_path)
+    selfcheck(subject, read(photographs, subject), name)

@@ -21,6 +21,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((self.command, self.path))
         owner, name, resolve, revision, *rest = [*self.path[1:].split("/"), *[""] * 3]
         file = self.server.folder / "/".join(rest)
+        if self.server.fault is not None:
+            return self.refuse(*self.server.fault)
         if name in REFUSED:
             return self.refuse(*REFUSED[name])
         if (owner, name, resolve) != ("owner", "name", "resolve"):
@@ -53,9 +55,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve_hub(folder):
-    """The server, with its `endpoint`; `asked` lists requests; `size` is announced instead; `excess` sent on top."""
+    """The server, with its `endpoint`; `asked` lists requests; `size` is announced instead; `excess` sent on top;
+    `fault`, a status and a code, is what everything gets."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.folder, server.asked, server.size, server.excess = Path(folder), [], None, None
+    server.folder, server.asked, server.size, server.excess, server.fault = Path(folder), [], None, None, None
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()

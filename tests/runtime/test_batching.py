@@ -2,7 +2,8 @@
 
 import io
 import threading
-from contextlib import contextmanager
+import weakref
+from contextlib import closing, contextmanager
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ class Held(io.BytesIO):
 def batching(path, streams=1, **options):
     """A batcher, and the sizes of its runs."""
     sizes = []
-    with Batcher(Pipeline.open(path, threads=1, streams=streams), on_run=sizes.append, **options) as batcher:
+    opened = Pipeline.open(path, threads=1, streams=streams)
+    with closing(Batcher(opened, on_run=sizes.append, **options)) as batcher:
         yield batcher, sizes
 
 
@@ -92,14 +94,16 @@ def test_a_bad_image_fails_alone_and_a_cancelled_one_never_runs(bundle_path, pho
     assert sizes == [1]
 
 
-def test_a_cancelled_image_is_not_even_decoded(bundle_path, photos):
+def test_a_cancelled_image_is_not_even_decoded_and_let_go_at_once(bundle_path, photos):
     first, second = Held(photos[0]), Held(photos[1])
     with batching(bundle_path, decoders=1) as (batcher, _):
         batcher.submit(first)
-        assert batcher.submit(second).cancel()
-        second.released.set()
+        first.begun.wait(SECONDS)
+        future, dropped = batcher.submit(second), weakref.ref(second)
+        del second
+        assert future.cancel()
+        assert dropped() is None, "it stays in memory"
         first.released.set()
-    assert not second.begun.is_set()
 
 
 def test_closing_finishes_what_was_submitted(bundle_path, photos):

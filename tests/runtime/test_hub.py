@@ -3,10 +3,15 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from mge_calibration.cli import main as calibrate
+from mge_export.cli import main as export
 from mge_runtime import Bundle, BundleError, Pipeline
+from mge_runtime.bundle import add_calibration
 from mge_runtime.cli.bench import main as bench
 from mge_runtime.cli.info import main as info
 from mge_runtime.cli.run import main as run
@@ -85,15 +90,50 @@ def test_what_is_not_there_is_one_line(address, words, tmp_path):
     assert not list(tmp_path.rglob("blobs/*"))
 
 
-@pytest.mark.usefixtures("served")
-def test_without_a_network_the_cached_file_serves(monkeypatch):
+@pytest.mark.parametrize("fault", [None, (500, ""), (503, "")])
+def test_where_the_hub_does_not_respond_the_cached_file_serves_with_one_line(served, monkeypatch, caplog, fault):
     with Bundle.open("hf://owner/name") as bundle:
         known = bundle.sha256
-    ask("http://127.0.0.1:9", monkeypatch)
+    assert not caplog.messages
+    served.fault = fault
+    if fault is None:
+        ask("http://127.0.0.1:9", monkeypatch)
     with Bundle.open("hf://owner/name") as bundle:
         assert bundle.sha256 == known
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "mge_runtime"]
+    assert line.startswith("hf://owner/name@main/mge.plan is as it was cached: the Hub cannot be asked (")
     with pytest.raises(BundleError, match=r"the Hub cannot be asked .* and nothing is cached; check the network"):
         Bundle.open("hf://owner/other")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [(401, ""), (403, ""), (403, "GatedRepo"), (404, "RepoNotFound"), (404, "EntryNotFound"), (404, ""), (429, "")],
+)
+def test_what_the_hub_refuses_is_one_line_whatever_is_cached(served, tmp_path, fault):
+    Bundle.open("hf://owner/name").close()
+    served.fault = fault
+    line = fails(run, "--engine", "hf://owner/name", tmp_path / "a.png")
+    assert "cannot open hf://owner/name@main/mge.plan: " in line
+
+
+@pytest.mark.usefixtures("served")
+def test_a_path_of_it_is_read_and_nothing_is_written_into_the_cache(copy, photos, tmp_path):
+    with Bundle.open(Path("hf://owner/name")) as there, Bundle.open(copy) as here:
+        assert there.sha256 == here.sha256
+    for number, photo in enumerate(photos * 3):
+        (tmp_path / f"data/bird {number % 5}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo).save(tmp_path / f"data/bird {number % 5}/{number}.png")
+    (tmp_path / "words.md").write_text("---\nlicense: mit\n---\n## Data\n## Limits\n")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for command, *arguments in (
+        (calibrate, "hf://owner/name", "--data", tmp_path / "data"),
+        (export, "--engine", "hf://owner/name", "--card", tmp_path / "words.md"),
+    ):
+        assert "download it (hf download owner/name mge.plan --revision main" in fails(command, *arguments)
+    with pytest.raises(BundleError, match="can only be read"):
+        add_calibration("hf://owner/name", {})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}.items() >= before.items()
 
 
 def test_a_file_larger_than_any_bundle_is_not_asked_for(served):

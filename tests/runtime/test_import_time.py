@@ -1,3 +1,5 @@
+"""What imports take and load; between packages they go mge_runtime <- mge_calibration <- mge_export -> mge."""
+
 import json
 import subprocess
 import sys
@@ -7,6 +9,18 @@ import pytest
 
 import mge_runtime
 
+CHECK = """
+import importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
+print("\\n".join(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+FORBIDDEN = {
+    "mge_runtime": {"torch", "torchvision", "timm", "lightning", "onnx", "mge", "mge_calibration", "mge_export"},
+    "mge_calibration": {"torch", "mge", "mge_export"},
+    "mge": {"mge_calibration", "mge_export"},
+}
 HEAVY = {"torch", "torchvision", "timm", "onnx", "mge", "mge_export", "lightning"}
 NOT_FOR_HELP = HEAVY | {"numpy", "PIL", "onnxruntime", "fastapi", "uvicorn", "prometheus_client"}
 
@@ -58,3 +72,11 @@ def test_public_names_are_there():
     assert mge_runtime.__version__ == version("mge")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mge_runtime.nothing
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_every_module_of_a_package_imports_only_what_it_may(package):
+    done = subprocess.run([sys.executable, "-c", CHECK, package], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert package in loaded
+    assert not loaded & FORBIDDEN[package]

@@ -196,6 +196,17 @@ def test_a_client_that_goes_away_leaves_nothing(server, files):
     wait_until(lambda: server.metric('mge_requests_total{status="499"}') == before + 1)
 
 
+def test_what_a_client_waits_for_no_more_is_dropped(hasty):
+    slow = saved(Image.new("L", (3000, 3000)), "PNG")
+    before = hasty.metric('mge_requests_total{status="499"}')
+    body, headers = form(*[("x", slow)] * 200)
+    connection = http.client.HTTPConnection("127.0.0.1", hasty.port)
+    connection.request("POST", "/predict", body, headers)
+    wait_until(lambda: hasty.metric("mge_queue_images") == 200)
+    connection.close()
+    wait_until(lambda: hasty.metric('mge_requests_total{status="499"}') == before + 1)
+
+
 def test_a_slow_request_is_408_and_a_silent_connection_closed(hasty, files):
     connection, _ = hasty.begin(files[0])
     with connection:
@@ -335,6 +346,15 @@ def test_ready_after_the_first_bundle_is_warm_and_stopped_without_losing_a_reque
         ends = [status for _, status, _ in found if not isinstance(status, OSError)]
         assert set(ends) == {200}
         assert "Traceback" not in server.log
+
+
+def test_a_signal_does_not_wait_for_a_bundle_that_is_being_opened(bundle_path):
+    gate = "from mge_runtime.pipeline import Pipeline; Pipeline.open = lambda *a, **k: serve.time.sleep(300)"
+    with Server(bundle_path, before=gate) as server:
+        assert server.request("GET", "/health/live")[0] == 200
+        server.signal("SIGTERM")
+        assert server.process.wait(20) == 0
+        wait_until(lambda: "stopped while a bundle was being opened" in server.log)
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.jetson", "mge-serve.service"])

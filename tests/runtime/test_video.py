@@ -225,10 +225,18 @@ def test_frames_beyond_the_limit_are_refused(tmp_path):
     path = write_video(tmp_path / "a.mp4")
     with pytest.raises(InputError, match="64 x 48 pixels; expected at most 1000 pixels"):
         Video(str(path), max_pixels=1000)
+
+
+def large():
+    yield from endless(size=(640, 480))
+
+
+@pytest.mark.parametrize("sessions", [[large], [few, large]])
+def test_a_stream_beyond_the_limit_is_not_connected_to_until_patience_ends(sessions):
     with (
-        camera(lambda: endless(size=(640, 480))) as address,
-        pytest.raises(InputError, match="expected whole frames of at most 10000 pixels"),
-        Video(address, max_pixels=10_000, patience=1) as source,
+        camera(*sessions) as address,
+        pytest.raises(InputError, match=r"^cannot read .* expected whole frames of at most 10000 pixels"),
+        Video(address, max_pixels=10_000) as source,
     ):
         list(source)
 
@@ -263,6 +271,18 @@ def test_the_command_prints_and_draws_every_frame_of_a_file(tmp_path, bundle_pat
     with av.open(str(tmp_path / "o.mp4")) as container:
         drawn = [frame.time for frame in container.decode(video=0)]
     assert drawn == pytest.approx([line["seconds"] for line in lines], abs=2e-3)
+
+
+def test_without_an_encoder_for_h264_there_is_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
+    with video_writer(tmp_path / "o.mp4") as writer:
+        for number, gray in enumerate(GRAY):
+            writer.add(shaded(gray), number / 10)
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        frames = list(container.decode(video=0))
+        assert container.streams.video[0].codec_context.name == "mpeg4"
+    assert [frame.time for frame in frames] == pytest.approx([number / 10 for number in range(len(GRAY))], abs=2e-3)
+    assert np.abs(frames[-1].to_ndarray(format="rgb24").astype(int) - shaded(GRAY[-1])).mean() < 6
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

@@ -30,7 +30,7 @@ from mge_runtime.bundle.archive import (
 from mge_runtime.bundle.attachments import Calibration, EngineDescription
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import LARGEST
-from mge_runtime.files import atomic_path
+from mge_runtime.files import atomic_path, check_writable
 from mge_runtime.hub import HubAddress
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Entry, Manifest
@@ -86,8 +86,9 @@ class Bundle:
     Reading is safe from several threads.
     """
 
-    def __init__(self, file: WatchedFile, *, maps_weights: bool = True) -> None:
+    def __init__(self, file: WatchedFile, *, maps_weights: bool = True, address: HubAddress | None = None) -> None:
         self.path = file.path
+        self._address = address  # where `path` lies in the Hub's cache
         self.maps_weights = maps_weights  # whether backends may map the weights; else they load them
         self._file = file
         self._mapped = mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ)
@@ -118,7 +119,8 @@ class Bundle:
                 give it.
             BackendError: the extra `hf` is not installed.
         """
-        if (address := HubAddress.parse(os.fspath(path))) is not None:
+        address = HubAddress.parse(os.fspath(path))
+        if address is not None:
             path = address.download()
         try:
             resolved = Path(os.path.realpath(path, strict=True))
@@ -133,7 +135,7 @@ class Bundle:
                     f"cannot open {path}: it is empty (0 bytes); expected a bundle that mge-export wrote: copy or "
                     "export it again"
                 )
-            return cls(file, maps_weights=maps_weights)
+            return cls(file, maps_weights=maps_weights, address=address)
         except FileNotFoundError as error:
             raise BundleError(f"no bundle at {path}: the file does not exist; check the name") from error
         except (OSError, ValueError) as error:  # ValueError: no name of a file, or one that is empty by now
@@ -153,6 +155,21 @@ class Bundle:
         self._file.close()
         with suppress(BufferError):  # a lent view keeps the mapping alive
             self._mapped.close()
+
+    def check_writable(self) -> None:
+        """Find out before the work that nothing could be added to the file.
+
+        Raises:
+            BundleError: it is of the Hub, whose cache nobody writes into.
+            OutputError: its place cannot be written.
+        """
+        if self._address is not None:
+            raise BundleError(
+                f"{self._address} is on the Hub and can only be read: download it (hf download "
+                f"{self._address.repository} {self._address.file} --revision {self._address.revision} --local-dir .), "
+                "then name that file"
+            )
+        check_writable(self.path)
 
     @property
     def sha256(self) -> str:

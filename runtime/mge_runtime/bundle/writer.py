@@ -202,7 +202,9 @@ def add_engine(
 @contextmanager
 def _updating(path: str | os.PathLike[str]) -> Generator[tuple[Bundle, ArchiveWriter]]:
     """Rewrite a bundle beside itself; of two that do so at once the second waits for the first."""
-    with _locked(path), Bundle.open(path) as bundle, atomic_path(bundle.path) as temporary:
+    with _locked(path), Bundle.open(path) as bundle, ExitStack() as stack:
+        bundle.check_writable()
+        temporary = stack.enter_context(atomic_path(bundle.path))
         with temporary.open("w+b") as stream:
             archive = ArchiveWriter(stream)
             yield bundle, archive

@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mge_runtime.cli.common import (
-    backend_option,
-    device_option,
-    max_pixels_option,
-    no_mmap_option,
+    Opening,
     note,
+    opening_options,
     options_given,
     reports_errors,
     say,
-    threads_option,
 )
 from mge_runtime.cli.common import report as report_error
 from mge_runtime.errors import MGEError
@@ -46,11 +43,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.argument("images", nargs=-1)
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to measure or check.")
 @click.option("--selfcheck", is_flag=True, help="Check predictions, memory, copies and graphs; measures no speed.")
-@device_option
-@backend_option
-@threads_option
-@no_mmap_option
-@max_pixels_option
+@opening_options
 @click.option(
     "-b",
     "--batch",
@@ -83,11 +76,7 @@ def main(
     images: tuple[str, ...],
     engine: str,
     selfcheck: bool,
-    device: str,
-    backend: str,
-    threads: int | None,
-    no_mmap: bool,
-    max_pixels: int,
+    opening: Opening,
     batch: tuple[int, ...],
     seconds: int,
     runs: int,
@@ -123,7 +112,7 @@ def main(
             note(message)
         from mge_runtime.bench_subject import Images, open_subject
 
-        subject = open_subject(engine, device, backend, threads, mmap=not no_mmap, max_pixels=max_pixels)
+        subject = open_subject(engine, **opening)
         if selfcheck:
             from mge_runtime.selfcheck import run_checks
 

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -23,20 +23,18 @@ if TYPE_CHECKING:
 __all__ = [
     "GPU_STATUS",
     "Number",
+    "Opening",
     "at_most_cpus",
-    "backend_option",
     "batch_option",
-    "device_option",
     "engine_batch_option",
     "exit_option",
     "max_pixels_option",
-    "no_mmap_option",
     "note",
+    "opening_options",
     "options_given",
     "report",
     "reports_errors",
     "say",
-    "threads_option",
     "verbose_option",
 ]
 
@@ -163,22 +161,6 @@ def _exit(context: click.Context, parameter: click.Parameter, value: str) -> Exi
 
 
 # What several commands take; each option is the same in all of them.
-device_option = click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ..."
-)
-backend_option = click.option(
-    "--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx."
-)
-threads_option = click.option(
-    "-j",
-    "--threads",
-    type=click.IntRange(min=1),
-    callback=at_most_cpus,
-    help="Processors to compute with on the CPU.  [default: all]",
-)
-no_mmap_option = click.option(
-    "--no-mmap", is_flag=True, help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile."
-)
 max_pixels_option = click.option(
     "--max-pixels",
     type=click.IntRange(min=1),
@@ -194,6 +176,25 @@ exit_option = click.option(
     show_default=True,
     metavar="calibrated|never|N",
     help="Stop early: as soon as it is confident enough (mge-calibrate learns when), or after expert N.",
+)
+_OPENING = (
+    click.option(
+        "--device", default="auto", show_default=True, help="auto, cpu, cuda (the first GPU), cuda:1 or 1, ..."
+    ),
+    click.option("--backend", default="auto", show_default=True, help="auto, onnxruntime, tensorrt, tensorrt-rtx."),
+    click.option(
+        "-j",
+        "--threads",
+        type=click.IntRange(min=1),
+        callback=at_most_cpus,
+        help="Processors to compute with on the CPU.  [default: all]",
+    ),
+    click.option(
+        "--no-mmap",
+        is_flag=True,
+        help="Load the weights instead of mapping them: the bundle may be overwritten meanwhile.",
+    ),
+    max_pixels_option,
 )
 engine_batch_option = click.option(
     "--batch", default="1,1,8", show_default=True, metavar="MIN,OPT,MAX", help="Batch sizes that engines are built for."
@@ -212,3 +213,26 @@ def batch_option(default: int, *names: str) -> Callable[[Callable[_P, _R]], Call
 verbose_option = click.option(
     "-v", "--verbose", count=True, callback=_ask_for_log, help="Show what the libraries say; -vv: all of it."
 )
+
+
+class Opening(TypedDict):
+    """How a bundle is opened, as for `Pipeline.open`."""
+
+    device: str
+    backend: str
+    threads: int | None
+    mmap: bool
+    max_pixels: int
+
+
+def opening_options(command: Callable[..., _R]) -> Callable[..., _R]:
+    """The options of every command that runs a bundle, which gets them together as `opening`."""
+
+    @functools.wraps(command)
+    def wrapped(*, device: str, backend: str, threads: int | None, no_mmap: bool, max_pixels: int, **others: Any) -> _R:
+        opening = Opening(device=device, backend=backend, threads=threads, mmap=not no_mmap, max_pixels=max_pixels)
+        return command(opening=opening, **others)
+
+    for option in reversed(_OPENING):
+        wrapped = option(wrapped)
+    return wrapped

@@ -12,25 +12,27 @@ import click
 
 from mge_runtime.cli.common import (
     Number,
+    Opening,
     at_most_cpus,
-    backend_option,
     batch_option,
-    device_option,
     exit_option,
-    max_pixels_option,
-    no_mmap_option,
     note,
+    opening_options,
     options_given,
     report,
     reports_errors,
-    threads_option,
     verbose_option,
 )
 from mge_runtime.errors import InputError, MGEError, printable
 from mge_runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
+    from mge_runtime.backends import Streams
     from mge_runtime.chain import Exit
+    from mge_runtime.interrupt import Interrupt
+    from mge_runtime.pipeline import Pipeline
+    from mge_runtime.report import ImageFolder
+    from mge_runtime.sources import ImageList
 
 _TOP = 5
 _MANY = 8  # images; from here on several are predicted at once, and a terminal gets a progress bar
@@ -54,7 +56,6 @@ _MANY = 8  # images; from here on several are predicted at once, and a terminal 
     metavar="SECONDS",
     help="With --video: average over time; a frame counts half after so long.",
 )
-@max_pixels_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each image.")
 @click.option(
     "--csv",
@@ -75,10 +76,8 @@ _MANY = 8  # images; from here on several are predicted at once, and a terminal 
     type=click.IntRange(min=1),
     help=f"Likeliest classes to report.  [default: {_TOP}; as text for several images: 1]",
 )
-@device_option
-@backend_option
+@opening_options
 @batch_option(1)
-@threads_option
 @click.option(
     "--streams",
     type=click.IntRange(min=1),
@@ -86,7 +85,6 @@ _MANY = 8  # images; from here on several are predicted at once, and a terminal 
     help=f"Images (or batches) computed side by side.  [default: 1; from {_MANY} images on: one for each processor]",
 )
 @exit_option
-@no_mmap_option
 @verbose_option
 @click.version_option(package_name="mge")
 @reports_errors
@@ -95,19 +93,15 @@ def main(
     files_from: str | None,
     video: str | None,
     smooth: float | None,
-    max_pixels: int,
     engine: str,
     as_json: bool,
     csv_path: Path | None,
     save_to: Path | None,
     top_k: int | None,
-    device: str,
-    backend: str,
+    opening: Opening,
     batch: int,
-    threads: int | None,
     streams: int | None,
     exit_at: Exit,
-    no_mmap: bool,
     verbose: int,  # noqa: ARG001 - the option's callback has seen to it
 ) -> None:
     """Classify IMAGES: files, folders (searched deep), quoted patterns, @FILE for a list, - for one on standard input.
@@ -116,53 +110,96 @@ def main(
     Files appear whole or not at all: what is printed or drawn stays after an interrupt, a CSV file does not.
     """
     if video is not None:
-        _video(video, smooth, save_to, top_k or _TOP, as_json=as_json, engine=engine, device=device, backend=backend,
-               threads=threads, exit_at=exit_at, no_mmap=no_mmap, max_pixels=max_pixels)  # fmt: skip
-        return
-    if smooth is not None:
+        _check_video_options(save_to, as_json=as_json)
+    elif smooth is not None:
         raise click.UsageError("--smooth averages over the frames of --video SOURCE; name one")
-    if not images and files_from is None:
+    elif not images and files_from is None:
         raise click.UsageError("name images, a list of them with --files-from, or a --video")
-    if ("-" in images) + ("@-" in images) + (files_from == "-") > 1:
+    elif ("-" in images) + ("@-" in images) + (files_from == "-") > 1:
         raise click.UsageError("standard input holds one image (-) or one list of them (--files-from -); name one")
     with ExitStack() as stack:
         interrupt = stack.enter_context(interruptible("the run", "nothing was predicted", MGEError))
-        from mge_runtime.fonts import undrawable
         from mge_runtime.pipeline import Pipeline
-        from mge_runtime.report import CsvTable, Lines, csv_table, image_folder, is_stdout
-        from mge_runtime.sources import find_images
+        from mge_runtime.report import image_folder, is_stdout
 
-        csv_printed = csv_path is not None and is_stdout(csv_path)
-        if csv_printed and as_json:
+        if as_json and is_stdout(csv_path):
             raise click.UsageError("--json and --csv - would both be printed; name a file for the CSV table")
-        listed = find_images(images, files_from)
-        found, problems = listed.images, listed.problems
-        for _, problem in problems:
-            report(problem)
-        if message := listed.note():
-            note(message)
-        if not found:
-            raise SystemExit(1)
-        drawn = stack.enter_context(image_folder(save_to, found)) if save_to else None
-        pipeline = stack.enter_context(
-            Pipeline.open(
-                engine,
-                device,
-                backend,
-                threads,
-                streams or (1 if len(found) < _MANY else "auto"),
-                exit=exit_at,
-                mmap=not no_mmap,
-                max_pixels=max_pixels,
-            )
-        )
+        listed = None if video is not None else _listed(images, files_from)
+        drawn = stack.enter_context(image_folder(save_to, listed.images)) if listed and save_to else None
+        default: Streams = "auto" if listed and len(listed.images) >= _MANY else 1
+        pipeline = stack.enter_context(Pipeline.open(engine, streams=streams or default, exit=exit_at, **opening))
         if pipeline.choice.note and pipeline.choice.command is None:  # else opening has said it
             note(pipeline.choice.note)
-        manifest = pipeline.manifest
-        if drawn and (message := undrawable(map(printable, manifest.class_names))):
-            note(message)
-        text = "line" if len(found) > 1 and top_k is None else "block"
-        top_k = min(top_k or _TOP, len(manifest.class_names))
+        if listed is not None:
+            whole = _run_images(
+                pipeline, listed, drawn, csv_path, top_k, as_json=as_json, batch=batch, interrupt=interrupt
+            )
+        else:
+            from mge_runtime.cli.video import run_video
+
+            assert video is not None  # noqa: S101 - or images would be listed; for the type checker
+            if pipeline.calibrated.exits and not options_given("exit_at"):
+                pipeline.exit = "calibrated"  # the next frame is waiting
+            whole = run_video(
+                pipeline,
+                video,
+                as_json=as_json,
+                top_k=top_k or _TOP,
+                save=save_to,
+                half_life=smooth,
+                max_pixels=opening["max_pixels"],
+                interrupt=interrupt,
+            )
+    if not whole:
+        raise SystemExit(1)
+
+
+def _check_video_options(save_to: Path | None, *, as_json: bool) -> None:
+    if unused := options_given("images", "files_from", "csv_path", "batch", "streams"):
+        raise click.UsageError(f"--video reads frames one after the other and cannot use {', '.join(unused)}")
+    if not as_json and options_given("top_k"):
+        raise click.UsageError("--video prints one class a line and cannot use --top-k; add --json")
+    if save_to is not None and save_to.suffix.lower() != ".mp4":
+        raise click.UsageError(f"--save {save_to}: with --video expected a file that ends with .mp4")
+
+
+def _listed(images: tuple[str, ...], files_from: str | None) -> ImageList:
+    """The images that were named, at least one; what is not there is reported."""
+    from mge_runtime.sources import find_images
+
+    listed = find_images(images, files_from)
+    for _, problem in listed.problems:
+        report(problem)
+    if message := listed.note():
+        note(message)
+    if not listed.images:
+        raise SystemExit(1)
+    return listed
+
+
+def _run_images(
+    pipeline: Pipeline,
+    listed: ImageList,
+    drawn: ImageFolder | None,
+    csv_path: Path | None,
+    top_k: int | None,
+    *,
+    as_json: bool,
+    batch: int,
+    interrupt: Interrupt,
+) -> bool:
+    """Predict, print, draw and tabulate the images; returns whether all of them could be read."""
+    from mge_runtime.fonts import undrawable
+    from mge_runtime.report import CsvTable, Lines, csv_table, is_stdout
+
+    found, problems, manifest = listed.images, listed.problems, pipeline.manifest
+    if drawn and (message := undrawable(map(printable, manifest.class_names))):
+        note(message)
+    text = "line" if len(found) > 1 and top_k is None else "block"
+    top_k = min(top_k or _TOP, len(manifest.class_names))
+    failed = len(problems)
+    with ExitStack() as stack:
+        csv_printed = is_stdout(csv_path)
         outputs: list[Lines | CsvTable] = [] if csv_printed else [Lines("json" if as_json else text, top_k)]
         if csv_path:
             judged = pipeline.calibrated.conformal is not None
@@ -170,7 +207,6 @@ def main(
         for output in outputs:
             for name, problem in problems:
                 output.add_error(name, problem)
-        failed = len(problems)
         predictions = pipeline.predict_iter((image.source() for image in found), batch=batch)
         results: Iterable[Any] = zip(found, predictions, strict=True)
         if bar := len(found) >= _MANY and sys.stderr.isatty():
@@ -195,53 +231,9 @@ def main(
                 continue
             for output in outputs:
                 output.add(image.name, prediction, saved)
-    if failed:
-        if len(found) > 1:
-            click.echo(f"{failed} of {len(found) + len(problems)} could not be read", err=True)
-        raise SystemExit(1)
-
-
-def _video(
-    source: str,
-    smooth: float | None,
-    save_to: Path | None,
-    top_k: int,
-    *,
-    as_json: bool,
-    engine: str,
-    device: str,
-    backend: str,
-    threads: int | None,
-    exit_at: Exit,
-    no_mmap: bool,
-    max_pixels: int,
-) -> None:
-    if unused := options_given("images", "files_from", "csv_path", "batch", "streams"):
-        raise click.UsageError(f"--video reads frames one after the other and cannot use {', '.join(unused)}")
-    if not as_json and options_given("top_k"):
-        raise click.UsageError("--video prints one class a line and cannot use --top-k; add --json")
-    if save_to is not None and save_to.suffix.lower() != ".mp4":
-        raise click.UsageError(f"--save {save_to}: with --video expected a file that ends with .mp4")
-    with interruptible("the run", "nothing was predicted", MGEError) as interrupt:
-        from mge_runtime.cli.video import run_video
-        from mge_runtime.pipeline import Pipeline
-
-        opened = Pipeline.open(engine, device, backend, threads, exit=exit_at, mmap=not no_mmap, max_pixels=max_pixels)
-        with opened as pipeline:
-            if pipeline.calibrated.exits and not options_given("exit_at"):
-                pipeline.exit = "calibrated"  # the next frame is waiting
-            whole = run_video(
-                pipeline,
-                source,
-                as_json=as_json,
-                top_k=top_k,
-                save=save_to,
-                half_life=smooth,
-                max_pixels=max_pixels,
-                interrupt=interrupt,
-            )
-    if not whole:
-        raise SystemExit(1)
+    if failed and len(found) > 1:
+        click.echo(f"{failed} of {len(found) + len(problems)} could not be read", err=True)
+    return not failed
 
 
 def _shown(result: Any) -> str | None:

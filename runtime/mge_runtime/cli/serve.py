@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import time
@@ -13,16 +14,13 @@ import click
 
 from mge_runtime.cli.common import (
     Number,
+    Opening,
     at_most_cpus,
-    backend_option,
     batch_option,
-    device_option,
     exit_option,
-    max_pixels_option,
-    no_mmap_option,
+    opening_options,
     reports_errors,
     say,
-    threads_option,
     verbose_option,
 )
 from mge_runtime.errors import MGEError
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _MOST_DECODERS = 4  # each may need the memory of one image
+_LAST = 2.0  # seconds that a bundle which is being opened may take to a stop that nothing else waits for
 _IDLE = 10.0  # seconds that a connection may stay open without a whole request
 
 
@@ -64,11 +63,8 @@ _IDLE = 10.0  # seconds that a connection may stay open without a whole request
     show_default=True,
     help="Seconds to read a request (408), and then to predict its images (504).",
 )
-@max_pixels_option
 @click.option("--top-k", type=click.IntRange(min=1), default=5, show_default=True, help="Likeliest classes to report.")
-@device_option
-@backend_option
-@threads_option
+@opening_options
 @click.option(
     "--streams",
     type=click.IntRange(min=1),
@@ -76,7 +72,6 @@ _IDLE = 10.0  # seconds that a connection may stay open without a whole request
     help="Batches computed side by side on a CPU.  [default: one for each processor]",
 )
 @exit_option
-@no_mmap_option
 @verbose_option
 @click.version_option(package_name="mge")
 @reports_errors
@@ -90,14 +85,10 @@ def main(
     max_images: int,
     queue: int,
     timeout: float,
-    max_pixels: int,
     top_k: int,
-    device: str,
-    backend: str,
-    threads: int | None,
+    opening: Opening,
     streams: int | None,
     exit_at: Exit,
-    no_mmap: bool,
     verbose: int,  # noqa: ARG001 - the option's callback has seen to it
 ) -> None:
     """Serve predictions of BUNDLE: POST an image, or a form of several, to /predict; GET /health, /metrics.
@@ -115,16 +106,7 @@ def main(
     from mge_runtime.server import Limits, Service
 
     def open_batcher(on_run: Callable[[int], None]) -> Batcher:
-        pipeline = Pipeline.open(
-            bundle,
-            device,
-            backend,
-            threads,
-            streams or "auto",
-            exit=exit_at,
-            mmap=not no_mmap,
-            max_pixels=max_pixels,
-        )
+        pipeline = Pipeline.open(bundle, streams=streams or "auto", exit=exit_at, **opening)
         decoders = min(cpu_count(), _MOST_DECODERS)
         return Batcher(pipeline, batch=batch, wait=wait_ms / 1e3, decoders=decoders, on_run=on_run)
 
@@ -180,6 +162,9 @@ async def _serve(service: Service, server: Server, listener: socket.socket) -> N
     await server.serve(sockets=[listener])
     idle.cancel()
     service.stop()
+    if not (await asyncio.wait({loaded}, timeout=_LAST))[0]:
+        say("stopped while a bundle was being opened")
+        os._exit(0)  # no thread can be stopped, and what was accepted is done
     await loaded
 
 

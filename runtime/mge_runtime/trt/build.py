@@ -16,7 +16,7 @@ from mge_runtime.bundle.onnx_graph import located_graph
 from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.errors import BackendError, BuildError, BundleError
 from mge_runtime.fields import JsonValue
-from mge_runtime.files import check_writable, temporary_folder
+from mge_runtime.files import temporary_folder
 from mge_runtime.interrupt import Interrupt
 from mge_runtime.machine import Gpu, Machine, describe_machine, this_platform
 from mge_runtime.trt.builder import BuildOptions, build_engine
@@ -113,7 +113,7 @@ def build_targets(
         if into_bundle:  # into a copy of the bundle beside it: everything else in it must be whole
             replaced = [job.target.name for job in jobs]
             bundle.verify([name for name in bundle.sizes if target_of(name) not in replaced])
-            check_writable(bundle.path)
+            bundle.check_writable()
     for job in jobs:
         job.vendor.messages.say = say if verbose else None
         # Opened for each target: the one before has put a new file in this one's place.
