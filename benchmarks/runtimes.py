@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 
 from benchmarks.rounds import ratio, time_rounds
+from mge_export.openvino import load_openvino
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import brief
@@ -36,6 +37,7 @@ from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import find_images
 
 OURS = "ONNX Runtime"
+PNNX_SECONDS = 120  # it takes one, or never ends
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # a frame [1, S, S, 3] to probabilities and each box
 
 
@@ -50,9 +52,7 @@ def onnx_runtime(chain: Path, names: list[str], provider: str = "CPUExecutionPro
 
 def openvino(chain: Path, names: list[str], **settings: str) -> Predict:
     """OpenVINO on one thread."""
-    import openvino as ov
-
-    model = ov.Core().compile_model(chain, "CPU", {"INFERENCE_NUM_THREADS": 1, **settings})
+    model = load_openvino().Core().compile_model(chain, "CPU", {"INFERENCE_NUM_THREADS": 1, **settings})
 
     def predict(frame: np.ndarray) -> list[np.ndarray]:
         found = model({"frame": frame})
@@ -62,13 +62,18 @@ def openvino(chain: Path, names: list[str], **settings: str) -> Predict:
 
 
 def ncnn(chain: Path, size: int) -> Predict:
-    """ncnn, as far as pnnx converts the chain."""
+    """ncnn: no chain has come further than to its list of layers so far."""
+    import ncnn  # pyright: ignore[reportMissingImports]
     import pnnx  # pyright: ignore[reportMissingImports]
 
     program = Path(str(pnnx.__file__)).with_name("pnnx")
-    done = subprocess.run([program, chain, f"inputshape=[1,{size},{size},3]u8"], capture_output=True, text=True)
-    last = (done.stdout + done.stderr).splitlines()[-2:]
-    raise RuntimeError(f"pnnx ended with {done.returncode}: {'; '.join(last)}")
+    words = [program, chain, f"inputshape=[1,{size},{size},3]u8"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PNNX_SECONDS)
+    if done.returncode:
+        raise RuntimeError(f"pnnx ended with {done.returncode} after: {done.stdout.splitlines()[-1]}")
+    layers = {row.split()[0] for row in chain.with_suffix(".ncnn.param").read_text().splitlines()[2:]}
+    unknown = sorted(layer for layer in layers if ncnn.layer_to_index(layer) < 0)
+    raise RuntimeError(f"pnnx converts, ncnn {ncnn.__version__} has no layer {', '.join(unknown)}")
 
 
 def traced(ckpt: Path, names: list[str]) -> Any:
@@ -125,9 +130,7 @@ def executorch(ckpt: Path, names: list[str], frame: np.ndarray, folder: Path) ->
     from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
     from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
-    # A file, since it refuses constants with strides of 0, which come whole out of one.
-    torch.export.save(torch.export.export(traced(ckpt, names), (torch.from_numpy(frame),)), folder / "chain.pt2")
-    program = torch.export.load(folder / "chain.pt2")
+    program = torch.export.export(traced(ckpt, names), (torch.from_numpy(frame),))
     lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch()
     (folder / "chain.pte").write_bytes(lowered.buffer)
     loaded = Runtime.get().load_program(folder / "chain.pte")
@@ -188,7 +191,8 @@ def main(chain: Path, folder: Path, ckpt: Path | None, count: int, rounds: int) 
     names = ["probabilities", *(name for name in outputs if name.startswith("box_"))]
     paths = [image.path for image in find_images([str(folder)]).whole()]
     chosen = [paths[number * len(paths) // count] for number in range(count)]
-    frames = [to_frame(decode_image(path), spec)[0][None] for path in chosen]
+    # Not [None], whose stride of 0 ExecuTorch refuses.
+    frames = [np.stack([to_frame(decode_image(path), spec)[0]]) for path in chosen]
     ways: dict[str, Predict] = {OURS: onnx_runtime(chain, names)}
     expected = [ways[OURS](frame) for frame in frames]
     with TemporaryDirectory() as scratch:

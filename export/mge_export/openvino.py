@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ __all__ = ["load_openvino", "write_openvino"]
 
 
 def load_openvino() -> Any:
-    """Import OpenVINO.
+    """Import OpenVINO without its telemetry.
+
+    Its import sends an event to Google Analytics and writes below HOME, without asking. Where the package
+    `openvino_telemetry` is absent, a stub of OpenVINO's own takes its place.
 
     Raises:
         BackendError: it is missing or broken.
     """
+    absent: Any = None
+    if "openvino" not in sys.modules:  # else it is the program's own, as the program set it up
+        sys.modules.setdefault("openvino_telemetry", absent)
     return import_library("openvino", install_extra("openvino"))
 
 
@@ -52,7 +59,6 @@ def write_openvino(bundle: Bundle, folder: Path) -> list[Path]:
         bundle.extract(scratch)
         chain = scratch / CHAIN
         try:
-            # `convert_model` would ask at a terminal whether it may send telemetry.
             model = openvino.Core().read_model(chain)
             openvino.save_model(model, chain.with_suffix(".xml"), compress_to_fp16=False)
         except RuntimeError as error:

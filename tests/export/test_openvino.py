@@ -1,6 +1,7 @@
 """The chain as OpenVINO's files: tensors and values are those of ONNX Runtime; one line where it fails."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,9 +14,13 @@ from mge_export import openvino as product
 from mge_export.cli import main
 from mge_export.precision import Precision
 from mge_runtime.backends.onnxruntime import load_onnxruntime
+from mge_runtime.errors import BackendError
 from tests.helpers.commands import fails, run_without, succeeds
 
-openvino = pytest.importorskip("openvino", reason="openvino is not installed (extra `openvino`)")
+try:
+    openvino = product.load_openvino()
+except BackendError as error:
+    pytest.skip(str(error), allow_module_level=True)
 FILES = {"chain.xml", "chain.bin", "labels.txt"}
 CLOSE = {Precision.FP32: 1e-5, Precision.FP16: 1e-3}  # of probabilities; FP16 is rounded in different places
 
@@ -65,6 +70,14 @@ def test_without_openvino_the_extra_is_named_before_the_checkpoint_is_read(tmp_p
     done = run_without(["openvino", "torch"], "mge_export.cli", "--ckpt", tmp_path / "none.pt", "--openvino", tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("install mge again, with its extra openvino")
+
+
+def test_importing_it_sends_and_writes_nothing(tmp_path):
+    program = "from mge_export.openvino import load_openvino as load; print(load().__version__)"
+    environment = {key: value for key, value in os.environ.items() if key not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    environment["HOME"] = str(tmp_path)  # where an identifier and a count would be, before anything is sent
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_runtimes_are_compared_side_by_side(exported, photographs):
