@@ -33,7 +33,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 
 @click.command(context_settings=SETTINGS)
 @click.option("--ckpt", type=PATH, help="best.pt of mge-train, or a checkpoint of the authors' code.")
-@click.option("--engine", type=PATH, help="Instead of --ckpt: a bundle to describe with --card and --hf.")
+@click.option("--engine", type=PATH, help="Instead of --ckpt: a bundle for --card, --hf and --openvino.")
 @click.option("--fp16", is_flag=True, help="Backbones and part convolutions in half precision, the rest in FP32.")
 @click.option("--int8", is_flag=True, help="Backbones in INT8 with --calib-data, FP16 around it. Implies --fp16.")
 @click.option(
@@ -78,6 +78,12 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     type=PATH,
     metavar="FILE",
     help="Also write the whole chain as one ONNX file, and labels.txt beside it.",
+)
+@click.option(
+    "--openvino",
+    type=PATH,
+    metavar="DIR",
+    help="Also write the whole chain for OpenVINO: chain.xml, chain.bin, labels.txt. Needs the extra openvino.",
 )
 @click.option("-o", "--output", type=PATH, help="The bundle.  [default: mge.plan beside the checkpoint]")
 @click.option(
@@ -130,6 +136,7 @@ def main(
     batch: str,
     extract: Path | None,
     onnx_file: Path | None,
+    openvino: Path | None,
     output: Path | None,
     verify_data: Path | None,
     verify_images: int,
@@ -149,13 +156,13 @@ def main(
     mge-build adds more on the device.
     """
     if (ckpt is None) is (engine is None):
-        raise click.UsageError("name either --ckpt, to export it, or --engine, a bundle for --card and --hf")
+        raise click.UsageError("name either --ckpt, to export it, or --engine, a bundle for --card, --hf, --openvino")
     if engine is not None:
-        usable = {"engine", "card", "test_data", "hf", "max_pixels"}
+        usable = {"engine", "card", "test_data", "hf", "openvino", "max_pixels"}
         others = {parameter.name or "" for parameter in click.get_current_context().command.params} - usable
         if unused := options_given(*others):
             raise click.UsageError(f"--engine exports nothing and cannot use {', '.join(unused)}; leave that out")
-    if card is None and (test_data or (hf and ckpt) or (engine and not hf)):
+    if card is None and (test_data or (hf and ckpt) or (engine and not (hf or openvino))):
         raise click.UsageError("there is no model card to write: add --card FILE")
     if int8 is not (calib_data is not None):
         raise click.UsageError(
@@ -175,9 +182,13 @@ def main(
         from mge_export.card import CardRequest
 
         describe = CardRequest.read(card, test_data, max_pixels, note)
+    if openvino is not None:
+        from mge_export.openvino import load_openvino
+
+        load_openvino()  # its absence is told before the work
     if ckpt is None:
         assert engine is not None  # noqa: S101 - the usage check above; for the type checker
-        _describe(engine, describe, hf)
+        _describe(engine, describe, hf, openvino)
         return
     from mge.archive import check_file
     from mge.config import read_labels
@@ -209,6 +220,7 @@ def main(
         from mge_export.export import export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
+        from mge_export.openvino import write_openvino
         from mge_export.precision import Precision
         from mge_runtime.bundle import Bundle
         from mge_runtime.files import file_sha256
@@ -259,17 +271,19 @@ def main(
             say=say,
         )
         interrupt.consequence = f"{path} was written before"
-        if extract is not None or onnx_file is not None or hf is not None:
+        if extract is not None or onnx_file is not None or openvino is not None or hf is not None:
             try:
                 with Bundle.open(path) as bundle:
                     if extract is not None:
                         say(f"extracted {len(bundle.extract(extract))} files to {extract}")
                     if onnx_file is not None:
                         say(f"wrote {', '.join(map(str, write_chain(bundle, onnx_file)))}")
+                    if openvino is not None:
+                        say(f"wrote {', '.join(map(str, write_openvino(bundle, openvino)))}")
                 if hf is not None:
                     say(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
-            except OutputError as error:
-                raise OutputError(f"{error}; {path} was written before") from error
+            except (ExportError, OutputError) as error:
+                raise type(error)(f"{error}; {path} was written before") from error
     if result.report.failures:
         click.echo(f"warning: {len(result.report.failures)} values are out of tolerance; the bundle says so", err=True)
     weights = sum(entry.size for name, entry in result.manifest.entries.items() if name.endswith(".weights"))
@@ -282,16 +296,22 @@ def main(
     echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
 
 
-def _describe(path: Path, request: CardRequest | None, hf: Path | None) -> None:
-    """Attach a card to a bundle that is there, and write the folder for the Hub; no PyTorch is loaded."""
-    from mge_export.card import write_hub_folder
-
+def _describe(path: Path, request: CardRequest | None, hf: Path | None, openvino: Path | None) -> None:
+    """Attach a card to a bundle that is there, and write the folders for the Hub and OpenVINO; no PyTorch is loaded."""
     with interruptible("the description", f"{path} is whole; run it again", ExportError):
         if request is not None:
             request.attach(path, path.name)
             echo(f"{path}: has its card: mge-info {shlex.quote(str(path))} --card")
         if hf is not None:
+            from mge_export.card import write_hub_folder
+
             echo(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
+        if openvino is not None:
+            from mge_export.openvino import write_openvino
+            from mge_runtime.bundle import Bundle
+
+            with Bundle.open(path) as bundle:
+                echo(f"wrote {', '.join(map(str, write_openvino(bundle, openvino)))}")
 
 
 if __name__ == "__main__":
