@@ -217,8 +217,7 @@ def _decoded(stream: BinaryIO, name: str, max_pixels: int) -> Image:
 
 def _check_webp(stream: BinaryIO, name: str, max_pixels: int) -> None:
     """Check the size before Pillow opens the file: of a WebP it then allocates all pixels."""
-    head = stream.read(30)
-    if head.startswith(b"RIFF") and (size := webp_size(head)):
+    if size := webp_size(stream.read(30)):
         _check_size(size, name, max_pixels)
 
 

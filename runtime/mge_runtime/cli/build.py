@@ -108,7 +108,3 @@ def shown_progress() -> GraphProgress:
             click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
 
     return progress
-
-
-if __name__ == "__main__":
-    main(prog_name="mge-build")
