@@ -178,7 +178,3 @@ def _make_folder(path: Path) -> None:
 def _progress(images: int) -> AbstractContextManager[Any]:
     """A bar, on a terminal alone."""
     return click.progressbar(length=images, label="images", file=sys.stderr, hidden=not sys.stderr.isatty())
-
-
-if __name__ == "__main__":
-    main()

@@ -12,7 +12,7 @@ from mge_runtime.interrupt import Interrupt
 from mge_runtime.machine import Machine, describe_machine
 from mge_runtime.trt.build import build_targets, native_library
 from mge_runtime.trt.builder import BuildOptions
-from mge_runtime.trt.target import NATIVE, TURING, BatchRange, TargetRequest
+from mge_runtime.trt.target import NATIVE, TURING, BatchRange, Capabilities, parse_request
 from mge_runtime.trt.vendor import load_vendor
 
 __all__ = ["EnginePlan"]
@@ -24,7 +24,7 @@ ONNX = "onnx"  # the target that needs no engine
 class EnginePlan:
     """What `--target` and `--batch` ask for, on this machine."""
 
-    requests: tuple[TargetRequest, ...]
+    requests: tuple[Capabilities | None, ...]  # None: for the GPU that is present
     batch: BatchRange
     asked: bool  # False: nobody named a target, so native engines are built only where that is possible
     machine: Machine
@@ -44,8 +44,8 @@ class EnginePlan:
             BackendError: an unknown target or a batch range that is none.
         """
         names = list(dict.fromkeys(targets)) or [NATIVE]
-        requests = tuple(TargetRequest.parse(name) for name in names if name != ONNX)
-        wanted = any(request.capabilities is None for request in requests)
+        requests = tuple(parse_request(name) for name in names if name != ONNX)
+        wanted = None in requests
         machine = machine or describe_machine(quick=not wanted)
         native: str | BackendError | None = None
         if wanted:
@@ -59,7 +59,7 @@ class EnginePlan:
     def turing(self) -> bool:
         """Whether TensorRT-RTX is to build for Turing, which needs linear heads in half."""
         native = self.native == "tensorrt-rtx" and self.machine.gpus[0].capability == TURING
-        return native or any(TURING in (request.capabilities or ()) for request in self.requests)
+        return native or any(TURING in request for request in self.requests if request)
 
     def check(self, *, fp16: bool) -> None:
         """Find out before the export what cannot be built after it.
@@ -72,7 +72,7 @@ class EnginePlan:
                 f"the target {TURING} (Turing) was asked for in FP32; TensorRT-RTX has no FP32 matrix products there: "
                 "add --fp16, or leave it out of --target"
             )
-        if any(request.capabilities is not None for request in self.requests):
+        if any(self.requests):
             load_vendor("tensorrt-rtx")
         if self.asked and isinstance(self.native, BackendError):
             raise self.native

@@ -145,7 +145,3 @@ def _run_checkpoint(
     found = with_stops(collect(model, batches(loader)))
     found = replace(found, cost=model_cost(model), classes=config.classes)
     return Evaluation(found, samples, folder, root, ckpt.name, config.to_dict())
-
-
-if __name__ == "__main__":
-    main()

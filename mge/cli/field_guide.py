@@ -75,7 +75,3 @@ def draw_sheet(guide: FieldGuide, *, columns: int = 6, rows: int = 4, side: int 
         sheet.paste(Image.fromarray(plate.image).resize((side, side), Image.Resampling.BICUBIC), (left, top))
         pen.text((left + 2, top + side + 1), names[index % guide.species], fill=(70, 66, 60), font_size=10)
     return sheet
-
-
-if __name__ == "__main__":
-    main()

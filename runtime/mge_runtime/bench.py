@@ -114,7 +114,7 @@ def _time_batch(pipeline: Pipeline, images: Images, batch: int, end: float, repo
                 break
             sources, frames = images.batch(number, batch)
             start = time.perf_counter()
-            steps = pipeline.run_timed(frames).step_ms
+            steps = pipeline.run_timed(frames).times_ms
             middle = time.perf_counter()
             predictions = pipeline.predict_batch(sources)
             done = time.perf_counter()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mge_runtime.calibrated import Calibrated, ExitPoint
     from mge_runtime.fields import JsonValue
 
-__all__ = ["Chain", "ChainResult", "Exit", "ExitPolicy", "ImageResult", "first_graphs", "resolve_exit"]
+__all__ = ["Chain", "Exit", "ExitPolicy", "ImageResult", "by_image", "first_graphs", "resolve_exit"]
 
 # "never": the whole chain; "calibrated": stop each image as soon as its logits are as confident as the calibration asks
 # for; N: stop after graph N, from 1, as a rule expert N.
@@ -44,36 +44,22 @@ class ImageResult:
     step_ms: dict[str, float]  # its share of the steps that it took part in, in their order
 
 
-@dataclass(frozen=True)
-class ChainResult:
-    """Outputs of one run of the chain."""
+def by_image(result: ExecutorResult, graphs: Sequence[GraphSpec]) -> list[ImageResult]:
+    """One run of a chain's graphs, image by image in the order of the frames."""
+    counts: list[int] = result.graphs_run.tolist()
+    images = [ImageResult({}, graphs[count - 1].logits, {}) for count in counts]
 
-    # By name, on the host. The first axis is the batch, or what of it ran so far where images stopped early: a tensor
-    # has one row for each image that ran the graph it is an output of, in the order of the frames.
-    tensors: Mapping[str, Array]
-    logits: str  # the logits [B, C] of images that did not stop early
-    step_ms: Mapping[str, float]  # milliseconds for all images, by step: the graphs, or what a device can tell
-    graphs_run: NDArray[np.intp]  # [B]: how many graphs each image ran
-    _manifest: Manifest
-    _step_graphs: Mapping[str, int]  # with which a step begins, from 0
+    def ran(number: int) -> list[ImageResult]:
+        return [image for image, count in zip(images, counts, strict=True) if count > number]
 
-    def images(self) -> list[ImageResult]:
-        """The same for each image, in the order of the frames."""
-        graphs: Sequence[GraphSpec] = self._manifest.graphs
-        counts: list[int] = self.graphs_run.tolist()
-        images = [ImageResult({}, graphs[count - 1].logits, {}) for count in counts]
-
-        def ran(number: int) -> list[ImageResult]:
-            return [image for image, count in zip(images, counts, strict=True) if count > number]
-
-        for number, graph in enumerate(graphs):
-            for name in {tensor.name for tensor in graph.outputs} & self.tensors.keys():
-                for image, row in zip(ran(number), self.tensors[name], strict=True):
-                    image.tensors[name] = row
-        for step, ms in self.step_ms.items():
-            for image in (took_part := ran(self._step_graphs.get(step, 0))):
-                image.step_ms[step] = ms / len(took_part)
-        return images
+    for number, graph in enumerate(graphs):
+        for name in {tensor.name for tensor in graph.outputs} & result.tensors.keys():
+            for image, row in zip(ran(number), result.tensors[name], strict=True):
+                image.tensors[name] = row
+    for step, ms in result.times_ms.items():
+        for image in (took_part := ran(result.step_graphs.get(step, 0))):
+            image.step_ms[step] = ms / len(took_part)
+    return images
 
 
 class Chain:
@@ -106,7 +92,7 @@ class Chain:
         graphs: int | None = None,
         outputs: Collection[str] | None = None,
         exits: Sequence[ExitPoint] = (),
-    ) -> ChainResult:
+    ) -> ExecutorResult:
         """Run the chain on a batch.
 
         Args:
@@ -133,10 +119,7 @@ class Chain:
         finally:
             self._check_file()  # half of the weights may have been another model's
         self._check(result)  # all that a prediction rests on, whatever is asked for
-        tensors = {name: tensor for name, tensor in result.tensors.items() if name in wanted}
-        return ChainResult(
-            tensors, run[-1].logits, result.times_ms, result.graphs_run, self._manifest, result.step_graphs
-        )
+        return replace(result, tensors={name: tensor for name, tensor in result.tensors.items() if name in wanted})
 
     def report(self) -> dict[str, JsonValue]:
         """What the executor says of its memory and CUDA graphs; empty on a CPU."""

@@ -16,7 +16,7 @@ import numpy as np
 from mge_runtime.backends import Choice, Streams, choose, open_executor
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
-from mge_runtime.chain import Chain, ChainResult, Exit, ExitPolicy, ImageResult, resolve_exit
+from mge_runtime.chain import Chain, Exit, ExitPolicy, ImageResult, by_image, resolve_exit
 from mge_runtime.conformal import EXITS, Judgment
 from mge_runtime.decode import MAX_PIXELS, ImageSource, load_decoders, open_image
 from mge_runtime.errors import BackendError, BundleError, InputError
@@ -29,7 +29,7 @@ from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from mge_runtime.backends.base import Array
+    from mge_runtime.backends.base import Array, ExecutorResult
 
 __all__ = ["Exit", "Pipeline", "Prepared"]
 
@@ -245,7 +245,9 @@ class Pipeline:
         """
         return self.run_timed(frames, exit=exit, outputs=outputs).tensors
 
-    def run_timed(self, frames: Array, *, exit: Exit = "never", outputs: Collection[str] | None = None) -> ChainResult:
+    def run_timed(
+        self, frames: Array, *, exit: Exit = "never", outputs: Collection[str] | None = None
+    ) -> ExecutorResult:
         """As `run`, with the milliseconds of each step beside the tensors."""
         size = self.manifest.preprocess.size
         is_array = isinstance(cast(object, frames), np.ndarray)
@@ -270,7 +272,7 @@ class Pipeline:
         """
         return self._require_open().report()
 
-    def _run(self, frames: Array, policy: ExitPolicy, outputs: Collection[str] | None = None) -> ChainResult:
+    def _run(self, frames: Array, policy: ExitPolicy, outputs: Collection[str] | None = None) -> ExecutorResult:
         with self._lent() as chain:
             return chain.run(frames, graphs=policy.graphs, outputs=outputs, exits=policy.exits)
 
@@ -286,7 +288,7 @@ class Pipeline:
         if self.max_batch is not None and len(prepared) > self.max_batch:
             return [found for group in batches(prepared, self.max_batch) for found in self._predict(group, policy)]
         result = self._run(np.stack([item.frame for item in prepared]), policy)
-        pairs = zip(result.images(), prepared, strict=True)
+        pairs = zip(by_image(result, self.manifest.graphs), prepared, strict=True)
         return [self._prediction(image, item, EXITS if policy.exits else image.logits) for image, item in pairs]
 
     def _prediction(self, image: ImageResult, item: Prepared, run: str) -> Prediction:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import backbones, chain, frontier, predictions, start_up, throughput, worth
+from benchmarks import backbones, chain, frontier, start_up, throughput, worth
 from benchmarks.backbones import BareBackbones
 from benchmarks.rounds import ratio, time_rounds
 from mge.checkpoint import save_checkpoint
@@ -172,38 +172,7 @@ def test_the_chain_costs_little_more_than_its_bare_backbones(tmp_path):
     assert 1 < found.median < BOUND, found
 
 
-# --- judging ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def written():
-    """What `mge-eval --predictions` writes for 100 images: one of three classes, a crop of a quarter."""
-    classes = np.arange(100) % 3
-    views = np.tile(np.array([[0, 0, 100, 100], [10, 10, 60, 60]], np.float32), (100, 1, 1))
-    names = np.array([f"{index}.jpg" for index in range(100)])
-    logits = np.eye(3, dtype=np.float32)[classes]
-    gate = np.full((100, 2), 0.5, np.float32)
-    return {"names": names, "labels": classes, "logits/mixture": logits, "views": views, "gate": gate}
-
-
-@pytest.mark.parametrize(("classes", "boxes", "met"), [(0, 0, True), (1, 0, True), (2, 0, False), (0, 5, False)])
-def test_predictions_are_compared(written, tmp_path, monkeypatch, capsys, classes, boxes, met):
-    other = {name: value.copy() for name, value in written.items()}
-    other["logits/mixture"][:classes] = np.roll(other["logits/mixture"][:classes], 1, 1)
-    other["views"][:boxes, 1] += 30
-    np.savez(tmp_path / "first.npz", **written)
-    np.savez(tmp_path / "second.npz", **other)
-    files = ["--first", str(tmp_path / "first.npz"), "--second", str(tmp_path / "second.npz")]
-    monkeypatch.setattr(sys, "argv", ["", *files, "--parity"])
-    assert predictions.main() == (0 if met else 1)
-    out = capsys.readouterr().out
-    assert ("not met: " in out) != met
-    assert f"difference {classes:+.2f} points, 95 % interval" in out
-
-
-def test_crops_that_keep_nearly_all_prove_little(written):
-    written["views"][:, 1] = (0, 0, 90, 90)
-    assert "keeps 81 %" in predictions.compare_parity(written, written)[0]
+# --- the frontier -------------------------------------------------------------------------------------------------
 
 
 def test_the_frontier_has_every_place_where_a_chain_may_stop(tmp_path):

@@ -14,7 +14,7 @@ from mge_runtime.interrupt import Interrupt
 from mge_runtime.machine import Machine, describe_machine
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.trt.builder import build_engine
-from mge_runtime.trt.engines import BundleEngines
+from mge_runtime.trt.engines import bundle_engines
 from mge_runtime.trt.target import turing_refusal
 from mge_runtime.trt.vendor import load_vendor
 from tests.helpers.commands import fails, succeeds
@@ -33,7 +33,7 @@ def test_engines_travel_in_a_bundle_that_still_opens_on_a_bare_cpu(single, photo
     path = tmp_path / "mge.plan"
     with Bundle.open(path) as bundle:
         bundle.verify()
-        turing, others = (BundleEngines(bundle, name) for name in bundle.targets)
+        turing, others = (bundle_engines(bundle, name) for name in bundle.targets)
         assert (turing.target.capabilities, others.target.capabilities) == (("sm75",), ("sm86", "sm120"))
         assert others.details.batch.sizes == (1, 2, 4)
         assert others.details.gpu is None

@@ -14,7 +14,7 @@ from mge_runtime.files import temporary_folder
 from mge_runtime.selfcheck import all_checks
 from mge_runtime.trt.build import Job, ahead_of_time, build_engines, build_targets
 from mge_runtime.trt.builder import BuildOptions
-from mge_runtime.trt.target import BatchRange, TargetRequest
+from mge_runtime.trt.target import BatchRange
 from mge_runtime.trt.vendor import load_vendor
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")
@@ -26,7 +26,7 @@ def open_on_gpu(bundle_path, backend, folder):
     path = shutil.copy(bundle_path, folder / "mge.plan")
     try:
         if backend != "onnxruntime":
-            build_targets(path, [TargetRequest(None)], into_bundle=True, backend=backend)
+            build_targets(path, [None], into_bundle=True, backend=backend)
         return open_subject(path, "cuda:0", backend)
     except BackendError as error:  # no GPU, no library, or a model that it cannot run
         pytest.skip(str(error))

@@ -292,16 +292,6 @@ def test_the_moving_average_is_validated_and_kept(make):
     np.testing.assert_allclose(trainer.predictions.final, again.final, atol=1e-5)
 
 
-def test_frozen_layers_keep_weights_and_statistics(make):
-    trainer = make(kind=Watched, freeze=4)
-    start = copy.deepcopy(trainer.model.state_dict())
-    trainer.fit()
-    moved = {name for name, value in trainer.states[-1].items() if not torch.equal(value, start[name])}
-    backbone = {name for name in start if "backbone." in name}
-    assert {re.search(r"stage\d", name)[0] for name in backbone & moved} == {"stage3", "stage4", "stage5"}
-    assert {re.search(r"stage\d", name)[0] for name in backbone - moved} == {"stage1", "stage2"}
-
-
 def test_the_last_third_holds_the_statistics_of_a_shared_backbone_and_distills(make):
     trainer = make(kind=Watched, epochs=3, distill=1.0)
     config = dataclasses.replace(trainer.model.config, sharing="backbone", gate="none")

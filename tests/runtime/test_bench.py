@@ -49,7 +49,7 @@ def test_the_report_holds_every_measurement(bundle_path, tmp_path):
     report = json.loads(result.stdout)
     with Pipeline.open(bundle_path, "cpu", threads=1) as pipeline:
         size = pipeline.manifest.preprocess.size
-        steps = list(pipeline.run_timed(np.zeros((1, size, size, 3), np.uint8)).step_ms)
+        steps = list(pipeline.run_timed(np.zeros((1, size, size, 3), np.uint8)).times_ms)
     assert [batch["batch"] for batch in report["batches"]] == [1, 3]
     for batch in report["batches"]:
         rows = {row["name"]: row for row in batch["rows"]}

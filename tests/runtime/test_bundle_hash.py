@@ -12,7 +12,7 @@ from mge_runtime.bench_subject import open_subject
 from mge_runtime.bundle import Bundle, add_calibration, write_bundle
 from mge_runtime.cli.info import main
 from mge_runtime.errors import BundleError
-from tests.helpers.bundles import TARGET, add_engines, change_byte, manifest_hash, read_entries, write_entries
+from tests.helpers.bundles import TARGET, add_engines, manifest_hash, read_entries, write_entries
 
 WEIGHTS = "onnx/expert_3.weights"
 
@@ -107,12 +107,6 @@ def test_the_chain_in_one_graph_counts_and_follows_the_calibration(tiny, tmp_pat
         assert bundle.read("onnx/chain.onnx") == b"another with a temperature"
         bundle.verify()
         assert "onnx/chain.onnx" not in bundle.manifest.entries
-
-
-def test_opening_finds_one_flipped_bit(copy):
-    change_byte(copy, WEIGHTS)
-    with pytest.raises(BundleError, match=r"onnx/expert_3\.weights do not match"):
-        Pipeline.open(copy, "cpu")
 
 
 def test_opening_looks_at_the_crc_of_weights_and_all_else_at_their_hash(copy, tmp_path):

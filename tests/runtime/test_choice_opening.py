@@ -16,7 +16,7 @@ from mge_runtime.errors import BackendError, BuildError, BundleError
 from mge_runtime.pipeline import Pipeline
 from mge_runtime.trt.build import build_targets, native_library
 from mge_runtime.trt.builder import BuildOptions
-from mge_runtime.trt.target import TargetRequest
+from mge_runtime.trt.target import parse_request
 from mge_runtime.trt.vendor import Messages, Vendor
 from tests.helpers import recorded_machines as machines
 from tests.helpers.chain_runs import write_typed
@@ -154,7 +154,7 @@ def test_scratch_memory_is_bounded_where_cpu_and_gpu_share_it(make, machine, opt
         raise BuildError("far enough")
 
     monkeypatch.setattr("mge_runtime.trt.build.build_engine", stop)
-    native = TargetRequest.parse("native")
+    native = parse_request("native")
     with pytest.raises(BuildError, match="far enough"):
         build_targets(make(), [native], into_bundle=False, machine=machine, options=options, say=said.append)
     assert given == [expected]

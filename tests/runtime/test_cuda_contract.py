@@ -24,9 +24,8 @@ HOLDERS = {
     ("CudaDevice", "buffer"): core.Buffer,
     ("CudaDevice", "_native(stream)"): core.Stream,
     ("_CudaStream", "self.native"): core.Stream,
-    ("_CudaStream", "stream"): core.Stream,
-    ("_CudaEvent", "self.native"): core.Event,
-    ("_CudaGraph", "self._graph"): graph.Graph,
+    ("_CudaStream", "native"): core.Stream,
+    ("_CudaGraph", "self.native"): graph.Graph,
 }
 
 
@@ -47,6 +46,7 @@ def test_every_attribute_that_is_used_exists():
     assert {key for key, _ in found} == set(HOLDERS), "the table above names what is not there any more"
     assert [(key, attribute) for key, attribute in found if not hasattr(HOLDERS[key], attribute)] == []
     assert hasattr(core.Event, "__sub__")
+    assert all(hasattr(kind, "close") for kind in (core.Stream, core.Event, graph.Graph)), "see _Native"
 
 
 def test_arguments_are_named_as_they_are_given():

@@ -7,7 +7,6 @@ from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.backends.onnxruntime_cuda import open_ort_chain
 from mge_runtime.calibrated import ExitPoint, confidence
 from mge_runtime.device.executor import DeviceExecutor
-from mge_runtime.errors import BackendError
 from tests.helpers import chain_runs as runs
 from tests.helpers.host_device import HostDevice
 
@@ -160,22 +159,6 @@ def test_steps_are_named_and_belong_to_graphs(chain, expected):
     result = expected._executor.run(frames(3), 3, {"mean_logits_1"}, points(NONE, ALL))
     assert result.step_graphs == {"expert_1": 0, "expert_2": 1, "expert_3": 2}
     assert list(result.times_ms) == ["expert_1", "expert_2"]
-
-
-def test_a_graph_that_fails_for_those_that_are_left_is_named(chain, bundle, expected, some, monkeypatch):
-    exits = points(some["mean_logits_1"], some["mean_logits_2"])
-    chain.run(frames(8), 3, EVERY, exits)
-    unit = chain._units[1]
-
-    class Failing:
-        def run_with_iobinding(self, *_):
-            raise RuntimeError("the kernel failed")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(unit, "session", Failing())
-        with pytest.raises(BackendError, match=r"failed in graph expert_2"):
-            chain.run(frames(8), 3, EVERY, exits)
-    check(chain.run(frames(8), 3, EVERY, exits), bundle.manifest, wanted(expected, frames(8), exits))
 
 
 def test_a_unit_is_prepared_once_for_each_batch_size_whatever_programs_it_is_in(bundle, expected, some):

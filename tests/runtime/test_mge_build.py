@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from mge_runtime.bundle import Bundle
 from mge_runtime.cli.build import main
 from mge_runtime.machine import describe_machine
-from mge_runtime.trt.engines import BundleEngines
+from mge_runtime.trt.engines import bundle_engines
 from mge_runtime.trt.target import Target
 from tests.helpers.bundles import TARGET, add_engines, change_byte, write_changed
 
@@ -41,7 +41,7 @@ def test_engines_go_into_the_bundle_beside_those_of_other_targets(copy):
         bundle.verify()
         targets = {Target.parse(name).capabilities: name for name in bundle.targets}
         assert set(targets) == {("sm86",), ("sm89", "sm120")}
-        engines = BundleEngines(bundle, targets["sm86",])
+        engines = bundle_engines(bundle, targets["sm86",])
         assert engines.details.batch.sizes == (1, 1, 8)  # built again, with the default
         assert engines.details.options["optimization_level"] == 0
         assert engines.plan("expert_1")[4:8] != b""

@@ -141,7 +141,3 @@ def _write(report: Report, as_json: bool, out: Path | None) -> None:
         with atomic_path(out) as temporary:
             temporary.write_text(forms.get(out.suffix.lower(), report.to_text)(), encoding="utf-8")
     echo(report.to_json() if as_json else report.to_text(), nl=False)
-
-
-if __name__ == "__main__":
-    main(prog_name="mge-bench")

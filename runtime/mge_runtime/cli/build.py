@@ -62,10 +62,10 @@ def main(
     with interruptible("the build", f"{bundle} is as it was; run it again", BuildError) as interrupt:
         from mge_runtime.trt.build import build_targets
         from mge_runtime.trt.builder import BuildOptions
-        from mge_runtime.trt.target import BatchRange, TargetRequest
+        from mge_runtime.trt.target import BatchRange, parse_request
 
-        requests = [TargetRequest.parse(text) for text in dict.fromkeys(targets)]
-        if any(request.capabilities for request in requests) and not into_bundle:
+        requests = [parse_request(text) for text in dict.fromkeys(targets)]
+        if any(requests) and not into_bundle:
             raise BackendError(
                 "engines that are built ahead of time are for other machines, so they are kept in the bundle; add "
                 "--into-bundle"
@@ -108,7 +108,3 @@ def shown_progress() -> GraphProgress:
             click.echo(f"\r\x1b[K{text}\r", nl=False, err=True)
 
     return progress
-
-
-if __name__ == "__main__":
-    main(prog_name="mge-build")

@@ -169,7 +169,3 @@ def _what_runs(bundle: Bundle, machine: Machine, *, cache: bool) -> dict[str, An
         "status": None if choice.device == "cpu" else GPU_STATUS[choice.backend],
         "passed_over": [{"backend": c.backend, "device": c.device, "reason": c.reason} for c in choice.passed_over],
     }
-
-
-if __name__ == "__main__":
-    main(prog_name="mge-info")

@@ -152,50 +152,43 @@ class CudaDevice(Device):
             raise BackendError(f"{self.name} cannot {what}: {brief(error)}") from error
 
 
-class _CudaStream(Stream):
-    def __init__(self, device: CudaDevice, stream: Any) -> None:
-        self._device = device
-        self.native: Any = stream
-        self.handle = int(stream.handle)
+class _Native:
+    """What cuda-core made, and the device that reports its errors."""
+
+    def __init__(self, device: CudaDevice, native: Any) -> None:
+        self.device = device
+        self.native: Any = native
+
+    def close(self) -> None:
+        self.native.close()
+
+
+class _CudaStream(_Native, Stream):
+    def __init__(self, device: CudaDevice, native: Any) -> None:
+        super().__init__(device, native)
+        self.handle = int(native.handle)
 
     def record(self, event: Event) -> None:
         assert isinstance(event, _CudaEvent)  # noqa: S101 - events of another device are a defect
-        with self._device.reported("record an event"):
+        with self.device.reported("record an event"):
             self.native.record(event.native)
 
     def synchronize(self) -> None:
-        with self._device.reported("run the chain"):
+        with self.device.reported("run the chain"):
             self.native.sync()
 
-    def close(self) -> None:
-        self.native.close()
 
-
-class _CudaEvent(Event):
-    def __init__(self, device: CudaDevice, event: Any) -> None:
-        self._device = device
-        self.native: Any = event
-
+class _CudaEvent(_Native, Event):
     def ms_since(self, earlier: Event) -> float:
         assert isinstance(earlier, _CudaEvent)  # noqa: S101 - as above
-        with self._device.reported("read an event's time"):
+        with self.device.reported("read an event's time"):
             return float(self.native - earlier.native)
 
-    def close(self) -> None:
-        self.native.close()
 
-
-class _CudaGraph(Graph):
-    def __init__(self, device: CudaDevice, graph: Any) -> None:
-        self._device = device
-        self._graph: Any = graph
-
+class _CudaGraph(_Native, Graph):
     def launch(self, stream: Stream) -> None:
-        with self._device.reported("launch a graph"):
-            self._graph.launch(_native(stream))
-
-    def close(self) -> None:
-        self._graph.close()
+        with self.device.reported("launch a graph"):
+            self.native.launch(_native(stream))
 
 
 def _native(stream: Stream) -> Any:

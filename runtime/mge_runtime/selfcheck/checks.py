@@ -90,13 +90,6 @@ def run_checks(
     return report
 
 
-class _Described(EngineSet):
-    """Engines of which there is but a description."""
-
-    def plan(self, graph: str) -> memoryview:
-        raise NotImplementedError(graph)
-
-
 def check_refused(subject: Subject) -> Result:
     """Engines for another GPU, another version and another operating system are refused here by their descriptions."""
     machine, index = subject.machine, device_index(subject.device)
@@ -117,7 +110,9 @@ def check_refused(subject: Subject) -> Result:
     for what, (built_on, built_by, target) in misfits.items():
         details = EngineDetails(built_by, built_on, BatchRange(), {}, {}, "mge-bench --selfcheck").to_dict()
         description = EngineDescription(subject.manifest_sha256, target.name, plans, details)
-        problems[what] = why_not(_Described(description, "nowhere"), machine, gpu, subject.manifest)
+        problems[what] = why_not(
+            EngineSet(description, "nowhere", lambda _: memoryview(b"")), machine, gpu, subject.manifest
+        )
     failures = [f"engines for {what} are not refused" for what, problem in problems.items() if problem is None]
     where = "" if subject.machine.gpus else f"on {gpu}, a stand-in where there is no GPU: "
     return Result.of(failures, where + "; ".join(f"{what}: {why}" for what, why in problems.items()), problems)

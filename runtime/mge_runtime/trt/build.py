@@ -21,7 +21,7 @@ from mge_runtime.interrupt import Interrupt
 from mge_runtime.machine import Gpu, Machine, describe_machine, this_platform
 from mge_runtime.trt.builder import BuildOptions, build_engine
 from mge_runtime.trt.engines import EngineDetails, store_engines
-from mge_runtime.trt.target import TURING, Target, TargetRequest, turing_refusal
+from mge_runtime.trt.target import TURING, Capabilities, Target, turing_refusal
 from mge_runtime.trt.vendor import LIBRARIES, Vendor, library_refusal, load_vendor
 
 __all__ = [
@@ -62,7 +62,7 @@ class Job:
 
 def build_targets(
     path: Path,
-    requests: Sequence[TargetRequest],
+    requests: Sequence[Capabilities | None],
     *,
     into_bundle: bool,
     backend: str = "auto",
@@ -79,7 +79,7 @@ def build_targets(
 
     Args:
         path: the bundle.
-        requests: what for.
+        requests: what for; None: the GPU that is present.
         into_bundle: keep native engines in the bundle too, not in the cache; those built ahead of time always are.
         backend: "tensorrt", "tensorrt-rtx", or "auto": the first that can build here.
         device: the GPU to build native engines for, "cuda:0".
@@ -134,7 +134,7 @@ def build_targets(
 
 
 def _jobs(
-    requests: Sequence[TargetRequest],
+    requests: Sequence[Capabilities | None],
     index: int,
     backend: str,
     options: BuildOptions,
@@ -143,12 +143,12 @@ def _jobs(
 ) -> list[Job]:
     """What the requests come to: the ones ahead of time first; native engines are for the GPU with this index."""
     jobs: list[Job] = []
-    for capabilities in [request.capabilities for request in requests if request.capabilities is not None]:
+    for capabilities in filter(None, requests):
         if backend == "tensorrt":
             raise BackendError("engines are built ahead of time by tensorrt-rtx alone; leave --backend out")
         vendor = load_vendor("tensorrt-rtx")
         jobs += [Job(vendor, target, None, options) for target in ahead_of_time(vendor, capabilities)]
-    if any(request.capabilities is None for request in requests):
+    if None in requests:
         machine = machine or describe_machine()
         vendor, gpu = load_vendor(native_library(machine, index, backend)), machine.gpus[index]
         target = _target(vendor, (gpu.capability,), machine.system, machine.arch)

@@ -12,8 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from mge_runtime.machine import Gpu, Machine
 from mge_runtime.manifest import Entry, Manifest, read_plan
 from mge_runtime.trt.target import LARGEST_BATCH, BatchRange, Target
 
-__all__ = ["BundleEngines", "EngineDetails", "EngineSet", "FoundEngines", "find_engines", "store_engines", "why_not"]
+__all__ = ["EngineDetails", "EngineSet", "FoundEngines", "bundle_engines", "find_engines", "store_engines", "why_not"]
 
 _DESCRIPTION = "engine.json"
 _ADVICE = "these engines are damaged or of another version of mge: build them again with mge-build"
@@ -73,68 +72,40 @@ class EngineDetails:
         )
 
 
-class EngineSet(ABC):
-    """The engines of every graph for one target."""
+class EngineSet:
+    """The engines of every graph for one target.
 
-    def __init__(self, description: EngineDescription, place: str) -> None:
+    Args:
+        description: what is said of them.
+        place: where they lie, for people.
+        plan: the engine of a graph that was built, mapped and read-only, its bytes checked against their hash; raises
+            BundleError where it was removed or damaged.
+
+    Raises:
+        BundleError: the description names no target, or another version of mge wrote it.
+    """
+
+    def __init__(self, description: EngineDescription, place: str, plan: Callable[[str], memoryview]) -> None:
         self.description = description
         self.target = Target.parse(description.target)
         self.details = EngineDetails.from_description(description)
-        self.place = place  # where they lie, for people
-
-    @abstractmethod
-    def plan(self, graph: str) -> memoryview:
-        """The engine of a graph that was built, mapped and read-only, its bytes checked against their hash.
-
-        Raises:
-            BundleError: it was removed, or its bytes were damaged.
-        """
+        self.place = place
+        self.plan = plan
 
 
-class BundleEngines(EngineSet):
+def bundle_engines(bundle: Bundle, target: str) -> EngineSet:
     """Engines inside a bundle that stays open as long as they are read.
 
     Raises:
         BundleError: the bundle has none for this target, or their description is damaged.
     """
 
-    def __init__(self, bundle: Bundle, target: str) -> None:
-        super().__init__(bundle.engine(target), "in the bundle")
-        self._bundle = bundle
+    def plan(graph: str) -> memoryview:
+        name = engine_plan(target, graph)
+        bundle.verify([name])
+        return bundle.view(name)
 
-    def plan(self, graph: str) -> memoryview:
-        """As `EngineSet.plan`."""
-        name = engine_plan(self.description.target, graph)
-        self._bundle.verify([name])
-        return self._bundle.view(name)
-
-
-class CachedEngines(EngineSet):
-    """Engines in a folder of their own, as `store_engines` wrote them.
-
-    Raises:
-        OSError: the folder's description cannot be read.
-        BundleError: it is damaged, or of another manifest.
-    """
-
-    def __init__(self, folder: Path, manifest_sha256: str) -> None:
-        data, target = (folder / _DESCRIPTION).read_bytes(), folder.name.rpartition("-")[0]
-        description = EngineDescription.from_json(data, target=target, manifest_sha256=manifest_sha256)
-        super().__init__(description, f"in the cache, {folder}")
-        self._folder = folder
-
-    def plan(self, graph: str) -> memoryview:
-        """As `EngineSet.plan`."""
-        entry = self.description.plans[graph]
-        path = self._folder / _plan_name(graph, entry)
-        try:
-            with path.open("rb") as stream:
-                mapped = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-            if hashlib.sha256(mapped).hexdigest() != entry.sha256:
-                raise ValueError("it was damaged after it was built")
-        except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
-            raise BundleError(f"cannot read {path}: {error}; run mge-build again") from error
-        return mapped
+    return EngineSet(bundle.engine(target), "in the bundle", plan)
 
 
 @dataclass(frozen=True)
@@ -167,16 +138,17 @@ def find_engines(bundle: Bundle, machine: Machine, gpu: Gpu | None, *, cache: bo
         cache: whether to look into the cache.
     """
     found: list[FoundEngines] = []
-    sets: list[EngineSet] = []
     for target in bundle.targets:
+        engines, problem = None, None
         try:
-            sets.append(BundleEngines(bundle, target))
+            engines = bundle_engines(bundle, target)
+            problem = why_not(engines, machine, gpu, bundle.manifest)
         except BundleError as error:
-            found.append(FoundEngines(target, "in the bundle", True, None, f"cannot be read: {error}"))
-    sets += cached_engines(bundle.manifest_sha256) if cache else []
-    for engines in sets:
-        problem, in_bundle = why_not(engines, machine, gpu, bundle.manifest), isinstance(engines, BundleEngines)
-        found.append(FoundEngines(engines.description.target, engines.place, in_bundle, engines, problem))
+            problem = f"cannot be read: {error}"
+        found.append(FoundEngines(target, "in the bundle", True, engines, problem))
+    for engines in cached_engines(bundle.manifest_sha256) if cache else ():
+        problem = why_not(engines, machine, gpu, bundle.manifest)
+        found.append(FoundEngines(engines.target.name, engines.place, False, engines, problem))
     return found
 
 
@@ -222,18 +194,18 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"mge-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
-def cached_engines(manifest_sha256: str) -> list[CachedEngines]:
+def cached_engines(manifest_sha256: str) -> list[EngineSet]:
     """The engines that were built for a bundle and can be read, the newest first; what is damaged is passed over."""
-    found: list[tuple[int, CachedEngines]] = []
+    found: list[tuple[int, EngineSet]] = []
     for path in _manifest_folder(manifest_sha256).glob(f"*/{_DESCRIPTION}"):
         with suppress(BundleError, OSError):
-            found.append((path.stat().st_mtime_ns, CachedEngines(path.parent, manifest_sha256)))
+            found.append((path.stat().st_mtime_ns, _stored(path.parent, manifest_sha256)))
     return [engines for _, engines in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
 def store_engines(
     manifest_sha256: str, target: Target, gpu: Gpu, plans: Mapping[str, Path], details: EngineDetails
-) -> CachedEngines:
+) -> EngineSet:
     """Copy built engines into the cache, in place of older ones for the same device.
 
     The description names the plans and is replaced by one rename, so that readers see the old engines or the new ones.
@@ -258,13 +230,33 @@ def store_engines(
             for older in set(place.glob("*.plan")) - {place / _plan_name(*item) for item in entries.items()}:
                 with suppress(OSError):  # Windows removes no file that is mapped
                     older.unlink()
-            return CachedEngines(place, manifest_sha256)
+            return _stored(place, manifest_sha256)
     except (OSError, OutputError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OutputError(
             f"cannot keep the engines in {place}: {reason}; expected a writable folder with room, "
             "set MGE_CACHE_DIR to one, or build with --into-bundle"
         ) from error
+
+
+def _stored(folder: Path, manifest_sha256: str) -> EngineSet:
+    """Engines in a folder of their own, as `store_engines` wrote them."""
+    data, target = (folder / _DESCRIPTION).read_bytes(), folder.name.rpartition("-")[0]
+    description = EngineDescription.from_json(data, target=target, manifest_sha256=manifest_sha256)
+
+    def plan(graph: str) -> memoryview:
+        entry = description.plans[graph]
+        path = folder / _plan_name(graph, entry)
+        try:
+            with path.open("rb") as stream:
+                mapped = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+            if hashlib.sha256(mapped).hexdigest() != entry.sha256:
+                raise ValueError("it was damaged after it was built")
+        except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
+            raise BundleError(f"cannot read {path}: {error}; run mge-build again") from error
+        return mapped
+
+    return EngineSet(description, f"in the cache, {folder}", plan)
 
 
 def _plan_name(graph: str, entry: Entry) -> str:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from mge_runtime.errors import BackendError, BundleError
 from mge_runtime.machine import Gpu, Machine
@@ -19,12 +19,16 @@ __all__ = [
     "PRODUCTS",
     "TURING",
     "BatchRange",
+    "Capabilities",
     "Target",
-    "TargetRequest",
     "build_command",
+    "parse_request",
     "rtx_refusal",
     "turing_refusal",
 ]
+
+# What engines are to be built for ahead of time, with TensorRT-RTX: "sm86" and so on.
+Capabilities: TypeAlias = tuple[str, ...]
 
 NATIVE = "native"
 TURING = "sm75"
@@ -81,36 +85,25 @@ class Target:
         return self.name
 
 
-@dataclass(frozen=True)
-class TargetRequest:
-    """One `--target`: `native`, or `rtx:sm86,sm89,sm120`."""
+def parse_request(text: str) -> Capabilities | None:
+    """What a `--target` asks for: None for `native`, the capabilities of `rtx:sm86,sm89,sm120`.
 
-    capabilities: tuple[str, ...] | None  # ahead of time with TensorRT-RTX; None: for the GPU that is present
-
-    @classmethod
-    def parse(cls, text: str) -> TargetRequest:
-        """Read a `--target`.
-
-        Raises:
-            BackendError: it is neither "native" nor "rtx:" with compute capabilities that TensorRT-RTX knows.
-        """
-        if text == NATIVE:
-            return cls(None)
-        names = [name.strip().lower() for name in text[len(_RTX) :].split(",")]
-        if not text.startswith(_RTX) or not all(names):
-            raise BackendError(f"the target is {text!r}; expected {NATIVE}, or rtx:sm86,sm89,sm120")
-        for name in names:
-            if name in NOT_RTX:
-                device = f"{name} ({NOT_RTX[name]})"
-                raise BackendError(
-                    f"the target is {text!r}; {device} has no TensorRT-RTX: run mge-build on that device"
-                )
-            if name not in RTX_CAPABILITIES:
-                known = ", ".join(RTX_CAPABILITIES)
-                raise BackendError(
-                    f"the target is {text!r}; {name!r} is no compute capability of TensorRT-RTX: {known}"
-                )
-        return cls(tuple(dict.fromkeys(names)))
+    Raises:
+        BackendError: it is neither "native" nor "rtx:" with compute capabilities that TensorRT-RTX knows.
+    """
+    if text == NATIVE:
+        return None
+    names = [name.strip().lower() for name in text[len(_RTX) :].split(",")]
+    if not text.startswith(_RTX) or not all(names):
+        raise BackendError(f"the target is {text!r}; expected {NATIVE}, or rtx:sm86,sm89,sm120")
+    for name in names:
+        if name in NOT_RTX:
+            device = f"{name} ({NOT_RTX[name]})"
+            raise BackendError(f"the target is {text!r}; {device} has no TensorRT-RTX: run mge-build on that device")
+        if name not in RTX_CAPABILITIES:
+            known = ", ".join(RTX_CAPABILITIES)
+            raise BackendError(f"the target is {text!r}; {name!r} is no compute capability of TensorRT-RTX: {known}")
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
