@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest models clean
+.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-ray check-tensorrt check-python check-oldest models clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -84,6 +84,9 @@ check-jetson: wheel ## would pip find everything on JetPack 6 (Python 3.10, aarc
 
 check-export: $(READY) ## every gate, sharing, image sizes and source size in FP32 and FP16, TensorRT-RTX too
 	MGE_ALL_COMBINATIONS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/export/test_combinations.py
+
+check-ray: $(READY) ## bulk prediction by two workers of Ray, one killed; first: .venv/bin/pip install 'ray[data]'
+	RAY_worker_niceness=0 $(BIN)/python -m pytest -q --timeout 600 tests/runtime/test_ray_bulk.py
 
 check-tensorrt: $(READY) ## do the bindings of TensorRT 10.3, 10.16 and 11.4 hold every name that we use?
 	benchmarks/check_tensorrt.sh $(BIN)/python
