@@ -47,21 +47,25 @@ def write_images(photographs: Iterable[Path], count: int, folder: Path) -> Path:
     return folder / "images.parquet"
 
 
-def actors_of(process: int) -> list[int]:
-    """The processes of Ray that predict, among those that a process has started."""
-    lines = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in lines.splitlines()[1:]]
+def actors_of(process: int) -> dict[int, int]:
+    """The processes of Ray that predict, among those that a process has started; processor seconds of each."""
+    lines = subprocess.run(["ps", "-eo", "pid,ppid,cputimes,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 3) for line in lines.splitlines()[1:]]
     family = {str(process)}
-    for pid, parent, _ in sorted(rows, key=lambda row: int(row[0])):
+    for pid, parent, _, _ in sorted(rows, key=lambda row: int(row[0])):
         if parent in family:
             family.add(pid)
-    return [int(pid) for pid, _, command in rows if pid in family and command.startswith("ray::Map")]
+    return {int(pid): int(time) for pid, _, time, name in rows if pid in family and name.startswith("ray::Map")}
 
 
-def run_workers(words: list[str], *, kill: bool) -> tuple[float, float]:
-    """Run the example; seconds until its first rows are written, and images a second from there on."""
+def run_workers(words: list[str], *, kill: bool) -> tuple[float, float, int]:
+    """Run the example.
+
+    Returns:
+        Seconds until its first rows are written; images a second from there on; processor seconds of all workers.
+    """
     command = [sys.executable, "-m", "examples.ray_bulk", *words]
-    start, written = time.perf_counter(), list[tuple[float, int]]()
+    start, written, cpu = time.perf_counter(), list[tuple[float, int]](), dict[int, int]()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         log = list[str]()
@@ -70,12 +74,13 @@ def run_workers(words: list[str], *, kill: bool) -> tuple[float, float]:
             if not line.endswith(" images\n"):
                 continue
             written.append((time.perf_counter() - start, int(line.split()[0])))
+            cpu.update(found := actors_of(process.pid))
             if len(written) == 1 and kill:
-                os.kill(actors_of(process.pid)[0], signal.SIGKILL)
+                os.kill(min(found), signal.SIGKILL)
     if process.returncode or len(written) < 2:
         raise SystemExit(f"error: the example ended with {process.returncode}: {''.join(log)}")
     first, last = written[0][0], written[-1][0]
-    return first, sum(rows for _, rows in written[1:]) / (last - first)
+    return first, sum(rows for _, rows in written[1:]) / (last - first), sum(cpu.values())
 
 
 @click.command(help=__doc__)
@@ -92,16 +97,20 @@ def main(photographs: tuple[str, ...], engine: Path, images: int, workers: int, 
         found = [image.path for image in find_images(photographs).whole()]
         table = write_images(islice(found, images), images, folder)
         predictor = ray_bulk.Predictor(str(engine), str(folder), threads=cpu_count())
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.process_time()
         expected = predictor(pq.read_table(table)).select(COLUMNS).sort_by("path")
-        click.echo(f"one process: {images / (time.perf_counter() - start):.1f} images a second")
+        rate, cpu = images / (time.perf_counter() - start), time.process_time() - begun
+        click.echo(f"one process: {rate:.1f} images a second, {cpu / images * 1e3:.0f} ms of a processor each")
         del predictor
         for kill in (False, True):
             out = folder / f"out-{kill}"
             words = ["--engine", str(engine.resolve()), "--workers", str(workers), "--rows", str(rows)]
-            first, rate = run_workers([*words, str(table), str(out)], kill=kill)
+            first, rate, cpu = run_workers([*words, str(table), str(out)], kill=kill)
             what = f"{workers} workers" + kill * ", one killed"
-            click.echo(f"{what}: {rate:.1f} images a second from the first rows on, which came after {first:.0f} s")
+            click.echo(
+                f"{what}: {rate:.1f} images a second after the first rows, which took {first:.0f} s; "
+                f"{cpu / images * 1e3:.0f} ms of a processor each, starting included"
+            )
             got = ds.dataset(out).to_table(COLUMNS).sort_by("path")
             if not got.equals(expected):
                 raise SystemExit(f"error: {what}: {len(got)} rows, not the {len(expected)} of one process")
