@@ -8,7 +8,7 @@ BIN := .venv/bin
 DEMO := demo
 READY := .venv/.ready
 
-.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest check-cpp models clean check-browser
+.PHONY: help setup demo test fast lint types unit docs fuzz format wheel check-bare check-network check-jetson check-export check-tensorrt check-python check-oldest check-cpp models clean check-browser check-ray
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -88,6 +88,9 @@ check-export: $(READY) ## every gate, sharing, image sizes and source size in FP
 check-browser: $(READY) ## examples/browser in headless Chromium against the runtime (fetches onnxruntime-web, 150 MB)
 	npm install --prefix examples/browser --no-package-lock --no-fund --no-audit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s tests/browser
+
+check-ray: $(READY) ## bulk prediction by two workers of Ray, one killed; first: .venv/bin/pip install 'ray[data]'
+	RAY_worker_niceness=0 $(BIN)/python -m pytest -q --timeout 600 tests/runtime/test_ray_bulk.py
 
 check-tensorrt: $(READY) ## do the bindings of TensorRT 10.3, 10.16 and 11.4 hold every name that we use?
 	benchmarks/check_tensorrt.sh $(BIN)/python

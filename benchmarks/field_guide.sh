@@ -11,4 +11,3 @@ mge-train --data "$out/field-guide" --out "$out/run" --overwrite --epochs "${2:-
   --backbone-lr 0.05 --head-lr 0.05 --weight-decay 5e-4 --label-smoothing 0.1 --diversity none --parts-per-class 4 \
   --box-threshold 0.3 --workers 1 --accelerator cpu
 mge-eval --ckpt "$out/run/last.pt" --data "$out/field-guide" --predictions "$out/run/test.npz"
-python -m benchmarks.predictions --first "$out/run/test.npz" --second "$out/run/test.npz" --second-head "expert 1"

@@ -1,0 +1,117 @@
+"""The code blocks of README and of the guide: what is cheap runs, and every command line has options that there are.
+
+A block that can't run here has a comment before its fence, `<!-- not run: REASON -->`.
+"""
+
+import importlib
+import re
+import shlex
+from contextlib import chdir
+from pathlib import Path
+
+import av
+import click
+import numpy as np
+import pytest
+import tomllib
+from PIL import Image
+
+from mge_runtime.bundle import add_calibration
+from tests.helpers.commands import succeeds
+from tests.helpers.images import NOISE
+from tests.runtime.tiny_chain import write_tiny_bundle
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs/guide").glob("*.md")),
+    *sorted((ROOT / "docs/reference").glob("*.md")),
+]
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>.+?) -->\n+)?^```(?P<kind>sh|python)\n(?P<code>.*?)^```$", re.M | re.S)
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+# Commands of a second or two; others are only parsed. And what a line names that is not here.
+CHEAP, ELSEWHERE = ("mge-run", "mge-info"), ("runs/", "hf://", "rtsp://", "http://", "--video 0", "--as-machine", "DIR")
+
+
+def blocks(kind):
+    """Each block of a kind as a parameter: its code, and why it does not run."""
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for found in BLOCK.finditer(text):
+            if found["kind"] == kind:
+                line = text.count("\n", 0, found.start("code")) + 1
+                yield pytest.param(found["code"], found["reason"], id=f"{page.relative_to(ROOT)}:{line}")
+
+
+def command_lines():
+    """Each call of one of our commands in a shell block, as words."""
+    for block in blocks("sh"):
+        code, reason = block.values
+        for number, line in enumerate(code.replace("\\\n", " ").splitlines(), 1):
+            for part in re.split(r" (?:&&|\||;|>) ", re.sub(r"(^|\s)#.*", "", line)):
+                words = shlex.split(part)
+                while words and Path(words[0]).name not in SCRIPTS:
+                    words.pop(0)  # sudo -u mge NAME=VALUE
+                if words:
+                    call = [Path(words[0]).name, *words[1:]]
+                    yield pytest.param(call, reason, id=f"{block.id}+{number}")
+
+
+def command_of(name):
+    """The function of click behind a command's name."""
+    module, _, function = SCRIPTS[name].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with what the blocks name."""
+    folder = tmp_path_factory.mktemp("guide")
+    write_tiny_bundle(folder / "mge.plan")
+    temperatures = {"mean_logits_1": 2.0, "mean_logits_2": 1.5, "logits": 0.8}
+    exits = {"epsilon": 0.01, "delta": 0.05, "thresholds": {"mean_logits_1": 0.5, "mean_logits_2": None}}
+    values = {"temperatures": temperatures, "exits": exits, "data": {}, "seed": 0, "made_by": "test", "report": {}}
+    add_calibration(folder / "mge.plan", values)
+    (folder / "models").symlink_to(ROOT / "models")
+    (folder / "photos").mkdir()
+    for name in ("bird.jpg", "tomatoes.jpg", "photos/a.png"):
+        Image.fromarray(NOISE).save(folder / name)
+    (folder / "list.txt").write_text("bird.jpg\n")
+    write_clip(folder / "clip.mp4")
+    return folder
+
+
+def write_clip(path):
+    """A video of five frames."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *NOISE.shape[:2], "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(NOISE))))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(("code", "reason"), [*blocks("python")])
+def test_a_block_of_python_runs(here, code, reason):
+    program = compile(code, "block", "exec")
+    if reason:
+        pytest.skip(reason)
+    with chdir(here):
+        exec(program, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("call", "reason"), [*command_lines()])
+def test_a_command_line_has_options_that_there_are(here, call, reason):
+    name, *words = call
+    command = command_of(name)
+    context = click.Context(command, info_name=name)
+    while isinstance(command, click.Group):
+        command = command.get_command(context, verb := words.pop(0))
+        assert command, f"{name} has no verb {verb}"
+    values, _, _ = command.make_parser(click.Context(command)).parse_args(list(words))
+    for option in command.params:
+        if isinstance(option.type, (click.Choice, click.IntRange, click.FloatRange)) and values.get(option.name):
+            option.type_cast_value(context, values[option.name])
+    if name in CHEAP and not reason and not any(part in " ".join(words) for part in ELSEWHERE):
+        with chdir(here):
+            succeeds(command, *words)
