@@ -21,6 +21,7 @@ from mge_runtime.image_files import (
     entropy_end,
     jpeg_lacks_scans,
     kind_of,
+    png_lacks_data,
     tiff_fault,
     webp_size,
     without_metadata,
@@ -231,13 +232,16 @@ def _decoded_as_it_is(stream: BinaryIO, name: str, max_pixels: int) -> Image:
 
 
 def _lacks_data(image: Image, stream: BinaryIO) -> bool:
-    """Whether a decoded JPEG ends before its pixels do, although its end is marked; Pillow looks at that alone.
+    """Whether a decoded JPEG or PNG ends before its pixels do, although its end is marked.
 
-    The decoder fills what is missing with mid-gray, so that most images need no second look: one whose last pixel is
-    of that color is decoded again with bytes added behind its data, which change nothing where it is whole. A
-    progressive one lacks data, too, where a coefficient never came or without its last bits; one that lacks the end of
-    its last scan alone is not found out.
+    Decoders fill what is missing with one color, so that most images need no second look: black rows at the end of a
+    PNG are counted in the file; a JPEG whose last pixel is mid-gray is decoded again with bytes added behind its data,
+    which change nothing where it is whole. A progressive JPEG lacks data, too, where a coefficient never came or
+    without its last bits; one that lacks the end of its last scan alone is not found out.
     """
+    if image.format == "PNG":
+        rows = np.asarray(image.crop((0, max(image.height - 2, 0), image.width, image.height)))
+        return not rows.reshape(len(rows), -1).any(axis=1).all() and png_lacks_data(_whole(stream))
     if image.format not in ("JPEG", "MPO"):
         return False
     if image.info.get("progressive") and jpeg_lacks_scans(_whole(stream)):

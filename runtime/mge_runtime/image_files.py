@@ -18,6 +18,7 @@ __all__ = [
     "entropy_end",
     "jpeg_lacks_scans",
     "kind_of",
+    "png_lacks_data",
     "tiff_fault",
     "webp_size",
     "without_metadata",
@@ -117,6 +118,25 @@ def without_metadata(data: bytes) -> bytes | None:
                 kept.append(data[start - 8 : end + 4])
         return b"".join(kept)
     return None
+
+
+def png_lacks_data(data: bytes) -> bool:
+    """Whether a PNG holds fewer bytes than its pixels need."""
+    width, height, depth, color, _, _, interlace = struct.unpack(">2I5B", data[16:29])
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
+    passes = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+    expected = 0
+    for x, across, y, down in passes if interlace else ((0, 1, 0, 1),):
+        columns, rows = -(-(width - x) // across), -(-(height - y) // down)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + -(-columns * bits // 8))
+    inflate, found = zlib.decompressobj(), 0
+    for kind, start, end in _png_chunks(data):
+        pending = data[start:end] if kind == b"IDAT" else b""
+        while pending and found < expected and not inflate.eof:
+            found += len(inflate.decompress(pending, 1 << 20))
+            pending = inflate.unconsumed_tail
+    return found + len(inflate.flush()) < expected
 
 
 def jpeg_lacks_scans(data: bytes) -> bool:

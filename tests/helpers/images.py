@@ -35,9 +35,9 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png_file(width, height, depth, color, rows, before=b"", after=b""):
+def png_file(width, height, depth, color, rows, before=b"", after=b"", interlace=0):
     """A PNG of filtered rows, chunks around them; color: 0 gray, 2 RGB, 3 palette, 4 gray + alpha, 6 RGB + alpha."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlace))
     data = chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + before + data + after + chunk(b"IEND", b"")
 
