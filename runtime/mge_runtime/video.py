@@ -80,7 +80,7 @@ class Video:
         self._source, self._max_pixels, self._patience = source, max_pixels, patience
         self._av: Any = import_library("av", install_extra("video"))
         self._av.logging.set_level(None)  # nothing of FFmpeg's on standard error; what matters is raised
-        self._container = self._open()
+        self._container: Any = self._open()  # None: the source has gone
         self._changed = threading.Condition()
         self._newest: Frame | None = None
         self._failure: BaseException | None = None
