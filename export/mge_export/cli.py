@@ -33,7 +33,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 
 @click.command(context_settings=SETTINGS)
 @click.option("--ckpt", type=PATH, help="best.pt of mge-train, or a checkpoint of the authors' code.")
-@click.option("--engine", type=PATH, help="Instead of --ckpt: a bundle for --card, --hf and --openvino.")
+@click.option("--engine", type=PATH, help="Instead of --ckpt: a bundle for --card, --hf, --openvino and --triton.")
 @click.option("--fp16", is_flag=True, help="Backbones and part convolutions in half precision, the rest in FP32.")
 @click.option("--int8", is_flag=True, help="Backbones in INT8 with --calib-data, FP16 around it. Implies --fp16.")
 @click.option(
@@ -84,6 +84,12 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     type=PATH,
     metavar="DIR",
     help="Also write the whole chain for OpenVINO: chain.xml, chain.bin, labels.txt. Needs the extra openvino.",
+)
+@click.option(
+    "--triton",
+    type=PATH,
+    metavar="DIR",
+    help="Also write a model repository for Triton Inference Server: the chain, and TensorRT engines of the bundle.",
 )
 @click.option("-o", "--output", type=PATH, help="The bundle.  [default: mge.plan beside the checkpoint]")
 @click.option(
@@ -137,6 +143,7 @@ def main(
     extract: Path | None,
     onnx_file: Path | None,
     openvino: Path | None,
+    triton: Path | None,
     output: Path | None,
     verify_data: Path | None,
     verify_images: int,
@@ -156,13 +163,13 @@ def main(
     mge-build adds more on the device.
     """
     if (ckpt is None) is (engine is None):
-        raise click.UsageError("name either --ckpt, to export it, or --engine, a bundle for --card, --hf, --openvino")
+        raise click.UsageError("name either --ckpt, to export it, or --engine, a bundle for --card, --hf ...")
     if engine is not None:
-        usable = {"engine", "card", "test_data", "hf", "openvino", "max_pixels"}
+        usable = {"engine", "card", "test_data", "hf", "openvino", "triton", "max_pixels"}
         others = {parameter.name or "" for parameter in click.get_current_context().command.params} - usable
         if unused := options_given(*others):
             raise click.UsageError(f"--engine exports nothing and cannot use {', '.join(unused)}; leave that out")
-    if card is None and (test_data or (hf and ckpt) or (engine and not (hf or openvino))):
+    if card is None and (test_data or (hf and ckpt) or (engine and not (hf or openvino or triton))):
         raise click.UsageError("there is no model card to write: add --card FILE")
     if int8 is not (calib_data is not None):
         raise click.UsageError(
@@ -188,7 +195,7 @@ def main(
         load_openvino()  # its absence is told before the work
     if ckpt is None:
         assert engine is not None  # noqa: S101 - the usage check above; for the type checker
-        _describe(engine, describe, hf, openvino)
+        _describe(engine, describe, hf, openvino, triton)
         return
     from mge.archive import check_file
     from mge.config import read_labels
@@ -222,6 +229,7 @@ def main(
         from mge_export.int8 import Int8Request
         from mge_export.openvino import write_openvino
         from mge_export.precision import Precision
+        from mge_export.triton import write_triton
         from mge_runtime.bundle import Bundle
         from mge_runtime.files import file_sha256
 
@@ -271,7 +279,7 @@ def main(
             say=say,
         )
         interrupt.consequence = f"{path} was written before"
-        if extract is not None or onnx_file is not None or openvino is not None or hf is not None:
+        if extract or onnx_file or openvino or triton or hf:
             try:
                 with Bundle.open(path) as bundle:
                     if extract is not None:
@@ -280,6 +288,8 @@ def main(
                         say(f"wrote {', '.join(map(str, write_chain(bundle, onnx_file)))}")
                     if openvino is not None:
                         say(f"wrote {', '.join(map(str, write_openvino(bundle, openvino)))}")
+                    if triton is not None:
+                        say(f"wrote {len(write_triton(bundle, triton))} files to {triton}")
                 if hf is not None:
                     say(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
             except (ExportError, OutputError) as error:
@@ -296,8 +306,12 @@ def main(
     echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
 
 
-def _describe(path: Path, request: CardRequest | None, hf: Path | None, openvino: Path | None) -> None:
-    """Attach a card to a bundle that is there, and write the folders for the Hub and OpenVINO; no PyTorch is loaded."""
+def _describe(
+    path: Path, request: CardRequest | None, hf: Path | None, openvino: Path | None, triton: Path | None
+) -> None:
+    """Attach a card to a bundle that is there, and write folders for others to read; no PyTorch is loaded."""
+    from mge_runtime.bundle import Bundle
+
     with interruptible("the description", f"{path} is whole; run it again", ExportError):
         if request is not None:
             request.attach(path, path.name)
@@ -306,12 +320,15 @@ def _describe(path: Path, request: CardRequest | None, hf: Path | None, openvino
             from mge_export.card import write_hub_folder
 
             echo(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
-        if openvino is not None:
-            from mge_export.openvino import write_openvino
-            from mge_runtime.bundle import Bundle
+        with Bundle.open(path) as bundle:
+            if openvino is not None:
+                from mge_export.openvino import write_openvino
 
-            with Bundle.open(path) as bundle:
                 echo(f"wrote {', '.join(map(str, write_openvino(bundle, openvino)))}")
+            if triton is not None:
+                from mge_export.triton import write_triton
+
+                echo(f"wrote {len(write_triton(bundle, triton))} files to {triton}")
 
 
 if __name__ == "__main__":
