@@ -45,7 +45,7 @@ def main(model: str, images: tuple[Path, ...], engine: Path, url: str, top_k: in
     asked = triton.InferRequestedOutput("probabilities", class_count=top_k)
     try:
         with triton.InferenceServerClient(url) as client:
-            found = client.infer(model, [sent], outputs=[asked]).as_numpy("probabilities")
+            found = np.asarray(client.infer(model, [sent], outputs=[asked]).as_numpy("probabilities"))
     except (triton.InferenceServerException, OSError) as error:
         raise InputError(f"the server at {url} did not predict: {brief(error)}") from error
     for path, classes in zip(images, found, strict=True):
