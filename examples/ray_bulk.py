@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from mge_runtime import Pipeline
 from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Exit
-from mge_runtime.cli.common import batch_option, device_option, exit_option, reports_errors, say
+from mge_runtime.cli.common import batch_option, exit_option, reports_errors, say
 from mge_runtime.errors import InputError, brief, one_line
 from mge_runtime.files import atomic_path
 
@@ -112,7 +112,7 @@ def open_table(images: Path) -> ds.Dataset:
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Processors of an actor.")
 @click.option("--rows", type=click.IntRange(min=1), default=500, show_default=True, help="Images of one output file.")
 @batch_option(8)
-@device_option
+@click.option("--device", default="auto", show_default=True, help="Of each actor: cpu, cuda, ...")
 @exit_option
 @reports_errors
 def main(

@@ -49,10 +49,8 @@ def command_lines():
         code, reason = block.values
         for number, line in enumerate(code.replace("\\\n", " ").splitlines(), 1):
             for part in re.split(r" (?:&&|\||;|>) ", re.sub(r"(^|\s)#.*", "", line)):
-                words = shlex.split(part)
-                while words and Path(words[0]).name not in SCRIPTS:
-                    words.pop(0)  # sudo -u mge NAME=VALUE
-                if words:
+                words = shlex.split(re.sub(r"^(sudo (-u \S+ )?)?(\w+=\S+ )*", "", part))
+                if words and Path(words[0]).name in SCRIPTS:
                     call = [Path(words[0]).name, *words[1:]]
                     yield pytest.param(call, reason, id=f"{block.id}+{number}")
 
@@ -105,10 +103,11 @@ def test_a_command_line_has_options_that_there_are(here, call, reason):
     name, *words = call
     command = command_of(name)
     context = click.Context(command, info_name=name)
-    while isinstance(command, click.Group):
-        command = command.get_command(context, verb := words.pop(0))
+    values, rest, _ = command.make_parser(context).parse_args(list(words))
+    if isinstance(command, click.Group) and rest:
+        command = command.get_command(context, verb := rest.pop(0))
         assert command, f"{name} has no verb {verb}"
-    values, _, _ = command.make_parser(click.Context(command)).parse_args(list(words))
+        values, _, _ = command.make_parser(click.Context(command)).parse_args(rest)
     for option in command.params:
         if isinstance(option.type, (click.Choice, click.IntRange, click.FloatRange)) and values.get(option.name):
             option.type_cast_value(context, values[option.name])

@@ -370,7 +370,7 @@ def test_a_python_of_devices_says_what_it_cannot_read():
     run = functools.partial(run_without, ["tomllib"], "mge.cli.train")
     assert run("-h").returncode == 0
     done = run("--config", "mine.toml")
-    assert done.stderr == "error: cannot read --config: this Python has no tomllib; training needs 3.11 or newer\n"
+    assert done.stderr == "error: cannot read --config: this Python has no tomllib; it needs 3.11 or newer\n"
     assert done.returncode == 1
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from functools import cached_property
+from importlib import import_module
 from importlib.metadata import EntryPoint, distribution
 from pathlib import Path
 from typing import Any, cast
@@ -64,10 +64,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or this Python is older than 3.11.
     """
-    if sys.version_info < (3, 11):
-        raise InputError("cannot read --config: this Python has no tomllib; it needs 3.11 or newer")
-    import tomllib
-
+    try:  # not above: without a file, the command line can be read by the Pythons of devices
+        tomllib: Any = import_module("tomllib")
+    except ModuleNotFoundError as error:
+        raise InputError("cannot read --config: this Python has no tomllib; it needs 3.11 or newer") from error
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
