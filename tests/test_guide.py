@@ -102,12 +102,13 @@ def test_a_block_of_python_runs(here, code, reason):
 def test_a_command_line_has_options_that_there_are(here, call, reason):
     name, *words = call
     command = command_of(name)
-    context = click.Context(command, info_name=name)
+    context = command.make_context(name, [], resilient_parsing=True)
     values, rest, _ = command.make_parser(context).parse_args(list(words))
     if isinstance(command, click.Group) and rest:
         command = command.get_command(context, verb := rest.pop(0))
         assert command, f"{name} has no verb {verb}"
-        values, _, _ = command.make_parser(click.Context(command)).parse_args(rest)
+        context = command.make_context(verb, [], resilient_parsing=True)
+        values, _, _ = command.make_parser(context).parse_args(rest)
     for option in command.params:
         if isinstance(option.type, (click.Choice, click.IntRange, click.FloatRange)) and values.get(option.name):
             option.type_cast_value(context, values[option.name])
