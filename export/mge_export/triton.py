@@ -7,19 +7,20 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.archive import CHAIN
 from mge_runtime.bundle.reader import LABELS
 from mge_runtime.errors import ExportError, OutputError
-from mge_runtime.files import atomic_path, temporary_folder
+from mge_runtime.files import temporary_folder
 from mge_runtime.manifest import TensorSpec
 from mge_runtime.trt.engines import EngineSet, bundle_engines
 
 __all__ = ["write_triton"]
 
 LARGEST_BATCH = 8  # images that the server may run at once
-DELAY = 1000  # microseconds that an image may wait for others
+_BATCHING = "dynamic_batching { max_queue_delay_microseconds: 1000 }"  # that an image may wait for others
 _TYPES = {"uint8": "TYPE_UINT8", "float16": "TYPE_FP16", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 
 
@@ -33,62 +34,74 @@ def write_triton(bundle: Bundle, folder: Path) -> list[Path]:
 
     Args:
         bundle: open.
-        folder: where to; files of the same names are replaced, each whole or not at all.
+        folder: where to, new or empty; it is there whole or not at all.
 
     Returns:
         The files that were written.
 
     Raises:
         BundleError: an entry was damaged.
-        ExportError: the bundle has no chain.
-        OutputError: the folder cannot be written.
+        ExportError: the bundle has no chain, or engines that do not take one image.
+        OutputError: the folder has something in it, or cannot be written.
     """
-    import onnx
-
-    name = re.sub(r"[^\w.-]", "_", bundle.path.stem, flags=re.ASCII)
-    written: list[Path] = []
-
-    def write(path: Path, content: str | memoryview | Path) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make {path.parent}: {error.strerror}; name another for --triton") from error
-        with atomic_path(path) as part:
-            if isinstance(content, Path):
-                shutil.copyfile(content, part)
-            elif isinstance(content, str):
-                part.write_text(content, "utf-8")
-            else:
-                part.write_bytes(content)
-        written.append(path)
-
-    manifest = bundle.manifest
     if CHAIN not in bundle.sizes:
         raise ExportError(f"{bundle.path} has no chain.onnx, which mge-export writes; export the checkpoint again")
+    engines = [bundle_engines(bundle, target) for target in bundle.targets]
+    engines = [found for found in engines if found.target.backend == "tensorrt"]
+    for found in engines:
+        if (least := found.details.batch.sizes[0]) > 1:
+            raise ExportError(
+                f"{bundle.path}: engines for {found.description.target} take {least} images at least, Triton may send "
+                f"one; build them with --batch 1,{','.join(map(str, found.details.batch.sizes[1:]))}"
+            )
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise OutputError(f"{folder} is there and not empty; remove it, or name a new folder for --triton")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            made = Path(scratch, "models")
+            written = [path.relative_to(made) for path in _write_models(bundle, engines, made)]
+            if folder.exists():
+                folder.rmdir()
+            made.replace(folder)
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder}: {error.strerror}; name another folder for --triton") from error
+    return [folder / path for path in written]
+
+
+def _write_models(bundle: Bundle, engines: Sequence[EngineSet], folder: Path) -> Iterator[Path]:
+    import onnx
+
+    def write(path: Path, content: memoryview | Iterable[str]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = content if isinstance(content, memoryview) else "".join(f"{line}\n" for line in content).encode()
+        path.write_bytes(lines)
+        return path
+
+    name = re.sub(r"[^\w.-]", "_", bundle.path.stem, flags=re.ASCII)
+    manifest, version = bundle.manifest, folder / name / "1"
     with temporary_folder("triton") as scratch:
         bundle.extract(scratch)
         chain = scratch / CHAIN
         graph = onnx.load(str(chain), load_external_data=False).graph
-        for weights in sorted(chain.parent.glob("*.weights")):
-            write(folder / name / "1" / weights.name, weights)
-        write(folder / name / "1/model.onnx", chain)
-        write(folder / name / LABELS, chain.with_name(LABELS))
+        version.mkdir(parents=True)
+        for file in (chain, *chain.parent.glob("*.weights")):
+            yield Path(shutil.copyfile(file, version / ("model.onnx" if file == chain else file.name)))
     inputs, outputs = ([_spec(value) for value in values] for values in (graph.input, graph.output))
-    write(folder / name / "config.pbtxt", "\n".join(_chain_config(name, inputs, outputs)) + "\n")
-    for target in bundle.targets:
-        engines = bundle_engines(bundle, target)
-        if engines.target.backend != "tensorrt":
-            continue
+    yield write(folder / name / LABELS, manifest.class_names)
+    yield write(folder / name / "config.pbtxt", _chain_config(name, inputs, outputs))
+    for found in engines:
+        target = found.description.target
         for spec in manifest.graphs:
             model = f"{name}_{spec.name}_{target}"
-            write(folder / model / "1/model.plan", engines.plan(spec.name))
-            config = [*_head(model, "tensorrt", _most(engines)), *_tensors("input", spec.inputs)]
-            write(folder / model / "config.pbtxt", "\n".join([*config, *_tensors("output", spec.outputs)]) + "\n")
+            yield write(folder / model / "1/model.plan", found.plan(spec.name))
+            config = [*_head(model, "tensorrt", _most(found)), *_tensors("input", spec.inputs)]
+            config += [*_tensors("output", spec.outputs), _BATCHING]
+            yield write(folder / model / "config.pbtxt", config)
         ensemble = f"{name}_{target}"
-        (folder / ensemble / "1").mkdir(parents=True, exist_ok=True)  # Triton asks for a version, even an empty one
-        write(folder / ensemble / LABELS, "".join(f"{label}\n" for label in manifest.class_names))
-        write(folder / ensemble / "config.pbtxt", "\n".join(_ensemble_config(bundle, engines, name, ensemble)) + "\n")
-    return written
+        (folder / ensemble / "1").mkdir(parents=True)  # Triton asks for a version, even an empty one
+        yield write(folder / ensemble / LABELS, manifest.class_names)
+        yield write(folder / ensemble / "config.pbtxt", _ensemble_config(bundle, found, name, ensemble))
 
 
 def _most(engines: EngineSet) -> int:
@@ -122,7 +135,7 @@ def _chain_config(name: str, inputs: Sequence[TensorSpec], outputs: Sequence[Ten
     yield from _head(name, "onnxruntime", LARGEST_BATCH)
     yield from _tensors("input", inputs)
     yield from _tensors("output", outputs, outputs[0].name)  # probabilities
-    yield f"dynamic_batching {{ max_queue_delay_microseconds: {DELAY} }}"
+    yield _BATCHING
     dims = ", ".join(map(str, inputs[0].shape[1:]))
     for batch in (1, LARGEST_BATCH):  # the first run of a size is slow
         frame = f'key: "{inputs[0].name}" value {{ data_type: TYPE_UINT8 dims: [ {dims} ] random_data: true }}'

@@ -79,7 +79,10 @@ def birds(tmp_path_factory):
     ("changes", "precision"),
     [
         ({}, Precision.FP32),
-        ({"gate": "shared", "sharing": "backbone", "image_sizes": (64, 48), "source_size": 128}, Precision.FP16),
+        (
+            {"gate": "shared", "sharing": "backbone", "image_sizes": (64, 48), "source_size": 128, "resize": 144},
+            Precision.FP16,
+        ),
     ],
     ids=["own backbones", "one backbone, crops of the source"],
 )

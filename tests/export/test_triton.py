@@ -136,12 +136,28 @@ def test_the_client_gets_the_classes_that_the_runtime_predicts(repository):
     assert "did not predict" in fails(client, *start, url)
 
 
-def test_what_cannot_be_written_is_told_in_one_line(tmp_path):
+def test_what_is_there_stays_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "theirs/groceries").mkdir(parents=True)
     (tmp_path / "file").touch()
-    line = fails(main, "--engine", MODELS / "groceries.plan", "--triton", tmp_path / "file")
-    assert "cannot make" in line
-    assert "name another for --triton" in line
+    start = ["--engine", MODELS / "groceries.plan", "--triton"]
+    assert "is there and not empty" in fails(main, *start, tmp_path / "theirs")
+    assert "cannot write to" in fails(main, *start, tmp_path / "file")
+    assert not [*(tmp_path / "theirs/groceries").iterdir()]
     write_tiny_bundle(tmp_path / "mge.plan")
-    line = fails(main, "--engine", tmp_path / "mge.plan", "--triton", tmp_path / "made")
-    assert "has no chain.onnx" in line
-    assert not (tmp_path / "made").exists()
+    assert "has no chain.onnx" in fails(main, "--engine", tmp_path / "mge.plan", "--triton", tmp_path / "made")
+    (tmp_path / "mge.plan").unlink()
+    (tmp_path / "empty").mkdir()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mge_export.triton._ensemble_config", full)
+        path = shutil.copy(MODELS / "groceries.plan", tmp_path / "mge.plan")
+        add_engines(path, "tensorrt-10.3-sm87-linux-aarch64", details=DETAILS)
+        assert "No space left" in fails(main, "--engine", path, "--triton", tmp_path / "empty")
+        add_engines(path, "tensorrt-10.3-sm87-linux-aarch64", details=DETAILS | {"batch": [2, 2, 4]})
+        assert "take 2 images at least" in fails(main, "--engine", path, "--triton", tmp_path / "empty")
+    assert {file.name for file in tmp_path.iterdir()} == {"theirs", "file", "mge.plan", "empty"}
+    assert not [*(tmp_path / "empty").iterdir()]
+    succeeds(main, *start, tmp_path / "empty")
