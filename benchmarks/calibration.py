@@ -74,7 +74,8 @@ def main(
     apply = partial(follow, temperatures=temperatures, gmacs=gmacs)
     click.echo(f"epsilon {epsilon:g}, delta {delta:g}, {gmacs[-1]:.4g} GMACs in all")
     if splits is not None:
-        print_splits(exits, guarantee, splits, round(share * len(exits)), learn, apply)
+        images = min(max(round(share * len(exits)), 1), len(exits) - 1)
+        print_splits(exits, guarantee, splits, images, learn, apply)
     elif isinstance(outcome := learn(exits), str):
         click.echo(outcome)
     else:

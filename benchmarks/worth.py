@@ -21,9 +21,9 @@ from mge.cli.field_guide import main as field_guide
 from mge.cli.train import main as train
 from mge_runtime.cli.common import reports_errors
 
-COMMON = "--arch tf_efficientnet_lite0 --freeze 4 --workers 0 --accelerator cpu"
-CHAIN = "--experts 3 --sharing none"
-SMALLER = "--experts 3 --image-sizes 224,160,160 --sharing none"
+COMMON = "--arch tf_efficientnet_lite0 --recipe modern --freeze 4 --workers 0 --accelerator cpu"
+CHAIN = "--experts 3 --gate none --sharing none"
+SMALLER = "--experts 3 --image-sizes 224,160,160"
 SCENES = "--augment none --erasing 0 --epochs 8"  # each is new: a product at a random place before something else
 
 
@@ -58,11 +58,12 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
         "--epochs 12",
         {
             "network": "--experts 3 --image-sizes 224,224,224 --sharing none --gate network",
-            "shared": f"{SMALLER} --gate shared",
-            "none": SMALLER,
-            "backbone": "--experts 3 --image-size 224",
-            "distill": f"{SMALLER} --distill 1",
-            "early": "--experts 3 --image-sizes 192,192,192 --distill 1",  # expert 1 costs a third, not a half
+            "shared": f"{SMALLER} --sharing none --gate shared",
+            "none": f"{SMALLER} --sharing none --gate none",
+            "backbone": f"{SMALLER} --sharing backbone --gate none",
+            "distill": f"{SMALLER} --sharing none --gate none --distill 1",
+            # Expert 1 costs a third of it, not a half.
+            "early": "--experts 3 --image-sizes 192,192,192 --sharing backbone --gate none --distill 1",
             "paper": "--experts 1 --image-size 224 --recipe paper --freeze 0 --step-epochs 4",
         }
         | _singles(224, 320),

@@ -163,13 +163,15 @@ def main(
     mge-build adds more on the device.
     """
     if (ckpt is None) is (engine is None):
-        raise click.UsageError("name either --ckpt, to export it, or --engine, a bundle for --card, --hf ...")
+        raise click.UsageError("name either --ckpt, to export it, or --engine, a finished bundle")
     if engine is not None:
         usable = {"engine", "card", "test_data", "hf", "openvino", "triton", "max_pixels"}
         others = {parameter.name or "" for parameter in click.get_current_context().command.params} - usable
         if unused := options_given(*others):
-            raise click.UsageError(f"--engine exports nothing and cannot use {', '.join(unused)}; leave that out")
-    if card is None and (test_data or (hf and ckpt) or (engine and not (hf or openvino or triton))):
+            raise click.UsageError(f"--engine is a finished bundle, which cannot use {', '.join(unused)}: leave it out")
+    if engine and not (card or hf or openvino or triton or test_data):
+        raise click.UsageError("--engine alone writes nothing: add --card, --hf, --openvino or --triton")
+    if card is None and (test_data or (hf and ckpt)):
         raise click.UsageError("there is no model card to write: add --card FILE")
     if int8 is not (calib_data is not None):
         raise click.UsageError(

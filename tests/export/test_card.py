@@ -172,7 +172,7 @@ def test_words_that_are_no_card_are_refused(plan, words, text, found):
     [
         ([], "name either --ckpt"),
         (["--ckpt", "best.pt", "--engine", "mge.plan"], "name either --ckpt"),
-        (["--engine", "mge.plan"], "add --card FILE"),
+        (["--engine", "mge.plan"], "--engine alone writes nothing"),
         (["--ckpt", "best.pt", "--hf", "hub"], "add --card FILE"),
         (["--engine", "mge.plan", "--test-data", "birds", "--hf", "hub"], "add --card FILE"),
         (["--engine", "mge.plan", "--card", "words.md", "--fp16"], "cannot use --fp16"),
