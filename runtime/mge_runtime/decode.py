@@ -20,6 +20,7 @@ from mge_runtime.errors import InputError, brief
 from mge_runtime.image_files import (
     entropy_end,
     jpeg_lacks_scans,
+    jpeg_scans,
     kind_of,
     png_lacks_data,
     tiff_fault,
@@ -55,6 +56,8 @@ _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
     5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
 }  # fmt: skip
+
+_MOST_SCANS = 100  # of a JPEG, as libtiff allows; each takes its time over all pixels, and ten bytes of the file
 
 _header_lock = threading.Lock()
 
@@ -225,6 +228,8 @@ def _check_webp(stream: BinaryIO, name: str, max_pixels: int) -> None:
 def _decoded_as_it_is(stream: BinaryIO, name: str, max_pixels: int) -> Image:
     with _header(stream) as image:
         _check_size(image.size, name, max_pixels)
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(_whole(stream), name)
         pixels = _pixels(image, name)
         if _lacks_data(image, stream):
             raise EOFError("it is cut short")
@@ -309,6 +314,11 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
             f"will not decode {name}: it is {width} x {height} pixels; expected at most {max_pixels / 1e6:.3g} "
             f"megapixels and {MAX_SIDE} a side: scale it down first, or allow more pixels (--max-pixels)"
         )
+
+
+def _check_scans(file: bytes, name: str) -> None:
+    if file.count(b"\xff\xda") > _MOST_SCANS and (scans := jpeg_scans(file)) > _MOST_SCANS:  # the first alone is quick
+        raise InputError(f"will not decode {name}: it has {scans} scans; expected at most {_MOST_SCANS}: save it again")
 
 
 def _pixels(image: Image, name: str) -> Image:

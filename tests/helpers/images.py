@@ -30,6 +30,13 @@ def refusal(source, *arguments):
     return str(caught.value)
 
 
+def many_scans(count, between=b""):
+    """A progressive JPEG of a gray image whose last scan comes so many times."""
+    data = saved(Image.new("L", (64, 64), 90), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + (data[last:-2] + between) * count + data[-2:]
+
+
 def chunk(kind, data):
     """One chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mge_runtime.decode import MAX_SIDE, check_header, decode_image, load_decoders, open_image
 from mge_runtime.errors import InputError
-from tests.helpers.images import NOISE, chunk, png_file, refusal, saved
+from tests.helpers.images import NOISE, chunk, many_scans, png_file, refusal, saved
 
 PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 200, 0, 0, 0, 90]))
 FADED = PALETTE + chunk(b"tRNS", bytes([0, 51]))  # red gone, green at 51, blue opaque
@@ -228,6 +228,15 @@ def test_a_bomb_is_refused_before_decoding(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded a bomb"))
     message = refusal(png_file(30_000, 30_000, 1, 0, b""))
     assert "it is 30000 x 30000 pixels; expected at most 65 megapixels and 65535 a side: scale it down first" in message
+
+
+@pytest.mark.parametrize("between", [b"", b"a few bytes that libjpeg passes over"])
+def test_a_jpeg_of_endless_scans_is_refused_before_decoding(between):
+    whole = many_scans(1)
+    np.testing.assert_array_equal(decode_image(many_scans(50, between)), decode_image(whole))
+    assert "scans; expected at most 100" in refusal(many_scans(101, between))
+    behind = whole + b"\xff\xda\0\0" * 200  # as a video behind a photograph of a phone may hold them
+    np.testing.assert_array_equal(decode_image(behind), decode_image(whole))
 
 
 def test_a_large_image_below_the_limit_does_not_warn(monkeypatch):
