@@ -1,13 +1,14 @@
-"""Dynamic batching: images of many callers, decoded in threads, predicted together in runs of the chain."""
+"""Threads around a pipeline: work prefetched for a loop, and images of many callers in common runs of the chain."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from mge_runtime.errors import BackendError, InputError
 
@@ -16,7 +17,40 @@ if TYPE_CHECKING:
     from mge_runtime.pipeline import Pipeline, Prepared
     from mge_runtime.prediction import Prediction
 
-__all__ = ["Batcher"]
+__all__ = ["Batcher", "batches", "prefetch"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def prefetch(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
+) -> Generator[tuple[_Item, _Result]]:
+    """Apply a function to items in threads, and yield each item with its result, in order.
+
+    `Executor.map` takes all items at once; here at most `ahead` are taken before the one that is asked for, so that
+    memory stays flat. Where the generator is closed early, or an item or the function raises, no thread is left behind.
+    """
+    pending: deque[tuple[_Item, Future[_Result]]] = deque()
+    remaining = iter(items)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="mge-ahead")
+    try:
+        while True:
+            for item in islice(remaining, ahead - len(pending)):
+                pending.append((item, pool.submit(function, item)))
+            if not pending:
+                return
+            item, future = pending.popleft()
+            yield item, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(items: Iterable[_Item], size: int) -> Generator[list[_Item]]:
+    """Lists of `size` items, the last of what is left."""
+    remaining = iter(items)
+    while group := list(islice(remaining, size)):
+        yield group
 
 
 class _Ready(NamedTuple):
@@ -28,7 +62,11 @@ class _Ready(NamedTuple):
 
 
 class Batcher:
-    """Predicts images as they come, from any thread; close it.
+    """Predicts images as they come, from any thread, with one pipeline, also on a GPU; close it.
+
+        with closing(Batcher(Pipeline.open("mge.plan"))) as batcher:
+            ...
+            prediction = batcher.submit(image).result()     # in any thread
 
     A run of the chain begins as soon as `batch` images are decoded, the oldest has waited for `wait` seconds, or no
     other image is being decoded, so that an image alone waits for nobody. While the chain computes the next batch

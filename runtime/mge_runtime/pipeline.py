@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from mge_runtime.backends import Choice, Streams, choose, open_executor
+from mge_runtime.batching import batches, prefetch
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
 from mge_runtime.chain import Chain, Exit, ExitPolicy, ImageResult, by_image, resolve_exit
@@ -22,7 +23,6 @@ from mge_runtime.decode import MAX_PIXELS, ImageSource, load_decoders, open_imag
 from mge_runtime.errors import BackendError, BundleError, InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
-from mge_runtime.pool import batches, prefetch
 from mge_runtime.prediction import Prediction
 from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 
