@@ -34,8 +34,9 @@ def shaded(gray, size=(64, 48)):
     return np.broadcast_to((gray * row).astype(np.uint8), (size[1], size[0], 3))
 
 
-def write_video(path, *, rate=10, rotation=0, size=(64, 48)):
+def write_video(path, *, rate=10, rotation=0, size=(64, 48), title=""):
     with av.open(str(path), "w") as container:
+        container.metadata["title"] = title
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for gray in GRAY:
@@ -58,9 +59,29 @@ def jpeg(gray, size=(64, 48)):
     return file.getvalue()
 
 
+def sound_goes_on():
+    """An MPEG transport stream whose video ends and whose sound does not."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mpegts") as container:
+        video, sound = container.add_stream("mpeg2video", rate=25), container.add_stream("mp2", rate=16000)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), "s16", "mono")
+        silence.sample_rate = 16000
+        for gray in GRAY:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(shaded(gray)))))
+            container.mux(sound.encode(silence))
+        container.mux(video.encode())
+        for _ in range(2000):
+            container.mux(sound.encode(silence))
+    content = file.getvalue()
+    for start in range(0, len(content), 18_800):
+        yield content[start : start + 18_800]
+        time.sleep(0.05)
+
+
 @contextmanager
-def camera(*sessions):
-    """An MJPEG server whose connections are served by these functions in turn, the last one ever after."""
+def camera(*sessions, mjpeg=True):
+    """A server whose connections are served by these functions in turn, the last one ever after; MJPEG, or as it is."""
     served = itertools.chain(sessions, itertools.repeat(sessions[-1]))
 
     class Handler(BaseHTTPRequestHandler):
@@ -70,13 +91,12 @@ def camera(*sessions):
                 self.send_error(503)
                 return
             self.send_response(200)
-            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame" if mjpeg else "video/mp2t")
             self.end_headers()
+            head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
             try:
                 for part in session():
-                    self.wfile.write(
-                        b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(part), part)
-                    )
+                    self.wfile.write(head % (len(part), part) if mjpeg else part)
             except OSError:
                 pass
 
@@ -173,6 +193,33 @@ def test_a_stream_that_gives_nothing_any_more_ends_with_one_line(session):
             list(source)
     assert time.monotonic() - started < 15
     assert source.read > 0
+
+
+def test_a_stream_without_video_ends_with_one_line_while_its_sound_goes_on():
+    with camera(sound_goes_on, mjpeg=False) as address, Video(address, patience=1) as source:
+        with pytest.raises(InputError, match=r"/camera.mjpg gives no frames any more; gave up"):
+            list(source)
+        assert source.read > 0
+
+
+def test_a_password_is_not_shown(bundle_path):
+    with camera(few, None) as address:
+        address = address.replace("//", "//me:pass@word@")
+        with Video(address, patience=0.1) as source, pytest.raises(InputError) as failed:
+            list(source)
+    with pytest.raises(InputError) as refused:
+        Video(address)
+    printed = fails(main, "--engine", bundle_path, "--video", address, "--json")
+    for line in (source.name, str(failed.value), str(refused.value), printed):
+        assert "http://127.0.0.1:" in line
+        assert "word" not in line
+
+
+def test_a_title_that_is_no_text_is_no_reason(tmp_path):
+    path = write_video(tmp_path / "a.mp4", title="caffee")
+    path.write_bytes(path.read_bytes().replace(b"caffee", b"caff\xe9s"))
+    with Video(str(path)) as source:
+        assert len(list(source)) == len(GRAY)
 
 
 def test_damaged_frames_are_passed_over_and_counted(tmp_path):
@@ -301,9 +348,25 @@ def test_a_signal_ends_a_camera_with_a_whole_file(tmp_path, bundle_path):
         assert sum(1 for _ in container.decode(video=0)) == len(shown) + len(rest.splitlines())
 
 
+def test_what_was_drawn_stays_where_the_bundle_is_overwritten(tmp_path, copy):
+    with camera(endless) as address:
+        arguments = ["--engine", copy, "--video", address, "--save", tmp_path / "o.mp4"]
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        shown = [process.stdout.readline() for _ in range(3)]
+        copy.write_bytes(copy.read_bytes())
+        rest, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "was overwritten while it was open" in said.splitlines()[-1]
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == len(shown) + len(rest.splitlines())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--video", "./a.mp4", "--save", "a.mp4"], "is the video itself"),
         (["a.png", "--video", "0"], "cannot use images"),
         (["--video", "0", "--save", "folder"], "a file that ends with .mp4"),
         (["--video", "0", "--top-k", "3"], "cannot use --top-k; add --json"),
