@@ -290,12 +290,14 @@ class Service:
         batcher = self._ready()  # closed by no swap before the next await
         futures = [asyncio.wrap_future(batcher.submit(upload)) for upload in uploads]
         try:
-            found = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), self._limits.seconds)
-        except asyncio.TimeoutError:  # those that have not begun are cancelled by it
+            _, late = await asyncio.wait(futures, timeout=self._limits.seconds)
+        finally:  # what has not begun is dropped; asyncio would log an error that nobody asks for
+            errors = [None if future.cancel() else future.exception() for future in futures]
+        if late:
             line = f"no prediction within {self._limits.seconds:g} s; try again, or send fewer images"
-            raise self._refusal("time", 504, line) from None
-        for error in found:
-            if not isinstance(error, BaseException) or isinstance(error, InputError):
+            raise self._refusal("time", 504, line)
+        for error in errors:
+            if error is None or isinstance(error, InputError):
                 continue
             fault = one_line(error) if isinstance(error, MGEError) else brief(error)
             if batcher is self._batcher:  # else a new bundle has taken over
@@ -304,9 +306,9 @@ class Service:
             if isinstance(error, MGEError):
                 raise HTTPException(500, fault) from error
             raise error  # a defect, which shows its traceback
-        if batcher is self._batcher and not all(isinstance(one, InputError) for one in found):
+        if batcher is self._batcher and not all(errors):
             self._fault = None
-        return found
+        return [error or future.result() for error, future in zip(errors, futures, strict=True)]
 
     def _admit(self, count: int, stack: ExitStack) -> None:
         """Count images as waiting until the stack is closed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -104,6 +105,8 @@ def main(
     from mge_runtime.batching import Batcher
     from mge_runtime.pipeline import Pipeline
     from mge_runtime.server import Limits, Service
+
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it would warn of each bad form
 
     def open_batcher(on_run: Callable[[int], None]) -> Batcher:
         pipeline = Pipeline.open(bundle, streams=streams or "auto", exit=exit_at, **opening)
