@@ -243,7 +243,7 @@ class Video:
         for packet in self._container.demux():
             if self._closed:
                 return
-            for raw in packet.decode() if packet.stream_index == stream.index else ():
+            for raw in packet.decode() if packet.stream.index == stream.index else ():
                 yield self._frame(raw)
 
     def _brief(self, error: BaseException) -> str:

@@ -59,11 +59,10 @@ def jpeg(gray, size=(64, 48)):
     return file.getvalue()
 
 
-def sound_goes_on():
-    """An MPEG transport stream whose video ends and whose sound does not."""
-    file = io.BytesIO()
+def write_with_sound(file, more=0):
+    """An MPEG transport stream of sound and video; `more` sound comes after it."""
     with av.open(file, "w", format="mpegts") as container:
-        video, sound = container.add_stream("mpeg2video", rate=25), container.add_stream("mp2", rate=16000)
+        sound, video = container.add_stream("mp2", rate=16000), container.add_stream("libx264", rate=10)
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), "s16", "mono")
         silence.sample_rate = 16000
@@ -71,8 +70,13 @@ def sound_goes_on():
             container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(shaded(gray)))))
             container.mux(sound.encode(silence))
         container.mux(video.encode())
-        for _ in range(2000):
+        for _ in range(more):
             container.mux(sound.encode(silence))
+
+
+def sound_goes_on():
+    file = io.BytesIO()
+    write_with_sound(file, more=2000)
     content = file.getvalue()
     for start in range(0, len(content), 18_800):
         yield content[start : start + 18_800]
@@ -138,6 +142,12 @@ def test_every_frame_of_a_file_comes_once_with_its_time(tmp_path):
         assert frame.image.shape == (48, 64, 3)
         assert np.abs(frame.image.astype(int) - shaded(gray)).mean() < 6
     assert (source.read, source.dropped, source.damaged) == (len(GRAY), 0, 0)
+
+
+def test_every_frame_of_a_file_with_sound_comes(tmp_path):
+    write_with_sound(str(tmp_path / "a.ts"))
+    with Video(str(tmp_path / "a.ts")) as source:
+        assert len(list(source)) == len(GRAY)
 
 
 def test_the_rotation_of_a_phone_is_applied(tmp_path):
