@@ -109,8 +109,8 @@ class Batcher:
         """Take an image; its future may be cancelled until its run begins.
 
         Returns:
-            The prediction to be, or what `Pipeline.predict` raises: an `InputError` is about this image alone, anything
-            else befell all images of its run.
+            The prediction to be, or what `Pipeline.predict` raises of this image: where a run of several fails, each of
+            them is run alone.
 
         Raises:
             BackendError: the batcher is closed.
@@ -154,18 +154,22 @@ class Batcher:
     def _run(self) -> None:
         """Predict batch after batch, until the batcher is closed and nothing is left."""
         while (batch := self._next_batch()) is not None:
-            batch = [item for item in batch if item.future.set_running_or_notify_cancel()]
-            if not batch:
-                continue
-            try:
-                self._on_run(len(batch))
-                found = self.pipeline.predict_prepared([item.image for item in batch])
-            except BaseException as error:
-                for item in batch:
-                    item.future.set_exception(error)
-            else:
-                for item, prediction in zip(batch, found, strict=True):
-                    item.future.set_result(prediction)
+            if batch := [item for item in batch if item.future.set_running_or_notify_cancel()]:
+                self._predict(batch)
+
+    def _predict(self, batch: list[_Ready]) -> None:
+        try:
+            self._on_run(len(batch))
+            found = self.pipeline.predict_prepared([item.image for item in batch])
+        except BaseException as error:
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+                return
+            for item in batch:  # a single one may be to blame: it overflows, or all together need too much memory
+                self._predict([item])
+        else:
+            for item, prediction in zip(batch, found, strict=True):
+                item.future.set_result(prediction)
 
     def _next_batch(self) -> list[_Ready] | None:
         """Wait for a batch; it is empty where another stream was quicker, None where no more will come."""
