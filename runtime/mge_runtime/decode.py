@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Union, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from mge_runtime.image_files import (
     webp_size,
     without_metadata,
 )
-from mge_runtime.sources import MAX_PIXELS, is_url
+from mge_runtime.sources import MAX_BYTES, MAX_PIXELS, is_url, read_stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,13 +174,7 @@ def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> tuple[BinaryIO
         )
     name = getattr(source, "name", None)
     name = name if isinstance(name, str) else "the image stream"
-    try:
-        data = cast(Any, source.read())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {name}: {error}; expected a readable binary file") from error
-    if not isinstance(data, bytes):
-        raise InputError(f"cannot read {name}: it yields {type(data).__name__}; expected a file opened in binary mode")
-    return io.BytesIO(data), name
+    return io.BytesIO(read_stream(source, name, "the bytes of one image")), name
 
 
 def _opened_file(path: Path) -> BinaryIO:
@@ -302,7 +296,7 @@ def _quiet() -> Generator[None]:
 
 def _whole(stream: BinaryIO) -> bytes:
     stream.seek(0)
-    return stream.read()
+    return stream.read(MAX_BYTES)  # no image is larger; it may be anything
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:

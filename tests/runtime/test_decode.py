@@ -5,6 +5,8 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -13,6 +15,7 @@ from PIL import Image
 
 from mge_runtime.decode import MAX_SIDE, check_header, decode_image, load_decoders, open_image
 from mge_runtime.errors import InputError
+from mge_runtime.sources import find_images
 from tests.helpers.images import NOISE, chunk, many_scans, png_file, refusal, saved
 
 PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 200, 0, 0, 0, 90]))
@@ -228,6 +231,22 @@ def test_a_bomb_is_refused_before_decoding(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded a bomb"))
     message = refusal(png_file(30_000, 30_000, 1, 0, b""))
     assert "it is 30000 x 30000 pixels; expected at most 65 megapixels and 65535 a side: scale it down first" in message
+
+
+def test_of_what_has_no_end_a_part_is_read(tmp_path, monkeypatch):
+    for module in ("sources", "decode"):
+        monkeypatch.setattr(f"mge_runtime.{module}.MAX_BYTES", 1000)
+    with Path("/dev/zero").open("rb") as endless:
+        assert "/dev/zero: it holds more than 1,000 bytes; expected the bytes of one image" in refusal(endless)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(endless))
+        with pytest.raises(InputError, match="standard input: it holds more than 1,000 bytes; expected a list"):
+            find_images([], "-").whole()
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(50_000_000)
+    tracemalloc.start()
+    assert "it is no known image" in refusal(tmp_path / "large.jpg")
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("between", [b"", b"a few bytes that libjpeg passes over"])
