@@ -374,6 +374,17 @@ def test_a_signal_does_not_wait_for_a_bundle_that_is_being_opened(bundle_path):
         wait_until(lambda: "stopped; what was still being opened" in server.log)
 
 
+def test_a_second_signal_from_the_keyboard_gives_up_what_is_being_read(bundle_path, files):
+    with Server(bundle_path) as server, server.ready().begin(files[0])[0]:
+        wait_until(lambda: server.metric("mge_queue_images") == 1)
+        server.signal("SIGINT")
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        server.signal("SIGINT")
+        assert server.process.wait(20) == 1
+        wait_until(lambda: server.log.endswith("stopped; requests that were given up: 1\n"))
+
+
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.jetson", "mge-serve.service"])
 def test_the_examples_call_the_command_with_options_that_it_has(name):
     text = (Path(__file__).parents[2] / "examples/serve" / name).read_text()

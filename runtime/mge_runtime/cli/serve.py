@@ -165,6 +165,9 @@ async def _serve(service: Service, server: Server, listener: socket.socket) -> N
     idle = asyncio.create_task(_close_idle(server))
     await server.serve(sockets=[listener])
     idle.cancel()
+    if lost := len(server.server_state.tasks):  # a second Ctrl-C
+        say(f"stopped; requests that were given up: {lost}")
+        os._exit(1)  # their cancellation would be logged as a defect
     service.stop()
     if not (await asyncio.wait({loaded}, timeout=_LAST))[0]:
         say("stopped; what was still being opened or computed, no request waited for")

@@ -61,6 +61,7 @@ def run_video(
                     if smoother is not None:
                         prediction = smoother.add(prediction, frame.seconds)
                     done += 1
+                    interrupt.consequence = f"{done} frames were predicted"
                     echo(_json(video.name, frame, prediction, top_k) if as_json else _line(frame, prediction))
                     if writer is not None:
                         writer.add(_drawn(frame, prediction), frame.seconds)
