@@ -222,8 +222,10 @@ def _check_webp(stream: BinaryIO, name: str, max_pixels: int) -> None:
 def _decoded_as_it_is(stream: BinaryIO, name: str, max_pixels: int) -> Image:
     with _header(stream) as image:
         _check_size(image.size, name, max_pixels)
-        if image.format in ("JPEG", "MPO"):
-            _check_scans(_whole(stream), name)
+        if image.format in ("JPEG", "MPO") and (scans := jpeg_scans(_whole(stream))) > _MOST_SCANS:
+            raise InputError(
+                f"will not decode {name}: it has {scans} scans; expected at most {_MOST_SCANS}: save it again"
+            )
         pixels = _pixels(image, name)
         if _lacks_data(image, stream):
             raise EOFError("it is cut short")
@@ -308,11 +310,6 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
             f"will not decode {name}: it is {width} x {height} pixels; expected at most {max_pixels / 1e6:.3g} "
             f"megapixels and {MAX_SIDE} a side: scale it down first, or allow more pixels (--max-pixels)"
         )
-
-
-def _check_scans(file: bytes, name: str) -> None:
-    if file.count(b"\xff\xda") > _MOST_SCANS and (scans := jpeg_scans(file)) > _MOST_SCANS:  # the first alone is quick
-        raise InputError(f"will not decode {name}: it has {scans} scans; expected at most {_MOST_SCANS}: save it again")
 
 
 def _pixels(image: Image, name: str) -> Image:
