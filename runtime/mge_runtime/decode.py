@@ -84,8 +84,9 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
 
     Refused and named is what Pillow reads wrongly or not at all: floating-point, signed and 32-bit samples, 12-bit and
     lossless JPEG, TIFF of odd bits or of more than 8 bits in separate planes, a file that ends before its pixels do,
-    and damage that a checksum or the decoder finds. Damage inside a format without checksums (JPEG, BMP, PPM, raw TIFF)
-    can go unnoticed, as can a cut in the last scan of a progressive JPEG or in the last block of another.
+    and damage that a checksum or the decoder finds; and a JPEG of more than 100 scans, which would take hours. Damage
+    inside a format without checksums (JPEG, BMP, PPM, raw TIFF) can go unnoticed, as can a cut in the last scan of a
+    progressive JPEG or in the last block of another.
 
     Memory while decoding: up to 30 bytes a pixel (JPEG 2000 with alpha; WebP 16, PNG 12, JPEG 4 to 10), of which the
     image returned keeps 4.
