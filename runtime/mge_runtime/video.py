@@ -230,7 +230,7 @@ class Video:
                 raise InputError(f"{self.name} is damaged: {DAMAGED} frames in a row cannot be decoded") from error
             except (errors.FFmpegError, OSError) as error:
                 # FFmpeg's word for more than `max_pixels`; after good frames also for a damaged header.
-                limit = first and isinstance(error, errors.ArgumentError)
+                limit = first and isinstance(error, ValueError)
                 raise (_TooLargeError if limit else InputError)(
                     f"cannot read {self.name} any further: {self._brief(error)}; expected whole frames of at most "
                     f"{self._max_pixels} pixels (--max-pixels)"
