@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -233,13 +234,21 @@ def test_a_title_that_is_no_text_is_no_reason(tmp_path):
 
 
 def test_damaged_frames_are_passed_over_and_counted(tmp_path):
-    path = write_video(tmp_path / "a.ts")
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for gray in GRAY:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(shaded(gray)))))
     content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 376] = os.urandom(376)
+    starts = [found.start() for found in re.finditer(b"\xff\xd8\xff", content)]
+    for number in (2, 5):  # the image, not the header of the next one
+        content[starts[number] + 2 : starts[number + 1] - 20] = bytes(starts[number + 1] - starts[number] - 22)
     path.write_bytes(content)
     with Video(str(path)) as source:
-        assert 1 <= len(list(source)) <= len(GRAY)
+        seconds = [frame.seconds for frame in source]
+    assert seconds == pytest.approx([0, 0.1, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9])
+    assert (source.read, source.damaged) == (8, 2)
 
 
 @pytest.mark.parametrize(
