@@ -191,10 +191,11 @@ class Video:
                 f"cannot open the video {self.name}: {self._brief(error)}; expected a video file, the number of a "
                 "camera, or an address such as rtsp://host/stream"
             ) from error
-        if not container.streams.video:
+        stream = next(iter(container.streams.video), None)
+        if stream is None or stream.codec_context is None:
             container.close()
-            raise InputError(f"{self.name} has no video in it; expected a video file, a camera or a stream")
-        stream = container.streams.video[0]
+            found = "no video" if stream is None else "a video of a kind that FFmpeg does not know here"
+            raise InputError(f"{self.name} has {found} in it; expected a video file, a camera or a stream")
         stream.thread_type = "NONE" if self.live else "AUTO"  # frame threads hold frames back
         stream.codec_context.options = {"max_pixels": str(self._max_pixels)}
         try:
