@@ -38,6 +38,8 @@ _KINDS = (  # of files that are often named, and that no decoder takes: offset a
     (0, b"PK\3\4", "it is a ZIP archive"),
     (0, b"8BPS", "it is a Photoshop file, export it as PNG"),
     (0, b"\x1aE\xdf\xa3", "it is a Matroska or WebM video"),
+    # Not read: its code-blocks may be of one pixel, and then OpenJPEG takes a kilobyte for each.
+    *((0, head, "it is a JPEG 2000 image, convert it to PNG") for head in (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
     *((0, head, "it is a JPEG XL image, convert it to JPEG") for head in (b"\0\0\0\x0cJXL ", b"\xff\x0a")),
 )
 
@@ -95,6 +97,8 @@ def tiff_fault(image: Image) -> str | None:
         found, across, down = len(tags[324]), tags.get(322) or width, tags.get(323) or height
     else:
         found, across, down = len(tags.get(273, ())), width, min(tags.get(278, height), height) or height
+    if across > 2 * max(width, 1024) or down > 2 * max(height, 1024):  # each is decoded as a whole
+        return f"a TIFF of {width} x {height} pixels in tiles of {across} x {down}"
     blocks = -(-width // across) * -(-height // down) * (len(bits) if planar == 2 else 1)
     return f"a TIFF that is cut short ({found} of {blocks} strips or tiles)" if found < blocks else None
 

@@ -40,7 +40,7 @@ VALIDATION_FOLDERS = ("val", "valid", "validation")
 MAX_BYTES = 1_000_000_000  # of what is read from a stream, or looked at as a whole
 MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
 
-# What counts as an image inside a folder. HEIC is not decoded, but said to be so rather than passed over.
+# What counts as an image inside a folder. HEIC and JPEG 2000 are not decoded, but said to be so, not passed over.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".webp", ".tif", ".tiff", ".jp2"}
     | {".avif", ".heic", ".heif"}

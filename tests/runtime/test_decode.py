@@ -182,6 +182,8 @@ def test_what_is_no_file_is_named():
         (b"", "it is empty (0 bytes)"),
         (b"I am no image.\n", "it is a text file"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is an HEIC image, convert it to JPEG"),
+        (saved(NOISE, "JPEG2000"), "it is a JPEG 2000 image, convert it"),
+        (saved(NOISE, "JPEG2000", no_jp2=True), "it is a JPEG 2000 image, convert it"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "it is a video"),
         (b"%PDF-1.7\n", "it is a PDF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is PostScript"),
@@ -192,7 +194,7 @@ def test_what_is_no_file_is_named():
         (b"8BPS\0\1", "it is a Photoshop file"),
         (b"\x89PNG\r\n\x1a\n", "its header is damaged, cut short"),
     ],
-    ids=["empty", "text", "heic", "video", "pdf", "eps", "svg", "bytes", "avi", "riff", "psd", "header"],
+    ids=["empty", "text", "heic", "jp2", "j2k", "video", "pdf", "eps", "svg", "bytes", "avi", "riff", "psd", "header"],
 )
 def test_what_is_no_image(tmp_path, data, found):
     path = tmp_path / "photo.jpg"
@@ -218,7 +220,7 @@ def test_a_flipped_byte_in_a_png_is_found():
 
 
 def test_formats_that_run_other_programs_are_never_tried():
-    formats = {"JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000"}
+    formats = {"JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF"}
     assert formats <= set(load_decoders()) <= formats | {"AVIF"}
 
 
@@ -296,7 +298,7 @@ def test_lack_of_memory_is_called_that(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux")
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG2000", "RGBA"), ("WEBP", "RGBA")])
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "I;16"), ("WEBP", "RGBA")])
 def test_memory_of_a_pixel(tmp_path, kind, mode):
     path = tmp_path / "image"
     path.write_bytes(saved(Image.new(mode, (1500, 1500)), kind))

@@ -37,7 +37,6 @@ KINDS: dict[str, tuple[str, str, dict[str, object]]] = {
     "gif": ("GIF", "P", {}),
     "bmp": ("BMP", "RGB", {}),
     "ppm": ("PPM", "RGB", {}),
-    "jp2": ("JPEG2000", "RGB", {}),
     "avif": ("AVIF", "RGB", {}),
 }
 if not features.check("avif"):
