@@ -1,5 +1,6 @@
 """Videos and streams: every frame of a file, the newest of a stream, smoothing, damage, silence, limits."""
 
+import functools
 import io
 import itertools
 import json
@@ -76,12 +77,12 @@ def write_with_sound(file, more=0):
             container.mux(sound.encode(silence))
 
 
-def sound_goes_on():
-    file = io.BytesIO()
-    write_with_sound(file, more=2000)
-    content = file.getvalue()
-    for start in range(0, len(content), 18_800):
-        yield content[start : start + 18_800]
+def sound_goes_on(content):
+    """Half of it at once, the rest bit by bit."""
+    half = len(content) // 2
+    yield content[:half]
+    for start in range(half, len(content), 1880):
+        yield content[start : start + 1880]
         time.sleep(0.05)
 
 
@@ -208,7 +209,10 @@ def test_a_stream_that_gives_nothing_any_more_ends_with_one_line(session):
 
 
 def test_a_stream_without_video_ends_with_one_line_while_its_sound_goes_on():
-    with camera(sound_goes_on, mjpeg=False) as address, Video(address, patience=1) as source:
+    file = io.BytesIO()
+    write_with_sound(file, more=2000)
+    session = functools.partial(sound_goes_on, file.getvalue())
+    with camera(session, mjpeg=False) as address, Video(address, patience=1) as source:
         with pytest.raises(InputError, match=r"/camera.mjpg gives no frames any more; gave up"):
             list(source)
         assert source.read > 0
