@@ -25,10 +25,10 @@ import numpy as np
 
 from benchmarks.rounds import ratio, time_rounds
 from mge_runtime import Pipeline
+from mge_runtime.batching import prefetch
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.cli.run import main as mge_run
 from mge_runtime.decode import open_image
-from mge_runtime.pool import prefetch
 from mge_runtime.preprocess import to_frame
 from mge_runtime.sources import find_images
 

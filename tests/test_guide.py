@@ -9,16 +9,14 @@ import shlex
 from contextlib import chdir
 from pathlib import Path
 
-import av
 import click
-import numpy as np
 import pytest
 import tomllib
 from PIL import Image
 
 from mge_runtime.bundle import add_calibration
 from tests.helpers.commands import succeeds
-from tests.helpers.images import NOISE
+from tests.helpers.images import NOISE, write_clip
 from tests.runtime.tiny_chain import write_tiny_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -77,16 +75,6 @@ def here(tmp_path_factory):
     (folder / "list.txt").write_text("bird.jpg\n")
     write_clip(folder / "clip.mp4")
     return folder
-
-
-def write_clip(path):
-    """A video of five frames."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.height, stream.width, stream.pix_fmt = *NOISE.shape[:2], "yuv420p"
-        for _ in range(5):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(NOISE))))
-        container.mux(stream.encode())
 
 
 @pytest.mark.parametrize(("code", "reason"), [*blocks("python")])

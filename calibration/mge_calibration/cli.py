@@ -133,7 +133,7 @@ def main(
     from mge_runtime.interrupt import interruptible
 
     with interruptible("the calibration", f"{bundle} is as it was; run it again", MGEError):
-        for name in ("scipy", "matplotlib") if report_to else ("scipy",):
+        for name in ("scipy", "onnx", *(["matplotlib"] if report_to else [])):
             importlib.import_module(name)  # now, not after the images: `reports_errors` says which extra brings it
         from mge_calibration.calibrate import Request, learn, publish
         from mge_calibration.conformal import ConformalRequest

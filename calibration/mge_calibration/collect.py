@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mge_calibration.images import LabeledImage, short_digest
+from mge_runtime.batching import prefetch
 from mge_runtime.errors import InputError
 from mge_runtime.pipeline import Pipeline
-from mge_runtime.pool import prefetch
 
 __all__ = ["FEWEST", "TEMPERATURE_SHARE", "ChainLogits", "collect"]
 

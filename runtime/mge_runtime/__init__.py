@@ -14,17 +14,18 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mge_runtime.batching import Batcher
     from mge_runtime.bundle import Bundle, write_bundle
     from mge_runtime.errors import BackendError, BundleError, InputError, MGEError, OutputError
     from mge_runtime.manifest import Manifest
     from mge_runtime.pipeline import Pipeline
-    from mge_runtime.pool import PipelinePool
     from mge_runtime.prediction import Prediction
 
     __version__: str
 
 __all__ = [
     "BackendError",
+    "Batcher",
     "Bundle",
     "BundleError",
     "InputError",
@@ -32,17 +33,16 @@ __all__ = [
     "Manifest",
     "OutputError",
     "Pipeline",
-    "PipelinePool",
     "Prediction",
     "write_bundle",
 ]
 
 _HOMES = {
+    "batching": ("Batcher",),
     "bundle": ("Bundle", "write_bundle"),
     "errors": ("BackendError", "BundleError", "InputError", "MGEError", "OutputError"),
     "manifest": ("Manifest",),
     "pipeline": ("Pipeline",),
-    "pool": ("PipelinePool",),
     "prediction": ("Prediction",),
 }
 

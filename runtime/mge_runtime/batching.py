@@ -1,13 +1,14 @@
-"""Dynamic batching: images of many callers, decoded in threads, predicted together in runs of the chain."""
+"""Threads around a pipeline: work prefetched for a loop, and images of many callers in common runs of the chain."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from mge_runtime.errors import BackendError, InputError
 
@@ -16,7 +17,40 @@ if TYPE_CHECKING:
     from mge_runtime.pipeline import Pipeline, Prepared
     from mge_runtime.prediction import Prediction
 
-__all__ = ["Batcher"]
+__all__ = ["Batcher", "batches", "prefetch"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def prefetch(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, ahead: int
+) -> Generator[tuple[_Item, _Result]]:
+    """Apply a function to items in threads, and yield each item with its result, in order.
+
+    `Executor.map` takes all items at once; here at most `ahead` are taken before the one that is asked for, so that
+    memory stays flat. Where the generator is closed early, or an item or the function raises, no thread is left behind.
+    """
+    pending: deque[tuple[_Item, Future[_Result]]] = deque()
+    remaining = iter(items)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="mge-ahead")
+    try:
+        while True:
+            for item in islice(remaining, ahead - len(pending)):
+                pending.append((item, pool.submit(function, item)))
+            if not pending:
+                return
+            item, future = pending.popleft()
+            yield item, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(items: Iterable[_Item], size: int) -> Generator[list[_Item]]:
+    """Lists of `size` items, the last of what is left."""
+    remaining = iter(items)
+    while group := list(islice(remaining, size)):
+        yield group
 
 
 class _Ready(NamedTuple):
@@ -28,7 +62,11 @@ class _Ready(NamedTuple):
 
 
 class Batcher:
-    """Predicts images as they come, from any thread; close it.
+    """Predicts images as they come, from any thread, with one pipeline, also on a GPU; close it.
+
+        with closing(Batcher(Pipeline.open("mge.plan"))) as batcher:
+            ...
+            prediction = batcher.submit(image).result()     # in any thread
 
     A run of the chain begins as soon as `batch` images are decoded, the oldest has waited for `wait` seconds, or no
     other image is being decoded, so that an image alone waits for nobody. While the chain computes the next batch
@@ -71,8 +109,8 @@ class Batcher:
         """Take an image; its future may be cancelled until its run begins.
 
         Returns:
-            The prediction to be, or what `Pipeline.predict` raises: an `InputError` is about this image alone, anything
-            else befell all images of its run.
+            The prediction to be, or what `Pipeline.predict` raises of this image: where a run of several fails, each of
+            them is run alone.
 
         Raises:
             BackendError: the batcher is closed.
@@ -116,18 +154,22 @@ class Batcher:
     def _run(self) -> None:
         """Predict batch after batch, until the batcher is closed and nothing is left."""
         while (batch := self._next_batch()) is not None:
-            batch = [item for item in batch if item.future.set_running_or_notify_cancel()]
-            if not batch:
-                continue
-            try:
-                self._on_run(len(batch))
-                found = self.pipeline.predict_prepared([item.image for item in batch])
-            except BaseException as error:
-                for item in batch:
-                    item.future.set_exception(error)
-            else:
-                for item, prediction in zip(batch, found, strict=True):
-                    item.future.set_result(prediction)
+            if batch := [item for item in batch if item.future.set_running_or_notify_cancel()]:
+                self._predict(batch)
+
+    def _predict(self, batch: list[_Ready]) -> None:
+        try:
+            self._on_run(len(batch))
+            found = self.pipeline.predict_prepared([item.image for item in batch])
+        except BaseException as error:
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+                return
+            for item in batch:  # a single one may be to blame: it overflows, or all together need too much memory
+                self._predict([item])
+        else:
+            for item, prediction in zip(batch, found, strict=True):
+                item.future.set_result(prediction)
 
     def _next_batch(self) -> list[_Ready] | None:
         """Wait for a batch; it is empty where another stream was quicker, None where no more will come."""

@@ -12,7 +12,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Union, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Union
 
 import numpy as np
 
@@ -20,13 +20,14 @@ from mge_runtime.errors import InputError, brief
 from mge_runtime.image_files import (
     entropy_end,
     jpeg_lacks_scans,
+    jpeg_scans,
     kind_of,
     png_lacks_data,
     tiff_fault,
     webp_size,
     without_metadata,
 )
-from mge_runtime.sources import MAX_PIXELS, is_url
+from mge_runtime.sources import MAX_BYTES, MAX_PIXELS, is_url, read_stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,14 +48,16 @@ MAX_SIDE = 65_535  # pixels; the longest side of a JPEG
 # Everything that `decode_image` takes.
 ImageSource = Union["str | os.PathLike[str] | bytes | BinaryIO | Image", np.ndarray]
 
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")  # Pillow's names
-_PLUGINS = ("Jpeg", "Mpo", "Png", "Gif", "Bmp", "Ppm", "WebP", "Tiff", "Jpeg2K", "Avif")
-_EXPECTED = "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000 or AVIF image"
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF")  # Pillow's names
+_PLUGINS = ("Jpeg", "Mpo", "Png", "Gif", "Bmp", "Ppm", "WebP", "Tiff", "Avif")
+_EXPECTED = "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM or AVIF image"
 _ORIENTATION = 0x0112  # EXIF 2.32, 4.6.4 A; by its value, how Pillow turns such an image upright
 _TURNS = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM",
     5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
 }  # fmt: skip
+
+_MOST_SCANS = 100  # of a JPEG, as libtiff allows; each takes its time over all pixels, and ten bytes of the file
 
 _header_lock = threading.Lock()
 
@@ -81,10 +84,11 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image:
 
     Refused and named is what Pillow reads wrongly or not at all: floating-point, signed and 32-bit samples, 12-bit and
     lossless JPEG, TIFF of odd bits or of more than 8 bits in separate planes, a file that ends before its pixels do,
-    and damage that a checksum or the decoder finds. Damage inside a format without checksums (JPEG, BMP, PPM, raw TIFF)
-    can go unnoticed, as can a cut in the last scan of a progressive JPEG or in the last block of another.
+    and damage that a checksum or the decoder finds; and a JPEG of more than 100 scans, which would take hours. Damage
+    inside a format without checksums (JPEG, BMP, PPM, raw TIFF) can go unnoticed, as can a cut in the last scan of a
+    progressive JPEG or in the last block of another.
 
-    Memory while decoding: up to 30 bytes a pixel (JPEG 2000 with alpha; WebP 16, PNG 12, JPEG 4 to 10), of which the
+    Memory while decoding: up to 30 bytes a pixel (AVIF of 12 bits with alpha; WebP 17, JPEG and PNG 12), of which the
     image returned keeps 4.
 
     Args:
@@ -171,13 +175,7 @@ def _opened(source: str | os.PathLike[str] | bytes | BinaryIO) -> tuple[BinaryIO
         )
     name = getattr(source, "name", None)
     name = name if isinstance(name, str) else "the image stream"
-    try:
-        data = cast(Any, source.read())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {name}: {error}; expected a readable binary file") from error
-    if not isinstance(data, bytes):
-        raise InputError(f"cannot read {name}: it yields {type(data).__name__}; expected a file opened in binary mode")
-    return io.BytesIO(data), name
+    return io.BytesIO(read_stream(source, name, "the bytes of one image")), name
 
 
 def _opened_file(path: Path) -> BinaryIO:
@@ -225,6 +223,10 @@ def _check_webp(stream: BinaryIO, name: str, max_pixels: int) -> None:
 def _decoded_as_it_is(stream: BinaryIO, name: str, max_pixels: int) -> Image:
     with _header(stream) as image:
         _check_size(image.size, name, max_pixels)
+        if image.format in ("JPEG", "MPO") and (scans := jpeg_scans(_whole(stream))) > _MOST_SCANS:
+            raise InputError(
+                f"will not decode {name}: it has {scans} scans; expected at most {_MOST_SCANS}: save it again"
+            )
         pixels = _pixels(image, name)
         if _lacks_data(image, stream):
             raise EOFError("it is cut short")
@@ -297,7 +299,7 @@ def _quiet() -> Generator[None]:
 
 def _whole(stream: BinaryIO) -> bytes:
     stream.seek(0)
-    return stream.read()
+    return stream.read(MAX_BYTES)  # no image is larger; it may be anything
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:

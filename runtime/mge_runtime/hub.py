@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -101,15 +102,19 @@ class HubAddress:
                 f"cannot open {self}: it has {format_bytes(size)}; expected at most {format_bytes(_LARGEST)}, as every "
                 "bundle has: name its .plan file"
             )
-        most, arrived = size or _LARGEST, 0
+        most, address = size or _LARGEST, self
         tqdm: Any = importlib.import_module("huggingface_hub.utils").tqdm
 
         class Bar(tqdm):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                # Xet, which knows a file's size by its hash, has two bars: one counts what travels, which may be more.
+                self._left = most if options.get("name") == "huggingface_hub.http_get" else math.inf
+                tqdm.__init__(self, *args, **options)
+
             def update(self, n: float = 1) -> object:
-                nonlocal arrived
-                if (arrived := arrived + n) > most:
+                self._left -= n
+                if self._left < 0:
                     raise BundleError(f"cannot open {address}: more came than the {most} bytes announced; try again")
                 return tqdm.update(self, n)
 
-        address = self
         return Bar

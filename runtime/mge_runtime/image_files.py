@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "entropy_end",
     "jpeg_lacks_scans",
+    "jpeg_scans",
     "kind_of",
     "png_lacks_data",
     "tiff_fault",
@@ -27,7 +28,7 @@ __all__ = [
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _EXIF, _ADOBE, _SCAN = 0xE1, 0xEE, 0xDA  # of JPEG: orientation; whether three channels are RGB; header of a scan
 _ENTROPY = -1  # no marker: the coded data of a scan
-_MARKER = re.compile(rb"\xff[^\0\xff\xd0-\xd7]")  # no stuffed byte, no restart
+_MARKER = re.compile(rb"\xff[^\0\1\xff\xd0-\xd7]")  # no stuffed byte; none without a segment, but the end
 _KINDS = (  # of files that are often named, and that no decoder takes: offset and bytes of their magic
     *((4, b"ftyp" + kind, "it is an HEIC image, convert it to JPEG") for kind in (b"hei", b"hev", b"mif1", b"msf1")),
     (4, b"ftyp", "it is a video or an unknown ISO media file"),
@@ -37,6 +38,8 @@ _KINDS = (  # of files that are often named, and that no decoder takes: offset a
     (0, b"PK\3\4", "it is a ZIP archive"),
     (0, b"8BPS", "it is a Photoshop file, export it as PNG"),
     (0, b"\x1aE\xdf\xa3", "it is a Matroska or WebM video"),
+    # Not read: its code-blocks may be of one pixel, and then OpenJPEG takes a kilobyte for each.
+    *((0, head, "it is a JPEG 2000 image, convert it to PNG") for head in (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
     *((0, head, "it is a JPEG XL image, convert it to JPEG") for head in (b"\0\0\0\x0cJXL ", b"\xff\x0a")),
 )
 
@@ -94,6 +97,8 @@ def tiff_fault(image: Image) -> str | None:
         found, across, down = len(tags[324]), tags.get(322) or width, tags.get(323) or height
     else:
         found, across, down = len(tags.get(273, ())), width, min(tags.get(278, height), height) or height
+    if across > 2 * max(width, 1024) or down > 2 * max(height, 1024):  # each is decoded as a whole
+        return f"a TIFF of {width} x {height} pixels in tiles of {across} x {down}"
     blocks = -(-width // across) * -(-height // down) * (len(bits) if planar == 2 else 1)
     return f"a TIFF that is cut short ({found} of {blocks} strips or tiles)" if found < blocks else None
 
@@ -152,6 +157,11 @@ def jpeg_lacks_scans(data: bytes) -> bool:
     return any(map(any, missing_bits.values()))
 
 
+def jpeg_scans(data: bytes) -> int:
+    """How many scans a JPEG has."""
+    return sum(code == _SCAN for code, _, _ in _jpeg_segments(data))
+
+
 def entropy_end(data: bytes) -> int:
     """Where the coded data of a JPEG's last scan ends, bytes from its start."""
     return max((end for code, _, end in _jpeg_segments(data) if code == _ENTROPY), default=len(data))
@@ -162,20 +172,18 @@ def _is_frame(code: int) -> bool:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, start (of the length) and end of each segment up to the end of the image; `_ENTROPY` behind each scan."""
+    """Marker, start (of the length) and end of each segment up to the end of the image; `_ENTROPY` behind each scan.
+
+    As libjpeg does, what lies between two segments is passed over.
+    """
     position = 2
-    while (
-        data.startswith(_JPEG) and position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] != 0xD9
-    ):
-        code, start = data[position + 1], position + 2
-        if code == 0xFF:  # filler
-            position += 1
-            continue
+    while data.startswith(_JPEG) and (marker := _MARKER.search(data, position)) and marker[0] != b"\xff\xd9":
+        code, start = marker[0][1], marker.end()
         position = start + int.from_bytes(data[start : start + 2], "big")
         yield code, start, position
         if code == _SCAN:
-            marker = _MARKER.search(data, position)
-            start, position = position, marker.start() if marker else len(data)
+            following = _MARKER.search(data, position)
+            start, position = position, following.start() if following else len(data)
             yield _ENTROPY, start, position
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import numpy as np
 
 from mge_runtime.backends import Choice, Streams, choose, open_executor
+from mge_runtime.batching import batches, prefetch
 from mge_runtime.bundle import Bundle
 from mge_runtime.calibrated import Calibrated
 from mge_runtime.chain import Chain, Exit, ExitPolicy, ImageResult, by_image, resolve_exit
@@ -22,7 +23,6 @@ from mge_runtime.decode import MAX_PIXELS, ImageSource, load_decoders, open_imag
 from mge_runtime.errors import BackendError, BundleError, InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.manifest import Manifest
-from mge_runtime.pool import batches, prefetch
 from mge_runtime.prediction import Prediction
 from mge_runtime.preprocess import Viewport, compose_boxes, to_frame
 
@@ -49,7 +49,7 @@ class Pipeline:
     """Predicts images with the chain of one bundle; made by `Pipeline.open`, a context manager.
 
     A pipeline computes in the thread that calls it and is used from one thread at a time (a call from a second one is
-    refused); for several threads open one pipeline in each. Only decoding uses threads of its own, in `predict_iter`.
+    refused); several threads share one through a `Batcher`. Only decoding uses threads of its own, in `predict_iter`.
 
     Opened with several streams it may be used from that many threads at a time (further calls wait), and `predict_iter`
     computes that many batches at once in threads of its own. On a GPU a pipeline has one stream: one run fills the
@@ -353,7 +353,7 @@ class Pipeline:
     def _lent(self) -> Generator[Chain]:
         """Lend the chain to as many threads as it has streams."""
         if not self._free.acquire(blocking=self.streams > 1):
-            raise BackendError("the pipeline is in use by another thread; open one pipeline for each thread")
+            raise BackendError("the pipeline is in use by another thread; share it through a Batcher, or open another")
         try:
             yield self._require_open()
         finally:

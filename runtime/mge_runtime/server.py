@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -32,6 +33,8 @@ __all__ = ["Limits", "Service"]
 
 _GRAY = np.full((64, 64, 3), 128, np.uint8)  # an image for runs that nobody asked for
 _LONGEST_NAME = 150  # characters of a file's name that are repeated in JSON
+_REASONS = ("opening", "size", "time", "form", "queue")
+_CHARSETS = (b"utf-8", b"us-ascii", b"iso-8859-1")  # of names in forms; some of Python's codecs take hours, or raise
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)  # bounds of the latencies' histogram
 _BODY = {
     "required": True,
@@ -79,11 +82,16 @@ class _Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "mge_requests", "Requests to /predict by the status of their response.", ["status"], registry=registry
-        )
-        self.rejected = Counter("mge_rejected", "Requests refused by what they broke.", ["reason"], registry=registry)
-        self.images = Counter("mge_images", "Images by what became of them.", ["outcome"], registry=registry)
+
+        def counter(name: str, help: str, label: str, *values: object) -> Counter:
+            found = Counter(name, help, [label], registry=registry)
+            for value in values:  # shown from 0 on, or an alert would miss the first
+                found.labels(value)
+            return found
+
+        self.requests = counter("mge_requests", "Requests to /predict by the status of their response.", "status", 500)
+        self.rejected = counter("mge_rejected", "Requests refused by what they broke.", "reason", *_REASONS)
+        self.images = counter("mge_images", "Images by what became of them.", "outcome", "predicted", "refused")
         self.seconds = Histogram(
             "mge_request_seconds", "From a request's headers to its response.", buckets=_SECONDS, registry=registry
         )
@@ -91,7 +99,7 @@ class _Metrics:
             "mge_batch_images", "Images in one run of the chain.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
         )
         self.queue = Gauge("mge_queue_images", "Images accepted and without a prediction yet.", registry=registry)
-        self.swaps = Counter("mge_swaps", "Bundles opened after the first, or refused.", ["outcome"], registry=registry)
+        self.swaps = counter("mge_swaps", "Bundles opened after the first, or refused.", "outcome", "done", "refused")
 
 
 class Service:
@@ -251,6 +259,9 @@ class Service:
         stream = self._bounded(request)
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             return [_Upload(b"".join([chunk async for chunk in stream]), "the request body")], False
+        charset = parse_options_header(request.headers["content-type"])[1].get(b"charset", b"utf-8")
+        if charset.lower() not in _CHARSETS:
+            raise self._refusal("form", 400, "the form names a charset that is not read; expected UTF-8, or none")
         limit = self._limits.images
         try:
             form = await _FormInMemory(request.headers, stream, max_files=limit, max_fields=limit).parse()
@@ -279,12 +290,14 @@ class Service:
         batcher = self._ready()  # closed by no swap before the next await
         futures = [asyncio.wrap_future(batcher.submit(upload)) for upload in uploads]
         try:
-            found = await asyncio.wait_for(asyncio.gather(*futures, return_exceptions=True), self._limits.seconds)
-        except asyncio.TimeoutError:  # those that have not begun are cancelled by it
+            _, late = await asyncio.wait(futures, timeout=self._limits.seconds)
+        finally:  # what has not begun is dropped; asyncio would log an error that nobody asks for
+            errors = [None if future.cancel() else future.exception() for future in futures]
+        if late:
             line = f"no prediction within {self._limits.seconds:g} s; try again, or send fewer images"
-            raise self._refusal("time", 504, line) from None
-        for error in found:
-            if not isinstance(error, BaseException) or isinstance(error, InputError):
+            raise self._refusal("time", 504, line)
+        for error in errors:
+            if error is None or isinstance(error, InputError):
                 continue
             fault = one_line(error) if isinstance(error, MGEError) else brief(error)
             if batcher is self._batcher:  # else a new bundle has taken over
@@ -293,9 +306,9 @@ class Service:
             if isinstance(error, MGEError):
                 raise HTTPException(500, fault) from error
             raise error  # a defect, which shows its traceback
-        if batcher is self._batcher and not all(isinstance(one, InputError) for one in found):
+        if batcher is self._batcher and not all(errors):
             self._fault = None
-        return found
+        return [error or future.result() for error, future in zip(errors, futures, strict=True)]
 
     def _admit(self, count: int, stack: ExitStack) -> None:
         """Count images as waiting until the stack is closed."""

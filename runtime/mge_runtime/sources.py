@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from mge_runtime.errors import InputError
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "MAX_BYTES",
     "MAX_PIXELS",
     "SAVED_SUFFIX",
     "STDIN",
@@ -26,6 +28,7 @@ __all__ = [
     "is_url",
     "list_folder",
     "list_labeled",
+    "read_stream",
     "require_folder",
     "validation_folder",
 ]
@@ -34,9 +37,10 @@ STDIN = "-"
 _STDIN_NAME, _STDIN_PATH = "standard input", Path("/dev/stdin")
 SAVED_SUFFIX = ".mge.png"  # of what `mge-run --save` draws; in a folder these are no images to predict
 VALIDATION_FOLDERS = ("val", "valid", "validation")
+MAX_BYTES = 1_000_000_000  # of what is read from a stream, or looked at as a whole
 MAX_PIXELS = 65_000_000  # an image of the costliest kind, 30 bytes a pixel, is decoded within 2 GB
 
-# What counts as an image inside a folder. HEIC is not decoded, but said to be so rather than passed over.
+# What counts as an image inside a folder. HEIC and JPEG 2000 are not decoded, but said to be so, not passed over.
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".webp", ".tif", ".tiff", ".jp2"}
     | {".avif", ".heic", ".heif"}
@@ -62,7 +66,7 @@ class NamedImage:
         """What `decode_image` takes; reads standard input to its end where that is the image.
 
         Raises:
-            InputError: standard input is closed or cannot be read.
+            InputError: standard input is closed, cannot be read or holds more than `MAX_BYTES`.
         """
         return _StandardInput(_read_stdin("the bytes of one image")) if self.path == _STDIN_PATH else self.path
 
@@ -359,10 +363,25 @@ def _read_list(place: str) -> list[str]:
 
 def _read_stdin(expected: str) -> bytes:
     _require_stdin(expected)
+    return read_stream(sys.stdin.buffer, _STDIN_NAME, expected)
+
+
+def read_stream(stream: BinaryIO, name: str, expected: str) -> bytes:
+    """Read a stream to its end, which may never come.
+
+    Raises:
+        InputError: it cannot be read, yields no bytes, or holds more than `MAX_BYTES`.
+    """
     try:
-        return sys.stdin.buffer.read()
-    except OSError as error:  # a stream open for writing alone, for example
-        raise InputError(f"cannot read {_STDIN_NAME}: {error.strerror}; expected {expected}") from error
+        data = cast(Any, stream.read(MAX_BYTES + 1))
+    except (OSError, ValueError) as error:  # a stream open for writing alone, for example
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {name}: {reason}; expected {expected}") from error
+    if not isinstance(data, bytes):
+        raise InputError(f"cannot read {name}: it yields {type(data).__name__}; expected a file opened in binary mode")
+    if len(data) > MAX_BYTES:
+        raise InputError(f"cannot read {name}: it holds more than {MAX_BYTES:,} bytes; expected {expected}")
+    return data
 
 
 def _require_stdin(expected: str) -> None:

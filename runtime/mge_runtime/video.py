@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Generator, Iterator
@@ -72,6 +73,7 @@ class Video:
             InputError: it cannot be opened, or has no video.
             BackendError: PyAV is not installed.
         """
+        self.name = re.sub("(?<=://)[^/]*@", "", source)  # as it is shown: without a password
         self.live = source.isdecimal() or "://" in source
         self.read = 0  # frames that were decoded
         self.dropped = 0  # of these, frames of a live source that a newer one replaced
@@ -117,13 +119,13 @@ class Video:
     def _arriving(self) -> Iterator[Frame]:
         while True:
             with self._changed:
-                while self._newest is None and self._failure is None and not self._closed:
-                    self._changed.wait()
+                self._changed.wait_for(
+                    lambda: self._newest or self._failure or self._closed, self._patience + 2 * SILENCE
+                )
                 if self._closed:
                     return
-                if self._newest is None:
-                    assert self._failure is not None  # noqa: S101 - the loop above; for the type checker
-                    raise self._failure
+                if self._newest is None:  # the thread may have no end: sound goes on where the video does not
+                    raise self._failure or InputError(f"{self.name} gives no frames any more; gave up")
                 frame, self._newest = self._newest, None
             yield frame
 
@@ -165,7 +167,7 @@ class Video:
                     self._container.close()
                 self._container = None
             if time.monotonic() - heard > self._patience:
-                raise InputError(f"{self._source} gives no frames any more ({reason}); gave up")
+                raise InputError(f"{self.name} gives no frames any more ({reason}); gave up")
             with self._changed:
                 if self._changed.wait_for(lambda: self._closed, min(next(waits), self._patience)):
                     return
@@ -181,16 +183,19 @@ class Video:
             options |= {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
             name = f"file:{os.path.abspath(name)}"  # noqa: PTH100 - Path would fold names that the system knows apart
         try:
-            container = self._av.open(name, format=form, options=options, timeout=(SILENCE, SILENCE))
+            container = self._av.open(
+                name, format=form, options=options, timeout=(SILENCE, SILENCE), metadata_errors="replace"
+            )
         except (self._av.error.FFmpegError, OSError, ValueError) as error:
             raise InputError(
-                f"cannot open the video {self._source}: {brief(error)}; expected a video file, the number of a camera, "
-                "or an address such as rtsp://host/stream"
+                f"cannot open the video {self.name}: {self._brief(error)}; expected a video file, the number of a "
+                "camera, or an address such as rtsp://host/stream"
             ) from error
-        if not container.streams.video:
+        stream = next(iter(container.streams.video), None)
+        if stream is None or stream.codec_context is None:
             container.close()
-            raise InputError(f"{self._source} has no video in it; expected a video file, a camera or a stream")
-        stream = container.streams.video[0]
+            found = "no video" if stream is None else "a video of a kind that FFmpeg does not know here"
+            raise InputError(f"{self.name} has {found} in it; expected a video file, a camera or a stream")
         stream.thread_type = "NONE" if self.live else "AUTO"  # frame threads hold frames back
         stream.codec_context.options = {"max_pixels": str(self._max_pixels)}
         try:
@@ -203,38 +208,47 @@ class Video:
     def _check(self, width: int, height: int) -> None:
         if width * height > self._max_pixels:
             raise _TooLargeError(
-                f"{self._source} has frames of {width} x {height} pixels; expected at most {self._max_pixels} pixels: "
+                f"{self.name} has frames of {width} x {height} pixels; expected at most {self._max_pixels} pixels: "
                 "give it in a smaller size, or allow more with --max-pixels"
             )
 
     def _frames(self) -> Generator[Frame]:
         """Decode to the end of the source, as it is open now."""
         errors, bad, first = self._av.error, 0, True
-        stream = self._container.streams.video[0]
-        packets = self._container.demux(stream)
+        frames = self._decoded()
         while True:
             try:
-                decoded = next(packets).decode()
+                frame = next(frames)
             except (StopIteration, errors.EOFError):
                 if not self.read and not self.live:
-                    raise InputError(f"{self._source} has no frame that can be decoded; expected a video") from None
+                    raise InputError(f"{self.name} has no frame that can be decoded; expected a video") from None
                 return
             except errors.InvalidDataError as error:
                 self.damaged, bad = self.damaged + 1, bad + 1
                 if bad < DAMAGED:
-                    packets = self._container.demux(stream)  # a generator that raised has ended
+                    frames = self._decoded()  # a generator that raised has ended
                     continue
-                raise InputError(f"{self._source} is damaged: {DAMAGED} frames in a row cannot be decoded") from error
+                raise InputError(f"{self.name} is damaged: {DAMAGED} frames in a row cannot be decoded") from error
             except (errors.FFmpegError, OSError) as error:
                 # FFmpeg's word for more than `max_pixels`; after good frames also for a damaged header.
-                limit = first and isinstance(error, errors.ArgumentError)
+                limit = first and isinstance(error, ValueError)
                 raise (_TooLargeError if limit else InputError)(
-                    f"cannot read {self._source} any further: {brief(error)}; expected whole frames of at most "
+                    f"cannot read {self.name} any further: {self._brief(error)}; expected whole frames of at most "
                     f"{self._max_pixels} pixels (--max-pixels)"
                 ) from error
-            for raw in decoded:
-                bad, first = 0, False
+            bad, first = 0, False
+            yield frame
+
+    def _decoded(self) -> Generator[Frame]:
+        stream = self._container.streams.video[0]
+        for packet in self._container.demux():
+            if self._closed:
+                return
+            for raw in packet.decode() if packet.stream.index == stream.index else ():
                 yield self._frame(raw)
+
+    def _brief(self, error: BaseException) -> str:
+        return brief(error).replace(self._source, self.name)
 
     def _frame(self, raw: Any) -> Frame:
         self._check(raw.width, raw.height)

@@ -30,6 +30,25 @@ def refusal(source, *arguments):
     return str(caught.value)
 
 
+def write_clip(path):
+    """A video of five frames."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = *NOISE.shape[:2], "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(NOISE)))
+        container.mux(stream.encode())
+
+
+def many_scans(count, between=b""):
+    """A progressive JPEG of a gray image whose last scan comes so many times."""
+    data = saved(Image.new("L", (64, 64), 90), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + (data[last:-2] + between) * count + data[-2:]
+
+
 def chunk(kind, data):
     """One chunk of a PNG."""
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -12,6 +12,7 @@ from PIL import Image
 from mge_runtime import Pipeline
 from mge_runtime.batching import Batcher
 from mge_runtime.errors import BackendError, BundleError, InputError
+from tests.helpers.chain_runs import write_chain
 from tests.helpers.server import wait_until
 
 SECONDS = 30
@@ -123,6 +124,30 @@ def test_a_run_that_fails_fails_for_its_images_and_the_next_one_is_tried(copy, p
         copy.write_bytes(copy.read_bytes())  # in place
         for _ in range(2):
             assert isinstance(batcher.submit(photos[0]).exception(SECONDS), BundleError)
+
+
+def test_an_image_that_overflows_fails_alone(tiny, bundle_path, photos, tmp_path):
+    with Pipeline.open(bundle_path, threads=1) as pipeline:
+        lowest = [float(pipeline.predict(photo).expert_logits[0].min()) for photo in photos]
+    first, second = sorted(lowest)[:2]
+
+    def change(graph):  # the square root of what is negative for one image alone
+        if graph.spec.name == "expert_1":
+            for node in graph.nodes:
+                node.output[:] = ["was" if name == "logits_1" else name for name in node.output]
+            least = graph.const("least", np.array([(first + second) / 2], np.float32))
+            graph.node("Sqrt", [graph.node("Sub", ["was", least], "above")], "logits_1")
+        return graph.model()
+
+    held = Held(photos[0])
+    with batching(write_chain(tiny, tmp_path / "mge.plan", change), wait=SECONDS) as (batcher, sizes):
+        futures = [batcher.submit(held), *map(batcher.submit, photos[1:])]
+        held.begun.wait(SECONDS)
+        held.released.set()
+        found = [future.exception(SECONDS) for future in futures]
+    assert [type(error) for error in found].count(BackendError) == 1
+    assert "logits_1 of the graph expert_1 holds NaN" in str(found[lowest.index(first)])
+    assert max(sizes) > 1
 
 
 @pytest.mark.parametrize("option", ["batch", "decoders"])

@@ -5,6 +5,8 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -13,7 +15,8 @@ from PIL import Image
 
 from mge_runtime.decode import MAX_SIDE, check_header, decode_image, load_decoders, open_image
 from mge_runtime.errors import InputError
-from tests.helpers.images import NOISE, chunk, png_file, refusal, saved
+from mge_runtime.sources import find_images
+from tests.helpers.images import NOISE, chunk, many_scans, png_file, refusal, saved
 
 PALETTE = chunk(b"PLTE", bytes([255, 0, 0, 0, 200, 0, 0, 0, 90]))
 FADED = PALETTE + chunk(b"tRNS", bytes([0, 51]))  # red gone, green at 51, blue opaque
@@ -179,6 +182,8 @@ def test_what_is_no_file_is_named():
         (b"", "it is empty (0 bytes)"),
         (b"I am no image.\n", "it is a text file"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "it is an HEIC image, convert it to JPEG"),
+        (saved(NOISE, "JPEG2000"), "it is a JPEG 2000 image, convert it"),
+        (saved(NOISE, "JPEG2000", no_jp2=True), "it is a JPEG 2000 image, convert it"),
         (b"\0\0\0\x18ftypisom\0\0\0\0", "it is a video"),
         (b"%PDF-1.7\n", "it is a PDF"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is PostScript"),
@@ -189,7 +194,7 @@ def test_what_is_no_file_is_named():
         (b"8BPS\0\1", "it is a Photoshop file"),
         (b"\x89PNG\r\n\x1a\n", "its header is damaged, cut short"),
     ],
-    ids=["empty", "text", "heic", "video", "pdf", "eps", "svg", "bytes", "avi", "riff", "psd", "header"],
+    ids=["empty", "text", "heic", "jp2", "j2k", "video", "pdf", "eps", "svg", "bytes", "avi", "riff", "psd", "header"],
 )
 def test_what_is_no_image(tmp_path, data, found):
     path = tmp_path / "photo.jpg"
@@ -215,7 +220,7 @@ def test_a_flipped_byte_in_a_png_is_found():
 
 
 def test_formats_that_run_other_programs_are_never_tried():
-    formats = {"JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "JPEG2000"}
+    formats = {"JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF"}
     assert formats <= set(load_decoders()) <= formats | {"AVIF"}
 
 
@@ -228,6 +233,31 @@ def test_a_bomb_is_refused_before_decoding(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _: pytest.fail("decoded a bomb"))
     message = refusal(png_file(30_000, 30_000, 1, 0, b""))
     assert "it is 30000 x 30000 pixels; expected at most 65 megapixels and 65535 a side: scale it down first" in message
+
+
+def test_of_what_has_no_end_a_part_is_read(tmp_path, monkeypatch):
+    for module in ("sources", "decode"):
+        monkeypatch.setattr(f"mge_runtime.{module}.MAX_BYTES", 1000)
+    with Path("/dev/zero").open("rb") as endless:
+        assert "/dev/zero: it holds more than 1,000 bytes; expected the bytes of one image" in refusal(endless)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(endless))
+        with pytest.raises(InputError, match="standard input: it holds more than 1,000 bytes; expected a list"):
+            find_images([], "-").whole()
+    with (tmp_path / "large.jpg").open("wb") as file:
+        file.truncate(50_000_000)
+    tracemalloc.start()
+    assert "it is no known image" in refusal(tmp_path / "large.jpg")
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("between", [b"", b"a few bytes that libjpeg passes over"])
+def test_a_jpeg_of_endless_scans_is_refused_before_decoding(between):
+    whole = many_scans(1)
+    np.testing.assert_array_equal(decode_image(many_scans(50, between)), decode_image(whole))
+    assert "scans; expected at most 100" in refusal(many_scans(101, between))
+    behind = whole + b"\xff\xda\0\0" * 200  # as a video behind a photograph of a phone may hold them
+    np.testing.assert_array_equal(decode_image(behind), decode_image(whole))
 
 
 def test_a_large_image_below_the_limit_does_not_warn(monkeypatch):
@@ -268,7 +298,7 @@ def test_lack_of_memory_is_called_that(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux")
-@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "I;16"), ("JPEG2000", "RGBA"), ("WEBP", "RGBA")])
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("PNG", "I;16"), ("WEBP", "RGBA")])
 def test_memory_of_a_pixel(tmp_path, kind, mode):
     path = tmp_path / "image"
     path.write_bytes(saved(Image.new(mode, (1500, 1500)), kind))

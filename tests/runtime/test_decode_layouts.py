@@ -102,14 +102,13 @@ def test_gray_png_of_any_bits(bits):
     assert off(png_file(32, 24, bits, 0, rows), samples / (2**bits - 1)) <= 1
 
 
-@pytest.mark.parametrize("bits", [12, 16])
-def test_jpeg_2000_of_more_than_8_bits(bits):
-    # Samples are stored around the middle of their range: moved there, 12 bits fit into a file of 16.
-    samples = sampled(GRAY[..., 0], 2**bits - 1) - 2 ** (bits - 1) + 2**15
-    data = saved(samples.astype(np.uint16), "JPEG2000", no_jp2=True)
-    at = data.index(b"\xff\x51") + 40  # SIZ: precision of the first component, less one
-    assert data[at] == 15
-    assert off(data[:at] + bytes([bits - 1]) + data[at + 1 :], GRAY) <= 1
+def test_a_tiff_of_tiles_larger_than_its_image_is_refused_before_they_are_decoded():
+    def tiled(side):
+        tags = {322: (4, [side]), 323: (4, [side]), 324: (4, [0]), 325: (4, [0])}
+        return tiff_file(NOISE, 8, 2, tags=tags)
+
+    assert "a TIFF of 60 x 40 pixels in tiles of 16000 x 16000" in refusal(tiled(16_000))
+    decode_image(tiled(2048))
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_a_bad_image_is_reported_and_the_rest_predicted():
     assert errors[0].startswith("error: no image matches none/*.jpg")
     assert errors[1] == (
         "error: cannot decode in/5.jpg: it is a text file; "
-        "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM, JPEG 2000 or AVIF image"
+        "expected a JPEG, PNG, WebP, TIFF, GIF, BMP, PPM or AVIF image"
     )
     assert errors[2].startswith("error: cannot decode in/6.png: image file is truncated")
     assert errors[3].startswith("error: no image at missing.jpg")

@@ -18,7 +18,7 @@ from PIL import Image
 from mge_runtime.cli.run import main as mge_run
 from mge_runtime.cli.serve import main
 from tests.helpers.commands import fails, run_without
-from tests.helpers.images import png_file, saved
+from tests.helpers.images import many_scans, png_file, saved
 from tests.helpers.server import Server, form, wait_until
 
 IMAGES, QUEUE = 3, 5
@@ -47,13 +47,13 @@ def hasty(bundle_path):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request):
-    """After each test nothing waits, and nothing was a defect."""
+    """After each test nothing waits, and nothing was said but what is meant to be."""
     yield
     for name in {"server", "hasty"} & set(request.fixturenames):
         found = request.getfixturevalue(name)
         wait_until(lambda found=found: found.metric("mge_queue_images") == 0)
         assert found.metric('mge_requests_total{status="500"}') == 0
-        assert "Traceback" not in found.log
+        assert all(line.startswith(("listening ", "ready: ", "error: ")) for line in found.log.splitlines()), found.log
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ BAD = {
     "a cut JPEG": saved(np.zeros((90, 90, 3), np.uint8), "JPEG")[:-80],
     "a cut PNG": saved(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8), "PNG")[:-3000],
     "too many pixels": saved(Image.new("RGB", (101, 100)), "PNG"),
+    "scans without end": many_scans(10_000),
     "a bomb": png_file(60_000, 60_000, 8, 2, b""),
     "PDF": b"%PDF-1.7\n" + bytes(900),
     "zeros": bytes(100_000),
@@ -140,7 +141,10 @@ FORMS = {
     "many headers": (CUT.replace(b"\r\n\r\n", b"\r\nX: y" * 30_000 + b"\r\n\r\n"), TYPE),
     "many files": form(*[("", b"")] * (IMAGES + 1)),
     "many fields": (b'--b0undary\r\nContent-Disposition: form-data; name="x"\r\n\r\n\r\n' * 2000, TYPE),
-    "a strange charset": (CUT[:-300], {"Content-Type": TYPE["Content-Type"] + "; charset=\xff"}),
+    **{
+        f"the charset {name!r}": (CUT, {"Content-Type": f"{TYPE['Content-Type']}; charset={name}"})
+        for name in ("\xff", "undefined", "punycode", "hex")
+    },
 }
 
 
@@ -207,6 +211,13 @@ def test_what_a_client_waits_for_no_more_is_dropped(hasty):
     wait_until(lambda: hasty.metric('mge_requests_total{status="499"}') == before + 1)
 
 
+def test_a_client_that_does_not_read_is_closed(hasty):
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=30) as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with pytest.raises(ConnectionError):
+            silent.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000_000)  # more than buffers hold
+
+
 def test_a_slow_request_is_408_and_a_silent_connection_closed(hasty, files):
     connection, _ = hasty.begin(files[0])
     with connection:
@@ -237,6 +248,12 @@ def test_a_response_waits_for_no_acknowledgment(server):
         seconds.append(time.perf_counter() - start)
     connection.close()
     assert min(seconds[10:]) < 0.03  # Linux delays an acknowledgment by 40 ms
+
+
+def test_counters_are_there_from_the_start(server):
+    text = server.request("GET", "/metrics")[2]
+    for name in ('swaps_total{outcome="refused"', 'rejected_total{reason="queue"', 'images_total{outcome="refused"'):
+        assert f"mge_{name}}} " in text
 
 
 def test_other_paths_and_methods_have_errors_as_json(server):
@@ -354,7 +371,18 @@ def test_a_signal_does_not_wait_for_a_bundle_that_is_being_opened(bundle_path):
         assert server.request("GET", "/health/live")[0] == 200
         server.signal("SIGTERM")
         assert server.process.wait(20) == 0
-        wait_until(lambda: "stopped while a bundle was being opened" in server.log)
+        wait_until(lambda: "stopped; what was still being opened" in server.log)
+
+
+def test_a_second_signal_from_the_keyboard_gives_up_what_is_being_read(bundle_path, files):
+    with Server(bundle_path) as server, server.ready().begin(files[0])[0]:
+        wait_until(lambda: server.metric("mge_queue_images") == 1)
+        server.signal("SIGINT")
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        server.signal("SIGINT")
+        assert server.process.wait(20) == 1
+        wait_until(lambda: server.log.endswith("stopped; requests that were given up: 1\n"))
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.jetson", "mge-serve.service"])
@@ -374,7 +402,8 @@ def test_what_keeps_it_from_starting_is_one_line(bundle_path, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1, port {port}: " in fails(main, bundle_path, "--port", port)
-    assert "port 0: " in fails(main, bundle_path, "--port", 0, "--host", "no.such.host.invalid")
+    for host in ("no.such.host.invalid", "é" * 64):
+        assert "port 0: " in fails(main, bundle_path, "--port", 0, "--host", host)
     found = run_without(["uvicorn"], "mge_runtime.cli.serve", bundle_path)
     assert found.returncode == 1
     assert found.stderr.splitlines()[-1].endswith("install mge again, with its extra serve")

@@ -1,9 +1,11 @@
 """Videos and streams: every frame of a file, the newest of a stream, smoothing, damage, silence, limits."""
 
+import functools
 import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from mge_runtime.errors import InputError, OutputError
 from mge_runtime.prediction import softmax
 from mge_runtime.video import Smoother, Video, video_writer
 from tests.helpers.commands import fails, succeeds
+from tests.helpers.images import NOISE
 
 COMMAND = [sys.executable, "-c", "from mge_runtime.cli.run import main; main(prog_name='mge-run')"]
 GRAY = range(20, 220, 20)  # of the frames, in their order
@@ -34,8 +37,9 @@ def shaded(gray, size=(64, 48)):
     return np.broadcast_to((gray * row).astype(np.uint8), (size[1], size[0], 3))
 
 
-def write_video(path, *, rate=10, rotation=0, size=(64, 48)):
+def write_video(path, *, rate=10, rotation=0, size=(64, 48), title=""):
     with av.open(str(path), "w") as container:
+        container.metadata["title"] = title
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for gray in GRAY:
@@ -58,9 +62,33 @@ def jpeg(gray, size=(64, 48)):
     return file.getvalue()
 
 
+def write_with_sound(file, more=0):
+    """An MPEG transport stream of sound and video; `more` sound comes after it."""
+    with av.open(file, "w", format="mpegts") as container:
+        sound, video = container.add_stream("mp2", rate=16000), container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.int16), "s16", "mono")
+        silence.sample_rate = 16000
+        for gray in GRAY:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(shaded(gray)))))
+            container.mux(sound.encode(silence))
+        container.mux(video.encode())
+        for _ in range(more):
+            container.mux(sound.encode(silence))
+
+
+def sound_goes_on(content):
+    """Half of it at once, the rest bit by bit."""
+    half = len(content) // 2
+    yield content[:half]
+    for start in range(half, len(content), 1880):
+        yield content[start : start + 1880]
+        time.sleep(0.05)
+
+
 @contextmanager
-def camera(*sessions):
-    """An MJPEG server whose connections are served by these functions in turn, the last one ever after."""
+def camera(*sessions, mjpeg=True):
+    """A server whose connections are served by these functions in turn, the last one ever after; MJPEG, or as it is."""
     served = itertools.chain(sessions, itertools.repeat(sessions[-1]))
 
     class Handler(BaseHTTPRequestHandler):
@@ -70,13 +98,12 @@ def camera(*sessions):
                 self.send_error(503)
                 return
             self.send_response(200)
-            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+            self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame" if mjpeg else "video/mp2t")
             self.end_headers()
+            head = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
             try:
                 for part in session():
-                    self.wfile.write(
-                        b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n" % (len(part), part)
-                    )
+                    self.wfile.write(head % (len(part), part) if mjpeg else part)
             except OSError:
                 pass
 
@@ -118,6 +145,12 @@ def test_every_frame_of_a_file_comes_once_with_its_time(tmp_path):
         assert frame.image.shape == (48, 64, 3)
         assert np.abs(frame.image.astype(int) - shaded(gray)).mean() < 6
     assert (source.read, source.dropped, source.damaged) == (len(GRAY), 0, 0)
+
+
+def test_every_frame_of_a_file_with_sound_comes(tmp_path):
+    write_with_sound(str(tmp_path / "a.ts"))
+    with Video(str(tmp_path / "a.ts")) as source:
+        assert len(list(source)) == len(GRAY)
 
 
 def test_the_rotation_of_a_phone_is_applied(tmp_path):
@@ -175,14 +208,52 @@ def test_a_stream_that_gives_nothing_any_more_ends_with_one_line(session):
     assert source.read > 0
 
 
+def test_a_stream_without_video_ends_with_one_line_while_its_sound_goes_on():
+    file = io.BytesIO()
+    write_with_sound(file, more=2000)
+    session = functools.partial(sound_goes_on, file.getvalue())
+    with camera(session, mjpeg=False) as address, Video(address, patience=1) as source:
+        with pytest.raises(InputError, match=r"/camera.mjpg gives no frames any more; gave up"):
+            list(source)
+        assert source.read > 0
+
+
+def test_a_password_is_not_shown(bundle_path):
+    with camera(few, None) as address:
+        address = address.replace("//", "//me:pass@word@")
+        with Video(address, patience=0.1) as source, pytest.raises(InputError) as failed:
+            list(source)
+    with pytest.raises(InputError) as refused:
+        Video(address)
+    printed = fails(main, "--engine", bundle_path, "--video", address, "--json")
+    for line in (source.name, str(failed.value), str(refused.value), printed):
+        assert "http://127.0.0.1:" in line
+        assert "word" not in line
+
+
+def test_a_title_that_is_no_text_is_no_reason(tmp_path):
+    path = write_video(tmp_path / "a.mp4", title="caffee")
+    path.write_bytes(path.read_bytes().replace(b"caffee", b"caff\xe9s"))
+    with Video(str(path)) as source:
+        assert len(list(source)) == len(GRAY)
+
+
 def test_damaged_frames_are_passed_over_and_counted(tmp_path):
-    path = write_video(tmp_path / "a.ts")
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for gray in GRAY:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(shaded(gray)))))
     content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 376] = os.urandom(376)
+    starts = [found.start() for found in re.finditer(b"\xff\xd8\xff", content)]
+    for number in (2, 5):  # the image, not the header of the next one
+        content[starts[number] + 2 : starts[number + 1] - 20] = bytes(starts[number + 1] - starts[number] - 22)
     path.write_bytes(content)
     with Video(str(path)) as source:
-        assert 1 <= len(list(source)) <= len(GRAY)
+        seconds = [frame.seconds for frame in source]
+    assert seconds == pytest.approx([0, 0.1, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9])
+    assert (source.read, source.damaged) == (8, 2)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +261,7 @@ def test_damaged_frames_are_passed_over_and_counted(tmp_path):
     [
         ("missing.mp4", None, "cannot open the video"),
         ("empty.mp4", b"", "cannot open the video"),
-        ("noise.mp4", os.urandom(20_000), "cannot open the video|no frame that can be decoded|has no video"),
+        ("noise.mp4", NOISE.tobytes(), "cannot open the video|no frame|has no video"),
         (
             "list.m3u8",
             b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n",
@@ -301,9 +372,25 @@ def test_a_signal_ends_a_camera_with_a_whole_file(tmp_path, bundle_path):
         assert sum(1 for _ in container.decode(video=0)) == len(shown) + len(rest.splitlines())
 
 
+def test_what_was_drawn_stays_where_the_bundle_is_overwritten(tmp_path, copy):
+    with camera(endless) as address:
+        arguments = ["--engine", copy, "--video", address, "--save", tmp_path / "o.mp4"]
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        shown = [process.stdout.readline() for _ in range(3)]
+        copy.write_bytes(copy.read_bytes())
+        rest, said = process.communicate(timeout=60)
+    assert process.returncode == 1, said
+    assert "was overwritten while it was open" in said.splitlines()[-1]
+    with av.open(str(tmp_path / "o.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == len(shown) + len(rest.splitlines())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--video", "./a.mp4", "--save", "a.mp4"], "is the video itself"),
         (["a.png", "--video", "0"], "cannot use images"),
         (["--video", "0", "--save", "folder"], "a file that ends with .mp4"),
         (["--video", "0", "--top-k", "3"], "cannot use --top-k; add --json"),

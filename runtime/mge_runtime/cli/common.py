@@ -138,7 +138,9 @@ def options_given(*parameters: str) -> list[str]:
     return [
         parameter.opts[-1]
         for parameter in context.command.params
-        if parameter.name in parameters and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+        if parameter.name in parameters
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+        and context.params[parameter.name] != ()  # click before 8.3 says so of no IMAGES, too
     ]
 
 

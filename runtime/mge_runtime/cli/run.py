@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from mge_runtime.cli.common import (
     Number,
@@ -110,8 +112,8 @@ def main(
     Files appear whole or not at all: what is printed or drawn stays after an interrupt, a CSV file does not.
     """
     if video is not None:
-        _check_video_options(save_to, as_json=as_json)
-    elif smooth is not None:
+        _check_video_options(video, save_to, as_json=as_json)
+    elif options_given("smooth"):
         raise click.UsageError("--smooth averages over the frames of --video SOURCE; name one")
     elif not images and files_from is None:
         raise click.UsageError("name images, a list of them with --files-from, or a --video")
@@ -138,7 +140,8 @@ def main(
             from mge_runtime.cli.video import run_video
 
             assert video is not None  # noqa: S101 - or images would be listed; for the type checker
-            if pipeline.calibrated.exits and not options_given("exit_at"):
+            source = click.get_current_context().get_parameter_source("exit_at")
+            if pipeline.calibrated.exits and source is ParameterSource.DEFAULT:
                 pipeline.exit = "calibrated"  # the next frame is waiting
             whole = run_video(
                 pipeline,
@@ -154,13 +157,15 @@ def main(
         raise SystemExit(1)
 
 
-def _check_video_options(save_to: Path | None, *, as_json: bool) -> None:
+def _check_video_options(video: str, save_to: Path | None, *, as_json: bool) -> None:
     if unused := options_given("images", "files_from", "csv_path", "batch", "streams"):
         raise click.UsageError(f"--video reads frames one after the other and cannot use {', '.join(unused)}")
     if not as_json and options_given("top_k"):
         raise click.UsageError("--video prints one class a line and cannot use --top-k; add --json")
     if save_to is not None and save_to.suffix.lower() != ".mp4":
         raise click.UsageError(f"--save {save_to}: with --video expected a file that ends with .mp4")
+    if save_to is not None and os.path.realpath(save_to) == os.path.realpath(video):
+        raise click.UsageError(f"--save {save_to} is the video itself; name another file")
 
 
 def _listed(images: tuple[str, ...], files_from: str | None) -> ImageList:

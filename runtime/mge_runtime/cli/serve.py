@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from mge_runtime.cli.common import (
     say,
     verbose_option,
 )
-from mge_runtime.errors import MGEError
+from mge_runtime.errors import MGEError, brief
 from mge_runtime.machine import cpu_count, import_library, install_extra
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 _LIBRARIES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _MOST_DECODERS = 4  # each may need the memory of one image
-_LAST = 2.0  # seconds that a bundle which is being opened may take to a stop that nothing else waits for
+_LAST = 2.0  # seconds at a stop for work that no request waits for
 _IDLE = 10.0  # seconds that a connection may stay open without a whole request
 
 
@@ -105,6 +106,8 @@ def main(
     from mge_runtime.pipeline import Pipeline
     from mge_runtime.server import Limits, Service
 
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it would warn of each bad form
+
     def open_batcher(on_run: Callable[[int], None]) -> Batcher:
         pipeline = Pipeline.open(bundle, streams=streams or "auto", exit=exit_at, **opening)
         decoders = min(cpu_count(), _MOST_DECODERS)
@@ -137,10 +140,11 @@ def _listening(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
+        listener = socket.create_server((host.encode("idna"), port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:  # the second: a name that is none
+        reason = getattr(error, "strerror", None) or brief(error)
         raise MGEError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; expected an address of this machine and a port "
+            f"cannot listen on {host}, port {port}: {reason}; expected an address of this machine and a port "
             "that nobody has: name others with --host and --port"
         ) from error
     # Connections inherit it. asyncio sets it only on sockets that name their protocol, which these do not, and a
@@ -161,25 +165,30 @@ async def _serve(service: Service, server: Server, listener: socket.socket) -> N
     idle = asyncio.create_task(_close_idle(server))
     await server.serve(sockets=[listener])
     idle.cancel()
+    if lost := len(server.server_state.tasks):  # a second Ctrl-C
+        say(f"stopped; requests that were given up: {lost}")
+        os._exit(1)  # their cancellation would be logged as a defect
     service.stop()
     if not (await asyncio.wait({loaded}, timeout=_LAST))[0]:
-        say("stopped while a bundle was being opened")
-        os._exit(0)  # no thread can be stopped, and what was accepted is done
+        say("stopped; what was still being opened or computed, no request waited for")
+        os._exit(0)  # no thread can be stopped
     await loaded
 
 
 async def _close_idle(server: Server) -> None:
-    """Close connections that bring no whole request; uvicorn waits for the headers of a first one without end."""
+    """Close connections that bring no whole request, or do not read: uvicorn waits for both without end."""
     idle: dict[tuple[Any, Any], float] = {}
     while True:
         await asyncio.sleep(_IDLE / 10)
         now = time.monotonic()
         connections: list[Any] = list(server.server_state.connections)
-        waiting = [(c, c.cycle) for c in connections if c.cycle is None or c.cycle.response_complete]
+        waiting = [
+            (c, c.cycle) for c in connections if c.cycle is None or c.cycle.response_complete or c.flow.write_paused
+        ]
         idle = {pair: idle.get(pair, now) for pair in waiting}
         for (connection, _), since in idle.items():
             if now - since > _IDLE:
-                connection.transport.close()
+                connection.transport.abort()  # `close` would wait for a reader
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def options_of(table: Mapping[str, Any], context: click.Context, place: str) -> 
         if not isinstance(kind, click.Option) or not kind.expose_value:
             name = context.command_path
             raise InputError(f"{place}: {key!r} is no option of {name}; {name} -h lists them")
+        if isinstance(value, dict):
+            raise InputError(f"{place}: {key} is a table; expected a value of the option --{key}")
         try:
             values[str(kind.name)] = kind.type_cast_value(context, _as_words(value, kind))
         except click.BadParameter as error:

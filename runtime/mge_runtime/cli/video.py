@@ -12,7 +12,7 @@ import numpy as np
 
 from mge_runtime.cli.common import note
 from mge_runtime.draw import Canvas, draw_boxes
-from mge_runtime.errors import InputError, printable
+from mge_runtime.errors import MGEError, printable
 from mge_runtime.files import echo
 from mge_runtime.report import headline, json_record
 from mge_runtime.video import Smoother, Video, video_writer
@@ -45,11 +45,12 @@ def run_video(
 
     Raises:
         InputError: the source cannot be opened, or failed.
+        BundleError, BackendError: a frame cannot be predicted.
         OutputError: what is drawn or printed cannot be written.
     """
     smoother = Smoother(half_life) if half_life else None
     done = 0
-    failure: InputError | None = None
+    failure: MGEError | None = None
     with ExitStack() as stack:
         video = stack.enter_context(Video(source, max_pixels=max_pixels))
         writer = stack.enter_context(video_writer(save)) if save else None
@@ -60,13 +61,14 @@ def run_video(
                     if smoother is not None:
                         prediction = smoother.add(prediction, frame.seconds)
                     done += 1
-                    echo(_json(source, frame, prediction, top_k) if as_json else _line(frame, prediction))
+                    interrupt.consequence = f"{done} frames were predicted"
+                    echo(_json(video.name, frame, prediction, top_k) if as_json else _line(frame, prediction))
                     if writer is not None:
                         writer.add(_drawn(frame, prediction), frame.seconds)
         except KeyboardInterrupt:
             if not interrupt.requested:
                 raise
-        except InputError as error:
+        except MGEError as error:
             if not done:
                 raise
             failure = error  # what was drawn until now stays
@@ -84,10 +86,10 @@ def _line(frame: Frame, prediction: Prediction) -> str:
     return printable(f"{frame.seconds:9.3f} s  {share:>6}  {name}")
 
 
-def _json(source: str, frame: Frame, prediction: Prediction, top_k: int) -> str:
+def _json(name: str, frame: Frame, prediction: Prediction, top_k: int) -> str:
     wall = datetime.fromtimestamp(frame.wall, timezone.utc).isoformat(timespec="milliseconds")
     times = {"frame": frame.number, "seconds": round(frame.seconds, 3), "wall": wall}
-    return json.dumps({**times, **json_record(source, prediction, top_k)})
+    return json.dumps({**times, **json_record(name, prediction, top_k)})
 
 
 def _drawn(frame: Frame, prediction: Prediction) -> np.ndarray:
