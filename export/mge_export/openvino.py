@@ -56,7 +56,7 @@ def write_openvino(bundle: Bundle, folder: Path) -> list[Path]:
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}; name another for --openvino") from error
     with temporary_folder("openvino") as scratch:
-        bundle.extract(scratch)
+        bundle.extract(scratch, bundle.chain_entries())
         chain = scratch / CHAIN
         try:
             model = openvino.Core().read_model(chain)
