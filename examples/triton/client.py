@@ -30,7 +30,7 @@ PATH = click.Path(path_type=Path)
 @click.argument("images", nargs=-1, type=PATH, required=True)
 @click.option("--engine", type=PATH, required=True, help="The bundle, or a copy of it: it says how frames are made.")
 @click.option("--url", default="localhost:8000", show_default=True)
-@click.option("--top-k", default=3, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--frame", type=click.File("wb"), help="Write the first image's frame here, raw bytes, and ask nobody.")
 @reports_errors
 def main(model: str, images: tuple[Path, ...], engine: Path, url: str, top_k: int, frame: BinaryIO | None) -> None:
