@@ -70,6 +70,9 @@ def test_an_export_writes_them_beside_the_bundle(single, tmp_path):
 
 
 def test_what_cannot_be_written_is_told_in_one_line_and_changes_nothing(exported, tmp_path, monkeypatch):
+    (tmp_path / "theirs/chain.xml").mkdir(parents=True)
+    assert "it is a folder" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["chain.xml"]
     (tmp_path / "file").touch()
     assert "cannot make the folder" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "file")
 
