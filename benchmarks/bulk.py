@@ -55,7 +55,7 @@ def actors_of(process: int) -> dict[int, int]:
     for pid, parent, _, _ in sorted(rows, key=lambda row: int(row[0])):
         if parent in family:
             family.add(pid)
-    return {int(pid): int(time) for pid, _, time, name in rows if pid in family and name.startswith("ray::Map")}
+    return {int(pid): int(time) for pid, _, time, name in rows if pid in family and name.startswith("ray::MapWorker")}
 
 
 def run_workers(words: list[str], *, kill: bool) -> tuple[float, float, int]:

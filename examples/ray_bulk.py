@@ -3,14 +3,16 @@
     pip install 'mge-0.2.0-py3-none-any.whl[cpu]' 'ray[data]' pyarrow
     python ray_bulk.py --engine mge.plan images.parquet predictions --workers 8
 
-Images are rows of a table, or of a folder of tables: column `path` names each once, relative to the table or absolute,
-and column `bytes`, where there is one, holds the file. Predictions are rows of `predictions/*.parquet`; an image that
-cannot be read is a row with an error. Called again, the command goes on with the images that have no row yet.
+Images are rows of a Parquet file, or of all of them in a folder: column `path` names each once, relative to the folder
+or absolute, and column `bytes`, where there is one, holds the file. Predictions are rows of
+`predictions/*.parquet`; an image that cannot be read is a row with an error. Called again, the command goes on with the
+images that have no row yet.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,7 +27,7 @@ from mge_runtime.bundle import Bundle
 from mge_runtime.chain import Exit
 from mge_runtime.cli.common import batch_option, exit_option, reports_errors, say
 from mge_runtime.errors import InputError, brief, one_line
-from mge_runtime.files import atomic_path
+from mge_runtime.files import atomic_path, check_output
 
 # Fields of `Prediction.to_dict` that are kept; another is another line.
 SCHEMA = pa.schema(
@@ -83,27 +85,6 @@ def unfinished(images: pa.Table, done: pa.Array) -> pa.Table:
     return images.filter(pc.invert(pc.is_in(images["path"].cast(pa.string()), done)))
 
 
-def write_part(predictions: pa.Table, folder: Path) -> None:
-    """Write one more file of predictions, whole or not at all."""
-    with atomic_path(folder / f"{uuid4().hex}.parquet") as part:
-        pq.write_table(predictions, part)
-
-
-def open_table(images: Path) -> ds.Dataset:
-    """Open a table of images before anything is started.
-
-    Raises:
-        InputError: it is missing or damaged, or has no texts in a column `path`.
-    """
-    try:
-        table = ds.dataset(images)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise InputError(f"cannot read {images}: {brief(error)}; expected a Parquet file or a folder") from error
-    if "path" not in table.schema.names or table.schema.field("path").type not in (pa.string(), pa.large_string()):
-        raise InputError(f"{images} has the columns {', '.join(table.schema.names)}; expected texts in a column path")
-    return table
-
-
 @click.command()
 @click.argument("images", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
@@ -112,14 +93,21 @@ def open_table(images: Path) -> ds.Dataset:
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Processors of an actor.")
 @click.option("--rows", type=click.IntRange(min=1), default=500, show_default=True, help="Images of one output file.")
 @batch_option(8)
-@click.option("--device", default="auto", show_default=True, help="Of each actor: cpu, cuda, ...")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of an actor.")
 @exit_option
 @reports_errors
 def main(
     images: Path, out: Path, engine: str, workers: int, threads: int, rows: int, batch: int, device: str, exit_at: Exit
 ) -> None:
-    """Predict the images of a Parquet table, and go on where an earlier run stopped."""
-    table = open_table(images)
+    """Predict the images of Parquet tables, and go on where an earlier run stopped."""
+    root = images if images.is_dir() else images.parent
+    tables = sorted(map(str, images.glob("*.parquet"))) if root == images else [str(images)]
+    try:
+        columns = {field.name: field.type for field in ds.dataset(tables).schema}
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"cannot read {images}: {brief(error)}; expected a Parquet file or a folder") from error
+    if columns.get("path") not in (pa.string(), pa.large_string()):
+        raise InputError(f"{images} has the columns {', '.join(columns)}; expected texts in a column path")
     with Bundle.open(engine):  # one line here instead of many from every actor
         engine = engine if engine.startswith("hf://") else str(Path(engine).resolve())
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
@@ -127,35 +115,35 @@ def main(
         import ray.data
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is not installed; install it: pip install 'ray[data]'") from error
-
-    root = images.resolve() if images.is_dir() else images.resolve().parent
-    out.mkdir(parents=True, exist_ok=True)
-    done = finished(out)
+    with suppress(OSError):  # the next line says what is wrong
+        out.mkdir(parents=True, exist_ok=True)
+    check_output(out / "any.parquet")
     # Here one processor more than actors hold, for what reads tables; on a cluster (RAY_ADDRESS) leave one free.
     ray.init(**({} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads + 1}))
     ray.data.DataContext.get_current().enable_progress_bars = False
-    if "bytes" in table.schema.names:
-        shared = ray.put(done)  # once on each machine
-        waiting = ray.data.read_parquet(str(images), columns=["path", "bytes"], num_cpus=0)
-        waiting = waiting.map_batches(lambda t: unfinished(t, ray.get(shared)), batch_format="pyarrow", num_cpus=0)
-    else:
-        if not len(left := unfinished(table.to_table(["path"]), done)):
-            return
-        waiting = ray.data.from_arrow([left.slice(start, rows) for start in range(0, len(left), rows)])
-    predicted = waiting.map_batches(
-        Predictor,
-        fn_constructor_args=[engine, str(root), threads, batch],
-        fn_constructor_kwargs={"device": device, "exit": exit_at},
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=workers),
-        num_cpus=threads,
-        num_gpus=int(device.startswith("cuda")),
+    done = ray.put(finished(out))  # once on each machine
+    predicted = (
+        ray.data.read_parquet(tables)
+        .select_columns([name for name in ("path", "bytes") if name in columns])
+        # Steps that ask for the same processors become one, and all rows of a file would go to one actor: so 0.
+        .map_batches(lambda table: unfinished(table, ray.get(done)), batch_format="pyarrow", num_cpus=0)
+        .repartition(target_num_rows_per_block=rows)
+        .map_batches(
+            Predictor,
+            fn_constructor_args=[engine, str(root.resolve()), threads, batch],
+            fn_constructor_kwargs={"device": device, "exit": exit_at},
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_cpus=threads,
+            num_gpus=int(device == "cuda"),
+        )
     )
     # An actor that dies is started anew and its rows are predicted again; only this process writes, so none twice.
     for part in predicted.iter_batches(batch_size=None, batch_format="pyarrow"):
         if len(part):
-            write_part(part, out)
-        say(f"{len(part)} images")
+            with atomic_path(out / f"{uuid4().hex}.parquet") as path:
+                pq.write_table(part, path)
+            say(f"{len(part)} images")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Asks a Triton server for the classes of images, over HTTP.
+"""A client of Triton over HTTP: the classes of images.
 
     pip install 'tritonclient[http]'
     python examples/triton/client.py groceries models/photographs/*.jpg --engine models/groceries.plan
@@ -10,6 +10,7 @@ writes the frame of one image, for curl.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import click
 import numpy as np
@@ -24,21 +25,21 @@ from mge_runtime.preprocess import to_frame
 PATH = click.Path(path_type=Path)
 
 
-@click.command(help=__doc__)
+@click.command()
 @click.argument("model")
 @click.argument("images", nargs=-1, type=PATH, required=True)
 @click.option("--engine", type=PATH, required=True, help="The bundle, or a copy of it: it says how frames are made.")
 @click.option("--url", default="localhost:8000", show_default=True)
-@click.option("--top-k", default=3, show_default=True)
-@click.option("--frame", type=PATH, help="Write the first image's frame here, raw bytes, and ask nobody.")
+@click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--frame", type=click.File("wb"), help="Write the first image's frame here, raw bytes, and ask nobody.")
 @reports_errors
-def main(model: str, images: tuple[Path, ...], engine: Path, url: str, top_k: int, frame: Path | None) -> None:
-    """Send all images as one batch, at most as many as the server's max_batch_size."""
+def main(model: str, images: tuple[Path, ...], engine: Path, url: str, top_k: int, frame: BinaryIO | None) -> None:
+    """Ask MODEL for the classes of IMAGES, sent as one batch: at most as many as the server's max_batch_size."""
     with Bundle.open(engine) as bundle:
         preprocess = bundle.manifest.preprocess
     frames = np.stack([to_frame(open_image(path), preprocess)[0] for path in images])
     if frame is not None:
-        frame.write_bytes(frames[0].tobytes())
+        frame.write(frames[0].tobytes())
         return
     sent = triton.InferInput("frame", list(frames.shape), "UINT8")
     sent.set_data_from_numpy(frames)

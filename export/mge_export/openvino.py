@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def write_openvino(bundle: Bundle, folder: Path) -> list[Path]:
 
     Args:
         bundle: open.
-        folder: where to; files of the same names are replaced, each whole or not at all.
+        folder: where to; files of the same names are replaced when all are written.
 
     Returns:
         The files that were written.
@@ -56,7 +57,7 @@ def write_openvino(bundle: Bundle, folder: Path) -> list[Path]:
     except OSError as error:
         raise OutputError(f"cannot make the folder {folder}: {error.strerror}; name another for --openvino") from error
     with temporary_folder("openvino") as scratch:
-        bundle.extract(scratch)
+        bundle.extract(scratch, bundle.chain_entries())
         chain = scratch / CHAIN
         try:
             model = openvino.Core().read_model(chain)
@@ -64,7 +65,7 @@ def write_openvino(bundle: Bundle, folder: Path) -> list[Path]:
         except RuntimeError as error:
             raise ExportError(f"OpenVINO {openvino.__version__} cannot convert the chain: {brief(error)}") from error
         written = [folder / name for name in ("chain.bin", "chain.xml", LABELS)]
-        for path in written:
-            with atomic_path(path) as temporary:
-                shutil.copyfile(chain.with_name(path.name), temporary)
+        with ExitStack() as stack:
+            for path in written:
+                shutil.copyfile(chain.with_name(path.name), stack.enter_context(atomic_path(path)))
     return written

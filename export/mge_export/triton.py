@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import onnx
+from onnx import helper
+
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.archive import CHAIN
-from mge_runtime.bundle.reader import LABELS
+from mge_runtime.bundle.reader import LABELS, write_labels
 from mge_runtime.errors import ExportError, OutputError
-from mge_runtime.files import temporary_folder
 from mge_runtime.manifest import TensorSpec
 from mge_runtime.trt.engines import EngineSet, bundle_engines
 
@@ -40,12 +41,10 @@ def write_triton(bundle: Bundle, folder: Path) -> list[Path]:
         The files that were written.
 
     Raises:
-        BundleError: an entry was damaged.
-        ExportError: the bundle has no chain, or engines that do not take one image.
+        BundleError: an entry was damaged, or there is no `chain.onnx`.
+        ExportError: the bundle has engines that do not take one image.
         OutputError: the folder has something in it, or cannot be written.
     """
-    if CHAIN not in bundle.sizes:
-        raise ExportError(f"{bundle.path} has no chain.onnx, which mge-export writes; export the checkpoint again")
     engines = [bundle_engines(bundle, target) for target in bundle.targets]
     engines = [found for found in engines if found.target.backend == "tensorrt"]
     for found in engines:
@@ -69,39 +68,32 @@ def write_triton(bundle: Bundle, folder: Path) -> list[Path]:
     return [folder / path for path in written]
 
 
-def _write_models(bundle: Bundle, engines: Sequence[EngineSet], folder: Path) -> Iterator[Path]:
-    import onnx
-
-    def write(path: Path, content: memoryview | Iterable[str]) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = content if isinstance(content, memoryview) else "".join(f"{line}\n" for line in content).encode()
-        path.write_bytes(lines)
-        return path
-
+def _write_models(bundle: Bundle, engines: Sequence[EngineSet], folder: Path) -> list[Path]:
     name = re.sub(r"[^\w.-]", "_", bundle.path.stem, flags=re.ASCII)
-    manifest, version = bundle.manifest, folder / name / "1"
-    with temporary_folder("triton") as scratch:
-        bundle.extract(scratch)
-        chain = scratch / CHAIN
-        graph = onnx.load(str(chain), load_external_data=False).graph
-        version.mkdir(parents=True)
-        for file in (chain, *chain.parent.glob("*.weights")):
-            yield Path(shutil.copyfile(file, version / ("model.onnx" if file == chain else file.name)))
-    inputs, outputs = ([_spec(value) for value in values] for values in (graph.input, graph.output))
-    yield write(folder / name / LABELS, manifest.class_names)
-    yield write(folder / name / "config.pbtxt", _chain_config(name, inputs, outputs))
+    manifest, chain = bundle.manifest, folder / name
+    bundle.extract(chain, bundle.chain_entries())
+    version = (chain / CHAIN).parent.rename(chain / "1")
+    (version / LABELS).rename(chain / LABELS)
+    model = (version / Path(CHAIN).name).rename(version / "model.onnx")
+    graph = onnx.load(str(model), load_external_data=False).graph
+    _write_config(chain, _chain_config(name, *map(_specs, (graph.input, graph.output))))
     for found in engines:
         target = found.description.target
         for spec in manifest.graphs:
-            model = f"{name}_{spec.name}_{target}"
-            yield write(folder / model / "1/model.plan", found.plan(spec.name))
-            config = [*_head(model, "tensorrt", _most(found)), *_tensors("input", spec.inputs)]
-            config += [*_tensors("output", spec.outputs), _BATCHING]
-            yield write(folder / model / "config.pbtxt", config)
-        ensemble = f"{name}_{target}"
-        (folder / ensemble / "1").mkdir(parents=True)  # Triton asks for a version, even an empty one
-        yield write(folder / ensemble / LABELS, manifest.class_names)
-        yield write(folder / ensemble / "config.pbtxt", _ensemble_config(bundle, found, name, ensemble))
+            part = folder / f"{name}_{spec.name}_{target}"
+            (part / "1").mkdir(parents=True)
+            (part / "1/model.plan").write_bytes(found.plan(spec.name))
+            tensors = [*_tensors("input", spec.inputs), *_tensors("output", spec.outputs)]
+            _write_config(part, [*_head(part.name, "tensorrt", _most(found)), *tensors, _BATCHING])
+        ensemble = folder / f"{name}_{target}"
+        (ensemble / "1").mkdir(parents=True)  # Triton asks for a version, even an empty one
+        write_labels(ensemble / LABELS, manifest.class_names)
+        _write_config(ensemble, _ensemble_config(bundle, found, name, ensemble.name))
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _write_config(model: Path, lines: Iterable[str]) -> None:
+    (model / "config.pbtxt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def _most(engines: EngineSet) -> int:
@@ -113,14 +105,14 @@ def _head(name: str, backend: str, batch: int) -> list[str]:
     return [f"name: {json.dumps(name)}", platform, f"max_batch_size: {batch}"]
 
 
-def _spec(value: object) -> TensorSpec:
-    """What an ONNX graph says of an input or output."""
-    from onnx import ValueInfoProto, helper
-
-    assert isinstance(value, ValueInfoProto)  # noqa: S101 - for the type checker
-    tensor = value.type.tensor_type
-    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-    return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
+def _specs(values: Iterable[onnx.ValueInfoProto]) -> list[TensorSpec]:
+    """What an ONNX graph says of its inputs or outputs."""
+    specs = list[TensorSpec]()
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+        specs.append(TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape))
+    return specs
 
 
 def _tensors(kind: str, specs: Iterable[TensorSpec], labeled: str = "") -> Iterator[str]:

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from contextlib import chdir
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 from mge_export import openvino as product
 from mge_export.cli import main
 from mge_export.precision import Precision
+from mge_runtime import Pipeline
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 from mge_runtime.errors import BackendError
 from tests.helpers.commands import fails, run_without, succeeds
@@ -21,6 +25,7 @@ try:
     openvino = product.load_openvino()
 except BackendError as error:
     pytest.skip(str(error), allow_module_level=True)
+ROOT = Path(__file__).parents[2]
 FILES = {"chain.xml", "chain.bin", "labels.txt"}
 CLOSE = {Precision.FP32: 1e-5, Precision.FP16: 1e-3}  # of probabilities; FP16 is rounded in different places
 
@@ -46,6 +51,18 @@ def test_openvino_computes_what_onnx_runtime_computes(exported, tmp_path):
     assert (tmp_path / "made/labels.txt").read_text().splitlines() == list(config.classes)
 
 
+def test_the_block_of_the_guide_predicts_what_the_pipeline_predicts(tmp_path, capsys):
+    models, page = ROOT / "models", (ROOT / "docs/guide/openvino.md").read_text()
+    succeeds(main, "--engine", models / "groceries.plan", "--openvino", tmp_path / "DIR")
+    shutil.copy(models / "photographs/Granny-Smith.jpg", tmp_path / "image.jpg")
+    with chdir(tmp_path):
+        exec(page.partition("```python\n")[2].partition("```")[0], {})
+    name, probability, _ = capsys.readouterr().out.split(maxsplit=2)
+    with Pipeline.open(models / "groceries.plan", device="cpu") as pipeline:
+        expected = pipeline.predict(tmp_path / "image.jpg")
+    assert (name, float(probability)) == (expected.class_name, pytest.approx(expected.probability, abs=1e-3))
+
+
 @pytest.mark.usefixtures("traced_once")
 def test_an_export_writes_them_beside_the_bundle(single, tmp_path):
     succeeds(main, "--ckpt", single, "--verify-images", 1, "--openvino", tmp_path / "made")
@@ -53,6 +70,9 @@ def test_an_export_writes_them_beside_the_bundle(single, tmp_path):
 
 
 def test_what_cannot_be_written_is_told_in_one_line_and_changes_nothing(exported, tmp_path, monkeypatch):
+    (tmp_path / "theirs/chain.xml").mkdir(parents=True)
+    assert "it is a folder" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["chain.xml"]
     (tmp_path / "file").touch()
     assert "cannot make the folder" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "file")
 

@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +22,8 @@ from tests.helpers.commands import fails, succeeds
 from tests.runtime.tiny_chain import write_tiny_bundle
 
 config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
-MODELS = Path(__file__).parents[2] / "models"
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "models"
 PHOTOGRAPHS = sorted((MODELS / "photographs").glob("*.jpg"))
 DETAILS = {
     "version": "10.3.0", "gpu": None, "batch": [1, 1, 4], "precision": {}, "options": {}, "built_by": "mge 0.2.0"
@@ -75,6 +78,7 @@ def test_engines_of_tensorrt_are_models_and_an_ensemble_chains_them(tmp_path):
     name, target = "my_birds", "tensorrt-10.3-sm87-linux-aarch64"
     experts = {f"{name}_{graph.name}_{target}": graph for graph in manifest.graphs}
     assert folders == {name, f"{name}_{target}", *experts}
+    assert {file.name for file in (tmp_path / "made" / name).iterdir()} == {"1", "config.pbtxt", "labels.txt"}
     ensemble = read_config(tmp_path / "made" / f"{name}_{target}")
     assert (tmp_path / "made" / ensemble.name / "1").is_dir()
     assert (ensemble.platform, ensemble.max_batch_size, ensemble.output[0].name) == ("ensemble", 4, manifest.logits)
@@ -92,21 +96,27 @@ def test_engines_of_tensorrt_are_models_and_an_ensemble_chains_them(tmp_path):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The part of KServe's protocol that the client speaks, over ONNX Runtime; not Triton."""
+    """The part of KServe's protocol that the clients speak, over ONNX Runtime; not Triton."""
 
     def do_POST(self):
+        assert self.path == "/v2/models/groceries/infer"
         body = self.rfile.read(int(self.headers["Content-Length"]))
         length = int(self.headers["Inference-Header-Content-Length"])
         header = json.loads(body[:length])
         (sent,), (asked,) = header["inputs"], header["outputs"]
+        assert sent["parameters"]["binary_data_size"] == len(body) - length
         frames = np.frombuffer(body[length:], np.uint8).reshape(sent["shape"])
         (found,) = self.server.session.run([asked["name"]], {sent["name"]: frames})
         count = asked["parameters"]["classification"]
         best = np.argsort(-found, axis=1)[:, :count]
-        lines = [f"{found[i, k]}:{k}:{self.server.labels[k]}".encode() for i, row in enumerate(best) for k in row]
-        data = b"".join(struct.pack("<I", len(line)) + line for line in lines)
+        lines = [f"{found[i, k]}:{k}:{self.server.labels[k]}" for i, row in enumerate(best) for k in row]
         output = {"name": asked["name"], "datatype": "BYTES", "shape": [len(frames), count]}
-        output["parameters"] = {"binary_data_size": len(data)}
+        data = b""
+        if asked["parameters"].get("binary_data"):
+            data = b"".join(struct.pack("<I", len(line)) + line.encode() for line in lines)
+            output["parameters"] = {"binary_data_size": len(data)}
+        else:
+            output["data"] = lines
         told = json.dumps({"model_name": "groceries", "model_version": "1", "outputs": [output]}).encode()
         self.send_response(200)
         self.send_header("Inference-Header-Content-Length", str(len(told)))
@@ -118,22 +128,43 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-def test_the_client_gets_the_classes_that_the_runtime_predicts(repository):
+@pytest.fixture
+def server(repository):
+    """The address of a stand-in for Triton."""
     model = repository / "groceries"
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.session = load_onnxruntime().InferenceSession(model / "1/model.onnx", providers=["CPUExecutionProvider"])
-        server.labels = (model / "labels.txt").read_text().splitlines()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"127.0.0.1:{server.server_port}"
-        start = ["groceries", *PHOTOGRAPHS, "--engine", MODELS / "groceries.plan", "--url"]
-        lines = succeeds(client, *start, url, "--top-k", 1).output.splitlines()
-        server.shutdown()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.session = load_onnxruntime().InferenceSession(
+            model / "1/model.onnx", providers=["CPUExecutionProvider"]
+        )
+        running.labels = (model / "labels.txt").read_text().splitlines()
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_the_client_gets_the_classes_that_the_runtime_predicts(server, tmp_path):
+    start = ["groceries", *PHOTOGRAPHS, "--engine", MODELS / "groceries.plan", "--top-k", 1, "--url"]
+    lines = succeeds(client, *start, server).output.splitlines()
     with Pipeline.open(MODELS / "groceries.plan", device="cpu", threads=1) as pipeline:
         expected = [pipeline.predict(path) for path in PHOTOGRAPHS]
     for line, prediction in zip(lines, expected, strict=True):
         assert line.split()[2] == prediction.class_name
         assert float(line.split()[0]) == pytest.approx(100 * prediction.probability, abs=0.1)
-    assert "did not predict" in fails(client, *start, url)
+    assert "did not predict" in fails(client, *start, "127.0.0.1:9")
+    assert "No such file" in fails(client, *start, server, "--frame", tmp_path / "none/frame.bin")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_lines_of_the_guide_for_curl_get_the_class(server, tmp_path):
+    page = (ROOT / "docs/guide/triton.md").read_text()
+    (block,) = (part for part in page.split("```sh\n") if "curl" in part.partition("```")[0] and "header=" in part)
+    lines = block.partition("```")[0].replace("localhost:8000", server).replace("python ", f"{sys.executable} ")
+    for name in ("examples", "models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = subprocess.run(["bash", "-euc", lines], cwd=tmp_path, capture_output=True, check=True)
+    (output,) = json.loads(done.stdout)["outputs"]
+    assert output["data"][0].endswith(":Granny-Smith")
+    assert output["shape"] == [1, 3]
 
 
 def test_what_is_there_stays_as_it_is(tmp_path, monkeypatch):
@@ -144,9 +175,12 @@ def test_what_is_there_stays_as_it_is(tmp_path, monkeypatch):
     assert "cannot write to" in fails(main, *start, tmp_path / "file")
     assert not [*(tmp_path / "theirs/groceries").iterdir()]
     write_tiny_bundle(tmp_path / "mge.plan")
-    assert "has no chain.onnx" in fails(main, "--engine", tmp_path / "mge.plan", "--triton", tmp_path / "made")
-    (tmp_path / "mge.plan").unlink()
     (tmp_path / "empty").mkdir()
+    for option in ("--triton", "--openvino"):
+        line = fails(main, "--engine", tmp_path / "mge.plan", option, tmp_path / "empty")
+        assert "holds no entry onnx/chain.onnx" in line
+        assert not [*(tmp_path / "empty").iterdir()]
+    (tmp_path / "mge.plan").unlink()
 
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -69,11 +70,11 @@ def test_what_has_a_row_is_not_predicted_again(bundle_path, folder, images):
     left = ray_bulk.unfinished(images, ray_bulk.finished(out))
     assert left.equals(images)
     predictor = ray_bulk.Predictor(str(bundle_path), str(folder))
-    ray_bulk.write_part(predictor(left.slice(0, 2)), out)
+    pq.write_table(predictor(left.slice(0, 2)), out / "1.parquet")
     (out / ".killed.parquet.mge-part").write_bytes(b"half")  # what a killed process leaves is no part
     left = ray_bulk.unfinished(images, ray_bulk.finished(out))
     assert left["path"].to_pylist() == NAMES[2:]
-    ray_bulk.write_part(predictor(left), out)
+    pq.write_table(predictor(left), out / "2.parquet")
     assert sorted(ray_bulk.finished(out).to_pylist()) == sorted(NAMES)
     assert len(ray_bulk.unfinished(images, ray_bulk.finished(out))) == 0
 
@@ -82,6 +83,7 @@ def test_what_has_a_row_is_not_predicted_again(bundle_path, folder, images):
     ("write", "line"),
     [
         (lambda _: None, "cannot read .*: .*; expected a Parquet file or a folder"),
+        (lambda path: path.mkdir(), "has the columns ; expected texts in a column path"),
         (lambda path: path.write_bytes(b"text"), "cannot read .*: .*; expected a Parquet file or a folder"),
         (
             lambda path: pq.write_table(pa.table({"image": ["a"]}), path),
@@ -111,17 +113,26 @@ def test_a_missing_bundle_is_one_line(folder):
     )
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(bundle_path, folder, images, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "ray.data", SimpleNamespace())
+    pq.write_table(images, folder / "images.parquet")
+    out = folder / "a.png" / "out"
+    assert "cannot write" in fails(ray_bulk.main, "--engine", bundle_path, folder / "images.parquet", out)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("column", ["path", "bytes"])
-def test_ray_goes_on_where_an_earlier_run_stopped(bundle_path, folder, column):
+def test_ray_goes_on_where_an_earlier_run_stopped(bundle_path, folder, images):
     pytest.importorskip("ray", reason="Ray is not installed: make check-ray says how")
-    files = [folder / name for name in NAMES]
-    data = {"bytes": [file.read_bytes() if file.exists() else None for file in files]} if column == "bytes" else {}
-    pq.write_table(pa.table({"path": NAMES, **data}), folder / "images.parquet")
-    words = [sys.executable, "-m", "examples.ray_bulk", "--engine", bundle_path, "--rows", "2"]
+    pq.write_table(images, folder / "images.parquet")
+    out = folder / "out"
+    words = [sys.executable, "-m", "examples.ray_bulk", "--engine", bundle_path, "--rows", "2", folder, out]
     for _ in range(2):
-        subprocess.run([*words, folder / "images.parquet", folder / "out"], check=True, timeout=200)
-        assert sorted(ray_bulk.finished(folder / "out").to_pylist()) == sorted(NAMES)
+        subprocess.run(words, check=True, timeout=200)
+        assert sorted(ray_bulk.finished(out).to_pylist()) == sorted(NAMES)
+        first, second = out.glob("*.parquet")  # so many rows were a worker's, too
+        assert len(pq.read_table(first)) == 2
+        second.unlink()
 
 
 @pytest.mark.slow

@@ -242,14 +242,15 @@ class Bundle:
                 f"written: copy it again, or {'build these engines' if is_engine else 'export it'} again"
             )
 
-    def extract(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write every entry as an ordinary file, checked against its hash, and `onnx/labels.txt`, a class a line.
+    def extract(self, folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> list[Path]:
+        """Write entries as ordinary files, checked against their hashes, and `onnx/labels.txt`, a class a line.
 
         `onnx/chain.onnx`, the whole chain, and each `onnx/<graph>.onnx` are then ordinary ONNX models with external
         data, for Triton, DeepStream, trtexec or C++.
 
         Args:
             folder: where to; files of the same names are replaced, each whole or not at all.
+            names: the entries (all of them by default), `chain_entries()` for instance.
 
         Returns:
             The files that were written.
@@ -259,7 +260,7 @@ class Bundle:
             OutputError: the folder cannot be written.
         """
         written: list[Path] = []
-        for name in self.sizes:
+        for name in self.sizes if names is None else names:
             target = Path(folder) / name  # names were checked: none leads out of the folder
             with suppress(OSError):  # atomic_path says what is wrong with the folder
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -269,6 +270,10 @@ class Bundle:
         labels = Path(folder) / "onnx" / LABELS
         write_labels(labels, self.manifest.class_names)
         return [*written, labels]
+
+    def chain_entries(self) -> list[str]:
+        """The names of `chain.onnx` and of the weights that it refers to."""
+        return [CHAIN, *(name for name in self.sizes if name.endswith(".weights"))]
 
     def verify(self, names: Iterable[str] | None = None, *, expected: str | None = None) -> None:
         """Check entries (all of them by default) against their hashes, in parallel.
