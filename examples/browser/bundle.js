@@ -1,7 +1,7 @@
 /* `mge.plan`: a ZIP with stored entries, which are views into one ArrayBuffer (docs/reference/bundle.md). */
 
 const MAX_BYTES = 2 ** 30; // WebAssembly has 4 GB at most, where weights lie again, in FP32
-const MAX_DOCUMENT = 4e6; // bytes of JSON, as in the runtime
+const MAX_DOCUMENT = 2 ** 22; // bytes of JSON, as in the runtime
 const SCHEMA_VERSION = 3;
 const MAX_SIDE = 4096; // pixels of a frame, as in the runtime
 const [END, CENTRAL, LOCAL] = [0x06054b50, 0x02014b50, 0x04034b50]; // PKWARE's APPNOTE, 4.3
@@ -9,8 +9,12 @@ const END_SIZE = 22; // bytes; a bundle has no comment behind it
 
 /** The bytes of a Blob or File that may be a bundle. */
 export async function readBundle(blob) {
-  if (blob.size > MAX_BYTES) throw new Error(`it has ${blob.size} bytes; expected at most ${MAX_BYTES}`);
+  checkSize(blob.size);
   return blob.arrayBuffer();
+}
+
+export function checkSize(bytes) {
+  if (bytes > MAX_BYTES) throw new Error(`it has ${bytes} bytes; expected at most ${MAX_BYTES}`);
 }
 
 export class Bundle {
@@ -26,7 +30,8 @@ export class Bundle {
     if (version !== SCHEMA_VERSION)
       throw new Error(`it has schema version ${version}; expected ${SCHEMA_VERSION}: export again`);
     const { size, resize } = preprocess ?? {};
-    if (!(graphs?.length > 0 && 2 <= size && size <= resize && size <= MAX_SIDE && resize <= 4 * size))
+    const sized = 2 <= size && size <= resize && size <= MAX_SIDE && resize <= 4 * size;
+    if (!(Array.isArray(graphs) && graphs.length > 0 && sized))
       throw new Error(`it has ${graphs?.length} graphs for frames of ${size} px; expected 1 or more, 2 to ${MAX_SIDE}`);
   }
 
@@ -42,12 +47,15 @@ export class Bundle {
     return entry.bytes;
   }
 
-  /** A document, parsed; null where there is none. */
+  /** A document, parsed. */
   json(name) {
-    if (!this.has(name)) return null;
     const bytes = this.read(name);
     if (bytes.length > MAX_DOCUMENT) throw new Error(`its ${name} has ${bytes.length} bytes; expected 4 MB at most`);
-    return JSON.parse(new TextDecoder().decode(bytes));
+    try {
+      return JSON.parse(new TextDecoder().decode(bytes));
+    } catch {
+      throw new Error(`its ${name} is no JSON; expected a bundle that mge-export wrote`);
+    }
   }
 }
 

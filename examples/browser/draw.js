@@ -17,7 +17,7 @@ export function draw(prediction) {
     ...classes.slice(0, TOP).flatMap(({ name, probability }) => [
       element("span", { textContent: name }),
       element("span", { textContent: `${(100 * probability).toFixed(1)}%` }),
-      element("meter", { value: probability }),
+      element("meter", { value: probability, ariaLabel: name }),
     ]),
   );
   drawBoxes($("#image"), bitmap, boxes);
@@ -25,8 +25,10 @@ export function draw(prediction) {
     ...boxes.map((box, k) => {
       const figure = element("figure");
       const caption = element("figcaption", { textContent: `expert ${k + 1}` });
-      caption.style.color = EXPERTS[k % EXPERTS.length];
-      figure.append(caption, seen(bitmap, box), heated(seen(bitmap, box), heatmaps[k]));
+      caption.style.borderColor = EXPERTS[k % EXPERTS.length];
+      const views = [seen(bitmap, box), heated(seen(bitmap, box), heatmaps[k])];
+      views.forEach((view, i) => Object.assign(view, { role: "img", ariaLabel: ["what it saw", "its heat map"][i] }));
+      figure.append(caption, ...views);
       return figure;
     }),
   );

@@ -1,16 +1,33 @@
 /* From an image to the chain's frame, and boxes in it back to the image: the runtime's decode.py and preprocess.py. */
 
-/** The most pixels that are decoded, as in the runtime. */
-export const MAX_PIXELS = 65e6;
+const MAX_PIXELS = 65e6; // as in the runtime
+const MAX_BYTES = 100e6; // of a file
 
 // Upright by EXIF orientation; color profiles are ignored.
 const DECODING = { imageOrientation: "from-image", colorSpaceConversion: "none" };
 
+/** Refuse an image file of which too much would be read or decoded; a page alone can tell its size. */
+export async function checkImage(blob) {
+  if (blob.size > MAX_BYTES) throw new Error(`it has ${blob.size} bytes; expected at most ${MAX_BYTES}`);
+  const image = new Image();
+  const loaded = new Promise((resolve, reject) => {
+    image.onload = resolve;
+    image.onerror = reject;
+  });
+  image.src = URL.createObjectURL(blob);
+  try {
+    await loaded.catch(undecodable);
+    checkPixels(image.naturalWidth, image.naturalHeight);
+  } finally {
+    URL.revokeObjectURL(image.src);
+  }
+}
+
 /** A Blob or a camera's ImageBitmap as upright RGBA on white: `{ bitmap, data, width, height }`. */
 export async function decode(source) {
-  const bitmap = source instanceof ImageBitmap ? source : await createImageBitmap(source, DECODING);
+  const bitmap = source instanceof ImageBitmap ? source : await createImageBitmap(source, DECODING).catch(undecodable);
   const { width, height } = bitmap;
-  if (width * height > MAX_PIXELS) throw new Error(tooLarge(width, height));
+  checkPixels(width, height);
   const context = new OffscreenCanvas(width, height).getContext("2d", { alpha: false, willReadFrequently: true });
   context.fillStyle = "white";
   context.fillRect(0, 0, width, height);
@@ -18,8 +35,15 @@ export async function decode(source) {
   return { bitmap, data: context.getImageData(0, 0, width, height).data, width, height };
 }
 
-export function tooLarge(width, height) {
-  return `it is ${width} x ${height} pixels; expected at most ${MAX_PIXELS / 1e6} megapixels: scale it down first`;
+function undecodable() {
+  throw new Error("it is damaged, cut short, or no image that this browser decodes");
+}
+
+function checkPixels(width, height) {
+  if (width * height > MAX_PIXELS)
+    throw new Error(
+      `it is ${width} x ${height} pixels; expected at most ${MAX_PIXELS / 1e6} megapixels: scale it down first`,
+    );
 }
 
 /**

@@ -1,7 +1,7 @@
 /* The page: a bundle, then images or a camera; each prediction is drawn with what its experts saw. */
 
-import { readBundle } from "./bundle.js";
-import { MAX_PIXELS, tooLarge } from "./image.js";
+import { checkSize, readBundle } from "./bundle.js";
+import { checkImage } from "./image.js";
 import { draw } from "./draw.js";
 
 const OPENING = 120; // seconds; the library alone is 14 MB, 27 with WebGPU
@@ -10,33 +10,39 @@ const PREDICTING = 30; // seconds
 const $ = (selector) => document.querySelector(selector);
 const video = $("video");
 let worker; // with the bundle that is open
-let last = Promise.resolve(); // what was asked of the worker before; it does one thing at a time
+let last = Promise.resolve(); // what was asked for before
+let camera; // its stream while it is on
 
-/** Open a bundle, a Blob, in place of the one before; resolves to what the worker says of it. */
-export async function open(blob) {
-  const bundle = await readBundle(blob);
-  const opening = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
-  try {
-    const opened = await ask(opening, { bundle }, [bundle], OPENING);
-    worker?.terminate();
-    worker = opening;
-    return opened;
-  } catch (error) {
-    opening.terminate();
-    throw error;
-  }
+/** Act when all that was asked for before is done: bundles and predictions come in the order they were chosen. */
+function queued(action) {
+  const done = last.then(action);
+  last = done.catch(() => {});
+  return done;
 }
 
+/** Open a bundle, a Blob, in place of the one before; resolves to what the worker says of it. */
+export const open = (blob) =>
+  queued(async () => {
+    const bundle = await readBundle(blob);
+    const opening = new Worker(new URL("worker.js", import.meta.url), { type: "module" });
+    try {
+      const opened = await ask(opening, { bundle }, [bundle], OPENING);
+      worker?.terminate();
+      worker = opening;
+      return opened;
+    } catch (error) {
+      opening.terminate();
+      throw error;
+    }
+  });
+
 /** Predict a Blob or an ImageBitmap; an image file's size is looked at before its pixels are decoded. */
-export async function predict(image) {
-  if (image instanceof Blob) await checkSize(image);
-  const prediction = last.then(() => {
+export const predict = (image) =>
+  queued(async () => {
+    if (image instanceof Blob) await checkImage(image);
     if (!worker) throw new Error("there is no bundle: choose one first");
     return ask(worker, { image }, image instanceof Blob ? [] : [image], PREDICTING);
   });
-  last = prediction.catch(() => {});
-  return prediction;
-}
 
 /** Send a worker one message; one that says nothing in time is ended. */
 function ask(asked, message, transferred, seconds) {
@@ -57,21 +63,6 @@ function ask(asked, message, transferred, seconds) {
   });
 }
 
-async function checkSize(blob) {
-  const image = new Image();
-  image.src = URL.createObjectURL(blob);
-  try {
-    await new Promise((resolve, reject) => {
-      image.onload = resolve;
-      image.onerror = () => reject(new Error("it is damaged, or no image that this browser decodes"));
-    });
-    const { naturalWidth: width, naturalHeight: height } = image;
-    if (width * height > MAX_PIXELS) throw new Error(tooLarge(width, height));
-  } finally {
-    URL.revokeObjectURL(image.src);
-  }
-}
-
 function say(text, isError = false) {
   $("#status").textContent = text;
   $("#status").className = isError ? "error" : "";
@@ -82,6 +73,7 @@ async function trying(what, action) {
   try {
     await action();
   } catch (error) {
+    $("#prediction").hidden = true; // what is there is of something else
     say(`cannot use ${what}: ${error.message}`, true);
   }
 }
@@ -96,34 +88,58 @@ async function show(image) {
   );
 }
 
-const openFile = (name, blob) =>
-  trying(name, async () => {
-    say(`opening ${name}`);
-    const { provider, manifest } = await open(blob);
-    say(`${name}: ${manifest.class_names.length} classes, ${manifest.graphs.length} graphs on ${provider}`);
-  });
+async function openBundle(name, blob) {
+  say(`opening ${name}`);
+  const { provider, manifest } = await open(blob);
+  say(`${name}: ${manifest.class_names.length} classes, ${manifest.graphs.length} graphs on ${provider}`);
+}
 
+/** Predict frame after frame until somebody ends it, here or in the browser's permissions. */
 async function watch() {
-  video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
-  await video.play();
-  while (video.srcObject) await show(await createImageBitmap(video)); // the newest frame each time
+  if (!navigator.mediaDevices) throw new Error("browsers lend it on localhost and over HTTPS alone");
+  $("#camera").disabled = true; // a second click would ask for a second stream
+  const asked = navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  const stream = await asked.finally(() => ($("#camera").disabled = false));
+  camera = video.srcObject = stream;
+  $("#camera").textContent = "stop";
+  try {
+    await video.play();
+    while (stream.active) {
+      const frame = await createImageBitmap(video); // the newest each time
+      if (stream.active) await show(frame);
+    }
+    if (camera === stream) throw new Error("it was unplugged or taken away");
+  } finally {
+    if (camera === stream) stop();
+  }
 }
 
 function stop() {
-  video.srcObject?.getTracks().forEach((track) => track.stop());
-  video.srcObject = null;
+  camera?.getTracks().forEach((track) => track.stop());
+  camera = undefined;
+  $("#camera").textContent = "camera";
 }
 
-$("#bundle").onchange = ({ target: { files } }) => files[0] && openFile(files[0].name, files[0]);
-$("#file").onchange = ({ target: { files } }) => files[0] && trying(files[0].name, () => show(files[0]));
-$("#camera").onclick = () => (video.srcObject ? stop() : trying("the camera", watch).finally(stop));
+function onFile(selector, action) {
+  $(selector).onclick = ({ target }) => (target.value = ""); // so that the same file may be chosen again
+  $(selector).onchange = ({ target: { files } }) => files[0] && trying(files[0].name, () => action(files[0]));
+}
+
+onFile("#bundle", (file) => openBundle(file.name, file));
+onFile("#file", (file) => {
+  stop();
+  say(`predicting ${file.name}`);
+  return show(file);
+});
+$("#camera").onclick = () => (camera ? stop() : trying("the camera", watch));
 
 // ?bundle=ADDRESS opens a bundle that is served beside the page.
 const address = new URLSearchParams(location.search).get("bundle");
-export const opened = address && trying(address, fetched);
+if (address) trying(address, fetched);
 
 async function fetched() {
   const response = await fetch(address, { signal: AbortSignal.timeout(OPENING * 1e3) });
   if (!response.ok) throw new Error(`the server says ${response.status}`);
-  await openFile(address, await response.blob());
+  checkSize(response.headers.get("content-length"));
+  await openBundle(address, await response.blob());
 }

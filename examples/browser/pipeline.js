@@ -25,7 +25,7 @@ export class Pipeline {
     this.ort.env.wasm.wasmPaths = ORT.href;
     this.provider = provider;
     this.manifest = bundle.manifest;
-    const calibration = bundle.json("calibration.json")?.values ?? {};
+    const calibration = bundle.has("calibration.json") ? bundle.json("calibration.json").values : {};
     this.temperatures = calibration.temperatures ?? {};
     this.thresholds = calibration.exits?.thresholds ?? {};
     // Any graph may read any file: the weights of a shared backbone lie in the first graph's.

@@ -37,8 +37,8 @@ class Chain {
     const auto crops = metadata("crops");
     sides_ = crops.at("sizes").get<std::vector<int>>();
     cut_from_frame_ = crops.at("frame") > 0;
-    if (size_ < 1 || size_ > kLargest || resize_ < size_ || resize_ > 4 * size_ || sides_.empty())
-      throw std::runtime_error("its metadata names impossible sizes: export it again");
+    if (size_ < 1 || size_ > kLargest || resize_ < size_ || resize_ > 4 * size_ || sides_.empty() || classes_.empty())
+      throw std::runtime_error("its metadata names no classes or impossible sizes: export it again");
     outputs_ = {"probabilities"};
     for (std::size_t k = 1; k < sides_.size(); ++k) outputs_.push_back("box_" + std::to_string(k));
     if (sides_.size() > 1) outputs_.push_back("gate");
@@ -83,8 +83,11 @@ class Chain {
   }
 
   static std::vector<float> values(const Ort::Value& tensor) {
+    const auto info = tensor.GetTensorTypeAndShapeInfo();
+    if (info.GetElementType() != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT)
+      throw std::runtime_error("an output of the chain is not of type float32: export it again");
     const auto* data = tensor.GetTensorData<float>();
-    return {data, data + tensor.GetTensorTypeAndShapeInfo().GetElementCount()};
+    return {data, data + info.GetElementCount()};
   }
 
   json metadata(const char* key) {
@@ -169,6 +172,10 @@ int main(int argc, char** argv) {
         complain(error.what());
         code = 1;
       }
+    }
+    if (!std::cout) {
+      complain("cannot write the predictions; expected a standard output with room, check the disk");
+      code = 1;
     }
     return code;
   } catch (const std::exception& error) {

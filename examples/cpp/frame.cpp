@@ -22,7 +22,7 @@ constexpr int kBits = 22;                           // of a weight's fraction, a
 Bytes read_file(const std::string& path) {
   std::error_code error;
   if (!std::filesystem::is_regular_file(path, error))
-    throw std::runtime_error("no image at " + path + ": there is no such file; check the name");
+    throw std::runtime_error("no image at " + path + ": it is missing or no regular file; check the name");
   const auto size = std::filesystem::file_size(path, error);
   if (error || size > kMostBytes)
     throw std::runtime_error("will not read " + path + ": it has more than 100 MB; scale it down first");
@@ -35,7 +35,7 @@ Bytes read_file(const std::string& path) {
 
 // A number of `count` bytes; 0 where there are none left, since broken metadata never stops an image.
 std::uint32_t number(std::string_view data, std::size_t at, int count, bool big_endian) {
-  if (at + count > data.size()) return 0;
+  if (at > data.size() || data.size() - at < std::size_t(count)) return 0;
   std::uint32_t value = 0;
   for (int k = 0; k < count; ++k)
     value = value << 8 | static_cast<std::uint8_t>(data[at + (big_endian ? k : count - 1 - k)]);
@@ -55,11 +55,13 @@ int orientation(const Bytes& file) {
     const auto tiff = segment.substr(kExif.size());
     const bool big = number(tiff, 0, 1, true) == 'M';
     const std::size_t directory = number(tiff, 4, 4, big), entries = number(tiff, directory, 2, big);
-    for (std::size_t entry = directory + 2; entry < directory + 2 + 12 * entries; entry += 12) {
+    for (std::size_t k = 0; k < entries; ++k) {
+      const std::size_t entry = directory + 2 + 12 * k;
       if (number(tiff, entry, 2, big) != 0x0112) continue;
       const auto value = number(tiff, entry + 8, 2, big);
       return 1 <= value && value <= 8 ? static_cast<int>(value) : 1;
     }
+    break;  // the first EXIF counts, as in Pillow; a file can have millions
   }
   return 1;
 }

@@ -5,11 +5,16 @@ usage: python prepare.py chain.onnx FOLDER
 """
 
 import json
-import sys
+import re
 from pathlib import Path
 
+import click
 import onnx
 from onnx import TensorProto, helper
+
+from mge_runtime.cli.common import reports_errors
+from mge_runtime.errors import InputError, OutputError, brief
+from mge_runtime.files import atomic_path
 
 # Keys of NVIDIA's page on Gst-nvinfer.
 CONFIG = """\
@@ -56,15 +61,32 @@ def planar(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def main(chain: str, folder: str) -> None:
-    """Write chain.onnx, labels.txt and config_infer.txt to a folder."""
-    model, out = onnx.load(chain), Path(folder)
-    metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key != "mge"}
-    out.mkdir(parents=True, exist_ok=True)
-    onnx.save_model(planar(model), out / "chain.onnx")
-    (out / "labels.txt").write_text(";".join(metadata["class_names"]) + "\n")
-    (out / "config_infer.txt").write_text(CONFIG.format(size=metadata["size"]))
+@click.command()
+@click.argument("chain", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@reports_errors
+def main(chain: Path, folder: Path) -> None:
+    """Write chain.onnx, labels.txt and config_infer.txt for DeepStream to FOLDER."""
+    out = folder / "chain.onnx"
+    if out.exists() and out.samefile(chain):
+        raise InputError(f"cannot write {out}: it is the chain that is read; name another folder")
+    try:
+        model = onnx.load(chain)
+        metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key != "mge"}
+        names, size = metadata["class_names"], metadata["size"]
+    except Exception as error:  # protobuf, JSON and missing files of weights
+        reason = f"{brief(error)}; expected one that mge-export --onnx wrote"
+        raise InputError(f"cannot use the chain {chain}: {reason}") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}; name another place") from error
+    with atomic_path(out) as path:
+        onnx.save_model(planar(model), path)
+    labels = ";".join(re.sub(r"[;\r\n]", " ", name) for name in names)  # nvinfer splits there
+    (folder / "labels.txt").write_text(labels + "\n")
+    (folder / "config_infer.txt").write_text(CONFIG.format(size=size))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -27,6 +27,8 @@ const steps = {
     document.querySelector(selector).click();
     return said(expected);
   },
+  said,
+  evaluate: (expression) => eval(expression), // with this module's names
 };
 
 async function said(expected) {

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,8 @@ def test_a_damaged_bundle_is_refused_in_one_line(tmp_path, damage, expected):
 @pytest.mark.parametrize(
     ("manifest", "expected"),
     [
+        (b"{", "its manifest.json is no JSON"),
+        ({"schema_version": 3, "graphs": "abc", "preprocess": {"size": 64, "resize": 64}}, "has 3 graphs"),
         ({"schema_version": 99}, "schema version 99; expected 3: export again"),
         ({"schema_version": 3, "graphs": [1], "preprocess": {"size": 10**6, "resize": 10**6}}, "frames of 1000000 px"),
         ({"schema_version": 3, "graphs": [], "preprocess": {"size": 64, "resize": 64}}, "has 0 graphs"),
@@ -122,5 +125,12 @@ def test_a_damaged_bundle_is_refused_in_one_line(tmp_path, damage, expected):
 )
 def test_a_manifest_of_another_kind_is_refused(tmp_path, manifest, expected):
     write_tiny_bundle(path := tmp_path / "mge.plan")
-    write_entries(path, read_entries(path) | {"manifest.json": json.dumps(manifest).encode()})
+    document = manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode()
+    write_entries(path, read_entries(path) | {"manifest.json": document})
     assert expected in evaluate("bundle.js", OPENED, str(path))
+
+
+def test_another_zip_is_refused(tmp_path):
+    with zipfile.ZipFile(path := tmp_path / "mge.plan", "w") as archive:
+        archive.writestr("a.txt", "a")
+    assert "it has no entry manifest.json" in evaluate("bundle.js", OPENED, str(path))
