@@ -108,6 +108,12 @@ def main(
         raise InputError(f"cannot read {images}: {brief(error)}; expected a Parquet file or a folder") from error
     if columns.get("path") not in (pa.string(), pa.large_string()):
         raise InputError(f"{images} has the columns {', '.join(columns)}; expected texts in a column path")
+    if out.resolve() == root.resolve():  # its tables would count as predictions
+        raise InputError(f"{out} is the folder of the images; name another one for the predictions")
+    try:
+        done = finished(out)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"cannot read the predictions in {out}: {brief(error)}; remove that file") from error
     with Bundle.open(engine):  # one line here instead of many from every actor
         engine = engine if engine.startswith("hf://") else str(Path(engine).resolve())
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
@@ -121,7 +127,7 @@ def main(
     # Here one processor more than actors hold, for what reads tables; on a cluster (RAY_ADDRESS) leave one free.
     ray.init(**({} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads + 1}))
     ray.data.DataContext.get_current().enable_progress_bars = False
-    done = ray.put(finished(out))  # once on each machine
+    done = ray.put(done)  # once on each machine
     predicted = (
         ray.data.read_parquet(tables)
         .select_columns([name for name in ("path", "bytes") if name in columns])

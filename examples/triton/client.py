@@ -45,7 +45,7 @@ def main(model: str, images: tuple[Path, ...], engine: Path, url: str, top_k: in
     sent.set_data_from_numpy(frames)
     asked = triton.InferRequestedOutput("probabilities", class_count=top_k)
     try:
-        with triton.InferenceServerClient(url) as client:
+        with triton.InferenceServerClient(url.removeprefix("http://")) as client:
             found = np.asarray(client.infer(model, [sent], outputs=[asked]).as_numpy("probabilities"))
     except (triton.InferenceServerException, OSError) as error:
         raise InputError(f"the server at {url} did not predict: {brief(error)}") from error

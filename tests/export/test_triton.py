@@ -144,7 +144,7 @@ def server(repository):
 
 def test_the_client_gets_the_classes_that_the_runtime_predicts(server, tmp_path):
     start = ["groceries", *PHOTOGRAPHS, "--engine", MODELS / "groceries.plan", "--top-k", 1, "--url"]
-    lines = succeeds(client, *start, server).output.splitlines()
+    lines = succeeds(client, *start, f"http://{server}").output.splitlines()
     with Pipeline.open(MODELS / "groceries.plan", device="cpu", threads=1) as pipeline:
         expected = [pipeline.predict(path) for path in PHOTOGRAPHS]
     for line, prediction in zip(lines, expected, strict=True):

@@ -106,6 +106,17 @@ def test_without_ray_one_line_says_what_to_install(bundle_path, folder, monkeypa
     assert "pip install 'ray[data]'" in line
 
 
+def test_predictions_never_mix_with_images_and_damaged_ones_are_one_line(bundle_path, folder):
+    pq.write_table(pa.table({"path": NAMES}), folder / "images.parquet")
+    for images in (folder, folder / "images.parquet"):
+        assert "is the folder of the images" in fails(ray_bulk.main, "--engine", bundle_path, images, folder)
+    (folder / "out").mkdir()
+    (folder / "out/damaged.parquet").write_bytes(b"text")
+    line = fails(ray_bulk.main, "--engine", bundle_path, folder / "images.parquet", folder / "out")
+    assert "cannot read the predictions" in line
+    assert "damaged.parquet" in line
+
+
 def test_a_missing_bundle_is_one_line(folder):
     pq.write_table(pa.table({"path": NAMES}), folder / "images.parquet")
     assert "gone.plan" in fails(
