@@ -54,7 +54,7 @@ def test_an_export_writes_them_beside_the_bundle(single, tmp_path):
 
 def test_what_cannot_be_written_is_told_in_one_line_and_changes_nothing(exported, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    assert "cannot make the folder" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "file")
+    assert "cannot write" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "file")
 
     def refuse(*_):
         raise RuntimeError("no operator NoSuchOperator")
