@@ -34,7 +34,7 @@ def test_cub_is_trained_on_and_evaluated_as_it_is_downloaded(tmp_path):
     text = succeeds(train, *start, *QUICK).output
     assert "CUB_200_2011 is CUB-200-2011: 2 classes, 10 train, 6 test images" in text
     assert "has no validation split: 2 of the training images are held out for it" in text
-    assert "8 training and 2 validation images of 2 classes; 2 x test_resnet at 64 px" in text
+    assert "8 training and 2 validation images of 2 classes; 2 x test_resnet at 64, 32 px" in text
     best = tmp_path / "run/best.pt"
     assert load_checkpoint(best).config.classes == ("001.Black_footed_Albatross", "002.Laysan_Albatross")
     saved = tmp_path / "test.npz"
