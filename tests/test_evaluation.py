@@ -292,6 +292,8 @@ def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
         ("--compare a.npz b.npz", 1, "of which 2 are on one side alone, such as b/0.png"),
         ("--compare a.npz no.npz", 1, "no.npz"),
         ("--compare a.npz text.npz", 1, "expected a file that mge-eval --predictions wrote"),
+        ("--compare a.npz empty.npz", 1, "expected a file that mge-eval --predictions wrote"),
+        ("--compare a.npz uneven.npz", 1, "its parts are of different numbers of images"),
         ("--compare a.npz no.pt", 2, "--data"),
         ("--compare a.npz b.npz --ckpt no.pt", 2, "two models after --compare"),
         ("--compare a.npz b.npz --report r.html", 2, "cannot use --report"),
@@ -303,10 +305,15 @@ def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
 def test_what_cannot_be_compared_is_named_in_one_line(tmp_path, monkeypatch, arguments, code, said):
     monkeypatch.chdir(tmp_path)
     logits = {"expert 1": np.eye(3)}
-    for name, images in {"a": ["a/0.png", "a/1.png", "b/0.png"], "b": ["a/0.png", "a/1.png", "c/0.png"]}.items():
+    for name, images in {
+        "a": ["a/0.png", "a/1.png", "b/0.png"],
+        "b": ["a/0.png", "a/1.png", "c/0.png"],
+        "uneven": ["a/0.png", "a/1.png"],
+    }.items():
         found = Predictions(np.arange(3), logits, np.ones((3, 1)), np.zeros((3, 1, 4)))
         write_predictions(tmp_path / f"{name}.npz", found, images)
     (tmp_path / "text.npz").write_text("not an archive")
+    (tmp_path / "empty.npz").touch()
     assert said in fails(evaluate, *arguments.split(), code=code)
 
 
