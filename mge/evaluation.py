@@ -36,6 +36,7 @@ __all__ = [
     "collect_bundle",
     "evaluate_bundle",
     "find_labeled",
+    "gate_entropy",
     "gate_report",
     "read_predictions",
     "summarize",

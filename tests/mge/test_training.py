@@ -183,6 +183,7 @@ def test_what_a_run_leaves(make, monkeypatch):
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     assert rows == progress.history
     assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert all(row["gate/1"] + row["gate/2"] == pytest.approx(1) and 0 < row["gate/entropy"] <= 1 for row in rows)
     parts = [value for key, value in rows[0].items() if key.startswith("loss/") and key != "loss/total"]
     assert rows[0]["loss/total"] == pytest.approx(sum(parts))
     with Image.open(trainer.folder / "curves.png") as image:
