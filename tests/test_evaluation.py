@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 import json
+import re
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
@@ -15,9 +17,11 @@ from PIL import Image
 from mge.checkpoint import save_checkpoint
 from mge.cli.evaluate import main as evaluate
 from mge.cost import Cost
-from mge.evaluation import Predictions, collect, with_stops, write_predictions
+from mge.evaluation import Evaluation, Predictions, collect, with_stops, write_predictions
+from mge.figures import figures as make_figures
 from mge.model import MGENet
 from mge.parts import write_parts
+from mge.report import write_report
 from mge_export.cli import main as export
 from mge_runtime.bundle import add_calibration
 from mge_runtime.pipeline import Pipeline
@@ -176,6 +180,31 @@ def test_classes_and_confusions_are_those_of_the_images(data, files, tmp_path):
     assert sum(wrong.values()) == (predicted != labels).sum()
     for (true, other), images in wrong.items():
         assert images == ((labels == "ab".index(true)) & (predicted == "ab".index(other))).sum()
+
+
+def test_what_goes_wrong_most_comes_first(data, tmp_path):
+    """Of six images of "a" three are taken for "b" and one for "c", of three of "c" none is wrong."""
+    labels, predicted = [0] * 6 + [2] * 3, [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    logits = np.eye(3)[predicted] * np.arange(1, 10)[:, None]
+    images = [(path, label) for label, path in zip(labels, itertools.cycle(sorted(data.glob("*/*.png"))))]
+    found = Predictions(
+        np.array(labels),
+        {"expert 1": logits},
+        np.ones((9, 1)),
+        np.tile([[[0, 0, 8, 8]]], (9, 1, 1)),
+        classes=tuple("abc"),
+        heatmaps=(np.ones((9, 2, 2)),),
+    )
+    evaluation = Evaluation(found, images, tmp_path, data, "best.pt", {})
+    result = make_figures(evaluation)
+    assert [(row["class"], row["top1"]) for row in result["classes"]] == [("a", 1 / 3), ("c", 1)]
+    assert [(row["class"], row["predicted"], row["images"]) for row in result["confusions"]] == [
+        ("a", "b", 3),
+        ("a", "c", 1),
+    ]
+    write_report(tmp_path / "r.html", result, evaluation)
+    pair = re.search(r"<b>a \u2192 b</b> (\d+)%", (tmp_path / "r.html").read_text())
+    assert pair[1] == "99"  # of three images the most confident
 
 
 def test_a_chain_that_stops_early_gives_the_average_of_its_first_experts():

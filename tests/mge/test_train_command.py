@@ -129,6 +129,7 @@ def test_an_option_overrides_a_recipe(data, tmp_path):
     start = ["--data", data, "--init", "none", *TINY, "--recipe", "paper", "--crop-area", "0.4", "--out", tmp_path]
     succeeds(train, *start)
     assert read_training(tmp_path / "last.pt")["options"]["crop_area"] == (0.4,)
+    assert load_checkpoint(tmp_path / "last.pt").config.sizes == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,8 @@ def test_a_run_goes_on_in_another_folder_with_the_model_that_it_kept_and_replace
     assert f"{out} holds a run already" in fails(train, "--resume", last, "--out", out)
     assert "holds a run already" in fails(train, "--data", data, "--out", out, "--init", "none", *TINY)
     assert (out / "last.pt").read_text() == "another run's"
+    succeeds(train, "--resume", last, "--out", out, "--overwrite")  # it is finished: only what it kept is there
+    assert {path.name for path in out.iterdir() if path.is_file()} == {"best.pt", "options.toml"}
 
 
 def test_what_a_run_replaces_is_gone_before_it_begins(trained, data, tmp_path):
@@ -234,6 +237,8 @@ def test_a_model_is_fine_tuned(trained, data, tmp_path, other):
     assert kept == (set(mine) - heads if other else set(mine))
     succeeds(train, "--resume", tmp_path / "run/last.pt", "--arch", "test_resnet")
     assert "has experts 2, not 3" in fails(train, *start, "--out", tmp_path / "x", "--experts", "3")
+    if not other:
+        assert "all weights but the gate from" in succeeds(train, *start, "--gate", "network", "--dry-run").output
     assert "experts at 128, 64 px" in succeeds(train, *start, "--image-size", "128", "--dry-run").output
 
 
