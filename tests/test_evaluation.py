@@ -324,6 +324,7 @@ def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
         ("--compare a.npz empty.npz", 1, "expected a file that mge-eval --predictions wrote"),
         ("--compare a.npz uneven.npz", 1, "its parts are of different numbers of images"),
         ("--compare a.npz no.pt", 2, "--data"),
+        ("--compare a.npz hf://birds --data .", 1, "expected hf://owner/name"),
         ("--compare a.npz b.npz --ckpt no.pt", 2, "two models after --compare"),
         ("--compare a.npz b.npz --report r.html", 2, "cannot use --report"),
         ("--compare a.npz no.pt --data .", 1, "no.pt does not exist"),
