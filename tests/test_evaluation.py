@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from mge.checkpoint import save_checkpoint
@@ -295,6 +296,15 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(data, files, t
 
 
 # --- two models ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_there_where_the_page_is_refused(files, tmp_path):
+    save_noise(tmp_path / "test", {"a": 1})
+    given = ["--data", tmp_path, "--ckpt", files / "best.pt", "--workers", 0, "--report", tmp_path / "r.html"]
+    done = CliRunner().invoke(evaluate, list(map(str, given)))
+    assert "holds one image; expected two at least" in done.stderr
+    assert "mixture" in done.stdout
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):

@@ -123,12 +123,12 @@ def main(
         result = figures(found)
         if predictions is not None:
             write_predictions(predictions, *found.named)
+        if not as_json:
+            print_table(result)
         if report is not None:
             from mge.report import write_report
 
             write_report(report, result, found, opening["max_pixels"])
-        if not as_json:
-            print_table(result)
     if as_json:
         echo(json.dumps(result, indent=2))
 
