@@ -182,6 +182,9 @@ def main(
     if verify_images == 0 and verify_data is None:
         raise click.UsageError("--verify-images 0 takes all images of --verify-data: name that folder, or a number")
     path = engine or output or Path(ckpt or "").parent / DEFAULT_NAME
+    files = [file.resolve() for file in (ckpt, path, onnx_file) if file is not None]
+    if len(set(files)) < len(files):
+        raise click.UsageError("the checkpoint, the bundle and --onnx are one file twice: name files that differ")
     # What can be told before the work, and without PyTorch, whose import takes seconds.
     for folder in filter(None, (extract, openvino, triton, hf)):
         check_folder(folder)

@@ -187,6 +187,8 @@ def test_words_that_are_no_card_are_refused(plan, words, text, found):
         (["--ckpt", "best.pt", "--hf", "hub"], "add --card FILE"),
         (["--engine", "mge.plan", "--test-data", "birds", "--hf", "hub"], "add --card FILE"),
         (["--engine", "mge.plan", "--card", "words.md", "--fp16"], "cannot use --fp16"),
+        (["--engine", "mge.plan", "--onnx", "./mge.plan"], "name files that differ"),
+        (["--ckpt", "best.pt", "-o", "best.pt"], "name files that differ"),
     ],
 )
 def test_options_that_do_not_go_together(options, found):
