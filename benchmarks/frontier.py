@@ -3,8 +3,9 @@
     python -m benchmarks.frontier runs/chain-s0 runs/chain-s1 single.npz --data groceries --out frontier
 
 A run is a folder with `best.pt`, which `mge-eval` evaluates first (its predictions stay in OUT), or what `mge-eval
---predictions` wrote. Runs that are called the same but for `-s0`, `-s1`, ... are seeds of one: an image counts with the
-share of seeds that got it right. Intervals are 95 %, a bootstrap over images; GMACs are of one image.
+--predictions` wrote; OUT is for one --data. Runs that are called the same but for `-s0`, `-s1`, ... are seeds of one:
+an image counts with the share of seeds that got it right. Intervals are 95 %, a bootstrap over images; GMACs are of one
+image.
 """
 
 from __future__ import annotations
@@ -121,8 +122,10 @@ def main(runs: tuple[Path, ...], data: Path | None, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Predictions]] = {}
     same: list[tuple[str, str]] = []  # images and their classes
-    for run in runs:
-        file = out / f"{run.name}.npz" if run.is_dir() else run
+    files = [out / f"{run.name}.npz" if run.is_dir() else run for run in runs]
+    if len(set(files)) < len(files):
+        raise InputError(f"two of the runs are called alike: {' '.join(map(str, runs))}; expected names that differ")
+    for run, file in zip(runs, files, strict=True):
         model = run / "best.pt"
         if run.is_dir() and not (file.exists() and file.stat().st_mtime > model.stat().st_mtime):
             given = ["--ckpt", model, "--data", data or ".", "--predictions", file]

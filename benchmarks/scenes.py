@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -110,22 +111,29 @@ def distractors(data: Path, split: str) -> list[Path]:
 
 
 def write_scenes(data: Path, out: Path, kind: str, seed: int) -> None:
-    """Write the scenes of validation and test as class folders with `parts.csv`; `train/` links the photographs."""
-    out.mkdir(parents=True)
-    (out / "train").symlink_to((data / "groceries/train").resolve(), target_is_directory=True)
-    for number, (split, copies) in enumerate(COPIES.items()):
-        boxes: dict[str, tuple[float, float, float, float]] = {}
-        others = distractors(data, split)
-        for index, path in enumerate(sorted((data / "groceries" / split).rglob("*.jpg"))):
-            (out / split / path.parent.name).mkdir(parents=True, exist_ok=True)
-            for copy in range(copies):
-                random = np.random.default_rng((seed, number, index, copy))
-                scene, box = compose(kind, open_image(path), others, random)
-                name = f"{path.parent.name}/{path.stem}-{copy}.jpg"
-                Image.fromarray(scene).save(out / split / name, quality=95)
-                boxes[name] = box
-        write_parts(out / split, boxes)
-        click.echo(f"{out / split}: {len(boxes)} scenes")
+    """Write the scenes of validation and test as class folders with `parts.csv`; `train/` links the photographs.
+
+    OUT appears when all of it is there.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        draft = Path(scratch, "scenes")
+        draft.mkdir()
+        (draft / "train").symlink_to((data / "groceries/train").resolve(), target_is_directory=True)
+        for number, (split, copies) in enumerate(COPIES.items()):
+            boxes: dict[str, tuple[float, float, float, float]] = {}
+            others = distractors(data, split)
+            for index, path in enumerate(sorted((data / "groceries" / split).rglob("*.jpg"))):
+                (draft / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+                for copy in range(copies):
+                    random = np.random.default_rng((seed, number, index, copy))
+                    scene, box = compose(kind, open_image(path), others, random)
+                    name = f"{path.parent.name}/{path.stem}-{copy}.jpg"
+                    Image.fromarray(scene).save(draft / split / name, quality=95)
+                    boxes[name] = box
+            write_parts(draft / split, boxes)
+            click.echo(f"{out / split}: {len(boxes)} scenes")
+        draft.rename(out)
 
 
 @click.command(help=__doc__, context_settings={"ignore_unknown_options": True})

@@ -77,7 +77,7 @@ def load_checkpoint(
         labels: a text file with one class name a line, in the order of the class indices.
         box_threshold: in [0, 1), for every crop.
         resize: pixels, the shorter side before the center crop; it follows `image_size` in proportion.
-        image_size: pixels, a multiple of 16, the side of every expert's input.
+        image_size: pixels, a multiple of 16, the side of the first expert's input; those of the others follow it.
 
     Raises:
         CheckpointError: the file is missing, damaged, foreign, newer than this code or holds code; its weights are not

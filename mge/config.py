@@ -15,7 +15,7 @@ from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
 from mge_runtime.manifest import Crops, Preprocess, read_class_names, read_preprocess
 
-__all__ = ["GATES", "PAPER_THRESHOLD", "SHARINGS", "MGEConfig", "read_labels"]
+__all__ = ["GATES", "PAPER_THRESHOLD", "SHARINGS", "MGEConfig", "nearest_side", "read_labels"]
 
 PAPER_THRESHOLD = 0.2  # `--box_thred` of the authors' code
 GATES = ("network", "shared", "none")
@@ -119,19 +119,19 @@ class MGEConfig:
         return Preprocess(resize=self.resize, size=self.frame_size, mean=self.mean, std=self.std)
 
     def changed(self, **changes: Any) -> MGEConfig:
-        """The same model with other fields; one box threshold is for all crops, `resize` follows the frame's side.
+        """The same model with other fields; one box threshold is for all crops.
+
+        In proportion follow the later experts' sizes that of the first, and `resize` the frame's side.
 
         Raises:
-            CheckpointError: a value is out of its range, or `image_size` changes where the experts' sizes differ.
+            CheckpointError: a value is out of its range.
         """
         if sizes := changes.get("image_sizes"):
             changes.setdefault("image_size", sizes[0])
         size = changes.get("image_size", self.image_size)
-        if size != self.image_size and (self.image_sizes or self.source_size):
-            raise CheckpointError(
-                f"the model's images have {', '.join(map(str, self.sizes))} pixels, its frame {self.frame_size}; "
-                "another image_size is for models whose experts all see one size: leave it out"
-            )
+        if self.image_sizes and size != self.image_size:
+            later = (nearest_side(side * size / self.image_size) for side in self.image_sizes[1:])
+            changes.setdefault("image_sizes", (size, *later))
         if (frame := changes.get("source_size", self.source_size) or size) != self.frame_size:
             changes.setdefault("resize", round(frame * self.resize / self.frame_size))
         if len(thresholds := changes.get("box_thresholds", ())) == 1:
@@ -158,6 +158,11 @@ class MGEConfig:
             return cls(**{key: _read(str(known[key].type), value) for key, value in values.items()})
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"model config: {error}; expected a config that mge wrote") from error
+
+
+def nearest_side(pixels: float) -> int:
+    """A side of an image in pixels, a multiple of 32, the stride of backbones."""
+    return max(32, round(pixels / 32) * 32)
 
 
 def _read(kind: str, value: Any) -> Any:

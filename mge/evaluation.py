@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -37,6 +36,7 @@ __all__ = [
     "collect_bundle",
     "evaluate_bundle",
     "find_labeled",
+    "gate_entropy",
     "gate_report",
     "read_predictions",
     "summarize",
@@ -343,8 +343,11 @@ def read_predictions(path: Path) -> tuple[Predictions, list[str]]:
         heads = {name.removeprefix("logits/"): value for name, value in arrays.items() if name.startswith("logits/")}
         classes = tuple(arrays["classes"].tolist()) if "classes" in arrays else ()
         found = Predictions(arrays["labels"], heads, arrays["gate"], arrays["views"], (), None, exits, cost, classes)
-        return found, arrays["names"].tolist()
-    except (OSError, ValueError, TypeError, KeyError, BadZipFile) as error:
+        names = arrays["names"].tolist()
+        if not heads or {len(found.truth), *map(len, heads.values())} != {len(names)} or found.final.ndim != 2:
+            raise ValueError("its parts are of different numbers of images")
+        return found, names
+    except Exception as error:  # a damaged file can fail in any way
         raise InputError(
             f"cannot read {path}: {brief(error)}; expected a file that mge-eval --predictions wrote"
         ) from error

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 import json
+import re
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
@@ -10,14 +12,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
 from mge.checkpoint import save_checkpoint
 from mge.cli.evaluate import main as evaluate
 from mge.cost import Cost
-from mge.evaluation import Predictions, collect, with_stops, write_predictions
+from mge.evaluation import Evaluation, Predictions, collect, with_stops, write_predictions
+from mge.figures import figures as make_figures
 from mge.model import MGENet
 from mge.parts import write_parts
+from mge.report import write_report
 from mge_export.cli import main as export
 from mge_runtime.bundle import add_calibration
 from mge_runtime.pipeline import Pipeline
@@ -178,6 +183,31 @@ def test_classes_and_confusions_are_those_of_the_images(data, files, tmp_path):
         assert images == ((labels == "ab".index(true)) & (predicted == "ab".index(other))).sum()
 
 
+def test_what_goes_wrong_most_comes_first(data, tmp_path):
+    """Of six images of "a" three are taken for "b" and one for "c", of three of "c" none is wrong."""
+    labels, predicted = [0] * 6 + [2] * 3, [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    logits = np.eye(3)[predicted] * np.arange(1, 10)[:, None]
+    images = [(path, label) for label, path in zip(labels, itertools.cycle(sorted(data.glob("*/*.png"))))]
+    found = Predictions(
+        np.array(labels),
+        {"expert 1": logits},
+        np.ones((9, 1)),
+        np.tile([[[0, 0, 8, 8]]], (9, 1, 1)),
+        classes=tuple("abc"),
+        heatmaps=(np.ones((9, 2, 2)),),
+    )
+    evaluation = Evaluation(found, images, tmp_path, data, "best.pt", {})
+    result = make_figures(evaluation)
+    assert [(row["class"], row["top1"]) for row in result["classes"]] == [("a", 1 / 3), ("c", 1)]
+    assert [(row["class"], row["predicted"], row["images"]) for row in result["confusions"]] == [
+        ("a", "b", 3),
+        ("a", "c", 1),
+    ]
+    write_report(tmp_path / "r.html", result, evaluation)
+    pair = re.search(r"<b>a \u2192 b</b> (\d+)%", (tmp_path / "r.html").read_text())
+    assert pair[1] == "99"  # of three images the most confident
+
+
 def test_a_chain_that_stops_early_gives_the_average_of_its_first_experts():
     heads = {f"expert {k}": np.full((2, 3), float(k)) for k in (1, 2, 3, 4)} | {"average": 0, "mixture": 1}
     found = with_stops(Predictions(np.zeros(2), heads, np.ones((2, 4)), np.zeros((2, 4, 4)))).heads
@@ -268,6 +298,15 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_work(data, files, t
 # --- two models ---------------------------------------------------------------------------------------------------
 
 
+def test_the_table_is_there_where_the_page_is_refused(files, tmp_path):
+    save_noise(tmp_path / "test", {"a": 1})
+    given = ["--data", tmp_path, "--ckpt", files / "best.pt", "--workers", 0, "--report", tmp_path / "r.html"]
+    done = CliRunner().invoke(evaluate, list(map(str, given)))
+    assert "holds one image; expected two at least" in done.stderr
+    assert "mixture" in done.stdout
+    assert not (tmp_path / "r.html").exists()
+
+
 def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
     figures(data, "--ckpt", files / "best.pt", "--predictions", tmp_path / "a.npz")
     torch.manual_seed(4)
@@ -292,7 +331,10 @@ def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
         ("--compare a.npz b.npz", 1, "of which 2 are on one side alone, such as b/0.png"),
         ("--compare a.npz no.npz", 1, "no.npz"),
         ("--compare a.npz text.npz", 1, "expected a file that mge-eval --predictions wrote"),
+        ("--compare a.npz empty.npz", 1, "expected a file that mge-eval --predictions wrote"),
+        ("--compare a.npz uneven.npz", 1, "its parts are of different numbers of images"),
         ("--compare a.npz no.pt", 2, "--data"),
+        ("--compare a.npz hf://birds --data .", 1, "expected hf://owner/name"),
         ("--compare a.npz b.npz --ckpt no.pt", 2, "two models after --compare"),
         ("--compare a.npz b.npz --report r.html", 2, "cannot use --report"),
         ("--compare a.npz no.pt --data .", 1, "no.pt does not exist"),
@@ -303,10 +345,15 @@ def test_two_models_are_compared_on_the_same_images(data, files, tmp_path):
 def test_what_cannot_be_compared_is_named_in_one_line(tmp_path, monkeypatch, arguments, code, said):
     monkeypatch.chdir(tmp_path)
     logits = {"expert 1": np.eye(3)}
-    for name, images in {"a": ["a/0.png", "a/1.png", "b/0.png"], "b": ["a/0.png", "a/1.png", "c/0.png"]}.items():
+    for name, images in {
+        "a": ["a/0.png", "a/1.png", "b/0.png"],
+        "b": ["a/0.png", "a/1.png", "c/0.png"],
+        "uneven": ["a/0.png", "a/1.png"],
+    }.items():
         found = Predictions(np.arange(3), logits, np.ones((3, 1)), np.zeros((3, 1, 4)))
         write_predictions(tmp_path / f"{name}.npz", found, images)
     (tmp_path / "text.npz").write_text("not an archive")
+    (tmp_path / "empty.npz").touch()
     assert said in fails(evaluate, *arguments.split(), code=code)
 
 

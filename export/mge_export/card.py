@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class CardRequest:
 
     words: Words
     images: tuple[Path, Path, Label] | None  # to measure accuracy on, as `find_labeled` found them
+    source: str  # what these are called
     max_pixels: int
 
     @classmethod
@@ -90,7 +91,12 @@ class CardRequest:
         Raises:
             InputError: as for `Words.read`, or there are no such images.
         """
-        return cls(Words.read(words), None if data is None else find_labeled(data, "test", say), max_pixels)
+        said = Words.read(words)
+        if data is None:
+            return cls(said, None, "", max_pixels)
+        images = folder, root, _ = find_labeled(data, "test", say)
+        place = data if folder == root else folder  # a list's folder is that of all its splits
+        return cls(said, images, "/".join(place.resolve().parts[-2:]), max_pixels)
 
     def attach(self, path: Path, name: str) -> None:
         """Run the bundle over the test images, write its card and attach it.
@@ -113,10 +119,9 @@ class CardRequest:
         facts.append(f"- sha256: `{sha256}` (`mge-info {name} --verify SHA256`)")
         front, accuracy = {**_FRONT, **self.words.front}, ["Not measured."]
         if self.images is not None:
-            evaluation = evaluate_bundle(path, *self.images, max_pixels=self.max_pixels)
-            found, source = figures(evaluation), "/".join(evaluation.folder.resolve().parts[-2:])
-            accuracy = _accuracy(found, source)
-            front = {**_model_index(found, source, Path(name).stem), **front}
+            found = figures(evaluate_bundle(path, *self.images, max_pixels=self.max_pixels))
+            accuracy = _accuracy(found, self.source)
+            front = {**_model_index(found, self.source, Path(name).stem), **front}
         sections = {
             "Accuracy": "\n".join(accuracy),
             "Calibration": "\n".join(f"- {text.strip()}" for text in told["calibrated"]),
@@ -135,7 +140,7 @@ def _model_index(found: Mapping[str, Any], source: str, name: str) -> dict[str, 
         {"type": "accuracy", "name": f"Top-{k} accuracy of {count} images", "value": round(float(row[f"top{k}"]), 4)}
         for k in (1, 5)
     ]
-    dataset = {"name": source, "type": "imagefolder", "split": "test"}
+    dataset = {"name": source, "type": "imagefolder"}
     result = {"task": {"type": _FRONT["pipeline_tag"]}, "dataset": dataset, "metrics": metrics}
     return {"model-index": [{"name": name, "results": [result]}]}
 
@@ -167,9 +172,11 @@ def _hub_files(bundle: Bundle) -> dict[str, bytes]:
     if (card := bundle.card()) is None:
         raise InputError(f"{bundle.path} has no model card, which the Hub shows; add one with --card FILE")
     labels = "".join(f"{name}\n" for name in bundle.manifest.class_names)
-    if named := re.search(r"^mge-run --engine (.+) IMAGES", card, re.MULTILINE):  # the file, when it was written
-        card = card.replace(named[1], _PLAN)
-    return {"README.md": card.encode(), LABELS: labels.encode()}
+    words, title, ours = card.rpartition("\n## Bundle\n")
+    if named := re.search(r"^mge-run --engine (.+) IMAGES", ours, re.MULTILINE):  # the file, when it was written
+        name = re.escape(named[1])
+        ours = re.sub(rf'((?:mge-info |--engine |open\("))(?:{name})', rf"\g<1>{_PLAN}", ours)
+    return {"README.md": (words + title + ours).encode(), LABELS: labels.encode()}
 
 
 def check_hub_folder(folder: Path, path: Path) -> None:
@@ -182,16 +189,15 @@ def check_hub_folder(folder: Path, path: Path) -> None:
     Raises:
         OutputError: the folder holds a README.md, mge.plan or labels.txt that is something else.
     """
-    held = [file for name in ("README.md", _PLAN, LABELS) if os.path.lexists(file := folder / name)]
-    try:
+    held = [file for name in (_PLAN, "README.md", LABELS) if os.path.lexists(file := folder / name)]
+    with suppress(BundleError, InputError, OSError):  # what stays is not as it was written
         if held == [folder / _PLAN] and held[0].samefile(path):
             return
         if held:
             with Bundle.open(folder / _PLAN) as bundle:
                 files = _hub_files(bundle)
-            held = [folder / name for name, data in files.items() if (folder / name).read_bytes() != data]
-    except (BundleError, InputError, OSError):
-        pass  # not as it was written
+            others = [file for file in held if file.name in files]
+            held = [file for file in others if not file.is_file() or file.read_bytes() != files[file.name]]
     if held:
         raise OutputError(
             f"{held[0]} is not what --hf wrote, or was edited since; move it away, or name a new folder for --hf"
@@ -203,7 +209,7 @@ def write_hub_folder(path: Path, folder: Path) -> list[Path]:
 
     Args:
         path: a bundle with a card.
-        folder: where to; files of the same names are replaced, all of them or none: `check_hub_folder` before.
+        folder: where to; files of the same names are replaced when all are written: `check_hub_folder` before.
 
     Returns:
         The files that were written.
@@ -215,10 +221,8 @@ def write_hub_folder(path: Path, folder: Path) -> list[Path]:
     """
     with Bundle.open(path) as bundle, ExitStack() as stack:
         files, watched = _hub_files(bundle), bundle.watched()
-        try:
+        with suppress(OSError):  # atomic_path says what is wrong with the folder
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make the folder {folder}: {error.strerror}; name another for --hf") from error
         for name, data in files.items():
             stack.enter_context(atomic_path(folder / name)).write_bytes(data)
         copy = stack.enter_context(atomic_path(folder / _PLAN))

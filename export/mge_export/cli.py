@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -16,12 +16,9 @@ from mge_runtime.cli.common import (
     options_given,
     reports_errors,
 )
-from mge_runtime.errors import ExportError, OutputError
-from mge_runtime.files import echo
+from mge_runtime.errors import ExportError, MGEError
+from mge_runtime.files import check_folder, check_output, echo
 from mge_runtime.interrupt import interruptible
-
-if TYPE_CHECKING:
-    from mge_export.card import CardRequest
 
 __all__ = ["main"]
 
@@ -33,7 +30,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 
 @click.command(context_settings=SETTINGS)
 @click.option("--ckpt", type=PATH, help="best.pt of mge-train, or a checkpoint of the authors' code.")
-@click.option("--engine", type=PATH, help="Instead of --ckpt: a bundle for --card, --hf, --openvino and --triton.")
+@click.option("--engine", type=PATH, help="Instead of --ckpt: a bundle to attach a card to, or to write for others.")
 @click.option("--fp16", is_flag=True, help="Backbones and part convolutions in half precision, the rest in FP32.")
 @click.option("--int8", is_flag=True, help="Backbones in INT8 with --calib-data, FP16 around it. Implies --fp16.")
 @click.option(
@@ -77,7 +74,8 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
     "onnx_file",
     type=PATH,
     metavar="FILE",
-    help="Also write the whole chain as one ONNX file, and labels.txt beside it.",
+    help="Also write the whole chain as one ONNX file, and labels.txt beside it. With --fp16, CPUs run it at half the "
+    "speed where experts share a backbone.",
 )
 @click.option(
     "--openvino",
@@ -103,7 +101,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "show_default": True, "max_co
 @click.option("--labels", type=PATH, help="Text file, a class name a line.  [default: the checkpoint's]")
 @click.option("--box-threshold", type=Number(0, 1, max_open=True), help="Of every crop.  [default: the checkpoint's]")
 @click.option("--resize", type=click.IntRange(1), help="Pixels, the shorter side before the center crop.")
-@click.option("--image-size", type=click.IntRange(1), help="Pixels, the side of every expert's input.")
+@click.option("--image-size", type=click.IntRange(1), help="Pixels, side of the first expert's input; others follow.")
 @click.option(
     "--card",
     type=PATH,
@@ -164,13 +162,15 @@ def main(
     """
     if (ckpt is None) is (engine is None):
         raise click.UsageError("name either --ckpt, to export it, or --engine, a finished bundle")
+    beside = {"extract": extract, "onnx": onnx_file, "openvino": openvino, "triton": triton, "hf": hf}
     if engine is not None:
-        usable = {"engine", "card", "test_data", "hf", "openvino", "triton", "max_pixels"}
+        usable = {"engine", "card", "test_data", "max_pixels", "onnx_file", *beside}
         others = {parameter.name or "" for parameter in click.get_current_context().command.params} - usable
         if unused := options_given(*others):
             raise click.UsageError(f"--engine is a finished bundle, which cannot use {', '.join(unused)}: leave it out")
-    if engine and not (card or hf or openvino or triton or test_data):
-        raise click.UsageError("--engine alone writes nothing: add --card, --hf, --openvino or --triton")
+        if not any((card, test_data, *beside.values())):
+            options = ", ".join(f"--{name}" for name in beside)
+            raise click.UsageError(f"--engine alone writes nothing: add --card, {options}")
     if card is None and (test_data or (hf and ckpt)):
         raise click.UsageError("there is no model card to write: add --card FILE")
     if int8 is not (calib_data is not None):
@@ -182,6 +182,18 @@ def main(
     if verify_images == 0 and verify_data is None:
         raise click.UsageError("--verify-images 0 takes all images of --verify-data: name that folder, or a number")
     path = engine or output or Path(ckpt or "").parent / DEFAULT_NAME
+    files = [file.resolve() for file in (ckpt, path, onnx_file) if file is not None]
+    if len(set(files)) < len(files):
+        raise click.UsageError("the checkpoint, the bundle and --onnx are one file twice: name files that differ")
+    # What can be told before the work, and without PyTorch, whose import takes seconds.
+    for folder in filter(None, (extract, openvino, triton, hf)):
+        check_folder(folder)
+    if onnx_file is not None:
+        check_output(onnx_file)
+    if triton is not None:
+        from mge_export.triton import check_repository
+
+        check_repository(triton)
     if hf is not None:
         from mge_export.card import check_hub_folder
 
@@ -194,22 +206,22 @@ def main(
     if openvino is not None:
         from mge_export.openvino import load_openvino
 
-        load_openvino()  # its absence is told before the work
+        load_openvino()
     if ckpt is None:
-        assert engine is not None  # noqa: S101 - the usage check above; for the type checker
-        _describe(engine, describe, hf, openvino, triton)
+        with interruptible("the export", f"{path} is whole; run it again", ExportError):
+            if describe is not None:
+                describe.attach(path, path.name)
+                echo(f"{path}: has its card: mge-info {shlex.quote(str(path))} --card")
+            _write_beside(path, beside, echo)
         return
     from mge.archive import check_file
     from mge.config import read_labels
     from mge_calibration.int8.images import CALIBRATION_FOLDER
     from mge_export.images import VERIFY_FOLDER
     from mge_export.targets import EnginePlan
-    from mge_runtime.files import check_output
     from mge_runtime.layouts import require_images
 
-    # What can be told without PyTorch, whose import takes seconds.
-    for file in filter(None, (path, onnx_file)):
-        check_output(file)
+    check_output(path)
     check_file(ckpt)
     if labels is not None:
         read_labels(labels)
@@ -224,14 +236,10 @@ def main(
         from mge.checkpoint import load_checkpoint
         from mge_calibration.int8.images import read_calibration_images
         from mge_calibration.int8.quantize import Int8Options
-        from mge_export.card import write_hub_folder
-        from mge_export.chain import write_chain
         from mge_export.export import export_bundle
         from mge_export.images import find_verify_images, generated_images, photographs
         from mge_export.int8 import Int8Request
-        from mge_export.openvino import write_openvino
         from mge_export.precision import Precision
-        from mge_export.triton import write_triton
         from mge_runtime.bundle import Bundle
         from mge_runtime.files import file_sha256
 
@@ -281,21 +289,10 @@ def main(
             say=say,
         )
         interrupt.consequence = f"{path} was written before"
-        if extract or onnx_file or openvino or triton or hf:
-            try:
-                with Bundle.open(path) as bundle:
-                    if extract is not None:
-                        say(f"extracted {len(bundle.extract(extract))} files to {extract}")
-                    if onnx_file is not None:
-                        say(f"wrote {', '.join(map(str, write_chain(bundle, onnx_file)))}")
-                    if openvino is not None:
-                        say(f"wrote {', '.join(map(str, write_openvino(bundle, openvino)))}")
-                    if triton is not None:
-                        say(f"wrote {len(write_triton(bundle, triton))} files to {triton}")
-                if hf is not None:
-                    say(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
-            except (ExportError, OutputError) as error:
-                raise type(error)(f"{error}; {path} was written before") from error
+        try:
+            _write_beside(path, beside, say)
+        except MGEError as error:
+            raise type(error)(f"{error}; {path} was written before") from error
     if result.report.failures:
         click.echo(f"warning: {len(result.report.failures)} values are out of tolerance; the bundle says so", err=True)
     weights = sum(entry.size for name, entry in result.manifest.entries.items() if name.endswith(".weights"))
@@ -308,29 +305,29 @@ def main(
     echo(f"run it: mge-run --engine {shlex.quote(str(path))} IMAGES...")
 
 
-def _describe(
-    path: Path, request: CardRequest | None, hf: Path | None, openvino: Path | None, triton: Path | None
-) -> None:
-    """Attach a card to a bundle that is there, and write folders for others to read; no PyTorch is loaded."""
+def _write_beside(path: Path, places: Mapping[str, Path | None], say: Callable[[str], None]) -> None:
+    """Write what others read of a finished bundle to the places of these options; only "onnx" loads PyTorch."""
     from mge_runtime.bundle import Bundle
 
-    with interruptible("the description", f"{path} is whole; run it again", ExportError):
-        if request is not None:
-            request.attach(path, path.name)
-            echo(f"{path}: has its card: mge-info {shlex.quote(str(path))} --card")
-        if hf is not None:
-            from mge_export.card import write_hub_folder
+    with Bundle.open(path) as bundle:
+        if (extract := places["extract"]) is not None:
+            say(f"extracted {len(bundle.extract(extract))} files to {extract}")
+        if (onnx := places["onnx"]) is not None:
+            from mge_export.chain import write_chain
 
-            echo(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
-        with Bundle.open(path) as bundle:
-            if openvino is not None:
-                from mge_export.openvino import write_openvino
+            say(f"wrote {', '.join(map(str, write_chain(bundle, onnx)))}")
+        if (openvino := places["openvino"]) is not None:
+            from mge_export.openvino import write_openvino
 
-                echo(f"wrote {', '.join(map(str, write_openvino(bundle, openvino)))}")
-            if triton is not None:
-                from mge_export.triton import write_triton
+            say(f"wrote {', '.join(map(str, write_openvino(bundle, openvino)))}")
+        if (triton := places["triton"]) is not None:
+            from mge_export.triton import write_triton
 
-                echo(f"wrote {len(write_triton(bundle, triton))} files to {triton}")
+            say(f"wrote {len(write_triton(bundle, triton))} files to {triton}")
+    if (hf := places["hf"]) is not None:
+        from mge_export.card import write_hub_folder
+
+        say(f"wrote {', '.join(map(str, write_hub_folder(path, hf)))}")
 
 
 if __name__ == "__main__":

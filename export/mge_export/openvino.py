@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from mge_runtime.bundle import Bundle
 from mge_runtime.bundle.archive import CHAIN
 from mge_runtime.bundle.reader import LABELS
-from mge_runtime.errors import ExportError, OutputError, brief
+from mge_runtime.errors import ExportError, brief
 from mge_runtime.files import atomic_path, temporary_folder
 from mge_runtime.machine import import_library, install_extra
 
@@ -52,10 +52,8 @@ def write_openvino(bundle: Bundle, folder: Path) -> list[Path]:
         OutputError: the folder cannot be written.
     """
     openvino = load_openvino()
-    try:
+    with suppress(OSError):  # atomic_path says what is wrong with the folder
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}; name another for --openvino") from error
     with temporary_folder("openvino") as scratch:
         bundle.extract(scratch, bundle.chain_entries())
         chain = scratch / CHAIN

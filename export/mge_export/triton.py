@@ -18,11 +18,22 @@ from mge_runtime.errors import ExportError, OutputError
 from mge_runtime.manifest import TensorSpec
 from mge_runtime.trt.engines import EngineSet, bundle_engines
 
-__all__ = ["write_triton"]
+__all__ = ["check_repository", "write_triton"]
 
 LARGEST_BATCH = 8  # images that the server may run at once
 _BATCHING = "dynamic_batching { max_queue_delay_microseconds: 1000 }"  # that an image may wait for others
 _TYPES = {"uint8": "TYPE_UINT8", "float16": "TYPE_FP16", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
+
+
+def check_repository(folder: Path) -> None:
+    """Check that `write_triton` replaces nothing.
+
+    Raises:
+        OutputError: the folder has something in it.
+        OSError: it cannot be listed.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder} is there and not empty; remove it, or name a new folder for --triton")
 
 
 def write_triton(bundle: Bundle, folder: Path) -> list[Path]:
@@ -54,8 +65,7 @@ def write_triton(bundle: Bundle, folder: Path) -> list[Path]:
                 f"one; build them with --batch 1,{','.join(map(str, found.details.batch.sizes[1:]))}"
             )
     try:
-        if folder.exists() and any(folder.iterdir()):
-            raise OutputError(f"{folder} is there and not empty; remove it, or name a new folder for --triton")
+        check_repository(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
             made = Path(scratch, "models")

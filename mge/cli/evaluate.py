@@ -35,7 +35,7 @@ PATH = click.Path(path_type=Path)
     type=PATH,
     nargs=2,
     metavar="A B",
-    help="Compare two instead: checkpoints, bundles (.plan), or what --predictions wrote (.npz).",
+    help="Compare two instead: checkpoints, bundles (.plan, hf://), or what --predictions wrote (.npz).",
 )
 @click.option(
     "--data",
@@ -73,6 +73,7 @@ def main(
     """
     from mge.archive import check_file
     from mge.evaluation import evaluate_bundle, find_labeled
+    from mge_runtime.hub import HubAddress
 
     models = [path for path in (ckpt, engine) if path is not None]
     if (compare is None) is not (len(models) == 1) or (compare and models):
@@ -83,7 +84,8 @@ def main(
         raise click.UsageError(f"--predictions writes a NumPy file, which --compare knows by .npz, not {predictions}")
     models = list(compare or models)
     stored = [path for path in compare or () if path.suffix == ".npz"]
-    bundles = [path for path in models if path == engine or (compare and path.suffix == ".plan")]
+    bundles = [path for path in compare or () if path.suffix == ".plan" or HubAddress.parse(str(path))]
+    bundles += [engine] if engine else []
     if not bundles and (unused := options_given("device", "backend", "threads", "no_mmap")):
         raise click.UsageError(f"a checkpoint runs in PyTorch, which cannot use {', '.join(unused)}; leave that out")
     if data is None and len(stored) < len(models):
@@ -121,12 +123,12 @@ def main(
         result = figures(found)
         if predictions is not None:
             write_predictions(predictions, *found.named)
+        if not as_json:
+            print_table(result)
         if report is not None:
             from mge.report import write_report
 
             write_report(report, result, found, opening["max_pixels"])
-        if not as_json:
-            print_table(result)
     if as_json:
         echo(json.dumps(result, indent=2))
 

@@ -18,7 +18,7 @@ from mge.config import PAPER_THRESHOLD, MGEConfig
 from mge.training.options import TrainOptions
 from mge_runtime.cli.common import note, reports_errors
 from mge_runtime.errors import OutputError, TrainingError, brief
-from mge_runtime.files import atomic_path, check_writable, echo, lock
+from mge_runtime.files import atomic_path, check_folder, echo, lock
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from mge.model import MGENet
 
 __all__ = ["main"]
+
+MODELS = ("last.pt", "best.pt")
+WRITTEN = (*MODELS, "metrics.csv", "curves.png")
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
@@ -77,6 +80,8 @@ def main(**options: Any) -> None:
         for option, asked in (("--distill", train_options.distill), ("--sharing", "sharing" in given)):
             if asked:
                 note(f"{option} does nothing for a single network; it is for --experts 2 and more")
+    if first and train_options.gate_balance and (config.experts == 1 or config.gate == "none"):
+        note("--gate-balance does nothing without a gate to train; it is for --gate network and shared")
     # `main.main(arguments, obj=...)` trains on images of another making.
     images = click.get_current_context().obj or TrainingDataset
     trainer = (DryRun if dry else Trainer)(
@@ -89,16 +94,20 @@ def main(**options: Any) -> None:
         command={name: str(value) if isinstance(value, Path) else value for name, value in options.items()},
     )
     with _claimed(out, claim=not dry and (first or fabric.world_size == 1)):
-        if resume is not None and moved and first:
-            _copy_best(resume.parent / "best.pt", out / "best.pt")
         if first and not dry:
+            if resume is None or moved:  # files of two runs would lie side by side
+                for name in WRITTEN:
+                    (out / name).unlink(missing_ok=True)
+            if resume is not None and moved and (kept := resume.parent / "best.pt").is_file():
+                with atomic_path(out / "best.pt") as part:
+                    shutil.copyfile(kept, part)
             usual = config.resize == _resize(config.frame_size)  # left out, so that it follows another --image-size
             write_options(out / "options.toml", options | {"resize": None if usual else config.resize})
         _launch(fabric)  # last, so that what is refused is refused once: further processes begin this command anew
         if fabric.is_global_zero:
             echo(
                 f"{len(train)} training and {len(val)} validation images of {len(classes)} classes; "
-                f"{config.experts} x {config.arch} at {config.image_size} px{origin}"
+                f"{config.experts} x {config.arch} at {', '.join(map(str, config.sizes))} px{origin}"
             )
         if fabric.is_global_zero and not dry:
             echo("kept in best.pt: the latest epoch within one standard error of the highest validation accuracy")
@@ -119,15 +128,6 @@ def main(**options: Any) -> None:
             f"no epoch of this run was kept, and the best.pt beside {resume} is gone; train on (--epochs)"
         )
     echo(f"{best}: validation accuracy {100 * progress.kept:.1f} %; export with: mge-export --ckpt {best}")
-
-
-def _copy_best(old: Path, new: Path) -> None:
-    """Copy the model that a run has kept so far to the folder where it goes on."""
-    if old.is_file():
-        with atomic_path(new) as part:
-            shutil.copyfile(old, part)
-    else:
-        new.unlink(missing_ok=True)  # another run's
 
 
 def _is_first_process() -> bool:
@@ -169,25 +169,26 @@ def _launch(fabric: Fabric) -> None:
 
 def _check_folder(out: Path, *, replace: bool) -> None:
     """Check that a run can be written before it costs anything."""
-    if (out / "last.pt").exists() and not replace:
+    if not replace and any((out / name).exists() for name in MODELS):
+        go_on = f"go on with it (--resume {last}), " if (last := out / "last.pt").exists() else ""
         raise OutputError(
-            f"{out} holds a run already; go on with it (--resume {out / 'last.pt'}), replace it (--overwrite) or name "
-            "another folder with --out"
+            f"{out} holds a run already; {go_on}replace it (--overwrite) or name another folder with --out"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make folder {out}: {error.strerror}; name another with --out") from error
-    check_writable(out / "last.pt")
+    check_folder(out)
 
 
 @contextmanager
 def _claimed(out: Path, *, claim: bool) -> Generator[None]:
-    """Keep every other training out of a folder inside the block, however it was started.
+    """Make a folder and keep every other training out of it inside the block, however it was started.
 
     Raises:
-        OutputError: another one is writing there.
+        OutputError: it cannot be made, or another one is writing there.
     """
+    if claim:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make folder {out}: {error.strerror}; name another with --out") from error
     if not claim or os.name == "nt":  # Windows has no lock on folders
         yield
         return

@@ -170,7 +170,7 @@ _OPTIONS = (
     _field("--flip/--no-flip", None, "Random horizontal flips."),
     _field("--augment", click.Choice(AUGMENTATIONS), "trivial: TrivialAugment; rand: RandAugment."),
     _field("--erasing", Number(0, 1), "Probability that a random rectangle of an image is erased."),
-    _field("--seed", click.IntRange(0)),
+    _field("--seed", click.IntRange(0, 2**32 - 1)),
     _field("--workers", click.IntRange(0), "Processes that decode images."),
     max_pixels_option,
     click.option("--accelerator", default="auto", help="Lightning Fabric's name: auto, cpu, cuda, mps."),

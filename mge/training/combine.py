@@ -1,7 +1,7 @@
 """How the experts' logits are combined: weights learned on held-out images, and whether a gate still weighs.
 
 A gate is trained on images that the experts already know, where whom it trusts makes no difference to the loss: it may
-come to trust one expert for every image, which then answers alone.
+come to trust one expert for every image, which then predicts alone.
 """
 
 from __future__ import annotations

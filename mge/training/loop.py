@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mge.archive import taking_up
 from mge.checkpoint import read_training, save_checkpoint
 from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader, normalize
-from mge.evaluation import Predictions, collect, gate_report, summarize
+from mge.evaluation import Predictions, collect, gate_entropy, gate_report, summarize
 from mge.model import Average, Expert, Gate, MGENet, mix
 from mge.parts import view_areas
 from mge.training.combine import fit_average
@@ -303,6 +303,7 @@ class Trainer:
         row |= {f"top1/{line.name}": line.top1 for line in rows}
         row |= {f"area/expert {k}": area for k, area in enumerate(areas, 1)}
         row |= {f"gate/{k}": weight for k, weight in enumerate(predictions.gate.mean(0).tolist(), 1)}
+        row["gate/entropy"] = gate_entropy(predictions.gate)
         row |= {f"threshold/{k}": value for k, value in enumerate(thresholds, 1)}
         row["lr/backbone"], row["lr/heads"] = progress.rates
         row["seconds"] = round(seconds, 2)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
-from mge.config import PAPER_THRESHOLD, MGEConfig
+from mge.config import PAPER_THRESHOLD, MGEConfig, nearest_side
 
 __all__ = ["AUGMENTATIONS", "CROP_AREA", "OPTIMIZERS", "RECIPES", "TrainOptions", "smaller_later"]
 
@@ -87,4 +87,4 @@ def smaller_later(size: int, experts: int) -> tuple[int, ...]:
 
     Five sevenths of the first's, the nearest multiple of 32 (of the backbones' stride): 448, 320, 320.
     """
-    return (size, *(max(32, round(size * 5 / 7 / 32) * 32),) * (experts - 1))
+    return (size, *(nearest_side(size * 5 / 7),) * (experts - 1))

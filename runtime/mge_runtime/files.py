@@ -19,6 +19,7 @@ from mge_runtime.errors import OutputError
 
 __all__ = [
     "atomic_path",
+    "check_folder",
     "check_output",
     "check_writable",
     "echo",
@@ -116,6 +117,22 @@ def check_output(path: Path) -> None:
             found = "is a file;" if path.parent.exists() else "does not exist; make it or"
             raise OutputError(f"cannot write {path}: {path.parent} {found} name another place")
     check_writable(path)
+
+
+def check_folder(folder: Path) -> None:
+    """As `check_writable`, for a folder, which need not be there yet.
+
+    Raises:
+        OutputError: files could not be written in it.
+    """
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with _part(place / "folder") as temporary:
+            temporary.write_bytes(bytes(4096))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 @contextmanager

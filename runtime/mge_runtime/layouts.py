@@ -197,8 +197,8 @@ def _table(path: Path) -> _Lists:
         image, label, split = ("" if cell is None else str(cell).strip() for cell in cells)
         if not image or not label or ("split" in row and not split):
             raise InputError(
-                f"{path}, row {number}: found {row}; expected a value in each of the columns path, label and, if the "
-                "table has splits, split (train, val, test)"
+                f"{path}, row {number}: found {str(row)[:200]}; expected a value in each of the columns path, label "
+                "and, if the table has splits, split (train, val, test)"
             )
         splits.setdefault(_split_name(split), []).append((image, label))
     return sorted({label for rows in splits.values() for _, label in rows}), splits

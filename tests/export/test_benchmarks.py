@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -227,6 +228,9 @@ def test_the_frontier_evaluates_a_run_anew_that_was_trained_on(tmp_path, monkeyp
         done = CliRunner().invoke(frontier.main, [str(model.parent), "--out", str(tmp_path / "out")])
         assert done.exit_code == 0, done.output
         assert len(evaluated) == runs
+    shutil.copytree(model.parent, tmp_path / "second/run")
+    runs = [str(model.parent), str(tmp_path / "second/run"), "--out", str(tmp_path / "out")]
+    assert "two of the runs are called alike" in CliRunner().invoke(frontier.main, runs).stderr
 
 
 @FP32

@@ -13,7 +13,7 @@ import torch
 from mge_export import export, runners
 from mge_export.cli import main
 from mge_runtime.bundle import Bundle, GraphModel, writer
-from mge_runtime.errors import OutputError
+from mge_runtime.errors import BundleError, OutputError
 from mge_runtime.files import check_output
 from tests.helpers.commands import fails, succeeds
 
@@ -130,6 +130,40 @@ def test_a_place_that_cannot_be_written(single, tmp_path):
         for option in ("-o", "--onnx"):
             assert words in fails(main, "--ckpt", single, option, place)
     assert leftovers(tmp_path) == {"best.pt"}
+
+
+@pytest.mark.parametrize("option", ["--extract", "--openvino", "--triton", "--hf"])
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(single, option):
+    words = single.parent / "words.md"
+    words.write_text("---\nlicense: mit\n---\n## Data\n## Limits\n")
+    start = ["--ckpt", single, "--card", words, option]
+    assert f"cannot write {words}: Not a directory" in fails(main, *start, words)
+    if option == "--triton":
+        assert "is there and not empty" in fails(main, *start, single.parent)
+    assert leftovers(single.parent) == {"best.pt", "words.md"}
+
+
+def test_what_others_read_is_written_with_the_export_or_later(single, tmp_path):
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    succeeds(main, "--ckpt", single, "--verify-images", 1, "--onnx", folder / "1.onnx", "--extract", tmp_path / "1")
+    bundle = single.parent / "mge.plan"
+    succeeds(main, "--engine", bundle, "--onnx", folder / "2.onnx", "--extract", tmp_path / "2")
+    assert (folder / "1.onnx").read_bytes() == (folder / "2.onnx").read_bytes()
+    assert (tmp_path / "1/manifest.json").read_bytes() == (tmp_path / "2/manifest.json").read_bytes()
+
+
+def damaged(*_):
+    raise BundleError("an entry was damaged")
+
+
+@pytest.mark.parametrize("extract", [damaged, lambda *_: signal.raise_signal(signal.SIGTERM)])
+def test_what_comes_after_the_bundle_says_that_it_is_there(single, monkeypatch, tmp_path, extract):
+    monkeypatch.setattr(Bundle, "extract", extract)
+    bundle, beside = single.parent / "mge.plan", ["--extract", tmp_path / "x"]
+    assert f"{bundle} was written before" in fails(main, "--ckpt", single, "--verify-images", 1, *beside)
+    line = fails(main, "--engine", bundle, *beside)
+    assert line.endswith(("the export was interrupted (SIGTERM): " + f"{bundle} is whole; run it again", "was damaged"))
 
 
 def test_writing_is_tried_not_asked_for(monkeypatch, tmp_path):

@@ -74,7 +74,7 @@ def test_what_cannot_be_written_is_told_in_one_line_and_changes_nothing(exported
     assert "it is a folder" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "theirs")
     assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["chain.xml"]
     (tmp_path / "file").touch()
-    assert "cannot make the folder" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "file")
+    assert "cannot write" in fails(main, "--engine", exported.path, "--openvino", tmp_path / "file")
 
     def refuse(*_):
         raise RuntimeError("no operator NoSuchOperator")

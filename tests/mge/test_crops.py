@@ -92,7 +92,10 @@ def test_sizes_that_do_not_fit_are_refused(changes, named):
         MGEConfig("plainnet_w16", ("a", "b"), image_size=64, resize=64, **changes)
 
 
-def test_another_image_size_is_for_models_of_one_size():
-    config = MGEConfig("plainnet_w16", ("a", "b"), image_size=64, source_size=128, resize=128)
-    with pytest.raises(CheckpointError, match="leave it out"):
-        config.changed(image_size=96)
+def test_later_sizes_follow_the_first_the_source_stays():
+    config = MGEConfig("plainnet_w16", ("a", "b"), image_size=448, image_sizes=(448, 320, 320))
+    assert config.changed(image_size=224).sizes == config.changed(image_sizes=(224, 160, 160)).sizes == (224, 160, 160)
+    config = MGEConfig("plainnet_w16", ("a", "b"), image_size=64, source_size=192, resize=192)
+    assert config.changed(image_size=96).source_size == 192
+    with pytest.raises(CheckpointError, match=r"source_size is 192; expected 0, or a multiple of image_size \(128\)"):
+        config.changed(image_size=128)

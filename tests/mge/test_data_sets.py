@@ -3,13 +3,16 @@
 import csv
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import save_file
 
 from benchmarks import worth
+from benchmarks.scenes import compose
 from benchmarks.scenes import main as scenes
 from mge.backbones import create_backbone
 from mge.checkpoint import load_checkpoint
@@ -34,7 +37,7 @@ def test_cub_is_trained_on_and_evaluated_as_it_is_downloaded(tmp_path):
     text = succeeds(train, *start, *QUICK).output
     assert "CUB_200_2011 is CUB-200-2011: 2 classes, 10 train, 6 test images" in text
     assert "has no validation split: 2 of the training images are held out for it" in text
-    assert "8 training and 2 validation images of 2 classes; 2 x test_resnet at 64 px" in text
+    assert "8 training and 2 validation images of 2 classes; 2 x test_resnet at 64, 32 px" in text
     best = tmp_path / "run/best.pt"
     assert load_checkpoint(best).config.classes == ("001.Black_footed_Albatross", "002.Laysan_Albatross")
     saved = tmp_path / "test.npz"
@@ -210,6 +213,19 @@ def test_scenes_are_trained_on_by_the_command_itself(tmp_path):
     assert same == loss
     paint(tmp_path, 230, "train")
     assert run("other")[1] != loss  # training sees what lies around the products
+
+
+def test_scenes_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    save_products(tmp_path)
+    first = iter([True])
+
+    def interrupted(*arguments):
+        return compose(*arguments) if next(first, False) else signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("benchmarks.scenes.compose", interrupted)
+    assert CliRunner().invoke(scenes, [str(tmp_path), str(tmp_path / "out/scenes"), "--kind", "shelf2"]).exit_code == 1
+    assert next(first, None) is None
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_runs_of_a_comparison_follow_each_other_and_go_on(tmp_path, monkeypatch):

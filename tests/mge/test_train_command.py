@@ -40,7 +40,7 @@ def trained(data, tmp_path_factory):
 
 def test_training_says_what_it_does_and_what_comes_next(trained):
     out, text = trained
-    assert "8 training and 4 validation images of 2 classes; 2 x test_resnet at 64 px" in text
+    assert "8 training and 4 validation images of 2 classes; 2 x test_resnet at 64, 32 px" in text
     assert f"mge-export --ckpt {out / 'best.pt'}" in text
     config = load_checkpoint(out / "best.pt").config
     assert (config.classes, config.resize) == (("a", "b"), 73)
@@ -129,6 +129,7 @@ def test_an_option_overrides_a_recipe(data, tmp_path):
     start = ["--data", data, "--init", "none", *TINY, "--recipe", "paper", "--crop-area", "0.4", "--out", tmp_path]
     succeeds(train, *start)
     assert read_training(tmp_path / "last.pt")["options"]["crop_area"] == (0.4,)
+    assert load_checkpoint(tmp_path / "last.pt").config.sizes == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,22 @@ def test_a_run_goes_on_in_another_folder_with_the_model_that_it_kept_and_replace
     assert f"{out} holds a run already" in fails(train, "--resume", last, "--out", out)
     assert "holds a run already" in fails(train, "--data", data, "--out", out, "--init", "none", *TINY)
     assert (out / "last.pt").read_text() == "another run's"
+    succeeds(train, "--resume", last, "--out", out, "--overwrite")  # it is finished: only what it kept is there
+    assert {path.name for path in out.iterdir() if path.is_file()} == {"best.pt", "options.toml"}
+
+
+def test_what_a_run_replaces_is_gone_before_it_begins(trained, data, tmp_path):
+    out, folder = tmp_path / "run", shutil.copytree(data, tmp_path / "data")
+    image = folder / "val/a/0.png"
+    image.write_bytes(image.read_bytes()[:-100])  # found when it is decoded, in the first validation
+    out.mkdir()
+    shutil.copy(trained[0] / "best.pt", out)
+    start = ["--data", folder, "--out", out, "--init", "none", *TINY]
+    assert f"{out} holds a run already; replace it (--overwrite)" in fails(train, *start)
+    assert [path.name for path in out.iterdir()] == ["best.pt"]
+    shutil.copytree(trained[0], out, dirs_exist_ok=True)
+    assert "cannot decode" in fails(train, *start, "--overwrite")
+    assert not {"best.pt", "last.pt", "metrics.csv", "curves.png"} & {path.name for path in out.iterdir()}
 
 
 @pytest.mark.parametrize("other", [True, False], ids=["other classes", "the same classes"])
@@ -211,7 +228,7 @@ def test_a_model_is_fine_tuned(trained, data, tmp_path, other):
     done = succeeds(train, *start, *still, "--out", tmp_path / "run")
     (line,) = (line for line in done.output.splitlines() if "validation images of" in line)
     assert ("heads anew for 3 classes (it knows 2)" if other else "all weights from") in line
-    assert "2 x test_resnet at 64 px" in line
+    assert "2 x test_resnet at 64, 32 px" in line
     tuned, source = load_checkpoint(tmp_path / "run/best.pt"), load_checkpoint(best)
     assert tuned.config.box_thresholds == (0.2,)
     mine, theirs = (dict(model.named_parameters()) for model in (tuned, source))
@@ -220,6 +237,9 @@ def test_a_model_is_fine_tuned(trained, data, tmp_path, other):
     assert kept == (set(mine) - heads if other else set(mine))
     succeeds(train, "--resume", tmp_path / "run/last.pt", "--arch", "test_resnet")
     assert "has experts 2, not 3" in fails(train, *start, "--out", tmp_path / "x", "--experts", "3")
+    if not other:
+        assert "all weights but the gate from" in succeeds(train, *start, "--gate", "network", "--dry-run").output
+    assert "experts at 128, 64 px" in succeeds(train, *start, "--image-size", "128", "--dry-run").output
 
 
 def test_areas_are_counted_by_the_experts_of_the_model_that_is_fine_tuned(data, trained, tmp_path):
@@ -266,6 +286,12 @@ def test_the_sizes_of_a_chain_are_not_those_of_its_single_network(data, tmp_path
     assert "add --experts 3" in line
 
 
+def test_what_balances_no_gate_is_said(data):
+    start = ["--data", data, "--init", "none", *TINY, "--gate-balance", "1", "--dry-run"]
+    assert "note: --gate-balance does nothing without a gate to train" in succeeds(train, *start).stderr
+    assert "--gate-balance" not in succeeds(train, *start, "--gate", "shared").stderr
+
+
 @pytest.mark.parametrize("option", [["--distill", "1"], ["--sharing", "backbone"]])
 def test_what_does_nothing_to_a_single_network_is_said(data, option):
     start = ["--data", data, "--init", "none", *TINY, *option, "--dry-run"]
@@ -276,7 +302,7 @@ def test_what_does_nothing_to_a_single_network_is_said(data, option):
 def test_frozen_layers_keep_their_weights_and_statistics(data, tmp_path):
     start = ["--data", data, *TINY, "--init", "none", "--out", tmp_path / "run", "--freeze"]
     assert "--freeze 3: expected a stride of its features, 2, 4, 8, 16, 32" in fails(train, *start, 3)
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
     succeeds(train, *start, 4)
     last = tmp_path / "run/last.pt"
     before = load_checkpoint(last).state_dict()
@@ -342,7 +368,7 @@ def test_bad_input_gets_one_line(data, tmp_path, monkeypatch):
     assert "arch is 'nonsense'" in fails(train, *start, "--arch", "nonsense")
     assert "expected features at 16 and 32" in fails(train, *start, "--arch", "vit_tiny_patch16_224")
     (tmp_path / "file").touch()
-    assert "cannot make folder" in fails(train, *start, "--out", tmp_path / "file/run")
+    assert "file/run: Not a directory" in fails(train, *start, "--out", tmp_path / "file/run")
     assert "does not exist" in fails(train, "--data", data, "--accelerator", "cpu", "--resume", tmp_path / "absent.pt")
     assert "cannot train with --accelerator tpux" in fails(train, *start, "--accelerator", "tpux")
     assert "cannot train with --accelerator cpu --devices abc" in fails(train, *start, "--devices", "abc")

@@ -183,6 +183,8 @@ def test_what_a_run_leaves(make, monkeypatch):
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
     assert rows == progress.history
     assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert rows[0]["threshold/1"] != 0.2  # it has followed the area before the first epoch
+    assert all(row["gate/1"] + row["gate/2"] == pytest.approx(1) and 0 < row["gate/entropy"] <= 1 for row in rows)
     parts = [value for key, value in rows[0].items() if key.startswith("loss/") and key != "loss/total"]
     assert rows[0]["loss/total"] == pytest.approx(sum(parts))
     with Image.open(trainer.folder / "curves.png") as image:
@@ -293,7 +295,7 @@ def test_the_moving_average_is_validated_and_kept(make):
 
 
 def test_the_last_third_holds_the_statistics_of_a_shared_backbone_and_distills(make):
-    trainer = make(kind=Watched, epochs=3, distill=1.0)
+    trainer = make(kind=Watched, epochs=3, distill=1.0, ema=0.5)
     config = dataclasses.replace(trainer.model.config, sharing="backbone", gate="none")
     trainer.model = MGENet(config)
     progress = trainer.fit()
@@ -303,6 +305,10 @@ def test_the_last_third_holds_the_statistics_of_a_shared_backbone_and_distills(m
     assert [torch.equal(one[name], two[name]) for one, two in steps] == [place >= late for place in range(len(steps))]
     assert not any(torch.equal(one[weight], two[weight]) for one, two in steps)
     assert ["loss/distill_1" in row for row in progress.history] == [False, False, True]
+    gates = [model.gate.weights.tolist() for model in (trainer.result, trainer.model)]
+    assert gates[0] == gates[1] == pytest.approx([progress.history[-1][f"gate/{k}"] for k in (1, 2)])
+    assert gates[0] != [0.5, 0.5]  # what experts follow is the mixture that is fitted
+    assert "loss/distill_1" not in make("short", epochs=1, distill=1.0).fit().history[0]
 
 
 def test_removed_images_are_said_and_the_rest_goes_on(make, capsys):
