@@ -60,9 +60,10 @@ def test_without_a_gpu_the_default_is_onnx_alone_and_says_so(single):
 
 
 def test_where_extracting_fails_the_bundle_is_there_and_that_is_said(single, tmp_path):
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/onnx").write_text("in the way")
     out = tmp_path / "a bundle.plan"
-    arguments = ["--verify-images", 2, "--target", "onnx", "-o", out, "--extract", tmp_path / "file"]
+    arguments = ["--verify-images", 2, "--target", "onnx", "-o", out, "--extract", tmp_path / "made"]
     assert fails(main, "--ckpt", single, *arguments).endswith(f"{out} was written before")
     with Bundle.open(out) as bundle:
         bundle.verify()
