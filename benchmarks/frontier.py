@@ -21,7 +21,7 @@ import click
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from mge.cli.evaluate import main as evaluate
 from mge.evaluation import Predictions, read_predictions, top_k_correct
@@ -29,7 +29,7 @@ from mge_runtime.cli.common import reports_errors
 from mge_runtime.errors import InputError
 from mge_runtime.metrics import Interval, mean_interval
 
-MARKS = (0.2, 0.5, 1, 2, 5, 20)  # GMACs, of the axis and of the second table
+MARKS = (0.2, 0.5, 1, 2, 5, 20)  # GMACs, of the second table
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito (2008)
 
 
@@ -104,7 +104,7 @@ def plot(found: list[Point], path: Path) -> None:
         for p in own:
             axes.plot([0.98 * p.gmacs] * len(p.seeds), p.seeds, ".", color=color, alpha=0.5)  # beside the interval
     axes.set(xscale="log", xlabel="GMACs of one image", ylabel="top-1 %")
-    axes.xaxis.set_major_locator(FixedLocator(MARKS))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.25)

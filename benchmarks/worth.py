@@ -23,6 +23,7 @@ from mge_runtime.cli.common import reports_errors
 
 COMMON = "--arch tf_efficientnet_lite0 --recipe modern --freeze 4 --workers 0 --accelerator cpu"
 CHAIN = "--experts 3 --gate none --sharing none"
+FAR = "--experts 3 --gate none --source-size 1280 --crop-area 0.2 --crop-area 0.6"
 SMALLER = "--experts 3 --image-sizes 224,160,160"
 SCENES = "--augment none --erasing 0 --epochs 8"  # each is new: a product at a random place before something else
 
@@ -36,7 +37,11 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
     "close": ("--epochs 20", {"": "--experts 1 --image-size 112"}),
     "far": (
         SCENES,
-        {"chain": f"{CHAIN} --source-size 1280 --image-sizes 256,192,192 --crop-area 0.2 --crop-area 0.6"}
+        {
+            "chain": f"{FAR} --image-sizes 256,192,192 --sharing none",
+            "backbone": f"{FAR} --image-sizes 256,192,192 --sharing backbone",
+            "larger": f"{FAR} --image-sizes 256,224,224 --sharing backbone",
+        }
         | _singles(320, 448, 640),
     ),
     "shelf2": (
@@ -82,7 +87,7 @@ def options_of(name: str, seed: int) -> list[str]:
     common, choices = RUNS[instrument]
     options = f"{COMMON} {common} {choices[own]} --seed {seed}".split()
     if side := WHOLE.get(instrument):
-        options += ["--resize", str(side if own == "chain" else own)]
+        options += ["--resize", own if own.isdecimal() else str(side)]
     return options
 
 
