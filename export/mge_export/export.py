@@ -108,10 +108,11 @@ def export_bundle(
         report = measure_parity(model, graphs, folder, precision, images, progress)
         say(str(report))
         if report.failures and not allow_mismatch:
+            more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
+            better = "" if images.photographs else "; these images are generated: name photographs with --verify-data"
             raise ExportError(
-                f"the export is out of tolerance: {report.failures[0]}"
-                + (f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else "")
-                + "; no bundle was written (--allow-mismatch writes it all the same)"
+                f"the export is out of tolerance: {report.failures[0]}{more}; no bundle was written (--allow-mismatch "
+                f"writes it all the same){better}"
             )
         manifest = Manifest(
             model={key: value for key, value in config.to_dict().items() if key != "classes"},

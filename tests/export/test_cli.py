@@ -50,6 +50,7 @@ def test_out_of_tolerance_there_is_no_bundle_unless_allowed(single, monkeypatch)
     monkeypatch.setattr(runners.TypedRun, "__call__", wrong)
     line = fails(main, "--ckpt", single, "--verify-images", 2)
     assert "out of tolerance: torch expert_1: logits_1" in line
+    assert "name photographs with --verify-data" in line
     assert "--allow-mismatch" in line
     assert leftovers(single.parent) == {"best.pt"}
     result = succeeds(main, "--ckpt", single, "--verify-images", 2, "--allow-mismatch")
