@@ -1,6 +1,20 @@
-"""Damaged files, as Hypothesis draws them."""
+"""Damaged files, as Hypothesis draws them: the same ones each time, as many as MGE_FUZZ_EXAMPLES says."""
 
+import os
+
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+
+def fuzz(examples: int) -> settings:
+    """Settings of a test of so many examples, of 250 where the environment asks for no other number."""
+    return settings(
+        max_examples=int(os.environ.get("MGE_FUZZ_EXAMPLES", "250")) * examples // 250,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
 
 
 @st.composite

@@ -1,20 +1,16 @@
-"""Mutated archives and forged documents end in documented errors, or in a bundle that predicts.
-
-MGE_FUZZ_EXAMPLES says how many cases each test tries (`make fuzz` tries many).
-"""
+"""Mutated archives and forged documents end in documented errors, or in a bundle that predicts."""
 
 import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mge_runtime import MGEError, Pipeline
@@ -26,19 +22,11 @@ from mge_runtime.machine import Machine
 from mge_runtime.trt.engines import EngineDetails
 from mge_runtime.trt.target import BatchRange
 from tests.helpers.bundles import TARGET, add_engines, read_entries, write_entries
+from tests.helpers.damage import fuzz
 
-EXAMPLES = int(os.environ.get("MGE_FUZZ_EXAMPLES", "125"))
 ENGINE = f"engines/{TARGET}/engine.json"
 MACHINE = Machine.from_json((Path(__file__).parent / "machines" / "t4-tensorrt-10.13.json").read_bytes())
 FRAME = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
-
-fuzz = settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
 
 
 class Entries(dict):
@@ -95,7 +83,7 @@ def predict(path):
             assert json.dumps(found.to_dict(), allow_nan=False).encode()
 
 
-@fuzz
+@fuzz(125)
 @given(data=st.data())
 def test_mutated_archives(entries, tmp_path, data):
     path = tmp_path / "mge.plan"
@@ -178,7 +166,7 @@ def dumped(root):
     return json.dumps(root).encode()  # NaN, Infinity and halves of surrogates as a forger would write them
 
 
-@fuzz
+@fuzz(125)
 @given(data=st.data())
 def test_forged_manifests(entries, tmp_path, data):
     manifest = mutate(data, json.loads(entries["manifest.json"]))
@@ -193,7 +181,7 @@ def test_forged_manifests(entries, tmp_path, data):
     use(tmp_path / "mge.plan", run=True)
 
 
-@fuzz
+@fuzz(125)
 @given(data=st.data())
 def test_forged_calibrations_and_engines(entries, tmp_path, data):
     name = data.draw(st.sampled_from(["calibration.json", ENGINE]))

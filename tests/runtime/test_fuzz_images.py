@@ -1,24 +1,19 @@
-"""Mutated image files of every format end in a right-shaped image or an InputError, soon and within bounded memory.
+"""Mutated image files of every format end in a right-shaped image or an InputError, soon and within bounded memory."""
 
-MGE_FUZZ_EXAMPLES says how many are tried; the same ones each time.
-"""
-
-import os
 import time
 from contextlib import suppress
 from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from PIL import Image, features
 
 from mge_runtime.decode import decode_image
 from mge_runtime.errors import InputError
-from tests.helpers.damage import mutated
+from tests.helpers.damage import fuzz, mutated
 from tests.helpers.images import saved
 
-EXAMPLES = int(os.environ.get("MGE_FUZZ_EXAMPLES", "250"))
 MAX_PIXELS = 1_000_000
 SECONDS = 20  # for one image, on a machine that is busy
 
@@ -52,13 +47,7 @@ def seed_file(kind: str) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # decoders warn of what they repair
-@settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@fuzz(250)
 @given(drawn=mutated(KINDS, seed_file))
 def test_mutated_files_are_refused_or_decoded(drawn):
     start = time.process_time()

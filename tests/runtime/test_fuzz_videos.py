@@ -1,9 +1,5 @@
-"""Mutated videos of every kind end in right-shaped frames or an InputError, soon.
+"""Mutated videos of every kind end in right-shaped frames or an InputError, soon."""
 
-MGE_FUZZ_EXAMPLES says how many are tried, a fifth of the images; the same ones each time.
-"""
-
-import os
 import time
 from contextlib import suppress
 from functools import cache
@@ -12,13 +8,12 @@ from tempfile import NamedTemporaryFile
 import av
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from mge_runtime.errors import InputError
 from mge_runtime.video import Video
-from tests.helpers.damage import mutated
+from tests.helpers.damage import fuzz, mutated
 
-EXAMPLES = int(os.environ.get("MGE_FUZZ_EXAMPLES", "250")) // 5
 MAX_PIXELS = 1_000_000
 SECONDS = 20  # for one video, on a machine that is busy
 FRAMES = 5
@@ -54,13 +49,7 @@ def frames_of(suffix, data):
             yield from video
 
 
-@settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+@fuzz(50)
 @given(drawn=mutated(KINDS, seed_file))
 def test_mutated_videos_are_refused_or_decoded(drawn):
     start = time.process_time()
