@@ -103,12 +103,13 @@ def test_gray_png_of_any_bits(bits):
 
 
 def test_a_tiff_of_tiles_larger_than_its_image_is_refused_before_they_are_decoded():
-    def tiled(side):
-        tags = {322: (4, [side]), 323: (4, [side]), 324: (4, [0]), 325: (4, [0])}
+    def tiled(across, down):
+        tags = {322: (4, [across]), 323: (4, [down]), 324: (4, [0]), 325: (4, [0])}
         return tiff_file(NOISE, 8, 2, tags=tags)
 
-    assert "a TIFF of 60 x 40 pixels in tiles of 16000 x 16000" in refusal(tiled(16_000))
-    decode_image(tiled(2048))
+    for across, down in [(16_000, 16), (16, 16_000)]:
+        assert f"a TIFF of 60 x 40 pixels in tiles of {across} x {down}" in refusal(tiled(across, down))
+    decode_image(tiled(2048, 2048))
 
 
 @pytest.mark.parametrize(
