@@ -125,7 +125,8 @@ class Service:
         self._top_k = top_k
         self._say = say
         self._batcher: Batcher | None = None  # None: not yet open
-        self._fault: str | None = None  # why the last run of the chain failed
+        self._failing = False  # the last run of the chain failed, or does not end
+        self._last = time.monotonic()  # when a prediction was made
         self._asked = asyncio.Event()
         self._stopping = False
         self._waiting = 0  # as `Limits.queue` counts; only the event loop's thread touches it
@@ -166,7 +167,7 @@ class Service:
                 self._metrics.swaps.labels("refused").inc()
                 self._say(f"error: the new bundle is refused, the one before goes on: {brief(error)}")
             else:
-                old, self._batcher, self._fault = self._batcher, new, None
+                old, self._batcher, self._failing = self._batcher, new, False
                 pipeline = new.pipeline
                 self._say(
                     f"ready: {len(pipeline.manifest.class_names)} classes, {pipeline.choice.backend} on "
@@ -197,14 +198,14 @@ class Service:
             self._metrics.seconds.observe(time.monotonic() - start)
 
     async def health(self) -> JSONResponse:
-        """Whether predictions are made; 503 until the first bundle is warm, and when runs of the chain fail."""
+        """Whether predictions are made; 503 until the first bundle is warm, and when runs of the chain fail or hang."""
         if self._batcher is None:
             return JSONResponse({"status": "opening the bundle"}, 503)
-        if self._fault is not None:
+        if self._failing:
             with suppress(Exception):  # who asks may send nothing to a service that fails, so this makes the next run
                 await self._found([_GRAY])
-        if self._fault is not None:
-            return JSONResponse({"status": "failing", "error": self._fault}, 503)
+        if self._failing:
+            return JSONResponse({"status": "failing"}, 503)
         pipeline = self._batcher.pipeline
         choice = {"backend": pipeline.choice.backend, "device": pipeline.choice.device}
         return JSONResponse({"status": "ready", "classes": len(pipeline.manifest.class_names), **choice})
@@ -287,27 +288,28 @@ class Service:
 
     async def _found(self, uploads: Sequence[ImageSource]) -> list[Any]:
         """A prediction or an `InputError` for each image."""
-        batcher = self._ready()  # closed by no swap before the next await
+        batcher, start = self._ready(), time.monotonic()  # closed by no swap before the next await
         futures = [asyncio.wrap_future(batcher.submit(upload)) for upload in uploads]
         try:
             _, late = await asyncio.wait(futures, timeout=self._limits.seconds)
         finally:  # what has not begun is dropped; asyncio would log an error that nobody asks for
             errors = [None if future.cancel() else future.exception() for future in futures]
+        is_current = batcher is self._batcher  # else a new bundle has taken over
         if late:
+            if is_current and self._last < start and len(late) == len(futures):  # no request had one: does it hang?
+                self._failing = True
             line = f"no prediction within {self._limits.seconds:g} s; try again, or send fewer images"
             raise self._refusal("time", 504, line)
         for error in errors:
             if error is None or isinstance(error, InputError):
                 continue
-            fault = one_line(error) if isinstance(error, MGEError) else brief(error)
-            if batcher is self._batcher:  # else a new bundle has taken over
-                self._fault = fault
-            self._say(f"error: {fault}")
-            if isinstance(error, MGEError):
-                raise HTTPException(500, fault) from error
+            self._failing = self._failing or is_current
+            self._say(f"error: {one_line(error) if isinstance(error, MGEError) else brief(error)}")
+            if isinstance(error, MGEError):  # it may name paths, which are nobody's business
+                raise HTTPException(500, "the prediction failed; the service's log says why") from error
             raise error  # a defect, which shows its traceback
-        if batcher is self._batcher and not all(errors):
-            self._fault = None
+        if is_current and not all(errors):
+            self._failing, self._last = False, time.monotonic()
         return [error or future.result() for error, future in zip(errors, futures, strict=True)]
 
     def _admit(self, count: int, stack: ExitStack) -> None:

@@ -318,11 +318,32 @@ def test_a_bundle_overwritten_in_place_is_no_longer_healthy_until_it_is_opened_a
         copy.write_bytes(copy.read_bytes())
         status, found = server.predict(files[0])
         assert status == 500
-        assert "was overwritten while it was open" in found["error"]
-        assert server.request("GET", "/health")[::2] == (503, {"status": "failing", **found})
+        assert str(copy) not in found["error"]
+        assert f"{copy} was overwritten while it was open" in server.log
+        assert server.request("GET", "/health")[::2] == (503, {"status": "failing"})
         server.signal("SIGHUP")
         server.ready()
         assert server.predict(files[0])[0] == 200
+
+
+def test_a_chain_that_hangs_is_not_healthy_until_it_goes_on(bundle_path, files):
+    gate = (
+        "import threading; from mge_runtime.pipeline import Pipeline; run = Pipeline.predict_prepared; "
+        "hangs = lambda: threading.current_thread().name.startswith('mge-run'); "
+        "Pipeline.predict_prepared = lambda *a, **k: hangs() and input() or run(*a, **k)"
+    )
+    with Server(bundle_path, "--timeout", 0.5, "--streams", 1, before=gate) as server:
+        server.ready()
+        assert server.predict(files[0])[0] == 504
+        assert server.request("GET", "/health")[::2] == (503, {"status": "failing"})
+        server.process.stdin.write("\n" * 9)
+        server.process.stdin.flush()
+        server.ready()
+
+
+def test_a_signal_to_swap_is_no_end_before_there_is_a_bundle(bundle_path):
+    with Server(bundle_path, before="serve.import_library = lambda *_: serve.signal.raise_signal(1)") as server:
+        server.ready()
 
 
 def test_a_request_that_is_no_http_is_400_and_harms_nobody(server, files):

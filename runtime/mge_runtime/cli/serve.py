@@ -98,6 +98,8 @@ def main(
     one that cannot be opened is refused, and the one before goes on. There is no TLS and no password: put a proxy in
     front where others than you can reach the port.
     """
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a bundle to replace
     for library in _LIBRARIES:
         import_library(library, install_extra("serve"))
     from uvicorn import Config, Server
