@@ -62,7 +62,7 @@ fast: $(READY) ## the runtime's quick tests, while you edit: under a minute
 docs: $(READY) ## the site in build/site; links and docstrings are checked
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
-fuzz: $(READY) ## some 20,000 damaged and forged inputs; `make test` tries 500
+fuzz: $(READY) ## some 27,000 damaged and forged inputs; `make test` tries 500
 	MGE_FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest -q --timeout 0 tests/runtime/test_fuzz_*.py
 
 format: $(READY) ## format the sources

@@ -228,6 +228,7 @@ def test_boxes_are_the_runtimes(classify, tmp_path, boxes, crops):
         ({"crops": None}, "it has no metadata crops"),
         ({"size": 100_000}, "impossible sizes"),
         ({"resize": 10}, "impossible sizes"),
+        ({"crops": asdict(Crops((64, 1, 64)))}, "impossible sizes"),
         ({"class_names": "a"}, "type must be array"),
         ({"class_names": ["a"]}, "not one finite number for each class"),
         ({"class_names": []}, "no classes"),

@@ -37,7 +37,9 @@ class Chain {
     const auto crops = metadata("crops");
     sides_ = crops.at("sizes").get<std::vector<int>>();
     cut_from_frame_ = crops.at("frame") > 0;
-    if (size_ < 1 || size_ > kLargest || resize_ < size_ || resize_ > 4 * size_ || sides_.empty() || classes_.empty())
+    const bool sized = size_ >= 1 && size_ <= kLargest && resize_ >= size_ && resize_ <= 4 * size_;
+    const auto larger = [](int side) { return side > 1; };  // else no crop spans it
+    if (!sized || sides_.empty() || !std::all_of(sides_.begin(), sides_.end(), larger) || classes_.empty())
       throw std::runtime_error("its metadata names no classes or impossible sizes: export it again");
     outputs_ = {"probabilities"};
     for (std::size_t k = 1; k < sides_.size(); ++k) outputs_.push_back("box_" + std::to_string(k));

@@ -119,6 +119,7 @@ def test_a_damaged_bundle_is_refused_in_one_line(tmp_path, damage, expected):
         ({"schema_version": 3, "graphs": "abc", "preprocess": {"size": 64, "resize": 64}}, "has 3 graphs"),
         ({"schema_version": 99}, "schema version 99; expected 3: export again"),
         ({"schema_version": 3, "graphs": [1], "preprocess": {"size": 10**6, "resize": 10**6}}, "frames of 1000000 px"),
+        ({"schema_version": 3, "graphs": [1], "preprocess": {"size": 64.5, "resize": 65}}, "frames of 64.5 px"),
         ({"schema_version": 3, "graphs": [], "preprocess": {"size": 64, "resize": 64}}, "has 0 graphs"),
         (None, "schema version undefined"),
     ],
