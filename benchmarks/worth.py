@@ -22,7 +22,7 @@ from mge.cli.train import main as train
 from mge_runtime.cli.common import reports_errors
 
 COMMON = "--arch tf_efficientnet_lite0 --recipe modern --freeze 4 --workers 0 --accelerator cpu"
-CHAIN = "--experts 3 --gate none --sharing none"
+CHAIN = "--experts 3 --gate none --sharing backbone"
 FAR = "--experts 3 --gate none --source-size 1280 --crop-area 0.2 --crop-area 0.6"
 SMALLER = "--experts 3 --image-sizes 224,160,160"
 SCENES = "--augment none --erasing 0 --epochs 8"  # each is new: a product at a random place before something else
@@ -46,17 +46,17 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "shelf2": (
         SCENES,
-        {"chain": f"{CHAIN} --source-size 640 --image-sizes 160,160,160 --crop-area 0.4 --crop-area 0.6"}
+        {"backbone": f"{CHAIN} --source-size 640 --image-sizes 160,160,160 --crop-area 0.4 --crop-area 0.6"}
         | _singles(288, 448),
     ),
     "shelf3": (
         SCENES,
-        {"chain": f"{CHAIN} --source-size 960 --image-sizes 192,160,160 --crop-area 0.25 --crop-area 0.6"}
+        {"backbone": f"{CHAIN} --source-size 960 --image-sizes 192,160,160 --crop-area 0.25 --crop-area 0.6"}
         | _singles(288, 448),
     ),
     "guide": (
         "--augment none --erasing 0 --epochs 10",  # colors decide
-        {"chain": f"{CHAIN} --source-size 1024 --image-sizes 256,128,128 --crop-area 0.1 --crop-area 0.3"}
+        {"backbone": f"{CHAIN} --source-size 1024 --image-sizes 256,128,128 --crop-area 0.1 --crop-area 0.3"}
         | _singles(320, 448),
     ),
     "groceries": (
