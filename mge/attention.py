@@ -30,6 +30,7 @@ __all__ = [
     "extent_box",
     "grad_cam",
     "normalized_maxima",
+    "propose_threshold",
     "shrink",
     "whole_view",
 ]
@@ -192,6 +193,25 @@ def attention_box(cam: Tensor, size: int, threshold: float) -> Tensor:
         ValueError: the map is not square.
     """
     return extent_box(normalized_maxima(cam, size) >= threshold)
+
+
+def propose_threshold(heatmaps: Tensor, size: int, target: float) -> float:
+    """The lowest of 0.05, 0.10 .. 0.95 whose median crop keeps at most `target` of the image; where none does, 0.95.
+
+    Args:
+        heatmaps: [N, h, w], attention on validation images.
+        size: pixels, the side of the images.
+        target: share of the image, in (0, 1].
+    """
+    candidates = [step / 20 for step in range(1, 20)]
+    columns: list[Tensor] = []
+    for chunk in heatmaps.split(64):  # to bound memory
+        maxima = normalized_maxima(chunk, size)
+        boxes = torch.stack([extent_box(maxima >= threshold) for threshold in candidates])
+        columns.append((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1]) / size**2)
+    medians = torch.cat(columns, 1).median(1).values.tolist()
+    small = (threshold for threshold, area in zip(candidates, medians, strict=True) if area <= target)
+    return next(small, candidates[-1])
 
 
 def crop_resize(image: Tensor, box: Tensor, size: int) -> Tensor:

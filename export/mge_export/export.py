@@ -24,6 +24,7 @@ from mge_export.int8 import Int8Request, LearnedGraph, check_quantization, quant
 from mge_export.parity import ParityReport, check_bundle, measure_parity
 from mge_export.precision import Precision, check_precision, infer_types
 from mge_runtime.bundle import GraphModel, write_bundle
+from mge_runtime.cli.info_text import parity_lines
 from mge_runtime.errors import ExportError
 from mge_runtime.files import check_output, temporary_folder
 from mge_runtime.manifest import Manifest
@@ -106,7 +107,8 @@ def export_bundle(
                 say(f"verified {done} of {images.count} images")
 
         report = measure_parity(model, graphs, folder, precision, images, progress)
-        say(str(report))
+        for line in ("parity with the checkpoint:", *parity_lines(report.to_dict())):
+            say(line)
         if report.failures and not allow_mismatch:
             more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
             better = "" if images.photographs else "; these images are generated: name photographs with --verify-data"

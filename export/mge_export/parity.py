@@ -205,33 +205,6 @@ class ParityReport:
             "warnings": self.warnings,
         }
 
-    def __str__(self) -> str:
-        """Graphs and chain of every check as tables, then what is out of tolerance or worth a look."""
-        limits, count = self.tolerances, self.images.count
-        changes = limits.allowed_changes(count)
-        lines = [f"Parity with the checkpoint in FP32, on {self.images.source}"]
-        for check in self.checks:
-            lines += ["", f"{check.label}:", *_table(_rows(check, self.peaks if check.name == "torch" else {}))]
-        return "\n".join([
-            *lines,
-            "",
-            *(
-                f"Crop {number}: keeps a median of {100 * np.median(shares):.0f} % of its view"
-                for number, shares in enumerate(self.crop_area.values(), 1)
-            ),
-            f"Tolerances ({limits.reason}):",
-            f"  rel diff <= {limits.relative:g}; class may change on {changes} of {count}"
-            + ("" if changes else ", ties aside")
-            + f"; box IoU median >= {limits.box_iou_median:g}, "
-            + (
-                f">= {limits.box_iou_p1:g} on all but 1"
-                if count < FEW_IMAGES
-                else f"1st percentile >= {limits.box_iou_p1:g}"
-            ),
-            *(f"warning: {line}" for line in self.warnings),
-            *(f"out of tolerance: {line}" for line in self.failures),
-        ])  # fmt: skip
-
 
 def measure_parity(
     model: MGENet,
@@ -386,30 +359,3 @@ def _graph_dict(found: Differences) -> dict[str, Any]:
 
 def _iou_dict(values: list[float]) -> dict[str, float | str]:
     return {"median": finite(np.median(values)), "p1": finite(np.percentile(values, 1)), "worst": finite(min(values))}
-
-
-def _rows(check: Check, peaks: dict[str, Peak]) -> Iterable[Sequence[str]]:
-    yield ("graph", "abs diff", "rel diff", "same class", "box IoU", "1st pct", "max |act|", "of FP16")
-    for name, found in (*check.graphs.items(), ("whole chain", check.chain)):
-        absolute, relative, ious = (_flat(values) for values in (found.absolute, found.relative, found.box_iou))
-        changes = _flat(found.class_changes)
-        peak = peaks.get(name)
-        yield (
-            name,
-            f"{max(absolute):.1e}" if absolute and found is not check.chain else "",
-            f"{max(relative):.1e}" if relative else "",
-            f"{len(changes) - sum(changes)}/{len(changes)}" if changes else "",
-            *((f"{np.median(ious):.4f}", f"{np.percentile(ious, 1):.4f}") if ious else ("", "")),
-            f"{peak.value:.4g}" if peak else "",
-            f"{100 * peak.value / FP16_MAX:.2g} %" if peak else "",
-        )
-
-
-def _flat(values: dict[str, list[Any]]) -> list[Any]:
-    return [value for of_tensor in values.values() for value in of_tensor]
-
-
-def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    cells = list(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]

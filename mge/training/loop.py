@@ -19,6 +19,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from mge.archive import taking_up
+from mge.attention import propose_threshold
 from mge.checkpoint import read_training, save_checkpoint
 from mge.data.folder import EpochSampler, FolderDataset, TrainingDataset, batches, make_loader, normalize
 from mge.evaluation import Predictions, collect, gate_entropy, gate_report, summarize
@@ -36,7 +37,6 @@ from mge.training.recipe import (
     to_training_layout,
 )
 from mge.training.record import Meter, write_csv, write_curves
-from mge.training.thresholds import crop_report, propose_threshold
 from mge_runtime.errors import TrainingError
 from mge_runtime.files import echo
 from mge_runtime.interrupt import Interrupt
@@ -334,13 +334,11 @@ class Trainer:
         return predictions
 
     def _conclude(self, progress: Progress, predictions: Predictions | None) -> None:
-        """Draw the curves; say what the crops and the gate of a finished run are like."""
+        """Draw the curves; say what the gate of a finished run is like."""
         if progress.history:
             write_curves(self.folder / "curves.png", progress.history)
         if predictions is not None:
-            config = self.result.config
-            crops = crop_report(predictions.heatmaps, config.sizes, config.box_thresholds)
-            for line in (*crops, *gate_report(predictions.gate)):
+            for line in gate_report(predictions.gate):
                 echo(f"last.pt: {line}")
 
     def _follow_area(self, predictions: Predictions) -> None:
@@ -348,7 +346,7 @@ class Trainer:
         config, targets = self.model.config, self.options.crop_area
         targets *= config.experts - 1 if len(targets) == 1 else 1
         crops = zip(predictions.heatmaps[:-1], config.sizes[:-1], targets, strict=True)
-        thresholds = tuple(propose_threshold(*crop)[0] for crop in crops)
+        thresholds = tuple(propose_threshold(*crop) for crop in crops)
         self.model.config = self.result.config = config.changed(box_thresholds=thresholds)
 
     def _fit_average(self, predictions: Predictions) -> Predictions:

@@ -48,7 +48,6 @@ def test_another_threshold_and_a_wrong_weight_are_caught_and_reported(exported):
     in_chain = any(line.startswith("torch chain box_1: median box IoU") for line in report.failures)
     assert in_chain == (exported.precision is Precision.FP32)
     assert any(line.startswith("torch expert_2: logits_2 differs") for line in report.failures)
-    assert "out of tolerance: torch expert_2: logits_2" in str(report)
     assert report.to_dict()["failures"] == report.failures
 
 

@@ -14,6 +14,7 @@ from mge.attention import (
     extent_box,
     grad_cam,
     normalized_maxima,
+    propose_threshold,
 )
 from mge.model import GlobalHead, MGENet
 from mge.training.recipe import loss_terms
@@ -214,3 +215,15 @@ def test_attention_compiles_to_one_graph():
     cam, image = torch.randn(2, 4, 4, generator=random), torch.randn(2, 3, 32, 32, generator=random)
     compiled = torch.compile(crop, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(cam, image), crop(cam, image))
+
+
+def test_the_lowest_threshold_that_meets_the_target_is_proposed():
+    maps = torch.rand(70, 5, 5, generator=torch.Generator().manual_seed(0))  # more than one chunk
+
+    def median_area(threshold):
+        boxes = attention_box(maps, 64, threshold)
+        return ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / 64**2).median()
+
+    threshold = propose_threshold(maps, 64, 0.5)
+    assert median_area(threshold) <= 0.5 < median_area(threshold - 0.05)
+    assert propose_threshold(maps, 64, 1e-9) == 0.95
