@@ -19,8 +19,6 @@ from mge.model import Expert, Gate, MGENet
 from mge_export.graph import OPSET
 from mge_runtime.backends.onnxruntime import load_onnxruntime
 
-__all__ = ["BareBackbones"]
-
 
 class _Backbone(nn.Module):
     """Image [B, 3, S, S] to c5 [B, D5, S/32, S/32] of an expert or the gate."""

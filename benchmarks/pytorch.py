@@ -30,16 +30,6 @@ from torch import Tensor, nn
 from mge.data.folder import normalize
 from mge.model import NORM_SCALE, Expert, GlobalHead, MGENet
 
-__all__ = [
-    "AUTHORS",
-    "COMPILED",
-    "MODEL",
-    "AuthorsChain",
-    "Unavailable",
-    "pytorch_ways",
-    "split_backbone",
-]
-
 AUTHORS = "PyTorch eager, the authors' way"
 MODEL = "PyTorch eager, MGENet"  # attention in closed form, crops without a loop
 COMPILED = "PyTorch, the authors' way with torch.compile"

@@ -16,8 +16,6 @@ from random import Random
 import numpy as np
 from scipy.stats import bootstrap
 
-__all__ = ["Ratio", "ratio", "time_rounds"]
-
 _BLOCK_MS = 20.0  # of the quickest way: below, one run says more of the clock than of the work
 _MOST_RUNS = 10  # in a round
 _WARM_UP, _WARM_UP_MS = 3, 1000.0  # runs of each way at most, and milliseconds after which no other is begun

@@ -17,8 +17,6 @@ import numpy as np
 
 from mge_runtime.errors import CheckpointError, TrainingError, brief
 
-__all__ = ["check_file", "read_archive", "read_plain", "taking_up"]
-
 # Harmless types that optimizer and scheduler states of other training loops hold and that PyTorch does not allow by
 # itself: NumPy scalars (a learning rate, a best score), under NumPy's old and new names.
 _SCALAR = np.float64(0).__reduce__()[0]

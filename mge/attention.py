@@ -18,23 +18,6 @@ from torch import Tensor
 
 from mge_runtime.errors import TrainingError
 
-__all__ = [
-    "StatesGradient",
-    "attention_box",
-    "class_gradient",
-    "compose_view",
-    "constant",
-    "crop_frame",
-    "crop_resize",
-    "differentiate",
-    "extent_box",
-    "grad_cam",
-    "normalized_maxima",
-    "propose_threshold",
-    "shrink",
-    "whole_view",
-]
-
 FLAT = 1e-6  # of its largest value: a smaller range is what rounding leaves of a flat map that is upsampled
 
 

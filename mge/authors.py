@@ -16,8 +16,6 @@ from torch import Tensor
 from mge.config import MGEConfig
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["describe_foreign", "is_authors_state", "is_counter", "read_authors_state"]
-
 # What is appended to the authors' names for expert 1, 2, 3: (backbone and global head; part and concatenated heads).
 _EXPERT_SUFFIXES = (("", ""), ("_box", "_1"), ("_box_2", "_2"))
 # `conv4*` is a Sequential of the children of a torchvision ResNet; 2 and 3 (ReLU, max pooling) have no weights.

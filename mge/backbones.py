@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from mge_runtime.errors import CheckpointError
 
-__all__ = ["PlainNet", "create_backbone", "has_linear_features", "pretrained_weights"]  # and the models, registered
-
 
 def create_backbone(arch: str) -> tuple[nn.Module, int, int]:
     """A timm backbone that returns its last two feature levels, randomly initialized.

@@ -28,8 +28,6 @@ from mge.model import MGENet
 from mge_runtime.errors import CheckpointError, OutputError, TrainingError
 from mge_runtime.files import atomic_path
 
-__all__ = ["FORMAT", "VERSION", "fine_tuned", "load_checkpoint", "read_training", "save_checkpoint"]
-
 FORMAT = "mge"
 VERSION = 1  # of the layout above; raised when an older mge could no longer read the file
 _HEADS = ("global_head.", "part_conv.", "part_head.", "concat_head.")  # sized by the number of classes

@@ -15,8 +15,6 @@ from mge_runtime.errors import InputError, printable
 from mge_runtime.files import echo
 from mge_runtime.metrics import Interval, mean_interval
 
-__all__ = ["Difference", "compare_models", "difference", "print_comparison"]
-
 _SHOWN = 10  # images that the text names on each side
 
 Named = tuple[Predictions, Sequence[str]]  # predictions, and the names of their images

@@ -15,8 +15,6 @@ from mge_runtime.errors import BundleError, CheckpointError, brief
 from mge_runtime.fields import Field
 from mge_runtime.manifest import Crops, Preprocess, read_class_names, read_preprocess
 
-__all__ = ["GATES", "PAPER_THRESHOLD", "SHARINGS", "MGEConfig", "nearest_side", "read_labels"]
-
 PAPER_THRESHOLD = 0.2  # `--box_thred` of the authors' code
 GATES = ("network", "shared", "none")
 SHARINGS = ("none", "backbone")

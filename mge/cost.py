@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from mge.model import Expert, MGENet
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["Cost", "bundle_cost", "count_gmacs", "model_cost"]
 
 RUNS = 20  # of one image, that are timed
 _WARM_UP = 2  # before, which do not count

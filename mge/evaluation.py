@@ -26,24 +26,6 @@ if TYPE_CHECKING:
 
 Label = Callable[[tuple[str, ...]], list[tuple[Path, int]]]  # class names to the images with their index among these
 
-__all__ = [
-    "Evaluation",
-    "Exits",
-    "Label",
-    "Predictions",
-    "Row",
-    "collect",
-    "collect_bundle",
-    "evaluate_bundle",
-    "find_labeled",
-    "gate_entropy",
-    "gate_report",
-    "read_predictions",
-    "summarize",
-    "top_k_correct",
-    "with_stops",
-    "write_predictions",
-]
 
 COLLAPSED = 0.95  # mean weight of one expert above which the others change next to nothing
 

@@ -18,8 +18,6 @@ from mge_runtime.files import echo
 from mge_runtime.layouts import relative_name
 from mge_runtime.metrics import share_interval
 
-__all__ = ["confusions", "cost_cells", "expert_table", "figures", "percent", "print_table"]
-
 _SHOWN = 5  # classes and confusions that the text names
 
 

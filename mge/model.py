@@ -22,19 +22,6 @@ from mge.attention import (
 from mge.backbones import create_backbone, pretrained_weights
 from mge.config import MGEConfig
 
-__all__ = [
-    "Average",
-    "Expert",
-    "ExpertOutput",
-    "Gate",
-    "GlobalHead",
-    "MGENet",
-    "MGEOutput",
-    "SharedGate",
-    "initialize_backbones",
-    "mix",
-]
-
 NORM_SCALE = 10.0  # length of each normalized half of the concatenated features (authors' code)
 
 

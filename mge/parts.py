@@ -18,8 +18,6 @@ from mge_runtime.compare import box_area
 from mge_runtime.errors import InputError
 from mge_runtime.files import atomic_path
 
-__all__ = ["part_report", "read_parts", "view_areas", "write_parts"]
-
 PARTS_FILE = "parts.csv"
 KEPT_SHARE = 0.9  # a view keeps the part if it shows at least this share of the part's area
 _HEADER = ["path", "x0", "y0", "x1", "y1"]

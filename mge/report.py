@@ -24,8 +24,6 @@ from mge_runtime.files import atomic_path
 from mge_runtime.metrics import log_softmax, mean_interval
 from mge_runtime.prediction import softmax
 
-__all__ = ["write_report"]
-
 _PAIRS, _ERRORS, _RIGHT = 12, 6, 6  # examples of each kind
 _LONGEST, _SEEN, _GAP = 248, 120, 8  # pixels: of the image, of what an expert saw, between them
 _QUALITY = 82  # of the JPEGs; some 20 kB each

@@ -28,8 +28,6 @@ from mge_runtime.errors import InputError
 from mge_runtime.fields import JsonValue
 from mge_runtime.pipeline import Pipeline
 
-__all__ = ["Learned", "Request", "learn", "publish"]
-
 
 @dataclass(frozen=True)
 class Request:

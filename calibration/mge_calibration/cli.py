@@ -22,8 +22,6 @@ from mge_runtime.cli.common import (
 from mge_runtime.errors import MGEError, OutputError
 from mge_runtime.files import echo
 
-__all__ = ["SHARE", "main"]
-
 _REPORT = "calibration.json"
 _RELIABILITY = "reliability.png"
 

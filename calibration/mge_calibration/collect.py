@@ -15,8 +15,6 @@ from mge_runtime.batching import prefetch
 from mge_runtime.errors import InputError
 from mge_runtime.pipeline import Pipeline
 
-__all__ = ["FEWEST", "TEMPERATURE_SHARE", "ChainLogits", "collect"]
-
 FEWEST = 50  # images that may set temperatures
 TEMPERATURE_SHARE = 1 / 3  # of one folder's images; thresholds need more of them than a temperature does
 _DECODERS = 2  # threads at least

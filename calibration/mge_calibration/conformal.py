@@ -37,18 +37,6 @@ from mge_runtime.errors import InputError, brief
 from mge_runtime.fields import Field
 from mge_runtime.prediction import softmax
 
-__all__ = [
-    "ConformalOutcome",
-    "ConformalRequest",
-    "auroc",
-    "learn_conformal",
-    "order_statistic",
-    "read_parents",
-    "require_enough",
-    "ways_to_run",
-]
-
-
 _Score = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # of logits / temperature [N, C], [N]
 
 

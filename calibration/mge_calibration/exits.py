@@ -31,18 +31,6 @@ from mge_calibration.collect import FEWEST, TEMPERATURE_SHARE, ChainLogits
 from mge_runtime.calibrated import Guarantee, confidence
 from mge_runtime.metrics import Interval, mean_interval
 
-__all__ = [
-    "NEVER",
-    "ExitOutcome",
-    "apply_exits",
-    "certify",
-    "exit_indices",
-    "fewest_images",
-    "learn_exits",
-    "propose_path",
-    "upper_bound",
-]
-
 NEVER = math.inf  # the threshold that no confidence reaches
 _LEVELS = 128  # thresholds tried for each graph: quantiles of its confidence
 _PRIOR = 10.0  # standard deviation of the logistic fit's coefficients, which keeps them finite

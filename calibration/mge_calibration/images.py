@@ -16,8 +16,6 @@ from mge_runtime.layouts import find_list, relative_name
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Manifest
 
-__all__ = ["Chosen", "LabeledImage", "choose_images", "int8_digests", "list_labeled", "list_unknown", "short_digest"]
-
 _LEAST_CLASSES = 1 / 2  # of the bundle's
 _NAMED = 5  # classes in a message
 

@@ -16,8 +16,6 @@ from mge_runtime.metrics import (
     mean_interval,
 )
 
-__all__ = ["Quality", "measure_quality", "noise_floor"]
-
 _RESAMPLES = 1000
 
 

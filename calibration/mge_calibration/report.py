@@ -16,8 +16,6 @@ from mge_runtime.fields import JsonValue
 from mge_runtime.files import atomic_path
 from mge_runtime.metrics import Interval
 
-__all__ = ["as_text", "as_values", "save_reliability"]
-
 # Okabe and Ito, "Color Universal Design" (2008): told apart by all kinds of color vision.
 _BEFORE, _AFTER, _MUTED = "#d55e00", "#0072b2", "#70777f"
 _DPI = 150

@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
     from mge_calibration.collect import ChainLogits
 
-__all__ = [
-    "BOUNDS",
-    "TEMPERATURE",
-    "Fit",
-    "TemperatureOutcome",
-    "fit_temperature",
-    "learn_temperatures",
-    "set_temperature",
-]
 
 BOUNDS = (0.05, 20.0)  # temperatures beyond are a sign of too few images, or of predictions that are all right
 TEMPERATURE = "temperature"  # of `chain.onnx`: a scalar initializer, and a member of its metadata_props

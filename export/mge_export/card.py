@@ -24,8 +24,6 @@ from mge_runtime.fields import LARGEST
 from mge_runtime.files import atomic_path
 from mge_runtime.machine import describe_machine
 
-__all__ = ["CardRequest", "Words", "check_hub_folder", "write_hub_folder"]
-
 _CARD = re.compile(r"---\n(.*?)^---\n(.*)", re.DOTALL | re.MULTILINE)
 _FRONT = {"library_name": "mge", "pipeline_tag": "image-classification"}  # what the Hub files a model under
 _PLAN = "mge.plan"  # its name on the Hub

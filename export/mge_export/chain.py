@@ -23,8 +23,6 @@ from mge_runtime.bundle.reader import LABELS, write_labels
 from mge_runtime.files import atomic_path
 from mge_runtime.manifest import BATCH, FRAME, Manifest
 
-__all__ = ["join_graphs", "write_chain"]
-
 PROBABILITIES = "probabilities"
 _MOST_INLINE = 2**31 - 2**20  # bytes of weights inside a model: Protocol Buffers read no message of 2 GB
 

@@ -20,8 +20,6 @@ from mge_runtime.errors import ExportError, MGEError
 from mge_runtime.files import check_folder, check_output, echo
 from mge_runtime.interrupt import interruptible
 
-__all__ = ["main"]
-
 DEFAULT_NAME = "mge.plan"
 PATH = click.Path(path_type=Path)
 FEW = 16  # images to verify on where nobody says how many

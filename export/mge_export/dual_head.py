@@ -18,8 +18,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mge.attention import StatesGradient, class_gradient, differentiate
 from mge_runtime.errors import ExportError, TrainingError, brief
 
-__all__ = ["DualHead"]
-
 
 class DualHead(nn.Module):
     """Scores and `d score_t / d features` of a head in one forward pass; t has the highest score.

@@ -22,8 +22,6 @@ from mge_export.precision import Precision
 from mge_export.typed import TypedBackbone, half_heads, typed_copy
 from mge_runtime.manifest import BATCH, FRAME, GraphSpec, Preprocess, TensorSpec, ViewSpec
 
-__all__ = ["ExpertGraph", "build_graphs", "views"]
-
 
 class Normalize(nn.Module):
     """Images of pixels 0 to 255, normalized."""

@@ -29,8 +29,6 @@ from mge_runtime.errors import ExportError
 from mge_runtime.files import check_output, temporary_folder
 from mge_runtime.manifest import Manifest
 
-__all__ = ["ExportResult", "export_bundle"]
-
 TOOLS = ("mge", "torch", "timm", "onnx", "onnxscript", "onnxruntime")  # distributions that shape the graphs
 ATTESTED = "onnx: types inferred from the written graph"
 

@@ -20,8 +20,6 @@ from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
 from mge_runtime.manifest import BATCH, GraphSpec, TensorSpec
 
-__all__ = ["OPSET", "OnnxGraph", "export_graph", "externalize", "inlined", "weights_name"]
-
 # What PyTorch's exporter writes without converting, and old enough for every parser in use: TensorRT 10.3 of JetPack 6
 # knows 9 to 20, ONNX Runtime knows 18 since 1.14.
 OPSET = 18

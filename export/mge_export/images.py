@@ -15,8 +15,6 @@ from mge_runtime.layouts import list_images
 from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
 
-__all__ = ["VERIFY_FOLDER", "VerifyImages", "find_verify_images", "generated_images", "photographs"]
-
 VERIFY_FOLDER = "a folder of images such as .jpg to verify on: name one with --verify-data"  # of an error
 BATCH_IMAGES = 4  # frames computed at once; bounds memory
 

@@ -15,8 +15,6 @@ from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
 from mge_runtime.manifest import Crops
 
-__all__ = ["Int8Request", "LearnedGraph", "check_quantization", "is_backbone_weight", "quantize_graphs"]
-
 
 @dataclass(frozen=True)
 class Int8Request:

@@ -15,8 +15,6 @@ from mge_runtime.errors import ExportError, brief
 from mge_runtime.files import atomic_path, temporary_folder
 from mge_runtime.machine import import_library, install_extra
 
-__all__ = ["load_openvino", "write_openvino"]
-
 
 def load_openvino() -> Any:
     """Import OpenVINO without its telemetry.

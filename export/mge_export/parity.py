@@ -34,8 +34,6 @@ from mge_runtime.errors import BackendError, BundleError, ExportError
 from mge_runtime.manifest import FRAME, GraphSpec, ViewSpec
 from mge_runtime.pipeline import Pipeline
 
-__all__ = ["Check", "Differences", "ParityReport", "check_bundle", "measure_parity"]
-
 _ROUNDING = 0.025  # of the largest value: a crop by a box one pixel further differs by more
 # Of the largest value, between the finished bundle and its graphs: the same weights in the same library.
 _BUNDLE_RELATIVE = 1e-5

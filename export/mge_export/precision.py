@@ -10,8 +10,6 @@ import torch
 
 from mge_runtime.errors import ExportError
 
-__all__ = ["Precision", "check_precision", "infer_types", "read_precision"]
-
 # Types of numbers whose precision matters; integers, booleans and shapes are exact.
 _FLOATS: dict[int, str] = {
     onnx.TensorProto.FLOAT: "float32",

@@ -21,8 +21,6 @@ from mge_runtime.backends.onnxruntime import import_onnxruntime, integer_entries
 from mge_runtime.errors import ExportError
 from mge_runtime.manifest import FRAME, GraphSpec
 
-__all__ = ["FP16_MAX", "Peak", "Runner", "Tensors", "TypedRun", "onnx_runner", "reference_tensors"]
-
 Tensors = dict[str, np.ndarray]  # by name, batch first
 Runner = Callable[[GraphSpec, Mapping[str, np.ndarray]], Tensors]  # a graph and its inputs -> its outputs
 

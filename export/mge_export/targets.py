@@ -15,8 +15,6 @@ from mge_runtime.trt.builder import BuildOptions
 from mge_runtime.trt.target import NATIVE, TURING, BatchRange, Capabilities, parse_request
 from mge_runtime.trt.vendor import load_vendor
 
-__all__ = ["EnginePlan"]
-
 ONNX = "onnx"  # the target that needs no engine
 
 

@@ -18,8 +18,6 @@ from mge_runtime.errors import ExportError, OutputError
 from mge_runtime.manifest import TensorSpec
 from mge_runtime.trt.engines import EngineSet, bundle_engines
 
-__all__ = ["check_repository", "write_triton"]
-
 LARGEST_BATCH = 8  # images that the server may run at once
 _BATCHING = "dynamic_batching { max_queue_delay_microseconds: 1000 }"  # that an image may wait for others
 _TYPES = {"uint8": "TYPE_UINT8", "float16": "TYPE_FP16", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}

@@ -22,8 +22,6 @@ from mge.model import Expert, Gate
 from mge_export.precision import Precision
 from mge_runtime.errors import ExportError
 
-__all__ = ["HalfLinear", "TypedBackbone", "fold_batch_norms", "half_heads", "typed_copy"]
-
 M = TypeVar("M", Expert, Gate)
 FOLD_TOLERANCE = 1e-3  # of the largest output; folding reorders FP32 sums through some hundred layers, seen: 1e-5
 

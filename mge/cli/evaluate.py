@@ -22,7 +22,6 @@ from mge_runtime.files import check_writable, echo
 if TYPE_CHECKING:
     from mge.evaluation import Evaluation, Label
 
-__all__ = ["main"]
 
 PATH = click.Path(path_type=Path)
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from mge.data.field_guide import FieldGuide
 
-__all__ = ["draw_sheet", "main"]
-
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))

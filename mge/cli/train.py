@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from mge.model import MGENet
 
-__all__ = ["main"]
 
 MODELS = ("last.pt", "best.pt")
 WRITTEN = (*MODELS, "metrics.csv", "curves.png")

@@ -19,8 +19,6 @@ from mge_runtime.cli.verbs import options_of, read_toml
 from mge_runtime.errors import CheckpointError, TrainingError
 from mge_runtime.files import atomic_path
 
-__all__ = ["check_areas", "is_own", "resolve", "training_options", "write_options"]
-
 PATH = click.Path(path_type=Path)
 UNIT = Number(0, 1, max_open=True)
 PLACES = frozenset({"out", "overwrite", "dry_run", "resume", "config"})  # where a run is kept, not what it does

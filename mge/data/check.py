@@ -14,8 +14,6 @@ from mge_runtime.errors import InputError
 from mge_runtime.files import file_sha256
 from mge_runtime.machine import cpu_count
 
-__all__ = ["check_images"]
-
 LISTED = 10  # problems in a message
 FEW = 2000  # images, for which starting processes would take longer than looking at them
 TAIL = 64  # bytes at the end of a file; with its length they tell nearly all images apart

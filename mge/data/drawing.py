@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-__all__ = ["Color", "Plate", "Species", "draw_plate"]
-
 Color = tuple[int, int, int]  # RGB, 0..255
 Points = NDArray[np.floating[Any]]  # [n, 2], x and y
 

@@ -30,8 +30,6 @@ from mge.data.drawing import Color, Plate, Species, draw_plate
 from mge.parts import write_parts
 from mge_runtime.errors import InputError, OutputError
 
-__all__ = ["SPLITS", "FieldGuide", "draw_image", "list_species", "write_field_guide"]
-
 VERSION = 1  # of the drawing: an image of another version may differ
 SPLITS = ("train", "val", "test")
 _DESCRIPTION = "field_guide.json"

@@ -28,8 +28,6 @@ from mge_runtime.errors import InputError
 from mge_runtime.machine import cpu_count
 from mge_runtime.preprocess import crop_resized, resized_size, to_frame
 
-__all__ = ["EpochSampler", "FolderDataset", "TrainingDataset", "batches", "make_loader", "normalize"]
-
 
 def normalize(frames: np.ndarray | Tensor, config: MGEConfig) -> Tensor:
     """Frames, uint8 [..., S, S, 3] RGB, to normalized float32 images [..., 3, S, S] in the same memory layout.

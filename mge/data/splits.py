@@ -12,8 +12,6 @@ from mge_runtime.errors import InputError
 from mge_runtime.layouts import find_list, relative_name
 from mge_runtime.sources import list_labeled, require_folder, validation_folder
 
-__all__ = ["HOLDOUT", "training_splits"]
-
 HOLDOUT = 0.1  # share of each class that is held out where there is no val/
 
 

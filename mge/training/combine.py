@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mge.model import Average
 
-__all__ = ["balance", "fit_average"]
-
 
 def fit_average(gate: Average, logits: Tensor, labels: Tensor) -> None:
     """Learn the weights and the scale of an average from held-out images.

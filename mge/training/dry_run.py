@@ -23,8 +23,6 @@ from mge.training.record import Meter
 from mge_runtime.files import format_bytes
 from mge_runtime.interrupt import Interrupt
 
-__all__ = ["DryRun"]
-
 WARM_UP = 2  # steps that do not count: workers start, allocators find their size
 LEAST, SECONDS = 3, 20.0  # steps that are timed: so many, and for so long
 VALIDATED = 2  # batches, the last of which is timed

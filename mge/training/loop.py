@@ -41,8 +41,6 @@ from mge_runtime.errors import TrainingError
 from mge_runtime.files import echo
 from mge_runtime.interrupt import Interrupt
 
-__all__ = ["Progress", "Trainer", "within_noise"]
-
 EVALUATION_BATCH = 32  # images; needs no gradients, so more fit than in training
 READ_EVERY = 10  # steps: losses stay on the device until then, so that no step waits for it
 

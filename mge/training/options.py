@@ -9,8 +9,6 @@ from typing import Any
 
 from mge.config import PAPER_THRESHOLD, MGEConfig, nearest_side
 
-__all__ = ["AUGMENTATIONS", "CROP_AREA", "OPTIMIZERS", "RECIPES", "TrainOptions", "smaller_later"]
-
 CROP_AREA = 0.5  # share of its image that the median crop keeps, unless asked for another
 OPTIMIZERS = ("sgd", "adamw", "nadamw", "lamb", "lion")  # timm's names; "sgd" has a momentum and no Nesterov
 AUGMENTATIONS = ("none", "trivial", "rand")

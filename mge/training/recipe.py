@@ -21,18 +21,6 @@ from mge.training.combine import balance
 from mge.training.options import TrainOptions
 from mge_runtime.errors import TrainingError
 
-__all__ = [
-    "distillation",
-    "diversity",
-    "freeze",
-    "hold_statistics",
-    "loss_terms",
-    "make_optimizer",
-    "make_schedule",
-    "move_average",
-    "to_training_layout",
-]
-
 FRAGILE_CHANNELS = 16  # input channels from which on no damage was seen, see `to_training_layout`
 LAYER = 12  # parameters of a backbone, in their order, that are a layer (timm's `auto_group_layers`)
 SOFTNESS = 2.0  # temperature of the distillation

@@ -13,8 +13,6 @@ from tqdm import tqdm
 
 from mge_runtime.files import atomic_path, echo
 
-__all__ = ["Meter", "write_csv", "write_curves"]
-
 History = Sequence[dict[str, float]]
 _PANELS = (  # title, prefix of the columns, unit, limits, scale
     ("training loss", "loss/", "nats", None, "log"),

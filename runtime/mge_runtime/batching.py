@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mge_runtime.pipeline import Pipeline, Prepared
     from mge_runtime.prediction import Prediction
 
-__all__ = ["Batcher", "batches", "prefetch"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")

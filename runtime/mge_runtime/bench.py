@@ -20,7 +20,6 @@ from mge_runtime.errors import BackendError, MGEError, one_line
 if TYPE_CHECKING:
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["run_bench"]
 
 NO_TIME = "no time was left; name more --seconds"  # why something was not measured
 START_UP = "start-up"

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mge_runtime.bench_subject import Subject
     from mge_runtime.fields import JsonValue
 
-__all__ = ["BatchTimes", "BenchReport", "CheckReport", "Report", "Result"]
 
 _PERCENTILES = {"p50_ms": (50, 1), "p90_ms": (90, 10), "p99_ms": (99, 100)}  # and the fewest runs that have one
 

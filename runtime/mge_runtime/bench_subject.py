@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from mge_runtime.decode import ImageSource
     from mge_runtime.sources import NamedImage
 
-__all__ = ["Images", "Subject", "open_subject", "synthetic_image"]
 
 _MOST_IMAGES = 64  # their frames stay in memory, 600 kB each at 448 pixels
 _SYNTHETIC, _HEIGHT, _WIDTH = 12, 960, 1280  # images (a batch of eight and a remainder), pixels

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from mge_runtime.manifest import Manifest
 
-__all__ = ["Calibrated", "ExitPoint", "Guarantee", "RunsOn", "confidence"]
 
 _TEMPERATURES = (1e-3, 1e3)  # mge-calibrate fits from 0.05 to 20; beyond, softmax is one class or says nothing
 

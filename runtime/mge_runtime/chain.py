@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mge_runtime.calibrated import Calibrated, ExitPoint
     from mge_runtime.fields import JsonValue
 
-__all__ = ["Chain", "Exit", "ExitPolicy", "ImageResult", "by_image", "first_graphs", "resolve_exit"]
 
 # "never": the whole chain; "calibrated": stop each image as soon as its logits are as confident as the calibration asks
 # for; N: stop after graph N, from 1, as a rule expert N.

@@ -15,21 +15,6 @@ from mge_runtime.preprocess import Viewport, compose_boxes
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "FEW_IMAGES",
-    "TOLERANCES",
-    "Tolerances",
-    "box_area",
-    "box_failures",
-    "box_iou",
-    "chain_box_iou",
-    "class_failures",
-    "class_margins",
-    "finite",
-    "frame_boxes",
-    "relative_difference",
-    "same_boxes",
-]
 
 FEW_IMAGES = 100  # with fewer, one image is more than one percent
 

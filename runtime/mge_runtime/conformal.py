@@ -20,7 +20,6 @@ from mge_runtime.prediction import TopClass, softmax
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["EXITS", "Conformal", "Hierarchy", "Judgment", "Limit", "energy"]
 
 EXITS = "calibrated"  # what `Pipeline.open` calls these exits
 

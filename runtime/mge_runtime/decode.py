@@ -32,16 +32,6 @@ from mge_runtime.sources import MAX_BYTES, MAX_PIXELS, is_url, read_stream
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "MAX_PIXELS",
-    "MAX_SIDE",
-    "ImageSource",
-    "check_header",
-    "decode_image",
-    "load_decoders",
-    "open_image",
-    "rgb_array",
-]
 
 MAX_SIDE = 65_535  # pixels; the longest side of a JPEG
 

@@ -15,17 +15,6 @@ if TYPE_CHECKING:
 
     from mge_runtime.prediction import Prediction
 
-__all__ = [
-    "Canvas",
-    "Color",
-    "blend_heatmap",
-    "draw_boxes",
-    "draw_prediction",
-    "expert_color",
-    "fitted",
-    "seen",
-    "shortened",
-]
 
 Color = tuple[int, int, int]
 

@@ -4,21 +4,6 @@ A message is one line: what, found, expected, what to do. The commands catch `MG
 with 1; any other exception is a defect and shows its traceback.
 """
 
-__all__ = [
-    "BackendError",
-    "BuildError",
-    "BundleError",
-    "CheckpointError",
-    "ExportError",
-    "InputError",
-    "MGEError",
-    "OutputError",
-    "TrainingError",
-    "brief",
-    "one_line",
-    "printable",
-]
-
 _JOINERS = "\u200c\u200d"  # zero width: Persian, Indic scripts and emoji are spelled with them
 
 

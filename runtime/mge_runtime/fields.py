@@ -14,8 +14,6 @@ from typing import NoReturn, TypeAlias, TypeVar
 
 from mge_runtime.errors import BundleError
 
-__all__ = ["LARGEST", "Field", "JsonValue", "dump_json", "parse_json"]
-
 # Read-only types, so that a dict of dicts or of lists of numbers is one of them to a type checker.
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 

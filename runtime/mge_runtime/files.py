@@ -17,19 +17,6 @@ from pathlib import Path
 
 from mge_runtime.errors import OutputError
 
-__all__ = [
-    "atomic_path",
-    "check_folder",
-    "check_output",
-    "check_writable",
-    "echo",
-    "file_sha256",
-    "format_bytes",
-    "is_temporary",
-    "lock",
-    "temporary_folder",
-]
-
 # Ends every temporary name; its owner holds a lock, so one without a lock was left by a dead process.
 _PART = ".mge-part"
 _LONGEST_STEM = 150  # bytes; file systems allow 255 for the whole name

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-__all__ = ["font_for", "undrawable"]
 
 _FOLDERS = (
     Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share", "fonts"),

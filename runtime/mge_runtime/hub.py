@@ -14,8 +14,6 @@ from mge_runtime.errors import BundleError, brief
 from mge_runtime.files import format_bytes
 from mge_runtime.machine import import_library, install_extra
 
-__all__ = ["HubAddress"]
-
 _SCHEME = "hf://"
 _FOLDED = re.compile("^hf://?")
 _NAME = r"\w[\w.-]*"

@@ -14,16 +14,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = [
-    "entropy_end",
-    "jpeg_lacks_scans",
-    "jpeg_scans",
-    "kind_of",
-    "png_lacks_data",
-    "tiff_fault",
-    "webp_size",
-    "without_metadata",
-]
 
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 _EXIF, _ADOBE, _SCAN = 0xE1, 0xEE, 0xDA  # of JPEG: orientation; whether three channels are RGB; header of a scan

@@ -11,8 +11,6 @@ from typing import Any
 
 from mge_runtime.errors import MGEError
 
-__all__ = ["Interrupt", "interruptible"]
-
 # Ctrl-C, a scheduler's stop, a closed terminal (which Windows has no signal for).
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 

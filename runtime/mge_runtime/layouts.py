@@ -20,8 +20,6 @@ import numpy as np
 from mge_runtime.errors import InputError, brief
 from mge_runtime.sources import VALIDATION_FOLDERS, ImageList, NamedImage, is_folder, list_folder, require_folder
 
-__all__ = ["LabeledList", "find_list", "list_images", "relative_name", "require_images"]
-
 _TABLES = (".csv", ".parquet")
 
 # What a reader returns: names of the classes in their order; by split, paths below the root with the name of the class.

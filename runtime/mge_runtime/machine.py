@@ -21,17 +21,6 @@ from typing import Any
 from mge_runtime.errors import BackendError, BundleError, InputError, brief
 from mge_runtime.fields import Field, dump_json, parse_json
 
-__all__ = [
-    "Gpu",
-    "Machine",
-    "cpu_count",
-    "cpu_model",
-    "describe_machine",
-    "import_library",
-    "install_extra",
-    "this_platform",
-]
-
 # Name in a description, as a rule the distribution's, -> the module.
 _LIBRARIES = {
     "tensorrt": "tensorrt",

@@ -14,24 +14,6 @@ from typing import NoReturn
 from mge_runtime.errors import BundleError
 from mge_runtime.fields import Field, JsonValue, dump_json, parse_json
 
-__all__ = [
-    "BATCH",
-    "DTYPES",
-    "FRAME",
-    "SCHEMA_VERSION",
-    "Crops",
-    "Entry",
-    "GraphSpec",
-    "Manifest",
-    "Preprocess",
-    "TensorSpec",
-    "ViewSpec",
-    "read_class_names",
-    "read_entry",
-    "read_plan",
-    "read_preprocess",
-]
-
 SCHEMA_VERSION = 3
 FRAME = "frame"  # the chain's one input: uint8 RGB [B, S, S, 3]
 BATCH = "batch"  # the name of the one dynamic axis, always the first

@@ -11,16 +11,6 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "BINS",
-    "Interval",
-    "bin_starts",
-    "calibration_bins",
-    "calibration_error",
-    "log_softmax",
-    "mean_interval",
-    "share_interval",
-]
 
 BINS = 15  # of equal mass
 _CHUNK = 1 << 22  # values drawn at once

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from mge_runtime.backends.base import Array, ExecutorResult
 
-__all__ = ["Exit", "Pipeline", "Prepared"]
 
 _Source = TypeVar("_Source", bound=ImageSource)
 

@@ -12,7 +12,6 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["NONE_OF_THESE", "Prediction", "TopClass", "softmax"]
 
 NONE_OF_THESE = "none of these"  # what people read instead of a class that was rejected
 TOP = 5  # classes in `Prediction.top`

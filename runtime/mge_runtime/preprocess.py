@@ -16,7 +16,6 @@ from mge_runtime.manifest import Crops, Preprocess
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_RESIZED_PIXELS", "Viewport", "compose_boxes", "crop_resized", "resized_size", "to_frame"]
 
 # Pixels of the whole resized image; a longer strip (256:1 at 512) is resized only where the center crop needs it.
 MAX_RESIZED_PIXELS = 2**26

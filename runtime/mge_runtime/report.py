@@ -21,17 +21,6 @@ if TYPE_CHECKING:
     from mge_runtime.decode import ImageSource
     from mge_runtime.prediction import Prediction
 
-__all__ = [
-    "CsvTable",
-    "Form",
-    "ImageFolder",
-    "Lines",
-    "csv_table",
-    "headline",
-    "image_folder",
-    "is_stdout",
-    "json_record",
-]
 
 Form: TypeAlias = Literal["line", "block", "json"]  # what is printed of an image
 

@@ -29,7 +29,6 @@ from mge_runtime.report import json_record
 if TYPE_CHECKING:
     from mge_runtime.decode import ImageSource
 
-__all__ = ["Limits", "Service"]
 
 _GRAY = np.full((64, 64, 3), 128, np.uint8)  # an image for runs that nobody asked for
 _LONGEST_NAME = 150  # characters of a file's name that are repeated in JSON

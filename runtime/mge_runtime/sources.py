@@ -14,25 +14,6 @@ from typing import Any, BinaryIO, cast
 
 from mge_runtime.errors import InputError
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_BYTES",
-    "MAX_PIXELS",
-    "SAVED_SUFFIX",
-    "STDIN",
-    "VALIDATION_FOLDERS",
-    "ImageList",
-    "NamedImage",
-    "find_images",
-    "is_folder",
-    "is_url",
-    "list_folder",
-    "list_labeled",
-    "read_stream",
-    "require_folder",
-    "validation_folder",
-]
-
 STDIN = "-"
 _STDIN_NAME, _STDIN_PATH = "standard input", Path("/dev/stdin")
 SAVED_SUFFIX = ".mge.png"  # of what `mge-run --save` draws; in a folder these are no images to predict

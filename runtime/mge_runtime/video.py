@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from mge_runtime.prediction import Prediction
 
-__all__ = ["Frame", "Smoother", "Video", "VideoWriter", "video_writer"]
 
 SILENCE = 10.0  # seconds without a byte, after which a source has failed
 PATIENCE = 60.0  # seconds without a frame, for which a live source is connected to again

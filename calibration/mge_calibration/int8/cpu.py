@@ -14,8 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mge_calibration.int8.insert import positive_bound
 
-__all__ = ["cpu_graph"]
-
 _CODES = 127 / 255  # of a positive activation: steps of uint8 in those of symmetric int8
 _ZEROS = {"positive_zero_point": 0, "signed_zero_point": 128}  # uint8
 

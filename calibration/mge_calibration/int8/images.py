@@ -16,8 +16,6 @@ from mge_runtime.layouts import list_images, relative_name
 from mge_runtime.manifest import Preprocess
 from mge_runtime.preprocess import to_frame
 
-__all__ = ["CALIBRATION_FOLDER", "MIN_IMAGES", "CalibrationImages", "read_calibration_images"]
-
 MIN_IMAGES = 100
 CALIBRATION_FOLDER = "a folder of images to calibrate on: name one with --calib-data"  # of an error
 

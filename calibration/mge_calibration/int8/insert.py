@@ -9,8 +9,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-__all__ = ["LEVELS", "Layer", "find_layers", "insert_quantization", "positive_bound", "quantize_weight"]
-
 LEVELS = 127  # magnitudes that symmetric INT8 tells apart, beside zero
 # DequantizeLinear makes FP16 from opset 19 on; TensorRT 10.3 of JetPack 6 knows up to 20.
 OPSET = 19

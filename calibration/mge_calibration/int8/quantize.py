@@ -18,16 +18,6 @@ from mge_calibration.int8.ranges import WORKERS, Run, Tensors, learn_ranges, ope
 from mge_runtime.compare import chain_box_iou
 from mge_runtime.manifest import Crops, GraphSpec
 
-__all__ = [
-    "Agreement",
-    "Int8Options",
-    "Judge",
-    "QuantizedGraph",
-    "quantize_chain",
-    "quantize_graph",
-    "relative_error",
-]
-
 SENSITIVITY_IMAGES = 32  # each layer is quantized alone on so many: a norm over logits and maps needs no more
 _ROUNDING = 1e-9  # a share times a number of images is a whole number up to this
 # A later expert still has to be quantized, and its own box must not then fall below the limit. Measured on photographs

@@ -14,19 +14,6 @@ from mge_calibration.int8.insert import LEVELS
 from mge_runtime.backends.onnxruntime import import_onnxruntime
 from mge_runtime.machine import cpu_count
 
-__all__ = [
-    "BINS",
-    "LEVELS",
-    "METHODS",
-    "WORKERS",
-    "Magnitudes",
-    "Run",
-    "Tensors",
-    "learn_ranges",
-    "open_graph",
-    "run_all",
-]
-
 BATCH = 4
 WORKERS = max(1, min(8, cpu_count()))  # runs at once, each in one thread
 BINS = 2048  # of a histogram of magnitudes

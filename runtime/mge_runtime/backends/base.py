@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = NDArray[np.generic]
 
-__all__ = ["Executor", "ExecutorResult", "Found", "Span", "Streams", "check_tensors", "split"]
 
 Streams: TypeAlias = "int | Literal['auto']"  # runs in flight at once; "auto": as many as give the most images a second
 Found: TypeAlias = "Mapping[str, tuple[str, Sequence[object]]]"  # by name: NumPy's name of its type, and its shape

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.trt.engines import EngineSet
 
-__all__ = ["BACKENDS", "Candidate", "Choice", "choose", "device_index", "device_name"]
 
 BACKENDS = ("tensorrt", "tensorrt-rtx", "onnxruntime")  # best first
 _CUDA = re.compile(r"cuda|(?:cuda:)?(\d{1,4})", re.ASCII)

@@ -30,14 +30,6 @@ if TYPE_CHECKING:
     from mge_runtime.calibrated import ExitPoint
     from mge_runtime.manifest import GraphSpec
 
-__all__ = [
-    "CpuExecutor",
-    "import_onnxruntime",
-    "integer_entries",
-    "load_onnxruntime",
-    "open_session",
-    "weights_checked",
-]
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _OLDEST = (1, 22)  # the first release that knows this entry (microsoft/onnxruntime #23557)

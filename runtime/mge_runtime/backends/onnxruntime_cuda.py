@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
     from mge_runtime.manifest import GraphSpec
 
-__all__ = ["OrtGraph", "open_cuda_chain", "open_ort_chain", "preload_libraries"]
 
 _EXTRA = "gpu"  # of mge: onnxruntime-gpu and the libraries of CUDA that fit it
 _CUDA = "CUDAExecutionProvider"

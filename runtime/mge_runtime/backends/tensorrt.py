@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
     from mge_runtime.device.base import Device, Stream
 
-__all__ = ["TensorRTGraph", "open_tensorrt_chain"]
-
 
 def open_tensorrt_chain(choice: Choice, bundle: Bundle, *, cuda_graphs: bool = True) -> Executor:
     """Open a chain of engines on a GPU; each is checked against its hash before and the manifest after it is read.

@@ -17,23 +17,6 @@ from typing import BinaryIO
 
 from mge_runtime.errors import BundleError, OutputError
 
-__all__ = [
-    "CALIBRATION",
-    "CARD",
-    "CHAIN",
-    "MANIFEST",
-    "ArchiveEntry",
-    "ArchiveWriter",
-    "cpu_graph_entry",
-    "engine_description",
-    "engine_plan",
-    "graph_entry",
-    "is_target",
-    "read_directory",
-    "target_of",
-    "weights_entry",
-]
-
 MANIFEST = "manifest.json"
 CALIBRATION = "calibration.json"
 CARD = "card.md"  # the model card, Markdown with YAML front matter

@@ -10,8 +10,6 @@ from mge_runtime.errors import BundleError
 from mge_runtime.fields import Field, JsonValue, dump_json, parse_json
 from mge_runtime.manifest import Entry, read_entry
 
-__all__ = ["Calibration", "EngineDescription"]
-
 
 @dataclass(frozen=True)
 class EngineDescription:

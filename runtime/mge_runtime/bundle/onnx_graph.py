@@ -19,7 +19,6 @@ from mge_runtime.errors import BundleError
 if TYPE_CHECKING:
     from mge_runtime.bundle import Bundle
 
-__all__ = ["ExternalTensor", "external_tensors", "located_graph", "node_operators", "relocate"]
 
 _GRAPH, _NODE, _INITIALIZER, _EXTERNAL_DATA = 7, 1, 5, 13
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types

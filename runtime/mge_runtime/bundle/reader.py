@@ -35,8 +35,6 @@ from mge_runtime.hub import HubAddress
 from mge_runtime.machine import cpu_count
 from mge_runtime.manifest import Entry, Manifest
 
-__all__ = ["LABELS", "Bundle", "WatchedFile", "write_labels"]
-
 LABELS = "labels.txt"  # beside ONNX files: the names of the classes
 
 _T = TypeVar("_T")

@@ -34,8 +34,6 @@ from mge_runtime.fields import LARGEST, JsonValue
 from mge_runtime.files import atomic_path, is_temporary, lock
 from mge_runtime.manifest import Entry, Manifest
 
-__all__ = ["GraphModel", "add_calibration", "add_card", "add_engine", "write_bundle"]
-
 _LOGGER = logging.getLogger("mge_runtime")
 _CHUNK = 1 << 22  # bytes read at once
 

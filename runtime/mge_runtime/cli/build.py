@@ -16,8 +16,6 @@ from mge_runtime.interrupt import interruptible
 if TYPE_CHECKING:
     from mge_runtime.trt.build import GraphProgress
 
-__all__ = ["main", "shown_progress"]
-
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("bundle", default="mge.plan", type=click.Path(path_type=Path))

@@ -20,23 +20,6 @@ from mge_runtime.sources import MAX_PIXELS
 if TYPE_CHECKING:
     from mge_runtime.chain import Exit
 
-__all__ = [
-    "GPU_STATUS",
-    "Number",
-    "Opening",
-    "at_most_cpus",
-    "batch_option",
-    "engine_batch_option",
-    "exit_option",
-    "max_pixels_option",
-    "note",
-    "opening_options",
-    "options_given",
-    "report",
-    "reports_errors",
-    "say",
-    "verbose_option",
-]
 
 # The extra of the wheel that the commands of a package need besides the base install.
 _EXTRAS = {"mge": "train", "mge_export": "export", "mge_calibration": "calibrate"}

@@ -16,8 +16,6 @@ from mge_runtime.files import format_bytes
 from mge_runtime.machine import Machine
 from mge_runtime.manifest import Manifest
 
-__all__ = ["info_lines", "parity_lines", "subjects"]
-
 _WIDTH = 110  # characters
 _INDENT = 11
 

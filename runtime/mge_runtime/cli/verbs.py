@@ -15,8 +15,6 @@ import click
 from mge_runtime.cli.common import reports_errors
 from mge_runtime.errors import InputError, brief
 
-__all__ = ["main", "options_of", "read_toml"]
-
 
 class _Verbs(click.Group):
     """The scripts `mge-...` of this distribution, each imported when it is asked for."""

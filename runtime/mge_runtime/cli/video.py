@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mge_runtime.prediction import Prediction
     from mge_runtime.video import Frame
 
-__all__ = ["run_video"]
 
 _LONGEST = 960  # pixels, the longer side of what is drawn
 

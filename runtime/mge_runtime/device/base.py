@@ -16,17 +16,6 @@ if TYPE_CHECKING:
 
     Bytes: TypeAlias = NDArray[np.uint8]
 
-__all__ = [
-    "FIRST_RUNS",
-    "BorrowedMemory",
-    "CaptureRefusedError",
-    "Device",
-    "Event",
-    "Graph",
-    "HostBuffer",
-    "OwnedMemory",
-    "Stream",
-]
 
 Direction: TypeAlias = Literal["host_to_device", "device_to_host", "on_device"]  # of a copy
 

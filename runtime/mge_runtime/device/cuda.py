@@ -23,7 +23,6 @@ from mge_runtime.machine import import_library
 if TYPE_CHECKING:
     from mge_runtime.device.base import Bytes
 
-__all__ = ["CudaDevice"]
 
 _OLDEST = 1  # major version of cuda-core; before it, events and graphs had other names
 _INSTALL = (

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
     from mge_runtime.manifest import GraphSpec, TensorSpec
 
-__all__ = ["DeviceExecutor", "Place", "Space"]
 
 _ALIGNMENT = 256  # bytes: what TensorRT asks of device memory
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from mge_runtime.fields import JsonValue
     from mge_runtime.manifest import TensorSpec
 
-__all__ = ["MOST_BATCHES", "Addresses", "Launch", "Program", "Programs", "Unit", "shape_of"]
 
 MOST_BATCHES = 8  # batch sizes that are kept ready; each has contexts and graphs of its own
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from mge_runtime.bench_subject import Images, Subject
 
-__all__ = ["all_checks", "check_refused", "run_checks"]
 
 # Stands in where there is no GPU: descriptions decide, so no GPU is needed to see them decide.
 _STAND_IN = Gpu("NVIDIA GeForce RTX 3060", "sm86", 12 * 2**30, 28)

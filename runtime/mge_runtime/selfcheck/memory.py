@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mge_runtime.bench_subject import Subject
     from mge_runtime.pipeline import Pipeline
 
-__all__ = ["check_memory", "device_memory", "host_memory"]
 
 # Bytes that memory in use may grow by. Measured on the CPU, 1,000 runs move the host's by some 20 kB, the interpreter's
 # own; a driver gives memory away in pages of 2 MiB, and none may go.

@@ -29,15 +29,6 @@ if TYPE_CHECKING:
     from mge_runtime.bench_subject import Subject
     from mge_runtime.pipeline import Pipeline
 
-__all__ = [
-    "batch_size",
-    "check_batches",
-    "check_copies",
-    "check_cuda_graphs",
-    "check_parity",
-    "check_together",
-    "compared_tensors",
-]
 
 _BATCH = 8  # the largest that is checked
 _ROUNDS = 5  # of two pipelines at once

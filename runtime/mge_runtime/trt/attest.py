@@ -21,7 +21,6 @@ from mge_runtime.trt.vendor import dtype_name
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["Counts", "attest_engine", "attest_network"]
 
 _FLOATS = {"float16", "float32", "bfloat16", "fp8"}
 # What a graph's convolutions compute in, by its precision plan's type. In a parsed network a quantized one reads what

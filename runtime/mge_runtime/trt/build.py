@@ -24,17 +24,6 @@ from mge_runtime.trt.engines import EngineDetails, store_engines
 from mge_runtime.trt.target import TURING, Capabilities, Target, turing_refusal
 from mge_runtime.trt.vendor import LIBRARIES, Vendor, library_refusal, load_vendor
 
-__all__ = [
-    "GraphProgress",
-    "Job",
-    "NewEngines",
-    "Say",
-    "ahead_of_time",
-    "build_engines",
-    "build_targets",
-    "native_library",
-]
-
 GraphProgress = Callable[[str, float, str], None]  # graph, share done in [0, 1], phase
 Say = Callable[[str], None]
 

@@ -18,7 +18,6 @@ from mge_runtime.trt.vendor import Api, Vendor, dtype_name, sizes
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["BuildOptions", "BuiltEngine", "Progress", "build_engine", "configure", "parse_graph", "profile"]
 
 Progress = Callable[[float, str], bool]  # share done in [0, 1] and the phase's name -> whether to go on
 

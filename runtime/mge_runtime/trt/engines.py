@@ -26,8 +26,6 @@ from mge_runtime.machine import Gpu, Machine
 from mge_runtime.manifest import Entry, Manifest, read_plan
 from mge_runtime.trt.target import LARGEST_BATCH, BatchRange, Target
 
-__all__ = ["EngineDetails", "EngineSet", "FoundEngines", "bundle_engines", "find_engines", "store_engines", "why_not"]
-
 _DESCRIPTION = "engine.json"
 _ADVICE = "these engines are damaged or of another version of mge: build them again with mge-build"
 

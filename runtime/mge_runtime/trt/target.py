@@ -13,20 +13,6 @@ from mge_runtime.errors import BackendError, BundleError
 from mge_runtime.machine import Gpu, Machine
 from mge_runtime.manifest import Manifest
 
-__all__ = [
-    "LARGEST_BATCH",
-    "NATIVE",
-    "PRODUCTS",
-    "TURING",
-    "BatchRange",
-    "Capabilities",
-    "Target",
-    "build_command",
-    "parse_request",
-    "rtx_refusal",
-    "turing_refusal",
-]
-
 # What engines are to be built for ahead of time, with TensorRT-RTX: "sm86" and so on.
 Capabilities: TypeAlias = tuple[str, ...]
 

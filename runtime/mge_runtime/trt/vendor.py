@@ -16,7 +16,6 @@ from mge_runtime.trt.target import rtx_refusal
 if TYPE_CHECKING:
     import tensorrt as trt
 
-__all__ = ["LIBRARIES", "Api", "Library", "Messages", "Vendor", "dtype_name", "library_refusal", "load_vendor", "sizes"]
 
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # `tensorrt.DataType` where it is not NumPy's
 _KEPT = 50  # messages; a failing build can say thousands
