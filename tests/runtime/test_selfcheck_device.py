@@ -7,17 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mge_runtime import bench_subject
+from mge_runtime import bench_subject, selfcheck
 from mge_runtime.bundle import Bundle
 from mge_runtime.compare import TOLERANCES
 from mge_runtime.device.base import Graph
 from mge_runtime.errors import BackendError
-from mge_runtime.selfcheck import memory
-from mge_runtime.selfcheck.memory import check_memory
-from mge_runtime.selfcheck.outputs import (
+from mge_runtime.selfcheck import (
     check_batches,
-    check_copies,
     check_cuda_graphs,
+    check_memory,
     check_parity,
     check_together,
     compared_tensors,
@@ -99,7 +97,7 @@ def assert_fails(check, text):
 
 def test_a_device_that_predicts_as_the_cpu_passes(on_device, frames):
     subject = on_device()
-    for check in (check_parity, check_batches, check_cuda_graphs, check_copies, check_together):
+    for check in (check_parity, check_batches, check_cuda_graphs, check_together):
         result = check(subject, frames)
         assert result.outcome == "passed", result
         assert result.found
@@ -172,25 +170,11 @@ def test_graphs_that_do_old_work_were_refused_or_cannot_be_turned_off_fail(on_de
     assert_fails(check_cuda_graphs(on_device(**device), frames), said)
 
 
-def test_one_copy_too_many_fails(on_device, frames):
-    class Detour(OnDevice):
-        def run(self, frames, *, outputs=None):
-            tensors = super().run(frames, outputs=outputs)
-            stream, memory = self.device.create_stream(), self.device.allocate(64)
-            buffer = self.device.allocate_host(64)
-            self.device.download(buffer, 0, memory, 64, stream)
-            memory.close()
-            buffer.close()
-            return tensors
-
-    assert_fails(check_copies(on_device(opened=Detour), frames), "run 1 copied host_to_device 1, ")
-
-
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
 def test_a_leak_on_the_host_fails(on_cpu, frames):
-    if memory.host_memory() is None:
+    if selfcheck.host_memory() is None:
         pytest.skip("this system does not tell how much memory is in use")
     kept = []
 
@@ -220,7 +204,7 @@ def test_a_leak_on_the_device_fails(on_device, frames, monkeypatch):
             devices.append((self.device, self.device.allocate(2**17)))
             return super().run(frames, outputs=outputs)
 
-    monkeypatch.setattr(memory, "device_memory", lambda _: devices[-1][0].allocated if devices else 0)
+    monkeypatch.setattr(selfcheck, "device_memory", lambda _: devices[-1][0].allocated if devices else 0)
     subject = replace(on_device(opened=Leaking), device="cuda:0")
     assert_fails(check_memory(subject, frames, 40), "device memory grew")
 
@@ -238,14 +222,14 @@ MIB = 2**20
 )
 def test_growth_counts_where_it_stays_and_goes_on(on_cpu, frames, monkeypatch, used, outcome, growth, periods):
     values = iter([0, *used])  # the first is asked whether the system tells anything
-    monkeypatch.setattr(memory, "host_memory", lambda: next(values))
+    monkeypatch.setattr(selfcheck, "host_memory", lambda: next(values))
     check = check_memory(on_cpu, frames, 20)
     assert (check.outcome, check.numbers["host_growth"]) == (outcome, growth)
     assert len(check.numbers["host_series"]) == 21 * periods
 
 
 def test_what_nobody_tells_is_not_run(on_cpu, frames, monkeypatch):
-    monkeypatch.setattr(memory, "host_memory", lambda: None)
+    monkeypatch.setattr(selfcheck, "host_memory", lambda: None)
     assert check_memory(on_cpu, frames, 2).outcome == "not run"
 
 

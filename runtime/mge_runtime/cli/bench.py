@@ -42,7 +42,7 @@ def _batches(context: click.Context, parameter: click.Parameter, value: str) -> 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("images", nargs=-1)
 @click.option("--engine", default="mge.plan", show_default=True, help="The bundle to measure or check.")
-@click.option("--selfcheck", is_flag=True, help="Check predictions, memory, copies and graphs; measures no speed.")
+@click.option("--selfcheck", is_flag=True, help="Check predictions, memory and CUDA graphs; measures no speed.")
 @opening_options
 @click.option(
     "-b",
