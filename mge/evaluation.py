@@ -170,7 +170,7 @@ def collect_bundle(
         return predictions
 
     predictions, exits = predict("never"), None
-    if pipeline.calibrated.has_exits:
+    if pipeline.calibrated.exits:
         stopped = predict("calibrated")
         exits = Exits(np.array([one.experts_used for one in stopped]), np.stack([one.logits for one in stopped]))
     experts = np.stack([prediction.expert_logits for prediction in predictions], 1)

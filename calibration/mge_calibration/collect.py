@@ -78,7 +78,7 @@ def collect(
 
     def load(image: LabeledImage) -> NDArray[np.uint8] | InputError:
         try:
-            return pipeline.frame(image.path)
+            return pipeline.prepare(image.path).frame
         except InputError as error:
             return error.with_traceback(None)  # the traceback would keep the decoder's buffers
 

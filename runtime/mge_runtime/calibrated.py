@@ -100,11 +100,6 @@ class Calibrated:
             conformal=root["conformal"].optional(lambda f: Conformal.read(f, manifest.class_names, runs)),
         )
 
-    @property
-    def has_exits(self) -> bool:
-        """Whether the chain may stop early anywhere."""
-        return bool(self.exits)
-
     def note(self, backend: str, device: str) -> str | None:
         """Why thresholds guarantee nothing for a backend and a device, in one line; None: they do, or not told."""
         learned = self.runs_on

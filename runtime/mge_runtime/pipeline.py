@@ -255,14 +255,6 @@ class Pipeline:
             raise InputError(f"cannot run frames of type {found}; expected a uint8 array [B, {size}, {size}, 3]")
         return self._run(frames, self._policy(exit), outputs)
 
-    def frame(self, source: ImageSource) -> NDArray[np.uint8]:
-        """The frame of one image as `predict` makes it, uint8 RGB [S, S, 3], for `run`.
-
-        Raises:
-            InputError: as for `predict`.
-        """
-        return self.prepare(source).frame
-
     def report(self) -> dict[str, JsonValue]:
         """Memory, CUDA graphs and copies of a chain on a GPU, as plain values; empty on a CPU.
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -98,11 +97,3 @@ def test_importing_it_sends_and_writes_nothing(tmp_path):
     environment["HOME"] = str(tmp_path)  # where an identifier and a count would be, before anything is sent
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
     assert not list(tmp_path.iterdir())
-
-
-def test_runtimes_are_compared_side_by_side(exported, photographs):
-    words = [sys.executable, "-m", "benchmarks.runtimes", str(exported.folder / "chain.onnx"), str(photographs)]
-    done = subprocess.run([*words, "--images", "3", "--rounds", "1"], capture_output=True, text=True, check=True)
-    agrees, timed = r": same class 3/3, .* boxes within a pixel 3/3", r", \S+ \(.*\) x ONNX Runtime: .* ms"
-    for found in (agrees, timed):
-        assert re.search(rf"^OpenVINO \S+, f32{found}", done.stdout, re.MULTILINE), done.stdout

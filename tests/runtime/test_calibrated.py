@@ -44,7 +44,7 @@ def test_values_are_read(manifest):
     assert found.exits == {"mean_logits_1": 0.93, "mean_logits_2": 0.88}
     assert found.guarantee == Guarantee(0.01, 0.05)
     assert found.images == {"temperatures": 500, "exits": 2000}
-    assert found.has_exits
+    assert found.exits
     assert found.exit_points(manifest) == (
         ExitPoint(1, "mean_logits_1", 1.31, 0.93),
         ExitPoint(2, "mean_logits_2", 1.0, 0.88),
@@ -64,7 +64,7 @@ def test_values_are_read(manifest):
 def test_without_exits_nothing_stops(manifest, exits, message):
     missing = exits == "no calibration"
     found = Calibrated() if missing else Calibrated.from_values(changed("exits", exits), manifest)
-    assert not found.has_exits
+    assert not found.exits
     with pytest.raises(BackendError, match=message):
         found.exit_points(manifest)
 

@@ -76,7 +76,7 @@ def look(path):
 
 def predict(path):
     with Pipeline.open(path, device="cpu", threads=1) as pipeline:
-        for exit in ("never", "calibrated") if pipeline.calibrated.has_exits else ("never",):
+        for exit in ("never", "calibrated") if pipeline.calibrated.exits else ("never",):
             found = pipeline.predict(FRAME[0], exit=exit)
             assert 0 <= found.probability <= 1
             assert np.isfinite(found.boxes).all()

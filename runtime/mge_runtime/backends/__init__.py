@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mge_runtime.backends.base import Executor, Streams
-from mge_runtime.backends.choice import BACKENDS, Candidate, Choice, choose
+from mge_runtime.backends.choice import BACKENDS, Candidate, Choice, choose, device_index
 from mge_runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def open_executor(
     if choice.backend == "onnxruntime":
         from mge_runtime.backends.onnxruntime_cuda import open_cuda_chain
 
-        return open_cuda_chain(bundle, choice.device_index, cuda_graphs=cuda_graphs)
+        return open_cuda_chain(bundle, device_index(choice.device), cuda_graphs=cuda_graphs)
     from mge_runtime.backends.tensorrt import open_tensorrt_chain
 
     return open_tensorrt_chain(choice, bundle, cuda_graphs=cuda_graphs)

@@ -75,11 +75,6 @@ class Choice:
             logging.getLogger("mge_runtime").warning(self.note)
 
     @property
-    def device_index(self) -> int:
-        """See `device_index`."""
-        return device_index(self.device)
-
-    @property
     def gpu(self) -> Gpu | None:
         """The GPU that runs; None on the CPU."""
         return _gpu(self.machine, self.device)

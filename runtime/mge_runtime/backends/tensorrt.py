@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from mge_runtime.backends.base import Executor, Found, check_tensors
+from mge_runtime.backends.choice import Choice, device_index
 from mge_runtime.device.cuda import CudaDevice
 from mge_runtime.device.executor import DeviceExecutor
 from mge_runtime.device.program import Addresses, Launch, Unit, shape_of
@@ -29,7 +30,6 @@ from mge_runtime.trt.vendor import Vendor, dtype_name, load_vendor, sizes
 if TYPE_CHECKING:
     import tensorrt as trt
 
-    from mge_runtime.backends.choice import Choice
     from mge_runtime.bundle import Bundle
     from mge_runtime.device.base import Device, Stream
 
@@ -60,7 +60,9 @@ def open_tensorrt_chain(choice: Choice, bundle: Bundle, *, cuda_graphs: bool = T
         for spec in bundle.manifest.graphs:
             yield TensorRTGraph(vendor, runtime, engines.plan(spec.name), spec)
 
-    executor = DeviceExecutor(bundle.manifest, CudaDevice(choice.device_index), open_units, cuda_graphs=cuda_graphs)
+    executor = DeviceExecutor(
+        bundle.manifest, CudaDevice(device_index(choice.device)), open_units, cuda_graphs=cuda_graphs
+    )
     executor.maps_weights = False  # engines are copied to the device
     return executor
 

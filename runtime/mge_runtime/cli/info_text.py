@@ -163,7 +163,7 @@ def _calibration(values: dict[str, Any] | None, manifest: Manifest) -> Iterator[
     yield f"temperatures: {temperatures}{images.get('temperatures', '')}"
     if calibrated.conformal:
         yield f"{calibrated.conformal}{images.get('conformal', '')}"
-    if not calibrated.has_exits or (guarantee := calibrated.guarantee) is None:
+    if not calibrated.exits or (guarantee := calibrated.guarantee) is None:
         yield f"no early exits: {calibrated.why_no_exits or 'none were learned'}"
         return
     places = [
