@@ -103,22 +103,23 @@ def open_capturable(bundle, device, **options):
 
 
 class ReplayingDevice(HostDevice):
-    """A host whose graphs do again what was enqueued; or one that refuses. It notes how often it is asked."""
+    """A host whose graphs do again what was enqueued, or nothing (`stale`), or that refuses. It notes what is asked."""
 
-    def __init__(self, *, refusal=False):
+    def __init__(self, *, refusal=False, stale=False):
         super().__init__()
-        self.refusal, self.log = refusal, []
+        self.refusal, self.stale, self.log = refusal, stale, []
 
     def capture(self, stream, enqueue):
         self.log.append("capture")
         if self.refusal:
             return super().capture(stream, enqueue)
-        log = self.log
+        log, stale = self.log, self.stale
 
         class Replay(Graph):
             def launch(self, stream):  # noqa: ARG002
                 log.append("launch")
-                enqueue()
+                if not stale:
+                    enqueue()
 
             def close(self):
                 log.append("close")

@@ -10,7 +10,6 @@ import pytest
 from mge_runtime import bench_subject, selfcheck
 from mge_runtime.bundle import Bundle
 from mge_runtime.compare import TOLERANCES
-from mge_runtime.device.base import Graph
 from mge_runtime.errors import BackendError
 from mge_runtime.selfcheck import (
     check_batches,
@@ -21,36 +20,10 @@ from mge_runtime.selfcheck import (
     compared_tensors,
 )
 from tests.helpers import chain_runs as runs
-from tests.helpers.host_device import HostDevice
 
 
 def unchanged(tensors, _):
     return tensors
-
-
-class GraphDevice(HostDevice):
-    """The host with graphs: a launch does again what was enqueued; `stale` ones do nothing."""
-
-    def __init__(self, *, refusal=False, stale=False):
-        super().__init__()
-        self.refusal, self.stale = refusal, stale
-
-    def capture(self, stream, enqueue):
-        if self.refusal:
-            return super().capture(stream, enqueue)
-        device = self
-
-        class Replay(Graph):
-            nodes = None
-
-            def launch(self, stream):  # noqa: ARG002
-                if not device.stale:
-                    enqueue()
-
-            def close(self):
-                pass
-
-        return Replay()
 
 
 class OnDevice:
@@ -80,7 +53,7 @@ def on_device(on_cpu):
 
     def make(change=unchanged, *, opened=OnDevice, always=False, **device):
         def open_it(cuda_graphs=True):
-            return opened(on_cpu.path, GraphDevice(**device), cuda_graphs or always, change)
+            return opened(on_cpu.path, runs.ReplayingDevice(**device), cuda_graphs or always, change)
 
         return replace(on_cpu, backend="a device", device="host", open=open_it, reference=on_cpu.open)
 
