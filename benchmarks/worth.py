@@ -56,8 +56,11 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "guide": (
         "--augment none --erasing 0 --epochs 10",  # colors decide
-        {"backbone": f"{CHAIN} --source-size 1024 --image-sizes 256,128,128 --crop-area 0.1 --crop-area 0.3"}
-        | _singles(320, 448),
+        {
+            "backbone": f"{CHAIN} --source-size 1024 --image-sizes 256,128,128 --crop-area 0.1 --crop-area 0.3",
+            "small": f"{CHAIN} --source-size 1024 --image-sizes 160,128,128 --crop-area 0.1 --crop-area 0.3",
+        }
+        | _singles(224, 256, 320, 448),
     ),
     "groceries": (
         "--epochs 12",
