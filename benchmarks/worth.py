@@ -41,6 +41,7 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
             "chain": f"{FAR} --image-sizes 256,192,192 --sharing none",
             "backbone": f"{FAR} --image-sizes 256,192,192 --sharing backbone",
             "larger": f"{FAR} --image-sizes 256,224,224 --sharing backbone",
+            "distill": f"{FAR} --image-sizes 256,192,192 --sharing backbone --distill 1",
         }
         | _singles(320, 448, 640),
     ),
