@@ -59,9 +59,9 @@ RUNS: dict[str, tuple[str, dict[str, str]]] = {
         "--augment none --erasing 0 --epochs 10",  # colors decide
         {
             "backbone": f"{CHAIN} --source-size 1024 --image-sizes 256,128,128 --crop-area 0.1 --crop-area 0.3",
-            "small": f"{CHAIN} --source-size 1024 --image-sizes 160,128,128 --crop-area 0.1 --crop-area 0.3",
+            "small": f"{CHAIN} --source-size 1024 --image-sizes 128,128,128 --crop-area 0.1 --crop-area 0.3",
         }
-        | _singles(224, 256, 320, 448),
+        | _singles(224, 320, 448),
     ),
     "groceries": (
         "--epochs 12",
