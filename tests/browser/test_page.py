@@ -108,8 +108,8 @@ def test_the_camera_is_asked_for_once_and_given_back(tmp_path):
     bundle = ["choose", "/files/mge.plan", "#bundle", "classes"]
     image = ["choose", "/files/photo.jpg", "#file", "graphs ran"]
     on, off = ["click", "#camera", "graphs ran"], ["evaluate", click]
-    # What the first stream's last frame says may come after the second click.
-    two = "(async () => { while (!streams[1]) await new Promise((done) => setTimeout(done, 20)) })()"
+    # What the last frame of one stream says may come after the click that asks for the next.
+    lent = "(async (count) => { while (streams.length < count) await new Promise((done) => setTimeout(done, 20)) })"
     steps = {
         "open": (bundle, "3 graphs on wasm"),
         "count": (["evaluate", count], 0),
@@ -120,11 +120,12 @@ def test_the_camera_is_asked_for_once_and_given_back(tmp_path):
         "goes on": (["said", "graphs ran"], "3 graphs ran"),
         "off": (off, None),
         "on": (on, "3 graphs ran"),
-        "and lent": (["evaluate", two], None),
+        "and lent": (["evaluate", f"{lent}(2)"], None),
         "another stream": (active, [False, True]),
         "an image": (image, "graphs ran"),
         "ends it": (active, [False, False]),
         "on once more": (on, "3 graphs ran"),
+        "and lent anew": (["evaluate", f"{lent}(3)"], None),
         "taken away": (["evaluate", "streams.at(-1).getTracks().forEach((track) => track.stop())"], None),
         "says so": (["said", "taken away"], "cannot use the camera: it was unplugged or taken away"),
     }
