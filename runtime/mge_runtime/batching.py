@@ -99,10 +99,16 @@ class Batcher:
         self._sources: dict[Future[Prediction], ImageSource] = {}  # whose decoding has not begun
         self._decoding = 0  # images submitted and not yet decoded
         self._closed = False
+        self._began: dict[int, float] = {}  # `time.monotonic` of runs that are being computed, by thread
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="mge-decode")
         self._runners = [threading.Thread(target=self._run, name=f"mge-run-{n}") for n in range(pipeline.streams)]
         for thread in self._runners:
             thread.start()
+
+    @property
+    def running(self) -> float:
+        """Seconds that the longest of the runs that are being computed has taken so far; 0 without one."""
+        return max((time.monotonic() - began for began in list(self._began.values())), default=0.0)
 
     def submit(self, source: ImageSource) -> Future[Prediction]:
         """Take an image; its future may be cancelled until its run begins.
@@ -158,6 +164,7 @@ class Batcher:
 
     def _predict(self, batch: list[_Ready]) -> None:
         try:
+            self._began[threading.get_ident()] = time.monotonic()
             self._on_run(len(batch))
             found = self.pipeline.predict_prepared([item.image for item in batch])
         except BaseException as error:
@@ -169,6 +176,8 @@ class Batcher:
         else:
             for item, prediction in zip(batch, found, strict=True):
                 item.future.set_result(prediction)
+        finally:
+            self._began.pop(threading.get_ident(), None)
 
     def _next_batch(self) -> list[_Ready] | None:
         """Wait for a batch; it is empty where another stream was quicker, None where no more will come."""

@@ -124,8 +124,8 @@ class Service:
         self._top_k = top_k
         self._say = say
         self._batcher: Batcher | None = None  # None: not yet open
-        self._failing = False  # the last run of the chain failed, or does not end
-        self._last = time.monotonic()  # when a prediction was made
+        self._failing = False  # the last run of the chain failed
+        self._closing: set[asyncio.Task[None]] = set()  # bundles that were replaced, and finish their images
         self._asked = asyncio.Event()
         self._stopping = False
         self._waiting = 0  # as `Limits.queue` counts; only the event loop's thread touches it
@@ -172,12 +172,13 @@ class Service:
                     f"ready: {len(pipeline.manifest.class_names)} classes, {pipeline.choice.backend} on "
                     f"{pipeline.choice.device}, at most {new.batch} images in a run, {pipeline.streams} at once"
                 )
-                if old is not None:
-                    await asyncio.to_thread(old.close)
+                if old is not None:  # in a task of its own: where it hangs, the next swap does not wait for it
                     self._metrics.swaps.labels("done").inc()
+                    self._closing.add(task := asyncio.create_task(asyncio.to_thread(old.close)))
+                    task.add_done_callback(self._closing.discard)
             await self._asked.wait()
         if self._batcher is not None:
-            await asyncio.to_thread(self._batcher.close)
+            await asyncio.gather(*self._closing, asyncio.to_thread(self._batcher.close))
 
     async def predict(self, request: Request) -> Response:
         """Classify an image, the body, or several, files of a form; JSON as of `mge-run --json`, for a form a list."""
@@ -200,10 +201,10 @@ class Service:
         """Whether predictions are made; 503 until the first bundle is warm, and when runs of the chain fail or hang."""
         if self._batcher is None:
             return JSONResponse({"status": "opening the bundle"}, 503)
-        if self._failing:
+        if self._failing and not self._hangs(self._batcher):
             with suppress(Exception):  # who asks may send nothing to a service that fails, so this makes the next run
                 await self._found([_GRAY])
-        if self._failing:
+        if self._failing or self._hangs(self._batcher):
             return JSONResponse({"status": "failing"}, 503)
         pipeline = self._batcher.pipeline
         choice = {"backend": pipeline.choice.backend, "device": pipeline.choice.device}
@@ -287,7 +288,7 @@ class Service:
 
     async def _found(self, uploads: Sequence[ImageSource]) -> list[Any]:
         """A prediction or an `InputError` for each image."""
-        batcher, start = self._ready(), time.monotonic()  # closed by no swap before the next await
+        batcher = self._ready()  # closed by no swap before the next await
         futures = [asyncio.wrap_future(batcher.submit(upload)) for upload in uploads]
         try:
             _, late = await asyncio.wait(futures, timeout=self._limits.seconds)
@@ -295,8 +296,8 @@ class Service:
             errors = [None if future.cancel() else future.exception() for future in futures]
         is_current = batcher is self._batcher  # else a new bundle has taken over
         if late:
-            if is_current and self._last < start and len(late) == len(futures):  # no request had one: does it hang?
-                self._failing = True
+            if self._hangs(batcher):
+                self._say(f"error: a run of the chain goes on for more than {self._limits.seconds:g} s")
             line = f"no prediction within {self._limits.seconds:g} s; try again, or send fewer images"
             raise self._refusal("time", 504, line)
         for error in errors:
@@ -308,8 +309,12 @@ class Service:
                 raise HTTPException(500, "the prediction failed; the service's log says why") from error
             raise error  # a defect, which shows its traceback
         if is_current and not all(errors):
-            self._failing, self._last = False, time.monotonic()
+            self._failing = False
         return [error or future.result() for error, future in zip(errors, futures, strict=True)]
+
+    def _hangs(self, batcher: Batcher) -> bool:
+        """Whether a single run takes longer than a request may."""
+        return batcher.running > self._limits.seconds
 
     def _admit(self, count: int, stack: ExitStack) -> None:
         """Count images as waiting until the stack is closed."""

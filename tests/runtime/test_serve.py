@@ -326,18 +326,29 @@ def test_a_bundle_overwritten_in_place_is_no_longer_healthy_until_it_is_opened_a
         assert server.predict(files[0])[0] == 200
 
 
-def test_a_chain_that_hangs_is_not_healthy_until_it_goes_on(bundle_path, files):
+def test_a_chain_that_hangs_is_not_healthy_until_it_goes_on_or_is_replaced(bundle_path, files, tmp_path):
     gate = (
-        "import threading; from mge_runtime.pipeline import Pipeline; run = Pipeline.predict_prepared; "
-        "hangs = lambda: threading.current_thread().name.startswith('mge-run'); "
-        "Pipeline.predict_prepared = lambda *a, **k: hangs() and input() or run(*a, **k)"
+        "import pathlib, threading; from mge_runtime.pipeline import Pipeline; run = Pipeline.predict_prepared; "
+        f"hangs = lambda: 'mge-run' in threading.current_thread().name and pathlib.Path('{tmp_path}/hang').exists(); "
+        "wait = lambda: all(iter(lambda: hangs() and serve.time.sleep(0.02) is None, False)); "
+        "Pipeline.predict_prepared = lambda *a, **k: wait() and run(*a, **k)"
     )
+    (tmp_path / "hang").touch()
     with Server(bundle_path, "--timeout", 0.5, "--streams", 1, before=gate) as server:
-        server.ready()
+        connection = http.client.HTTPConnection("127.0.0.1", server.ready().port)
+        connection.request("POST", "/predict", files[0])
+        wait_until(lambda: server.metric("mge_batch_images_sum") == 1)
+        connection.close()  # a hang is noticed where nobody waits for its end, too
+        wait_until(lambda: server.request("GET", "/health")[::2] == (503, {"status": "failing"}))
         assert server.predict(files[0])[0] == 504
-        assert server.request("GET", "/health")[::2] == (503, {"status": "failing"})
-        server.process.stdin.write("\n" * 9)
-        server.process.stdin.flush()
+        assert "error: a run of the chain goes on for more than 0.5 s" in server.log
+        for count in (1, 2):  # the bundle that hangs is replaced all the same
+            server.signal("SIGHUP")
+            wait_until(lambda count=count: server.metric('mge_swaps_total{outcome="done"}') == count)
+            server.ready()
+            assert server.predict(files[0])[0] == 504
+            wait_until(lambda: server.request("GET", "/health")[0] == 503)
+        (tmp_path / "hang").unlink()
         server.ready()
 
 

@@ -8,7 +8,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,6 +39,19 @@ _LIBRARIES = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 _MOST_DECODERS = 4  # each may need the memory of one image
 _LAST = 2.0  # seconds at a stop for work that no request waits for
 _IDLE = 10.0  # seconds that a connection may stay open without a whole request
+
+
+@contextmanager
+def _no_hangup() -> Generator[None]:
+    """Ignore SIGHUP until there is a bundle to replace."""
+    if not hasattr(signal, "SIGHUP"):  # Windows
+        yield
+        return
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -76,6 +90,7 @@ _IDLE = 10.0  # seconds that a connection may stay open without a whole request
 @verbose_option
 @click.version_option(package_name="mge")
 @reports_errors
+@_no_hangup()
 def main(
     bundle: str,
     host: str,
@@ -98,8 +113,6 @@ def main(
     one that cannot be opened is refused, and the one before goes on. There is no TLS and no password: put a proxy in
     front where others than you can reach the port.
     """
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a bundle to replace
     for library in _LIBRARIES:
         import_library(library, install_extra("serve"))
     from uvicorn import Config, Server
