@@ -30,9 +30,10 @@ export class Bundle {
     if (version !== SCHEMA_VERSION)
       throw new Error(`it has schema version ${version}; expected ${SCHEMA_VERSION}: export again`);
     const { size, resize } = preprocess ?? {};
-    const sized = [size, resize].every(Number.isInteger) && 2 <= size && size <= resize && size <= MAX_SIDE && resize <= 4 * size;
+    const whole = Number.isInteger(size) && Number.isInteger(resize);
+    const sized = whole && 2 <= size && size <= resize && size <= MAX_SIDE && resize <= 4 * size;
     if (!(Array.isArray(graphs) && graphs.length > 0 && sized))
-      throw new Error(`it has ${graphs?.length} graphs for frames of ${size} px; expected 1 or more, 2 to ${MAX_SIDE}`);
+      throw new Error(`it has ${graphs?.length} graphs for frames of ${size} of ${resize} px; expected 1 or more, 2 to ${MAX_SIDE}`);
   }
 
   has(name) {

@@ -1,6 +1,6 @@
 """TensorRT on a GPU: engines built on it, run on the device layer, checked against ONNX Runtime on the CPU.
 
-They need an NVIDIA GPU, and `tensorrt` or `tensorrt_rtx`. Memory, copies and two pipelines at once are checked by
+They need an NVIDIA GPU, and `tensorrt` or `tensorrt_rtx`. Memory and two pipelines at once are checked by
 `test_gpu_selfcheck.py`.
 """
 
